@@ -1,0 +1,98 @@
+"""From YAML and command-line overrides to a checked `RunConfig`, and back."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_tf.config.schema import RunConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration a user can mend: the message says where and how."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run described by the YAML file at `path`, with `--section.key=value` overrides applied in order.
+
+    Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections (model:, training:, ...), found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(RunConfig, values, source=str(path))
+
+
+def parse_config(kind: type[T], values: dict[str, Any], source: str) -> T:
+    """Check `values` against the dataclass `kind`. Raises ConfigError with every fault found, one a line."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        faults = [_explain(kind, fault) for fault in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON values, every default spelled out."""
+    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return values
+
+
+def describe() -> str:
+    """Every key with its type, default and meaning, for `--help`."""
+    lines = []
+    for section in dataclasses.fields(RunConfig):
+        kind: Any = section.type
+        lines.append(f"\n{section.name}: {(kind.__doc__ or '').strip()}")
+        for name, info in kind.__pydantic_fields__.items():
+            default = "required" if info.is_required() else f"default {info.default}"
+            lines.append(f"  --{section.name}.{name}  ({default})\n      {info.description}")
+    return "\n".join(lines)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    section, dot, name = key.partition(".")
+    if not (override.startswith("--") and equals and dot and section and name):
+        raise ConfigError(f"cannot read {override!r}: overrides are written --section.key=value")
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
+    try:
+        target[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value of {override!r}: {error}") from error
+
+
+def _explain(kind: Any, fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+        known = _known_keys(kind, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    if fault["type"] in {"missing", "missing_argument"}:
+        return f"missing key {where!r}"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, got {fault['input']!r}"
+
+
+def _known_keys(kind: Any, path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,0 +1,223 @@
+"""The configuration of a run: frozen dataclasses that check themselves; names follow Megatron-LM's flags."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+Count = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ModelConfig:
+    """The TokenFormer (arXiv 2410.23168)."""
+
+    num_layers: Count
+    """Transformer blocks."""
+    hidden_size: Count
+    """Width D of the residual stream; growth leaves it as it is."""
+    num_attention_heads: Count
+    """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
+    qkv_tokens: Count
+    """Parameter tokens N of each of the query, key and value Pattentions."""
+    proj_tokens: Count
+    """Parameter tokens of the attention's output Pattention."""
+    ffn_tokens: Count
+    """Parameter tokens of the feed-forward Pattention."""
+    vocab_size: Count
+    """Ids the tokenizer can produce, before padding."""
+    make_vocab_size_divisible_by: Count = 128
+    """The embedding is padded to a multiple of this; padded rows are trained and not masked."""
+    norm_activation: NormActivation = "l2_norm_gelu"
+    """How a Pattention turns scores into weights of its values."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the embedding's."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of each head's dimensions that are rotated."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of every layer norm."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the embedding and of every key token at birth."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over ranks."""
+
+    tensor_model_parallel_size: Count = 1
+    """Ranks that share each layer's parameter tokens."""
+    pipeline_model_parallel_size: Count = 1
+    """Stages the layers are cut into."""
+    data_parallel_size: Count | None = None
+    """Replicas that share a batch; by default what is left of the world size."""
+    sequence_parallel: bool = False
+    """Shard activations between layers on the sequence over the tensor-parallel ranks."""
+    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of forward and backward micro-batches over the stages."""
+    distributed_timeout_seconds: Count = 600
+    """How long a rank waits for another before it gives up with an error."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class DataConfig:
+    """The tokens to train on."""
+
+    data_path: Annotated[list[str], Field(min_length=1)]
+    """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
+    tokenizer_type: str
+    """HFTokenizer, SentencePieceTokenizer or NullTokenizer."""
+    tokenizer_model: Path | None = None
+    """The tokenizer's file; its hash must be the one the data was made with."""
+    split: str = "969,30,1"
+    """Shares of the documents for training, validation and test."""
+    data_cache_path: Path | None = None
+    """Where index files are kept; by default beside the first data prefix."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainingConfig:
+    """Batches, length of the run, numbers."""
+
+    seq_length: Count
+    """Tokens of one sample."""
+    micro_batch_size: Count
+    """Samples one rank runs at a time."""
+    global_batch_size: Count
+    """Samples of one optimizer step, over all data-parallel ranks."""
+    train_iters: Count
+    """Optimizer steps the whole run is to last, those before a resume included."""
+    seed: NonNegative = 1234
+    """Decides initial values and the order of the data."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
+    eval_interval: NonNegative = 0
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_iters: Count = 10
+    """Global batches of one evaluation."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)]
+    """Highest learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay from lr to min_lr."""
+    lr_decay_iters: Count | None = None
+    """Step at which min_lr is reached; by default train_iters."""
+    lr_warmup_iters: NonNegative = 0
+    """Steps of linear warm-up from zero."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay of the embedding and of every parameter token; norms have none."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Term added to the root of the second moment."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class CheckpointConfig:
+    """Where the run is kept."""
+
+    save: Path | None = None
+    """Directory of this run's checkpoints; a run started again goes on from the newest one in it."""
+    load: Path | None = None
+    """Checkpoint to start from where `save` holds none yet (a grown one, say)."""
+    save_interval: NonNegative = 0
+    """Steps between checkpoints; 0 for one at the end only."""
+    keep_last: Count | None = None
+    """Older checkpoints are removed beyond this many."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class LoggingConfig:
+    """What the run says."""
+
+    log_interval: Count = 10
+    """Steps between lines of the log."""
+    tensorboard_dir: Path | None = None
+    """Directory for TensorBoard event files."""
+    metrics_file: Path | None = None
+    """File for one JSON object per step; a resumed run appends."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        self._check_tensor_parallel()
+        parallel, training = self.parallel, self.training
+        if parallel.pipeline_model_parallel_size > self.model.num_layers:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}) is more "
+                f"than model.num_layers ({self.model.num_layers}): every stage needs a layer"
+            )
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size ({training.global_batch_size}) must be divisible by "
+                f"training.micro_batch_size ({training.micro_batch_size})"
+            )
+
+    def _check_tensor_parallel(self) -> None:
+        size = self.parallel.tensor_model_parallel_size
+        model = self.model
+        for key in ("num_attention_heads", "qkv_tokens", "proj_tokens", "ffn_tokens", "padded_vocab_size"):
+            if getattr(model, key) % size:
+                raise ValueError(
+                    f"model.{key} ({getattr(model, key)}) must be divisible by "
+                    f"parallel.tensor_model_parallel_size ({size})"
+                )
+        if self.parallel.sequence_parallel and self.training.seq_length % size:
+            raise ValueError(
+                f"training.seq_length ({self.training.seq_length}) must be divisible by "
+                f"parallel.tensor_model_parallel_size ({size}) under sequence_parallel"
+            )

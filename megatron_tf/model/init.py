@@ -1,0 +1,30 @@
+"""Initial values: a function of a parameter's name and the seed, never of the parallel layout."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.parallel.random import normal_rows
+from megatron_tf.parallel.sharding import RowShard, copy_rows
+
+
+def value_token_std(num_layers: int, hidden_size: int) -> float:
+    """Standard deviation of value tokens at birth ("wang"): 2 / (L sqrt(D))."""
+    return 2.0 / (num_layers * math.sqrt(hidden_size))
+
+
+def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> None:
+    """Fill this rank's rows of every parameter."""
+    for shard in shards:
+        if shard.name == "final_norm.weight":
+            shard.tensor.fill_(1.0)
+        elif shard.name == "final_norm.bias":
+            shard.tensor.zero_()
+        else:
+            is_value = shard.name.endswith("value_tokens")
+            std = value_token_std(config.num_layers, config.hidden_size) if is_value else config.init_method_std
+            columns = math.prod(shard.global_shape[1:])
+            with torch.no_grad():
+                copy_rows(shard, normal_rows(shard.name, seed, shard.start, shard.stop, columns, std))

@@ -1,0 +1,93 @@
+"""Where the model meets the mesh: which layers and which rows of each parameter this rank holds."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.layers.cross_entropy import cross_entropy
+from megatron_tf.model.sizes import head_flops, layer_flops
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.data_parallel import shard_over_replicas
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
+from megatron_tf.parallel.sharding import RowShard, row_shard
+
+
+def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
+    """The layers of each pipeline stage, balanced by operations; looking up an embedding costs next to nothing."""
+    costs = [float(layer_flops(config, seq_length))] * config.num_layers
+    return partition_layers(costs, 0.0, float(head_flops(config)), num_stages)
+
+
+def is_replicated(name: str) -> bool:
+    """Whether every tensor-parallel rank holds the whole of the parameter; otherwise each holds a part of its rows."""
+    return name.startswith("final_norm.")
+
+
+def build_stage(
+    config: ModelConfig, mesh: Mesh, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+) -> TokenFormer:
+    """This rank's stage, its parameters placed on the mesh but not yet filled with values."""
+    layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
+    with torch.device("meta"):
+        model = TokenFormer(config, layers, mesh.group("tp"), sequence_parallel, dtype)
+    _place_parameters(model, mesh)
+    shard_over_replicas(model, model.layers.values(), mesh)
+    return model
+
+
+def parameter_shards(model: TokenFormer) -> list[RowShard]:
+    """The rows this rank holds of every parameter of its stage."""
+    return [
+        row_shard(name, parameter, is_copy=name == "embedding.weight" and not model.is_first)
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    """Every logical parameter of the whole model, in the one order that sums over parameters follow."""
+    with torch.device("meta"):
+        return [name for name, _ in TokenFormer(config).named_parameters()]
+
+
+def micro_batch_shapes(
+    config: ModelConfig, mesh: Mesh, count: int, size: int, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+) -> MicroBatches:
+    """Shapes of `count` micro-batches of `size` samples, as they pass between this mesh's stages."""
+    ranks = mesh.size("tp")
+    return MicroBatches(
+        count=count,
+        token_shape=(size, seq_length),
+        hidden_shape=(seq_length // ranks if sequence_parallel else seq_length, size, config.hidden_size),
+        output_shape=(seq_length, size, config.padded_vocab_size // ranks),
+        dtype=dtype,
+    )
+
+
+def mean_token_loss(mesh: Mesh, num_micro_batches: int) -> LossFunction:
+    """The loss of a micro-batch, so scaled that those of a step add up to the mean over its tokens."""
+    group = mesh.group("tp")
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = cross_entropy(logits.flatten(0, 1), targets.t().flatten(), group)
+        return losses.mean() / num_micro_batches
+
+    return loss
+
+
+def _place_parameters(model: TokenFormer, mesh: Mesh) -> None:
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, _place(f"{module_name}.{name}", parameter, mesh))
+
+
+def _place(name: str, parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
+    tensor_parallel = mesh.submesh("tp")
+    if tensor_parallel is None:
+        return nn.Parameter(torch.empty_like(parameter, device=mesh.device))
+    ranks = tensor_parallel.size()
+    placement = Replicate() if is_replicated(name) else Shard(0)
+    rows = parameter.shape[0] if placement.is_replicate() else parameter.shape[0] // ranks
+    local = torch.empty((rows, *parameter.shape[1:]), dtype=parameter.dtype, device=mesh.device)
+    return nn.Parameter(DTensor.from_local(local, tensor_parallel, [placement], run_check=False))

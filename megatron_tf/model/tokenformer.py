@@ -1,0 +1,108 @@
+"""TokenFormer: a decoder whose every projection is a Pattention (arXiv 2410.23168).
+
+A `TokenFormer` holds a contiguous range of the layers. With all of them, and no group, it is the whole model on one
+device; a pipeline stage is the same class with fewer layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.layers.attention import Attention, KeyValueCache
+from megatron_tf.layers.embedding import VocabularyWeight
+from megatron_tf.layers.norm import FinalNorm, layer_norm
+from megatron_tf.layers.pattention import Pattention
+from megatron_tf.layers.rotary import rotary_tables
+from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention."""
+
+    def __init__(self, config: ModelConfig, group: ProcessGroup | None, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.qkv_tokens,
+            config.proj_tokens,
+            config.norm_activation,
+            group,
+            sequence_parallel,
+        )
+        self.ffn = Pattention(config.hidden_size, config.hidden_size, config.ffn_tokens, config.norm_activation)
+        self.epsilon = config.layernorm_epsilon
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
+        """x [s, B, D] -> [s, B, D]."""
+        x = x + self.attention(layer_norm(x, self.epsilon), rotary, cache)
+        hidden = enter_tensor_parallel(layer_norm(x, self.epsilon), self.group, self.sequence_parallel)
+        return x + leave_tensor_parallel(self.ffn(hidden, self.group), self.group, self.sequence_parallel)
+
+
+class TokenFormer(nn.Module):
+    """Layers `layers` of the model; with the embedding if they include the first, with norm and head if the last.
+
+    Parameters are named the same in every stage, so that a name means one logical tensor: `embedding.weight`,
+    `layers.{i}.attention.{query,key,value,proj}.{key,value}_tokens`, `layers.{i}.ffn.{key,value}_tokens`,
+    `final_norm.{weight,bias}`, `head.weight` (untied only).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: range | None = None,
+        group: ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        layers = range(config.num_layers) if layers is None else layers
+        self.config = config
+        self.dtype = dtype
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == config.num_layers
+        self.is_tied = not config.untie_embeddings_and_output_weights
+        if self.is_first or (self.is_last and self.is_tied):
+            self.embedding = self._vocabulary_weight()
+        self.layers = nn.ModuleDict({str(i): Block(config, group, sequence_parallel) for i in layers})
+        if self.is_last:
+            sequence_group = group if sequence_parallel else None
+            self.final_norm = FinalNorm(config.hidden_size, config.layernorm_epsilon, sequence_group)
+            if not self.is_tied:
+                self.head = self._vocabulary_weight()
+
+    def forward(self, x: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
+        hidden states [s, B, D]. `caches`, one a layer, hold the tokens that came before these."""
+        if self.is_first:
+            x = self.embedding.embed(x).to(self.dtype)
+        rotary = self._rotary(x, caches[0].length if caches else 0)
+        for i, block in enumerate(self.layers.values()):
+            x = block(x, rotary, caches[i] if caches else None)
+        if self.is_last:
+            x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
+            x = (self.embedding if self.is_tied else self.head).score(x)
+        return x
+
+    def pattentions(self) -> dict[str, Pattention]:
+        """Every Pattention by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Pattention)}
+
+    def _vocabulary_weight(self) -> VocabularyWeight:
+        config = self.config
+        return VocabularyWeight(
+            config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel
+        )
+
+    def _rotary(self, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
+        dim = int(self.config.head_dim * self.config.rotary_percent)
+        return rotary_tables(past, x.shape[0] * ranks, dim, self.config.rotary_base, x.device)

@@ -1,0 +1,28 @@
+"""Data parallelism: parameters, gradients and optimizer states sharded over replicas, through FSDP2."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from megatron_tf.parallel.mesh import Mesh
+
+
+def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
+    """Shard each block, then what is left of `module`, over the mesh's "dp" axis; nothing to do for one replica.
+
+    Parameters stay gathered between forward and backward: a pipeline runs many micro-batches over them.
+    Gradients are averaged over the replicas, in fp32, once a step.
+    """
+    replicas = mesh.submesh("dp")
+    if replicas is None:
+        return
+    for block in blocks:
+        fully_shard(block, mesh=replicas, reshard_after_forward=False)
+    fully_shard(module, mesh=replicas, reshard_after_forward=False)
+
+
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Whether the next backward communicates gradients or only adds them up."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)

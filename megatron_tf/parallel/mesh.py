@@ -1,0 +1,102 @@
+"""The mesh of ranks: (pipeline, data, tensor) as one DeviceMesh, and how a process finds its place in it."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+Axis = Literal["pp", "dp", "tp"]
+AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
+
+
+class LayoutError(ValueError):
+    """The ranks that were started do not make the layout that was asked for."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `device_mesh` is None for a run of one process without torch.distributed."""
+
+    device: torch.device
+    device_mesh: DeviceMesh | None = None
+
+    def size(self, axis: Axis) -> int:
+        """Ranks along `axis`."""
+        return 1 if self.device_mesh is None else self.device_mesh[axis].size()
+
+    def rank(self, axis: Axis) -> int:
+        """This rank's index along `axis`."""
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+
+    def group(self, axis: Axis) -> ProcessGroup | None:
+        """The ranks that differ from this one along `axis` alone; None where there is only this one."""
+        return None if self.device_mesh is None or self.size(axis) == 1 else self.device_mesh.get_group(axis)
+
+    def submesh(self, axis: Axis) -> DeviceMesh | None:
+        """The one-dimensional mesh behind `group`."""
+        return None if self.device_mesh is None or self.size(axis) == 1 else self.device_mesh[axis]
+
+    @property
+    def world(self) -> ProcessGroup | None:
+        """All ranks."""
+        return None if self.device_mesh is None else dist.group.WORLD
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.device_mesh is None or dist.get_rank() == 0
+
+
+def data_parallel_size(world_size: int, tensor: int, pipeline: int, asked: int | None) -> int:
+    """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it."""
+    data, rest = divmod(world_size, tensor * pipeline)
+    if rest or data == 0 or (asked is not None and asked != data):
+        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {asked}" if asked else "")
+        need = tensor * pipeline * (asked or 1)
+        raise LayoutError(
+            f"the world has {world_size} rank(s), but the layout {layout} needs "
+            f"{'' if asked else 'a multiple of '}{need}: start that many, or change the layout"
+        )
+    return data
+
+
+def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) -> Mesh:
+    """Join the other ranks that torchrun or srun started and lay the mesh over them.
+
+    Without a launcher this is one process and torch.distributed stays untouched. Every wait of every group ends
+    with an error after `timeout`.
+    """
+    _adopt_slurm_environment()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    data = data_parallel_size(world_size, tensor, pipeline, data)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Mesh(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout)
+    return lay_mesh(device, tensor, pipeline, data)
+
+
+def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int) -> Mesh:
+    """The mesh over an initialized world of pipeline x data x tensor ranks; tensor-parallel ranks are neighbours."""
+    return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
+
+
+def _adopt_slurm_environment() -> None:
+    """Let ranks started by srun alone look as those of torchrun; MASTER_ADDR comes from the batch script."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise LayoutError("started by srun without MASTER_ADDR: export it in the batch script (see examples/slurm)")
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({name: os.environ[source] for name, source in names.items()})
+    os.environ.setdefault("MASTER_PORT", "29500")

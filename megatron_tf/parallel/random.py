@@ -1,0 +1,30 @@
+"""Random values that depend on a tensor's name, the seed and the row, never on the parallel layout."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 64  # rows drawn from one generator; changing it changes every initial value
+
+
+def stream_seed(seed: int, *key: object) -> int:
+    """A 63-bit seed for the stream named by `key` under the run's `seed`."""
+    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
+    """Rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
+
+    Rows come in blocks, each with a generator of its own, so that any range costs only its own rows, and a
+    tensor that grows keeps the values of its old rows.
+    """
+    rows = torch.empty(stop - start, columns)
+    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        generator = torch.Generator().manual_seed(stream_seed(seed, name, block))
+        values = torch.empty(_BLOCK_ROWS, columns).normal_(0.0, std, generator=generator)
+        first = block * _BLOCK_ROWS
+        low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
+        rows[low - start : high - start] = values[low - first : high - first]
+    return rows

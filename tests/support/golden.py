@@ -1,0 +1,51 @@
+"""The fixtures of tests/golden, computed by the official implementation, under our names."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.model.tokenformer import TokenFormer
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = ("A_l2_norm_gelu", "B_gelu_l2_norm", "C_softmax")
+
+
+def official_name(name: str, num_layers: int = 2) -> str:
+    """The name the official implementation gives to our parameter `name`."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        middle = "mlp" if parts[2] == "ffn" else ".".join(parts[2:-1])
+        return f"sequential.{int(parts[1]) + 2}.{middle}.{parts[-1].replace('_tokens', '_param_tokens')}"
+    if parts[0] == "final_norm":
+        return f"sequential.{num_layers + 3}.norm.{parts[1]}"
+    return "sequential.0.word_embeddings.weight"
+
+
+def golden_case(case: str):
+    """(model config, tensors, facts) of one fixture."""
+    facts = json.loads((GOLDEN / f"{case}.json").read_text())
+    official = facts["config"]
+    config = ModelConfig(
+        num_layers=official["num_layers"],
+        hidden_size=official["hidden_size"],
+        num_attention_heads=official["num_attention_heads"],
+        qkv_tokens=official["qkv_slot_num"],
+        proj_tokens=official["proj_slot_num"],
+        ffn_tokens=official["ffn_slot_num"],
+        vocab_size=official["padded_vocab_size"],
+        norm_activation=official["norm_activation_type"],
+    )
+    return config, load_file(GOLDEN / f"{case}.safetensors"), facts
+
+
+def golden_model(case: str, dtype: torch.dtype = torch.float32):
+    """(model on one device with the fixture's parameters, tensors, facts)."""
+    config, tensors, facts = golden_case(case)
+    model = TokenFormer(config, dtype=dtype).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"param/{official_name(name)}"])
+    return model, tensors, facts

@@ -1,0 +1,49 @@
+"""The model against what the official implementation computed: three normalisations, five optimizer steps."""
+
+import pytest
+import torch
+
+from megatron_tf.config import OptimizerConfig
+from megatron_tf.model.parallelize import mean_token_loss, parameter_names, parameter_shards
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.optimizer import Optimizer
+from tests.support.golden import CASES, golden_model, official_name
+
+ONE_PROCESS = Mesh(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients(case):
+    model, tensors, facts = golden_model(case)
+    logits = model(tensors["input_ids"])
+    loss = mean_token_loss(ONE_PROCESS, 1)(logits, tensors["labels"])
+    loss.backward()
+    assert (logits.transpose(0, 1) - tensors["logits"]).abs().max() < 2e-5
+    assert abs(loss.item() - facts["loss"]) < 1e-6
+    for name, parameter in model.named_parameters():
+        expected = tensors[f"grad/{official_name(name)}"]
+        error = torch.linalg.vector_norm(parameter.grad - expected) / torch.linalg.vector_norm(expected)
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_loss(case):
+    model, tensors, facts = golden_model(case, torch.float64)
+    loss = mean_token_loss(ONE_PROCESS, 1)(model(tensors["input_ids"]), tensors["labels"])
+    assert abs(loss.item() - facts["loss_fp64"]) < 1e-6  # rotary tables are fp32, as in the official code
+
+
+def test_five_adam_steps():
+    model, tensors, facts = golden_model("A_adam5")
+    names = parameter_names(model.config)
+    config = OptimizerConfig(lr=facts["optimizer"]["lr"])
+    optimizer = Optimizer(list(model.parameters()), parameter_shards(model), names, config, ONE_PROCESS)
+    loss_function = mean_token_loss(ONE_PROCESS, 1)
+    inputs, labels = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
+    for expected_loss, expected_norm in zip(facts["losses_before_each_step"], facts["grad_norms"], strict=True):
+        loss = loss_function(model(inputs), labels)
+        loss.backward()
+        assert abs(loss.item() - expected_loss) < 1e-5
+        assert optimizer.step(config.lr) == pytest.approx(expected_norm, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (parameter - tensors[f"after/{official_name(name)}"]).abs().max() < 1e-5, name
