@@ -39,6 +39,7 @@ def all_gather_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     """The ranks' x laid end to end along `dim`, outside autograd: size[dim] grows by R."""
     if group is None:
         return x
+    dim %= x.dim()
     x = x.detach().contiguous()
     gathered = x.new_empty((group.size(), *x.shape))
     _all_gather_single(gathered.flatten(0, 1), x, group=group)
@@ -49,6 +50,7 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
     """This rank's part along `dim` of the sum of x over the ranks, outside autograd: size[dim] falls by R."""
     if group is None:
         return x
+    dim %= x.dim()
     ranks = group.size()
     if x.shape[dim] % ranks:
         raise ValueError(f"dimension {dim} of {tuple(x.shape)} cannot be cut into {ranks} equal parts")

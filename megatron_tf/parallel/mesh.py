@@ -100,3 +100,15 @@ def _adopt_slurm_environment() -> None:
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     os.environ.update({name: os.environ[source] for name, source in names.items()})
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def first_and_last_stage_group(mesh: Mesh) -> ProcessGroup | None:
+    """The ranks of the first and the last stage with this rank's other coordinates; None on a stage between or alone.
+
+    Every rank of the world must call it, once: making a group is collective.
+    """
+    if mesh.device_mesh is None or mesh.size("pp") == 1:
+        return None
+    pairs = mesh.device_mesh.mesh[[0, -1]].flatten(1).t().tolist()
+    mine, _ = dist.new_subgroups_by_enumeration(pairs)
+    return mine

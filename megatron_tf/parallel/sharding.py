@@ -54,7 +54,7 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
         mesh = parameter.device_mesh
         names = mesh.mesh_dim_names or ()
         for dim in sorted(range(mesh.ndim), key=lambda d: names[d] == "dp"):
-            if parameter.placements[dim].is_shard():
+            if not parameter.placements[dim].is_replicate():
                 low, high = split_rows(stop - start, mesh.size(dim), mesh.get_local_rank(dim))
                 start, stop = start + low, start + high
             else:

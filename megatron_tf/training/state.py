@@ -1,0 +1,75 @@
+"""What a run trains: the stage of the model on this rank, its optimizer, and the runner of its micro-batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig
+from megatron_tf.model.init import initialize
+from megatron_tf.model.parallelize import (
+    build_stage,
+    mean_token_loss,
+    micro_batch_shapes,
+    parameter_names,
+    parameter_shards,
+)
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
+from megatron_tf.parallel.pipeline import Runner, make_runner
+from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.training.optimizer import Optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and the means to run it."""
+
+    mesh: Mesh
+    model: TokenFormer
+    shards: Sequence[RowShard]
+    """The rows of parameters this rank holds."""
+    optimizer: Optimizer
+    runner: Runner
+
+
+def build_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """This rank's part of a new run, with its initial values. Raises ValueError for a layout that cannot be."""
+    training, parallel = config.training, config.parallel
+    dtype = DTYPES[training.precision]
+    count = num_micro_batches(config, mesh.size("dp"))
+    shapes = micro_batch_shapes(
+        config.model, mesh, count, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+    )
+    model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
+    shards = parameter_shards(model)
+    initialize(shards, config.model, training.seed)
+    runner = make_runner(model, mean_token_loss(mesh, count), shapes, mesh, parallel.pipeline_schedule)
+    optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh)
+    return TrainState(mesh, model, shards, optimizer, runner)
+
+
+def num_micro_batches(config: RunConfig, replicas: int) -> int:
+    """Micro-batches of one step on each of `replicas`. Raises ValueError where the global batch does not split."""
+    training = config.training
+    count, rest = divmod(training.global_batch_size, training.micro_batch_size * replicas)
+    if rest:
+        raise ValueError(
+            f"training.global_batch_size ({training.global_batch_size}) must be divisible by "
+            f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
+        )
+    return count
+
+
+def _build_optimizer(
+    model: TokenFormer,
+    shards: Sequence[RowShard],
+    model_config: ModelConfig,
+    config: OptimizerConfig,
+    mesh: Mesh,
+) -> Optimizer:
+    tied_group = None if model_config.untie_embeddings_and_output_weights else first_and_last_stage_group(mesh)
+    names = parameter_names(model_config)
+    return Optimizer(list(model.parameters()), shards, names, config, mesh, tied_group)

@@ -1,0 +1,87 @@
+"""Every layout trains the same model: losses, gradient norms and each gradient against one process."""
+
+import numpy as np
+import pytest
+
+from tests.support.training import small_run, training_run
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+CASES = [(layout, sp) for layout in LAYOUTS for sp in (False, True) if layout[0] > 1 or not sp]
+UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+
+
+def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b", **sections):
+    """The small run on `layout` = (tensor, pipeline, data)."""
+    tensor, pipeline, data = layout
+    parallel = {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "data_parallel_size": data,
+        "sequence_parallel": sequence_parallel,
+        "pipeline_schedule": schedule,
+    }
+    model = {"untie_embeddings_and_output_weights": untied} | sections.pop("model", {})
+    return small_run(model=model, parallel=parallel, **sections)
+
+
+@pytest.fixture(scope="module")
+def runs(rank_pool):
+    """(layout, sequence parallel, untied) -> (loss curve [20, 2], whole gradients of step 0), run once each."""
+    known = {}
+
+    def run(layout, sequence_parallel, untied):
+        key = layout, sequence_parallel, untied
+        if key not in known:
+            answers = rank_pool.run(training_run, *layout, layout_config(*key))
+            assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree on the loss"
+            known[key] = np.array(answers[0][0]), whole_model(layout, untied, [grads for _, grads in answers])
+        return known[key]
+
+    return run
+
+
+def whole_model(layout, untied, gradients_by_rank):
+    """One gradient for each logical parameter; every rank of a stage must have reported the same."""
+    tensor, pipeline, data = layout
+    per_stage = tensor * data
+    whole = {}
+    for stage in range(pipeline):
+        first, *others = gradients_by_rank[stage * per_stage : (stage + 1) * per_stage]
+        for name, gradient in first.items():
+            assert all(np.array_equal(gradient, other[name]) for other in others), name
+            whole[name] = whole[name] + gradient if name in whole else gradient
+    assert ("head.weight" in whole) == untied
+    return whole
+
+
+@UNTIED
+@pytest.mark.parametrize("layout, sequence_parallel", CASES)
+def test_layout_equals_one_process(runs, layout, sequence_parallel, untied):
+    reference, expected = runs((1, 1, 1), False, untied)
+    curve, gradients = runs(layout, sequence_parallel, untied)
+    assert reference[-1, 0] < reference[0, 0] - 0.1, "the model must learn for the curve to say anything"
+    assert (reference[:, 1] > 0.5).all(), "clipping must be active"
+    np.testing.assert_allclose(curve[:, 0], reference[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(curve[:, 1], reference[:, 1], rtol=1e-4)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("layout, sequence_parallel", [case for case in CASES if case[0][1] == 1])
+def test_bits_do_not_depend_on_pipeline_stages(runs, layout, sequence_parallel):
+    tensor, _, data = layout
+    one_stage, _ = runs((tensor, 1, data), sequence_parallel, True)
+    two_stages, _ = runs((tensor, 2, data), sequence_parallel, True)
+    assert np.array_equal(one_stage, two_stages)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("stages, micro_batches", [(3, 5), (4, 8)])
+def test_schedules_with_uneven_layers(rank_pool, schedule, stages, micro_batches):
+    sections = {"model": {"num_layers": 5}, "training": {"global_batch_size": micro_batches}}
+    reference = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), untied=True, **sections), 5)[0][0]
+    config = layout_config((1, stages, 1), untied=True, schedule=schedule, **sections)
+    for curve, _ in rank_pool.run(training_run, 1, stages, 1, config, 5):
+        assert curve == reference

@@ -1,0 +1,86 @@
+"""Run a function on several gloo ranks: processes started once a session and used for every world size."""
+
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from queue import Empty
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_tf.parallel.mesh import Mesh, lay_mesh
+
+TIMEOUT = timedelta(seconds=30)
+
+
+class RankPool:
+    """`run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that layout."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self):
+        context, size = mp.get_context("spawn"), self.size
+        self.results = context.Queue()
+        self.tasks = [context.Queue() for _ in range(size)]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, self.tasks[rank], self.results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, tensor, pipeline, data, *args):
+        """Results in rank order; a rank's exception is raised here with its traceback."""
+        world = tensor * pipeline * data
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(world):
+                self.tasks[rank].put((function, (tensor, pipeline, data), store, args))
+            answers = {}
+            for _ in range(world):
+                rank, error, result = self._next_answer()
+                if error:
+                    self.close()  # its peers wait for it: none is of use any more
+                    self._start()
+                    raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
+                answers[rank] = result
+        return [answers[rank] for rank in range(world)]
+
+    def _next_answer(self):
+        try:
+            return self.results.get(timeout=90)
+        except Empty:
+            self.close()
+            self._start()
+            raise AssertionError("no rank answered in 90 s") from None
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+
+
+def _serve(rank, tasks, results):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while True:
+        function, (tensor, pipeline, data), store, args = tasks.get()
+        world = tensor * pipeline * data
+        try:
+            mesh = Mesh(torch.device("cpu"))
+            if world > 1:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
+                )
+                mesh = lay_mesh(torch.device("cpu"), tensor, pipeline, data)
+            result, error = function(mesh, *args), None
+        except BaseException:
+            result, error = None, traceback.format_exc()
+        results.put((rank, error, result))
+        if world > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""A small training run on any layout, without files: what every layout must agree on."""
+
+import torch
+
+from megatron_tf.config import RunConfig, parse_config
+from megatron_tf.model.parallelize import is_replicated
+from megatron_tf.parallel.collectives import all_gather_copy
+from megatron_tf.parallel.sharding import local_tensor
+from megatron_tf.training.state import build_state
+from megatron_tf.training.step import inputs_and_targets, mean_loss, train_step
+
+VOCAB = 100
+
+
+def small_run(**sections) -> RunConfig:
+    """A run of a tiny model; each keyword overrides keys of one section."""
+    values = {
+        "model": {
+            "num_layers": 3,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "qkv_tokens": 32,
+            "proj_tokens": 24,
+            "ffn_tokens": 64,
+            "vocab_size": VOCAB,
+            "make_vocab_size_divisible_by": 8,
+        },
+        "training": {"seq_length": 16, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 20},
+        "optimizer": {"lr": 1e-3, "clip_grad": 0.5},
+        "data": {"data_path": ["unused"], "tokenizer_type": "NullTokenizer"},
+        "parallel": {},
+    }
+    for section, keys in sections.items():
+        values[section] |= keys
+    return parse_config(RunConfig, values, "test")
+
+
+def random_batch(config: RunConfig, step: int, mesh) -> torch.Tensor:
+    """Step `step`'s part of this replica: ids [count, B, S + 1]; tokens follow a pattern that can be learned."""
+    training = config.training
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(VOCAB, (training.global_batch_size, 1), generator=generator)
+    stride = torch.randint(1, 4, (training.global_batch_size, 1), generator=generator)
+    ids = (start + stride * torch.arange(training.seq_length + 1)) % VOCAB
+    return ids.unflatten(0, (-1, mesh.size("dp"), training.micro_batch_size))[:, mesh.rank("dp")]
+
+
+def whole_gradients(state):
+    """Name -> gradient of the logical tensor, for the parameters of this rank's stage, before the optimizer's step.
+
+    A tied embedding on two stages has a part of its gradient on each.
+    """
+    gradients = {}
+    for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
+        local = local_tensor(parameter.grad).detach()
+        gathered = all_gather_copy(local, 0, state.mesh.group("dp"))
+        if not is_replicated(shard.name):
+            gathered = all_gather_copy(gathered, 0, state.mesh.group("tp"))
+        gradients[shard.name] = gathered.numpy().copy()
+    return gradients
+
+
+def training_run(mesh, config: RunConfig, steps: int = 20):
+    """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
+    state = build_state(config, mesh)
+    loss = state.runner.train(*inputs_and_targets(mesh, random_batch(config, 0, mesh)))
+    gradients = whole_gradients(state)
+    curve = [(mean_loss(loss, mesh), state.optimizer.step(config.optimizer.lr))]
+    for step in range(1, steps):
+        result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
+        curve.append((result.loss, result.grad_norm))
+    return curve, gradients
