@@ -93,6 +93,8 @@ class DataConfig:
 
     data_path: Annotated[list[str], Field(min_length=1)]
     """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
+    valid_data_path: Annotated[list[str], Field(min_length=1)] | None = None
+    """Data sets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer or NullTokenizer."""
     tokenizer_model: Path | None = None

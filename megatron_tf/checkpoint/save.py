@@ -1,0 +1,106 @@
+"""Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_tf.checkpoint.commit import prepare, prune, publish, temporary_directory
+from megatron_tf.checkpoint.format import (
+    CheckpointError,
+    FileEntry,
+    Piece,
+    PieceFileWriter,
+    PieceSpec,
+    collect_groups,
+)
+from megatron_tf.parallel.sharding import RowShard
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files one rank wrote, and what is in them."""
+
+    files: dict[str, FileEntry]
+    pieces: list[tuple[str, PieceSpec, Piece]]
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    groups: Mapping[str, Sequence[RowShard]],
+    metadata: Mapping[str, Any],
+    writer_label: str,
+    group: ProcessGroup | None,
+    keep_last: int | None = None,
+) -> Path:
+    """Write the checkpoint of `step` under `root` and return its directory; every rank of `group` calls it.
+
+    `groups` are the rows this rank holds; those it is the writer of go to files named by `writer_label`. The
+    checkpoint appears when it is complete, and the ones before are left as they are until then. Raises
+    CheckpointError on every rank where any of them fails.
+    """
+    mine = {name: _to_write(shards) for name, shards in groups.items()}
+    my_bytes = sum(_spec(shard).nbytes for shards in mine.values() for shard in shards)
+    is_first = group is None or group.rank() == 0
+    needed = sum(_on_every_rank(group, lambda: my_bytes))
+    _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
+    written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), mine, writer_label))
+    paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, keep_last) if is_first else None)
+    path = paths[0]
+    assert path is not None
+    return path
+
+
+def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer_label: str) -> Written:
+    """Write one rank's rows, a file for each group."""
+    files, pieces = {}, []
+    for group, shards in groups.items():
+        if shards:
+            with PieceFileWriter(directory / f"{group}-{writer_label}.safetensors", [_spec(s) for s in shards]) as file:
+                for shard in shards:
+                    file.write(shard.tensor)
+            files[file.path.name] = file.entry()
+            pieces += [(group, spec, piece) for spec, piece in file.pieces()]
+    return Written(files, pieces)
+
+
+def complete(
+    root: Path, step: int, metadata: Mapping[str, Any], written: Sequence[Written], keep_last: int | None = None
+) -> Path:
+    """Put together what the ranks wrote and publish it."""
+    files = {name: entry for rank in written for name, entry in rank.files.items()}
+    path = publish(root, step, metadata, files, collect_groups(piece for rank in written for piece in rank.pieces))
+    if keep_last is not None:
+        prune(root, keep_last)
+    return path
+
+
+def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:
+    return [shard for shard in shards if shard.writer and shard.stop > shard.start]
+
+
+def _spec(shard: RowShard) -> PieceSpec:
+    return PieceSpec(shard.name, shard.tensor.dtype, shard.global_shape, shard.start, shard.stop)
+
+
+def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:
+    """Results of `action` in rank order; where it fails on one rank, all raise that rank's error."""
+    outcome: tuple[T | None, str | None]
+    try:
+        outcome = action(), None
+    except (OSError, ValueError) as error:
+        outcome = None, str(error)
+    outcomes: list[Any] = [outcome]
+    if group is not None:
+        outcomes = [None] * group.size()
+        dist.all_gather_object(outcomes, outcome, group=group)
+    for rank, (_, error) in enumerate(outcomes):
+        if error is not None:
+            raise CheckpointError(f"saving failed on rank {rank}: {error}")
+    return [result for result, _ in outcomes]
