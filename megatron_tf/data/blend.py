@@ -1,0 +1,32 @@
+"""Several data sets as one, in proportion to their weights at every prefix of the run."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf._index import blend
+
+_BLOCK = 1 << 16  # samples the index grows to at first; it doubles from there
+
+
+class Samples(Protocol):
+    """Anything that gives sample i for every i >= 0."""
+
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        """int64 [seq_length + 1]."""
+
+
+class BlendedDataset:
+    """`dataset[i]` is step i of the blend. The order of a prefix does not depend on how far the run goes."""
+
+    def __init__(self, datasets: Sequence[Samples], weights: Sequence[float]) -> None:
+        self.datasets = datasets
+        self.weights = np.array(weights, dtype=np.float64)
+        self.which, self.sample = blend(self.weights, _BLOCK)
+
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        while sample >= len(self.which):
+            self.which, self.sample = blend(self.weights, 2 * len(self.which))
+        return self.datasets[int(self.which[sample])][int(self.sample[sample])]

@@ -1,0 +1,44 @@
+"""Samples for language modelling: seq_length + 1 tokens cut across document borders."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.order import SampleOrder
+
+
+class GPTDataset:
+    """`dataset[i]` is sample i, int64 [seq_length + 1], for any i >= 0, over a range of an indexed dataset's documents."""
+
+    def __init__(
+        self, dataset: IndexedDataset, documents: range, seq_length: int, seed: int, name: str, cache: Path
+    ) -> None:
+        self.dataset, self.documents, self.seq_length = dataset, documents, seq_length
+        lengths = dataset.document_lengths[documents.start : documents.stop]
+        self.order = SampleOrder(lengths, seq_length, seed, name, cache)
+
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        order, place = self.order.locate(sample)
+        (position, offset), missing = order.index[place], self.seq_length + 1
+        parts: list[NDArray[np.generic]] = []
+        while missing:
+            document = self.documents.start + int(order.documents[position])
+            part = self.dataset.document(document, int(offset), int(offset) + missing)
+            parts.append(part)
+            missing -= len(part)
+            position, offset = position + 1, 0
+        return np.concatenate(parts).astype(np.int64)
+
+
+def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
+    """Documents of training, validation and test for shares such as "969,30,1". Raises DataError for others."""
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise DataError(f"data.split is {split!r}: write three shares, such as 969,30,1")
+    bounds = [round(sum(shares[:i]) / sum(shares) * num_documents) for i in range(4)]
+    return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])

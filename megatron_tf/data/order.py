@@ -1,0 +1,103 @@
+"""The order of samples: a function of the data, the seed and the epoch; not of the layout or the length of the run.
+
+Epoch e lays the documents end to end in an order of its own, cuts them into samples, and shuffles these. The arrays of
+an epoch are built once, by whichever process comes first, and mapped by all.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf._index import permutation, sample_index
+from megatron_tf.data.indexed_dataset import DataError
+
+ORDER_VERSION = 1
+LOCK_TIMEOUT_SECONDS = 600.0
+
+
+class EpochOrder:
+    """One epoch's arrays, memory-mapped: `documents` int64 [d], `index` int64 [n + 1, 2], `shuffle` int64 [n]."""
+
+    def __init__(self, directory: Path) -> None:
+        self.documents, self.index, self.shuffle = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("documents", "index", "shuffle")
+        )
+
+
+class SampleOrder:
+    """Samples of `seq_length` + 1 tokens over documents of the given lengths, epoch after epoch without end.
+
+    Raises DataError where there are too few tokens for one sample.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], seq_length: int, seed: int, name: str, cache: Path) -> None:
+        self.lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+        self.seq_length, self.seed, self.name, self.cache = seq_length, seed, name, cache
+        self.samples_per_epoch = max(0, int(self.lengths.sum()) - 1) // seq_length
+        if self.samples_per_epoch == 0:
+            raise DataError(
+                f"{name} has {int(self.lengths.sum()):,} tokens, too few for one sample of {seq_length} + 1: "
+                f"give more data, another split, or a smaller training.seq_length"
+            )
+        self.content = hashlib.blake2b(self.lengths.tobytes(), digest_size=16).hexdigest()
+        self._epoch: tuple[int, EpochOrder] | None = None
+
+    def locate(self, sample: int) -> tuple[EpochOrder, int]:
+        """(arrays of the sample's epoch, its place in their `index`)."""
+        epoch, place = divmod(sample, self.samples_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self._open(epoch)
+        order = self._epoch[1]
+        return order, int(order.shuffle[place])
+
+    def _open(self, epoch: int) -> EpochOrder:
+        key = hashlib.blake2b(
+            repr((ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)).encode(), digest_size=16
+        ).hexdigest()
+        directory = self.cache / f"order-{key}"
+        if not directory.exists():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with _locked(self.cache / f"order-{key}.lock"):
+                if not directory.exists():
+                    self._build(epoch, directory)
+        return EpochOrder(directory)
+
+    def _build(self, epoch: int, directory: Path) -> None:
+        documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
+        arrays = {
+            "documents": documents,
+            "index": sample_index(documents, self.lengths, self.seq_length),
+            "shuffle": permutation(self.samples_per_epoch, *self._keys(epoch, "samples")),
+        }
+        temporary = directory.with_suffix(f".{os.getpid()}.tmp")
+        temporary.mkdir()
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        temporary.rename(directory)
+
+    def _keys(self, epoch: int, what: str) -> tuple[int, int]:
+        digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`. Raises DataError when another process holds it too long."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(f"{path}: another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
+                time.sleep(0.05)
+        yield
