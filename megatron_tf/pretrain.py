@@ -1,4 +1,4 @@
-"""Train a TokenFormer: `python -m megatron_tf.pretrain CONFIG.yaml [--section.key=value ...]`, or under torchrun or srun."""
+"""Train: `python -m megatron_tf.pretrain CONFIG.yaml [--section.key=value ...]`, alone or by torchrun or srun."""
 
 import argparse
 import os
@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(config: RunConfig) -> None:
     """Join the other ranks and train."""
-    from megatron_tf.training.trainer import train  # after the configuration is known to be sound: it takes seconds
+    from megatron_tf.training.trainer import (
+        train,
+    )  # after the configuration is known to be sound: it takes seconds
 
     parallel = config.parallel
     mesh = init_mesh(

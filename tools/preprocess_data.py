@@ -46,7 +46,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--log-interval", type=int, default=10000, help="documents between lines of a log")
     parser.add_argument(
-        "--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad before it is an error"
+        "--max-bad-lines",
+        type=float,
+        default=0.001,
+        help="fraction of lines that may be bad before it is an error",
     )
     return parser.parse_args(arguments)
 
@@ -85,7 +88,7 @@ class Tally:
 
     def __init__(self, keys: list[str]) -> None:
         self.documents = 0
-        self.tokens: Counter[str] = Counter({key: 0 for key in keys})
+        self.tokens: Counter[str] = Counter(dict.fromkeys(keys, 0))
         self.bytes: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
 

@@ -47,9 +47,7 @@ def temporary_directory(root: Path, step: int) -> Path:
     return root / f".step_{step:08d}.tmp"
 
 
-def publish(
-    root: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry], groups: Groups
-) -> Path:
+def publish(root: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry], groups: Groups) -> Path:
     """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it."""
     temporary, target = temporary_directory(root, step), step_directory(root, step)
     text = json.dumps(metadata, indent=1)

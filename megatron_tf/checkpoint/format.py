@@ -68,7 +68,8 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
             "groups": {
-                group: {name: asdict(entry) for name, entry in tensors.items()} for group, tensors in self.groups.items()
+                group: {name: asdict(entry) for name, entry in tensors.items()}
+                for group, tensors in self.groups.items()
             },
         }
         return json.dumps(body | {"xxh3_128": _checksum_of(body)}, indent=1)
@@ -128,7 +129,9 @@ class PieceFileWriter:
         with self.file:
             if error is None:
                 if self.bytes - self.header_bytes != self.expected:
-                    raise AssertionError(f"{self.path}: {self.bytes - self.header_bytes} of {self.expected} bytes written")
+                    raise AssertionError(
+                        f"{self.path}: {self.bytes - self.header_bytes} of {self.expected} bytes written"
+                    )
                 self.file.flush()
                 os.fsync(self.file.fileno())
 

@@ -1,8 +1,8 @@
 """Growth by zero keys: appending parameter tokens to a checkpoint without changing what its model computes.
 
-A key of zeros scores zero on every input: under both L2 normalisations it adds nothing to the row's norm, and its weight
-gelu(0) is zero, so the output stays as it is provided that tau is kept. The new values are drawn as at birth: they give
-the new keys a gradient at the first step.
+A key of zeros scores zero on every input: under both L2 normalisations it adds nothing to the row's norm, and its
+weight gelu(0) is zero, so the output stays as it is provided that tau is kept. The new values are drawn as at birth:
+they give the new keys a gradient at the first step.
 """
 
 import difflib
@@ -44,7 +44,7 @@ class GrowthPlan:
     def rows(self, name: str, old: int) -> int:
         """Rows of the tensor `name` after growth."""
         kind = token_kind(name)
-        return self.tokens[kind][1] if kind in self.tokens else old
+        return self.tokens[kind][1] if kind is not None and kind in self.tokens else old
 
     def new_rows(self, group: str, name: str, start: int, stop: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of what is appended: drawn for value tokens, zero for keys and for Adam's moments."""
@@ -83,7 +83,7 @@ def plan_growth(metadata: Mapping[str, Any], request: str) -> GrowthPlan:
     model = metadata["model"]
     if model["norm_activation"] == "softmax":
         raise CheckpointError(
-            "a softmax model cannot be grown exactly by zero keys: each new token takes a share exp(0) = 1 of every row's sum"
+            "a softmax model cannot be grown exactly by zero keys: each new token adds exp(0) = 1 to every row's sum"
         )
     tokens = {}
     for kind, new in _parse_request(request).items():

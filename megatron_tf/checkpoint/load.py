@@ -156,5 +156,5 @@ def _suggest_another(asked: Path, failed: Path) -> str:
                 CheckpointReader(candidate).verify()
             except CheckpointError:
                 continue
-            return f"; the newest sound checkpoint is {candidate}: name it in checkpoint.load, or write its name into {LATEST}"
+            return f"; the newest sound checkpoint is {candidate}: write its name into {LATEST} to use it"
     return ""

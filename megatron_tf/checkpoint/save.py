@@ -100,7 +100,7 @@ def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[
     if group is not None:
         outcomes = [None] * group.size()
         dist.all_gather_object(outcomes, outcome, group=group)
-    for rank, (_, error) in enumerate(outcomes):
-        if error is not None:
-            raise CheckpointError(f"saving failed on rank {rank}: {error}")
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise CheckpointError(f"saving failed on rank {rank}: {failure}")
     return [result for result, _ in outcomes]

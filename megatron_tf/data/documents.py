@@ -37,7 +37,8 @@ class BadLines:
         bad = self.counts.total()
         if bad > allowed_fraction * self.lines:
             raise DataError(
-                f"{bad} of {self.lines} lines are bad, more than --max-bad-lines {allowed_fraction:g} allows:\n{self.summary()}"
+                f"{bad} of {self.lines} lines are bad, more than --max-bad-lines {allowed_fraction:g} allows:\n"
+                f"{self.summary()}"
             )
 
 
@@ -101,7 +102,7 @@ def _open(path: Path) -> BinaryIO:
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
             path.open("rb"), read_across_frames=True, closefd=True
         )
-        return io.BufferedReader(reader, 1 << 20)  # type: ignore[type-var, return-value]
+        return io.BufferedReader(reader, 1 << 20)
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.name.endswith(".jsonl"):

@@ -10,7 +10,7 @@ from megatron_tf.data.order import SampleOrder
 
 
 class GPTDataset:
-    """`dataset[i]` is sample i, int64 [seq_length + 1], for any i >= 0, over a range of an indexed dataset's documents."""
+    """`dataset[i]` is sample i, int64 [seq_length + 1], for any i >= 0, over a range of documents."""
 
     def __init__(
         self, dataset: IndexedDataset, documents: range, seq_length: int, seed: int, name: str, cache: Path

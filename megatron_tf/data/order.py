@@ -59,7 +59,8 @@ class SampleOrder:
 
     def _open(self, epoch: int) -> EpochOrder:
         key = hashlib.blake2b(
-            repr((ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)).encode(), digest_size=16
+            repr((ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)).encode(),
+            digest_size=16,
         ).hexdigest()
         directory = self.cache / f"order-{key}"
         if not directory.exists():

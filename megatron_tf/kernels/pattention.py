@@ -134,9 +134,7 @@ def backward_first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Te
 def backward_second(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, share: Tensor) -> None:
     """`grad` [R, n] goes in as `backward_first` left it and becomes dA; `share` is c / tau^p [R]."""
     for rows in _row_chunks(scores):
-        grad[rows] = norm.second(
-            _widen(scores[rows]), factor[rows, None], _widen(grad[rows]), share[rows, None]
-        )
+        grad[rows] = norm.second(_widen(scores[rows]), factor[rows, None], _widen(grad[rows]), share[rows, None])
 
 
 def _row_chunks(scores: Tensor) -> Iterator[slice]:

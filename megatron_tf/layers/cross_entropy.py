@@ -36,5 +36,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Loss of each token, fp32 [T], the same on every rank; logits [T, V / R], target ids [T] of the whole vocabulary."""
+    """Loss of each token, fp32 [T], the same on every rank; logits [T, V / R], target ids [T]."""
     return _CrossEntropy.apply(logits, targets, group)

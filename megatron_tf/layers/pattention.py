@@ -73,11 +73,16 @@ def _sum_statistic(statistic: Tensor, norm: Normalisation, group: ProcessGroup |
 
 
 class _Pattend(torch.autograd.Function):
-    """Keeps x, the scores and one factor a row for backward: less than a plain MLP keeps. The weights are recomputed."""
+    """Keeps x, the scores and one factor a row for backward: less than an MLP keeps. The weights are recomputed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm: Normalisation, taus: list[float], group: ProcessGroup | None, *tokens: Tensor
+        ctx: Any,
+        x: Tensor,
+        norm: Normalisation,
+        taus: list[float],
+        group: ProcessGroup | None,
+        *tokens: Tensor,
     ) -> Tensor:
         keys, values = tokens[: len(taus)], tokens[len(taus) :]
         scores = x.new_empty(len(taus), x.shape[0], keys[0].shape[0])

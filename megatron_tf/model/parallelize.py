@@ -52,7 +52,13 @@ def parameter_names(config: ModelConfig) -> list[str]:
 
 
 def micro_batch_shapes(
-    config: ModelConfig, mesh: Mesh, count: int, size: int, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+    config: ModelConfig,
+    mesh: Mesh,
+    count: int,
+    size: int,
+    seq_length: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
 ) -> MicroBatches:
     """Shapes of `count` micro-batches of `size` samples, as they pass between this mesh's stages."""
     ranks = mesh.size("tp")

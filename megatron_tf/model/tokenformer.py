@@ -98,9 +98,7 @@ class TokenFormer(nn.Module):
 
     def _vocabulary_weight(self) -> VocabularyWeight:
         config = self.config
-        return VocabularyWeight(
-            config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel
-        )
+        return VocabularyWeight(config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel)
 
     def _rotary(self, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
         ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1

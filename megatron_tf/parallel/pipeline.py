@@ -3,6 +3,7 @@
 The schedules are those of torch.distributed.pipelining.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -31,11 +32,15 @@ def partition_layers(costs: Sequence[float], first: float, last: float, num_stag
     best = {0: (0.0, [0])}
     for stage in range(num_stages):
         best = {
-            stop: min(_extend(best[start], start, stop, stage, costs, first, last, num_stages) for start in best if start < stop)
+            stop: min(
+                _extend(best[start], start, stop, stage, costs, first, last, num_stages)
+                for start in best
+                if start < stop
+            )
             for stop in range(stage + 1, layers + 1)
         }
     cuts = best[layers][1]
-    return [range(start, stop) for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
 def _extend(
@@ -115,7 +120,7 @@ class PipelineRunner:
         mesh: Mesh,
         schedule: Literal["1f1b", "gpipe"],
     ) -> None:
-        kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}[schedule]
+        kind: type[Schedule1F1B | ScheduleGPipe] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
         self.schedule = self._make(kind, module, loss_function, micro_batches, mesh)
         self.evaluation = self._make(ScheduleGPipe, module, loss_function, micro_batches, mesh)
         self.is_first = mesh.rank("pp") == 0
@@ -123,7 +128,7 @@ class PipelineRunner:
 
     @staticmethod
     def _make(
-        kind: type[Schedule1F1B] | type[ScheduleGPipe],
+        kind: type[Schedule1F1B | ScheduleGPipe],
         module: nn.Module,
         loss_function: LossFunction,
         micro_batches: MicroBatches,

@@ -50,7 +50,7 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     start, stop, writer = 0, parameter.shape[0], not is_copy
     local = parameter.detach()
     if isinstance(parameter, DTensor):
-        local = parameter.detach().to_local()
+        local = local_tensor(parameter.detach())
         mesh = parameter.device_mesh
         names = mesh.mesh_dim_names or ()
         for dim in sorted(range(mesh.ndim), key=lambda d: names[d] == "dp"):

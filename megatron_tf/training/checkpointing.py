@@ -122,4 +122,6 @@ def _check_same_model(reader: CheckpointReader, model: ModelConfig, source: Path
 def _check_same_tokenizer(reader: CheckpointReader, tokenizer: dict[str, Any], source: Path) -> None:
     saved = reader.metadata["tokenizer"]
     if saved != tokenizer:
-        raise CheckpointError(f"{source} was trained with another tokenizer ({saved}) than the configured one ({tokenizer})")
+        raise CheckpointError(
+            f"{source} was trained with another tokenizer ({saved}) than the configured one ({tokenizer})"
+        )

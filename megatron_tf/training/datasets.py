@@ -40,9 +40,7 @@ def build_dataset(config: RunConfig, split: Split) -> Samples:
         parts = split_documents(len(indexed), config.data.split)
         documents = range(len(indexed)) if whole else parts[0 if split == "train" else 1]
         name = f"{Path(prefix).name}:{split}"
-        datasets.append(
-            GPTDataset(indexed, documents, config.training.seq_length, config.training.seed, name, cache)
-        )
+        datasets.append(GPTDataset(indexed, documents, config.training.seq_length, config.training.seed, name, cache))
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights)
 
 
@@ -54,7 +52,9 @@ def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:
     try:
         return [float(weight) for weight, _ in fields], [prefix for _, prefix in fields]
     except ValueError:
-        raise ConfigError(f"data.data_path: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
+        raise ConfigError(
+            f"data.data_path: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}"
+        ) from None
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ from megatron_tf.config import LoggingConfig
 
 
 class MetricsLog:
-    """Reports from one rank; the others' (`enabled` false) say nothing. Raises OSError where a file can't be written."""
+    """Reports from one rank; the others' (`enabled` false) say nothing. Raises OSError for an unwritable file."""
 
     def __init__(self, config: LoggingConfig, first_step: int, train_iters: int, enabled: bool) -> None:
         self.config = config
@@ -67,7 +67,9 @@ class MetricsLog:
             now = time.perf_counter()
             rate = self.interval_tokens / (now - self.interval_start)
             self.interval_start, self.interval_tokens = now, 0
-            shown = "  ".join(f"{name} {value:.4g}" if name != "loss" else f"loss {value:.4f}" for name, value in values.items())
+            shown = "  ".join(
+                f"{name} {value:.4g}" if name != "loss" else f"loss {value:.4f}" for name, value in values.items()
+            )
             self.say(f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s")
 
     def validation(self, step: int, loss: float) -> None:

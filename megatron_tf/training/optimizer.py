@@ -41,7 +41,10 @@ class Optimizer:
         decayed = [s.tensor for s in shards if not s.name.startswith("final_norm.")]
         others = [s.tensor for s in shards if s.name.startswith("final_norm.")]
         self.adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ]
             if others
             else [{"params": decayed, "weight_decay": config.weight_decay}],
             lr=config.lr,

@@ -41,7 +41,13 @@ def build_state(config: RunConfig, mesh: Mesh) -> TrainState:
     dtype = DTYPES[training.precision]
     count = num_micro_batches(config, mesh.size("dp"))
     shapes = micro_batch_shapes(
-        config.model, mesh, count, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+        config.model,
+        mesh,
+        count,
+        training.micro_batch_size,
+        training.seq_length,
+        parallel.sequence_parallel,
+        dtype,
     )
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     shards = parameter_shards(model)

@@ -9,7 +9,13 @@ from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import Progress, checkpoint_to_read, new_progress, restore_state, save_state
+from megatron_tf.training.checkpointing import (
+    Progress,
+    checkpoint_to_read,
+    new_progress,
+    restore_state,
+    save_state,
+)
 from megatron_tf.training.datasets import build_loader, check_tokenizer
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.schedule import learning_rate

@@ -6,7 +6,6 @@ import torch
 from megatron_tf.model.parallelize import build_stage
 from megatron_tf.parallel import collectives
 from tests.ranks.test_layouts import layout_config
-from tests.support.training import random_batch
 
 HIDDEN, TOKENS_PER_RANK_CALL = 32, 16
 

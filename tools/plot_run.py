@@ -1,0 +1,128 @@
+"""Draw the loss of a run from its metrics files, stage after stage, with growth marked, and sum it up in a table."""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SMOOTHING_STEPS = 10
+
+
+@dataclass
+class Stage:
+    """One metrics file: a run under one model and layout."""
+
+    parameters: int
+    layout: dict[str, int]
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metrics; a step done again after an interruption counts once, as it was the last time."""
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def series(self, key: str) -> list[float]:
+        """One metric, in the order of steps."""
+        return [self.steps[step][key] for step in sorted(self.steps)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the picture is written, 1 after an error."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics files (logging.metrics_file), oldest first")
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--summary", type=Path, help="Markdown file for the table")
+    parser.add_argument("--title", default="")
+    args = parser.parse_args(arguments)
+    try:
+        stages = [read_stage(path) for path in args.metrics]
+        draw(stages, args.output, args.title)
+        table = summarize(stages)
+        print(table)
+        if args.summary:
+            args.summary.write_text(table + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def read_stage(path: Path) -> Stage:
+    """Parse a metrics file. Raises ValueError naming the line where it is damaged."""
+    stage: Any = None  # until the line that starts it
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            values: dict[str, Any] = json.loads(line)
+            if values.get("event") == "start":
+                stage = stage or Stage(values["parameters"], values["layout"])
+            elif "validation_loss" in values:
+                stage.validation[values["step"]] = values["validation_loss"]
+            else:
+                stage.steps[values["step"]] = values
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a line of metrics ({error})") from error
+    if stage is None or not stage.steps:
+        raise ValueError(f"{path} holds no training step")
+    return stage
+
+
+def draw(stages: list[Stage], output: Path, title: str) -> None:
+    """Loss against tokens, a colour for each stage, a line at each growth."""
+    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for number, stage in enumerate(stages):
+        layout = ", ".join(f"{axis} {size}" for axis, size in stage.layout.items() if size > 1) or "one rank"
+        colour = f"C{number}"
+        tokens, loss = stage.series("tokens"), stage.series("loss")
+        axes.plot(tokens, loss, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(tokens, smooth(loss), color=colour, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
+        points = [(stage.steps[step]["tokens"], loss) for step, loss in stage.validation.items() if step in stage.steps]
+        axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=24, zorder=3)
+    axes.scatter([], [], color="0.4", s=24, label="held-out text")
+    for before, after in itertools.pairwise(stages):
+        if before.parameters != after.parameters:
+            mark_growth(axes, before, after)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+
+
+def mark_growth(axes: Axes, before: Stage, after: Stage) -> None:
+    """A vertical line where the model grew."""
+    position = before.series("tokens")[-1]
+    axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
+    text = f" grown: {before.parameters / 1e6:.1f} M to {after.parameters / 1e6:.1f} M"
+    axes.text(position, 0.72, text, transform=axes.get_xaxis_transform(), va="top")
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over the last steps."""
+    return [statistics.fmean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
+
+
+def summarize(stages: list[Stage]) -> str:
+    """A Markdown table, a row a stage; first and last loss are means over 10 steps."""
+    rows = [
+        "| stage | layout (tp, pp, dp) | parameters | steps | tokens | first loss | last loss | held-out | rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for number, stage in enumerate(stages, 1):
+        loss, tokens = stage.series("loss"), int(stage.series("tokens")[-1])
+        layout = ", ".join(str(stage.layout[axis]) for axis in ("tp", "pp", "dp"))
+        held_out = f"{stage.validation[max(stage.validation)]:.3f}" if stage.validation else "-"
+        rows.append(
+            f"| {number} | {layout} | {stage.parameters:,} | {min(stage.steps)}-{max(stage.steps)} "
+            f"| {tokens:,} | {statistics.fmean(loss[:10]):.3f} | {statistics.fmean(loss[-10:]):.3f} "
+            f"| {held_out} | {statistics.median(stage.series('tokens_per_second')):,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
