@@ -31,7 +31,7 @@ def small_run(**sections) -> RunConfig:
         "parallel": {},
     }
     for section, keys in sections.items():
-        values[section] |= keys
+        values.setdefault(section, {}).update(keys)
     return parse_config(RunConfig, values, "test")
 
 

@@ -1,0 +1,182 @@
+"""Checkpoints between layouts: parameters and Adam's state bit for bit, resuming, repartitioning, growth."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.growth import GrowthPlan
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.inference.model import load_model
+from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
+from megatron_tf.training.state import build_state
+from megatron_tf.training.step import train_step
+from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
+from tests.support.training import random_batch
+from tools import reshard_checkpoint
+
+TOKENIZER = {"type": "none"}
+
+
+def train_and_save(mesh, config, steps, root):
+    """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
+    state = build_state(config, mesh)
+    progress = restore_state(state, config, TOKENIZER) or new_progress(config.model, TOKENIZER)
+    losses = []
+    while progress.step < steps:
+        losses.append(train_step(state, random_batch(config, progress.step, mesh), 1e-3).loss)
+        progress = progress.after_step(8, 8 * 16)
+    save_state(state, config, progress, Path(root))
+    return losses
+
+
+def logical_tensors(root):
+    """Everything in a checkpoint, read with safetensors and JSON alone."""
+    directory = Path(root) / (Path(root) / "latest").read_text()
+    manifest = json.loads((directory / "manifest.json").read_text())
+    tensors = {}
+    for group, entries in manifest["groups"].items():
+        for name, entry in entries.items():
+            parts = []
+            for piece in entry["pieces"]:
+                with safe_open(directory / piece["file"], "pt") as file:
+                    parts.append(file.get_tensor(name))
+            tensors[group, name] = torch.cat(parts)
+    return tensors
+
+
+def assert_same_bits(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+def test_any_layout_reads_what_any_other_wrote(rank_pool, tmp_path, untied):
+    """Eight layouts in a ring: each loads what the one before saved and saves it again, without a step."""
+    first = tmp_path / "start"
+    rank_pool.run(train_and_save, 2, 2, 2, layout_config((2, 2, 2), True, untied), 2, first)
+    expected, source = logical_tensors(first), first
+    assert len(expected) % 3 == 0
+    assert all(tensor.abs().sum() > 0 for (group, _), tensor in expected.items() if group != "model")
+    for layout, sequence_parallel in CASES:
+        target = tmp_path / f"{layout}-{sequence_parallel}"
+        config = layout_config(layout, sequence_parallel, untied, checkpoint={"load": source})
+        rank_pool.run(train_and_save, *layout, config, 2, target)
+        assert_same_bits(logical_tensors(target), expected)
+        source = target
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_a_resumed_run_continues_bit_for_bit(rank_pool, tmp_path, layout):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    sequence_parallel = layout[0] > 1
+    expected = rank_pool.run(train_and_save, *layout, layout_config(layout, sequence_parallel), 6, straight)[0]
+    config = layout_config(layout, sequence_parallel, checkpoint={"save": stopped})
+    losses = rank_pool.run(train_and_save, *layout, config, 3, stopped)[0]
+    losses += rank_pool.run(train_and_save, *layout, config, 6, stopped)[0]
+    assert losses == expected
+    assert_same_bits(logical_tensors(stopped), logical_tensors(straight))
+
+
+@pytest.fixture(scope="module")
+def trained(rank_pool, tmp_path_factory):
+    """A checkpoint of two steps on (2, 2, 1)."""
+    root = tmp_path_factory.mktemp("trained")
+    rank_pool.run(train_and_save, 2, 2, 1, layout_config((2, 2, 1), True), 2, root)
+    return root
+
+
+def reshard(source, target, *options):
+    return reshard_checkpoint.main(["--load", str(source), "--save", str(target), *options])
+
+
+def test_there_and_back_gives_identical_tensors(trained, tmp_path):
+    assert reshard(trained, tmp_path / "b", "--target-tensor-parallel-size", "4", "--verify") == 0
+    there, back = ["--target-tensor-parallel-size", "2"], ["--target-pipeline-parallel-size", "2"]
+    assert reshard(tmp_path / "b", tmp_path / "a", *there, *back, "--verify") == 0
+    assert_same_bits(logical_tensors(tmp_path / "a"), logical_tensors(trained))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_growth_on_any_layout(rank_pool, trained, tmp_path, layout):
+    tensor, pipeline, _ = layout
+    grown, after = tmp_path / "grown", tmp_path / "after"
+    sizes = ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
+    assert reshard(trained, grown, *sizes, "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
+    old, new = logical_tensors(trained), logical_tensors(grown)
+    for (group, name), tensor_after in new.items():
+        rows = old[group, name].shape[0]
+        assert torch.equal(tensor_after[:rows], old[group, name])
+        if group != "model" or name.endswith("key_tokens"):
+            assert not tensor_after[rows:].any()
+        elif name.endswith("value_tokens"):
+            assert len(tensor_after) > rows
+            assert tensor_after[rows:].all()
+    ids = torch.arange(24)[None]
+    assert (load_model(trained)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
+    assert load_model(grown).metadata["lineage"][0]["kinds"] == {"qkv": [32, 48], "proj": [24, 40], "ffn": [64, 128]}
+    model = {"qkv_tokens": 48, "proj_tokens": 40, "ffn_tokens": 128}
+    config = layout_config(layout, tensor > 1, model=model, checkpoint={"load": grown})
+    rank_pool.run(train_and_save, *layout, config, 3, after)
+    for (group, name), moment in logical_tensors(after).items():
+        if group == "exp_avg" and name.endswith("key_tokens"):
+            rows = old[group, name].shape[0]
+            assert (moment[rows:].abs().sum(1) > 0).all(), f"{name}: a new key got no gradient at the first step"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--grow", "fnn=128"], "did you mean ffn?"),
+        (["--grow", "ffn=64"], "growth only adds"),
+        (["--grow", "ffn=x"], "write KIND=NUMBER"),
+        (["--target-tensor-parallel-size", "3"], "4 attention heads cannot be shared equally by 3"),
+        (["--target-pipeline-parallel-size", "5"], "every stage needs a layer"),
+        (["--target-tensor-parallel-size", "4", "--grow", "ffn=66"], "66 rows, which 4 tensor-parallel ranks"),
+    ],
+)
+def test_the_tool_explains_mistakes_and_writes_nothing(trained, tmp_path, capsys, options, message):
+    assert reshard(trained, tmp_path / "x", *options) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists() or not any((tmp_path / "x").iterdir())
+
+
+def test_dead_growth_is_refused():
+    with pytest.raises(CheckpointError, match="neither ever receives a gradient"):
+        GrowthPlan({"ffn": (4, 8)}, value_std=0.0, seed=1)
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained):
+    config = layout_config((1, 1, 1), model={"num_layers": 2}, checkpoint={"load": trained})
+    with pytest.raises(CheckpointError, match="num_layers is 3 in the checkpoint, 2 in the configuration"):
+        restore_state(None, config, TOKENIZER)
+
+
+def damage(path, kind):
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped bit"])
+@pytest.mark.parametrize("pattern", ["model-*", "exp_avg-*", "metadata.json", "manifest.json"])
+def test_damage_is_found_and_named(trained, tmp_path, pattern, kind):
+    copy = tmp_path / "copy"
+    for file in trained.rglob("*"):
+        if file.is_file():
+            (copy / file.relative_to(trained)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / file.relative_to(trained)).write_bytes(file.read_bytes())
+    CheckpointReader(copy).verify()
+    victim = next(copy.glob(f"step_*/{pattern}"))
+    damage(victim, kind)
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointReader(copy).verify()
+    assert victim.name in str(caught.value)

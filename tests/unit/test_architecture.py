@@ -1,0 +1,34 @@
+"""The direction of imports: each package imports only from floors below its own."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2] / "megatron_tf"
+FLOORS = [
+    {"config", "parallel", "kernels", "_index"},
+    {"layers", "data", "checkpoint"},
+    {"model"},
+    {"training", "inference"},
+    {"pretrain", "generate"},
+]
+FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("megatron_tf."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("megatron_tf."))
+
+
+def test_packages_import_only_from_floors_below():
+    seen = 0
+    for path in ROOT.rglob("*.py"):
+        package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if package == "__init__":
+            continue  # offers what is above it, lazily
+        for imported in imports(path):
+            seen += 1
+            assert imported == package or FLOOR[imported] < FLOOR[package], f"{path} imports {imported}"
+    assert seen > 50
