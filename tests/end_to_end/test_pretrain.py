@@ -1,0 +1,166 @@
+"""From text to a grown, continued run through the command lines, and what they say to mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tf.config.load import to_dict
+from tests.support.training import small_run
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command, ranks=1, timeout=120):
+    """A finished command: `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`."""
+    if command[0].endswith(".py"):
+        start = [sys.executable, *command]
+    elif ranks == 1:
+        start = [sys.executable, "-m", *command]
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", *command]
+    arguments = [str(part) for part in start]
+    return subprocess.run(
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data of bytes and a configuration."""
+    folder = tmp_path_factory.mktemp("run")
+    text = "the quick brown fox jumps over the lazy dog. "
+    with (folder / "text.jsonl").open("w") as file:
+        for i in range(40):
+            file.write(json.dumps({"text": text * (1 + i % 5), "meta": {"pile_set_name": "Fox"}}) + "\n")
+        file.write("\n")
+    prefix = folder / "data"
+    options = ["--tokenizer-type", "NullTokenizer", "--append-eod", "--workers", "2"]
+    done = run("tools/preprocess_data.py", "--input", folder / "text.jsonl", "--output-prefix", prefix, *options)
+    assert done.returncode == 0, done.stderr
+    config = to_dict(
+        small_run(
+            model={"vocab_size": 257},
+            training={"train_iters": 4},
+            data={"data_path": [f"{prefix}_text_document"], "split": "80,20,0"},
+        )
+    )
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_train_resume_grow_continue_generate(folder):
+    save, metrics = folder / "base", folder / "metrics.jsonl"
+    options = [f"--checkpoint.save={save}", f"--logging.metrics_file={metrics}", "--training.eval_interval=2"]
+    parallel = ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"]
+    options += ["--training.eval_iters=1", "--logging.log_interval=1"]
+    first = run("megatron_tf.pretrain", folder / "run.yaml", *options, *parallel, ranks=2)
+    assert first.returncode == 0, first.stderr
+    assert "validation loss" in first.stdout
+    again = run("megatron_tf.pretrain", folder / "run.yaml", *options, "--training.train_iters=6")
+    assert again.returncode == 0, again.stderr
+    assert "at step 4" in again.stdout
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    stages = ["--target-pipeline-parallel-size", "2", "--grow", "ffn=128", "--verify"]
+    grown = run("tools/reshard_checkpoint.py", "--load", save, "--save", folder / "grown", *stages)
+    assert grown.returncode == 0, grown.stderr
+    assert "verified" in grown.stdout
+    options = [f"--checkpoint.load={folder / 'grown'}", f"--checkpoint.save={folder / 'after'}"]
+    options += ["--model.ffn_tokens=128", "--parallel.pipeline_model_parallel_size=2", "--training.train_iters=8"]
+    after = run("megatron_tf.pretrain", folder / "run.yaml", *options, ranks=2)
+    assert after.returncode == 0, after.stderr
+    text = run("megatron_tf.generate", folder / "after", "--prompt", "the quick", "--max-new-tokens", "5")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("the quick")
+    other = run("megatron_tf.pretrain", folder / "run.yaml", f"--checkpoint.save={save}", "--model.num_layers=2")
+    assert other.returncode == 1
+    assert "another model" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--model.hiden_size=1", "did you mean 'hidden_size'?"),
+        ("--data.data_path=[nowhere]", "nowhere.idx is missing"),
+        ("--model.vocab_size=300", "set model.vocab_size to that"),
+        ("--parallel.tensor_model_parallel_size=2", "the world has 1 rank(s)"),
+        ("--data.tokenizer_type=NulTokenizer", "did you mean NullTokenizer?"),
+        ("--checkpoint.load=nowhere", "nowhere does not exist"),
+        ("--training.seq_length=100000", "too few for one sample"),
+    ],
+)
+def test_a_mistake_ends_with_one_clear_error(folder, override, message):
+    done = run("megatron_tf.pretrain", folder / "run.yaml", override)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_data_made_with_another_tokenizer(folder):
+    report = folder / "data_text_document.json"
+    original = report.read_text()
+    report.write_text(original.replace("NullTokenizer", "HFTokenizer"))
+    try:
+        done = run("megatron_tf.pretrain", folder / "run.yaml")
+    finally:
+        report.write_text(original)
+    assert done.returncode == 1
+    assert "another tokenizer" in done.stderr
+
+
+def test_truncated_data(folder):
+    path = folder / "data_text_document.bin"
+    original = path.read_bytes()
+    path.write_bytes(original[:-7])
+    try:
+        done = run("megatron_tf.pretrain", folder / "run.yaml")
+    finally:
+        path.write_bytes(original)
+    assert done.returncode == 1
+    assert "truncated" in done.stderr
+
+
+def test_one_failing_rank_ends_all_within_a_minute(folder):
+    """Rank 1 alone is given a file it can't read; the launcher must end with its error."""
+    script = folder / "one_rank.py"
+    script.write_text(
+        "import os, sys\n"
+        "from megatron_tf.pretrain import main\n"
+        "bad = ['--data.data_path=[nowhere]'] if os.environ['RANK'] == '1' else []\n"
+        f"sys.exit(main([{str(folder / 'run.yaml')!r}, '--parallel.tensor_model_parallel_size=2', *bad]))\n"
+    )
+    start = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    assert "[rank 1] error: " in done.stderr
+    assert "nowhere.idx is missing" in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_preprocessing_counts_and_refuses_bad_lines(tmp_path):
+    good, lines = '{"text": "abc"}\n', ["{broken\n", '{"other": 1}\n', '{"text": 5}\n', '{"text": "\xff']
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes((good * 3 + "".join(lines)).encode("latin-1"))
+    common = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-type", "NullTokenizer"]
+    refused = run("tools/preprocess_data.py", *common)
+    assert refused.returncode == 1
+    assert "4 of 7 lines are bad" in refused.stderr
+    assert not list(tmp_path.glob("out*"))
+    allowed = run("tools/preprocess_data.py", *common, "--max-bad-lines", "0.6")
+    assert allowed.returncode == 0, allowed.stderr
+    report = json.loads((tmp_path / "out_text_document.json").read_text())
+    assert (report["documents"], report["tokens"]) == (3, 9)
+    assert {kind: bad["first"] for kind, bad in report["bad_lines"].items()} == {
+        "malformed JSON": f"{path}:4",
+        "no key 'text'": f"{path}:5",
+        "'text' is not a text": f"{path}:6",
+        "invalid UTF-8": f"{path}:7",
+    }
