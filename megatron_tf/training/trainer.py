@@ -45,7 +45,6 @@ def _loop(
 ) -> Progress:
     training, checkpoint = config.training, config.checkpoint
     samples, tokens = training.global_batch_size, training.global_batch_size * training.seq_length
-    saved_step = progress.step
     while progress.step < training.train_iters:
         start = time.perf_counter()
         lr = learning_rate(config.optimizer, progress.step, training.train_iters)
@@ -58,10 +57,7 @@ def _loop(
             log.validation(progress.step, _validate(config, state))
         if checkpoint.save and (done or (checkpoint.save_interval and progress.step % checkpoint.save_interval == 0)):
             path = save_state(state, config, progress, checkpoint.save)
-            saved_step = progress.step
-            log.say(f"step {progress.step:>6}/{training.train_iters}  saved {path}")
-    if checkpoint.save and saved_step != progress.step:
-        save_state(state, config, progress, checkpoint.save)
+                    log.say(f"step {progress.step:>6}/{training.train_iters}  saved {path}")
     return progress
 
 

@@ -1,0 +1,160 @@
+"""Indexed datasets byte by byte, the order of samples, blends, the loader and tokenizers."""
+
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_tf.data.blend import BlendedDataset
+from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.tokenizer import build_tokenizer
+
+SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "pile_sample_heldout.jsonl.zst"
+DOCUMENTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
+
+
+def write(prefix, documents, dtype=np.uint16):
+    with IndexedDatasetWriter(prefix, np.dtype(dtype)) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return prefix
+
+
+def test_bytes_are_those_of_megatron(tmp_path):
+    prefix = write(tmp_path / "d", DOCUMENTS)
+    assert Path(f"{prefix}.bin").read_bytes() == struct.pack("<9H", *range(1, 10))
+    expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 5)
+    expected += struct.pack("<3i", 3, 5, 1) + struct.pack("<3q", 0, 6, 16) + struct.pack("<5q", 0, 1, 1, 2, 3)
+    assert Path(f"{prefix}.idx").read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
+
+
+def test_documents_come_back(tmp_path):
+    dataset = IndexedDataset(write(tmp_path / "d", DOCUMENTS, np.int32))
+    assert [dataset.document(i).tolist() for i in range(len(dataset))] == DOCUMENTS
+    assert dataset.document_lengths.tolist() == [3, 0, 5, 1]
+    assert dataset.document(2, 1, 3).tolist() == [5, 6]
+    assert (token_dtype(65499), token_dtype(65500)) == (np.uint16, np.int32)
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path):
+    def fail():
+        with IndexedDatasetWriter(tmp_path / "d", np.dtype(np.uint16)) as writer:
+            writer.add_document([1])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_mutated_indices_are_refused_or_read_rightly(tmp_path):
+    prefix = write(tmp_path / "d", DOCUMENTS)
+    index = Path(f"{prefix}.idx")
+    original = index.read_bytes()
+    generator, refused = random.Random(1), 0
+    for _ in range(3000):
+        data = bytearray(original)
+        for _ in range(generator.randint(1, 3)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        data = data[: generator.randrange(len(data) + 1)] if generator.random() < 0.2 else data
+        index.write_bytes(data)
+        try:
+            dataset = IndexedDataset(prefix)
+            read = [len(dataset.document(i)) for i in range(len(dataset))]
+            assert sum(read) == len(dataset.tokens)
+        except DataError:
+            refused += 1
+    assert refused > 2500
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 1000, size) for size in generator.integers(0, 40, 60)]
+    return IndexedDataset(write(tmp_path / "d", documents)), tmp_path / "cache"
+
+
+def gpt(dataset, seed=1, name="d", documents=None, seq_length=8):
+    indexed, cache = dataset
+    return GPTDataset(indexed, documents or range(len(indexed)), seq_length, seed, name, cache)
+
+
+def test_an_epoch_is_the_documents_end_to_end(dataset):
+    samples = gpt(dataset)
+    order, _ = samples.order.locate(0)
+    stream = np.concatenate([dataset[0].document(int(d)) for d in order.documents])
+    count = samples.order.samples_per_epoch
+    for i in range(count):
+        place = int(order.shuffle[i])
+        assert samples[i].tolist() == stream[place * 8 : place * 8 + 9].tolist()
+    assert sorted(order.shuffle.tolist()) == list(range(count))
+
+
+def test_epochs_seeds_and_names_have_orders_of_their_own(dataset):
+    count = gpt(dataset).order.samples_per_epoch
+    epochs = [[gpt(dataset)[e * count + i].tolist() for i in range(count)] for e in range(2)]
+    assert epochs[0] != epochs[1]
+    assert gpt(dataset, seed=2)[0].tolist() != epochs[0][0]
+    assert gpt(dataset, name="e")[0].tolist() != epochs[0][0]
+    assert [gpt(dataset)[i].tolist() for i in range(count)] == epochs[0]
+
+
+def test_too_few_tokens(dataset):
+    with pytest.raises(DataError, match="too few for one sample"):
+        gpt(dataset, seq_length=10**6)
+
+
+def test_splits_are_over_documents():
+    assert split_documents(1000, "969,30,1") == (range(969), range(969, 999), range(999, 1000))
+    for bad in ("1,2", "a,b,c", "0,0,0", "-1,1,1"):
+        with pytest.raises(DataError, match="three shares"):
+            split_documents(10, bad)
+
+
+def test_blends_keep_their_proportions_beyond_a_block(dataset):
+    blend = BlendedDataset([gpt(dataset), gpt(dataset, name="e")], [1.0, 3.0])
+    before = blend[100].tolist()
+    assert blend[70000] is not None
+    assert blend[100].tolist() == before
+    assert abs(np.bincount(blend.which[:70000])[1] / 70000 - 0.75) < 1e-3
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_replicas(dataset, replicas):
+    samples = gpt(dataset)
+    loaders = [BatchLoader(samples, 8, 2, replica, replicas, 16) for replica in range(replicas)]
+    next(loaders[0]), [next(loader) for loader in loaders[1:]]
+    batches = np.stack([next(loader).numpy() for loader in loaders], axis=1)
+    expected = [samples[i].tolist() for i in range(24, 32)]
+    assert batches.reshape(8, 9).tolist() == expected
+    assert all(loader.consumed_samples == 32 for loader in loaders)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "the tab\tand\n\nlines  ", " leading", "naïve café — 你好 \U0001f600", "a\x00b", "0123456789"]
+)
+def test_tokenizers_give_the_text_back(tmp_path_factory, text):
+    from tools import train_tokenizer
+
+    prefix = tmp_path_factory.getbasetemp() / "tokenizer"
+    if not Path(f"{prefix}.model").exists():
+        options = ["--input", str(SAMPLE), "--vocab-size", "600", "--output-prefix", str(prefix)]
+        assert train_tokenizer.main([*options, "--max-sentences", "3000"]) == 0
+    trained = build_tokenizer("SentencePieceTokenizer", Path(f"{prefix}.model"))
+    for tokenizer in (trained, build_tokenizer("NullTokenizer", None)):
+        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_tokenizer_mistakes(tmp_path):
+    with pytest.raises(DataError, match="did you mean HFTokenizer"):
+        build_tokenizer("HFTokenizr", None)
+    with pytest.raises(DataError, match="needs its file"):
+        build_tokenizer("HFTokenizer", tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a HFTokenizer file"):
+        build_tokenizer("HFTokenizer", tmp_path / "bad.json")
