@@ -57,7 +57,7 @@ def _loop(
             log.validation(progress.step, _validate(config, state))
         if checkpoint.save and (done or (checkpoint.save_interval and progress.step % checkpoint.save_interval == 0)):
             path = save_state(state, config, progress, checkpoint.save)
-                    log.say(f"step {progress.step:>6}/{training.train_iters}  saved {path}")
+            log.say(f"step {progress.step:>6}/{training.train_iters}  saved {path}")
     return progress
 
 
