@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Groups, Manifest
+from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
+from megatron_tf.checkpoint.pieces import Written, collect_groups
 
 _RESERVE_BYTES = 64 << 20  # left free beside what is about to be written
+_STEP_NAME = re.compile(r"step_\d{8,}")
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -19,9 +22,27 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def temporary_directory(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is gathered."""
+    return _temporary(step_directory(root, step))
+
+
 def complete_checkpoints(root: Path) -> list[Path]:
     """Step directories under `root`, oldest first."""
-    return sorted(path for path in root.glob("step_*") if (path / MANIFEST).exists())
+    found = [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """The directory that `latest` names. Raises CheckpointError where it names none."""
+    latest = root / LATEST
+    name = latest.read_text(errors="replace").strip()
+    if not _STEP_NAME.fullmatch(name):
+        raise CheckpointError(f"{latest} is damaged: it says {name!r}: write into it the name of a step_* directory")
+    target = root / name
+    replacement = _temporary(target)
+    # a process that died between the two renames of `publish` left the complete one under its temporary name
+    return replacement if not target.exists() and (replacement / MANIFEST).exists() else target
 
 
 def prepare(root: Path, step: int, bytes_needed: int) -> Path:
@@ -30,8 +51,7 @@ def prepare(root: Path, step: int, bytes_needed: int) -> Path:
     Raises CheckpointError where the disk has less room than `bytes_needed`.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for litter in root.glob(".step_*.tmp"):
-        shutil.rmtree(litter)
+    _clear_litter(root)
     free = shutil.disk_usage(root).free
     if free < bytes_needed + _RESERVE_BYTES:
         raise CheckpointError(
@@ -42,33 +62,70 @@ def prepare(root: Path, step: int, bytes_needed: int) -> Path:
     return temporary
 
 
-def temporary_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is gathered."""
-    return root / f".step_{step:08d}.tmp"
+def publish(root: Path, step: int, metadata: Mapping[str, Any], written: Iterable[Written]) -> Path:
+    """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it.
 
-
-def publish(root: Path, step: int, metadata: Mapping[str, Any], files: Mapping[str, FileEntry], groups: Groups) -> Path:
-    """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it."""
+    Raises CheckpointError where what was written lacks rows of a tensor.
+    """
+    parts = list(written)
     temporary, target = temporary_directory(root, step), step_directory(root, step)
     text = json.dumps(metadata, indent=1)
-    _write_durably(temporary / METADATA, text)
     entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
-    _write_durably(temporary / MANIFEST, Manifest({**files, METADATA: entry}, groups).to_json())
+    files = {name: file for part in parts for name, file in part.files.items()} | {METADATA: entry}
+    manifest = Manifest(files, collect_groups(parts)).to_json()
+    _write_durably(temporary / METADATA, text)
+    _write_durably(temporary / MANIFEST, manifest)
     _sync_directory(temporary)
+    old = _discarded(target)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     temporary.rename(target)
-    new_latest = root / f".{LATEST}.tmp"
-    _write_durably(new_latest, target.name)
-    new_latest.replace(root / LATEST)
     _sync_directory(root)
+    _point_latest(root, target.name)
+    if old.exists():
+        shutil.rmtree(old)
     return target
 
 
+def abandon(root: Path, step: int) -> None:
+    """Remove what `prepare` began, after an error."""
+    shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
+
+
 def prune(root: Path, keep_last: int) -> None:
-    """Remove complete checkpoints but the newest `keep_last`."""
+    """Remove complete checkpoints but the newest `keep_last` and the one `latest` names."""
+    newest = newest_checkpoint(root)
     for path in complete_checkpoints(root)[:-keep_last]:
-        shutil.rmtree(path)
+        if path != newest:
+            # renamed first: a process that dies while removing leaves no damaged checkpoint behind
+            path.rename(_discarded(path))
+            shutil.rmtree(_discarded(path))
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _discarded(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _clear_litter(root: Path) -> None:
+    for temporary in root.glob(".step_*.tmp"):
+        target = temporary.with_name(temporary.name[1:].removesuffix(".tmp"))
+        if (temporary / MANIFEST).exists() and not target.exists():
+            temporary.rename(target)  # complete: only its last rename is missing
+        else:
+            shutil.rmtree(temporary)
+    for old in root.glob(".step_*.old"):
+        shutil.rmtree(old)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    new_latest = root / f".{LATEST}.tmp"
+    _write_durably(new_latest, name)
+    new_latest.replace(root / LATEST)
+    _sync_directory(root)
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -1,24 +1,31 @@
-"""The checkpoint format: safetensors files and JSON, described in docs/checkpoint_format.md. Nothing is pickled.
+"""The manifest of a checkpoint, described in docs/checkpoint_format.md. Nothing in a checkpoint is pickled.
 
-A tensor is cut by rows only, so a piece of it is a row range, and a file is a row range of each tensor it holds.
+A tensor is cut by rows only, so a piece of it is a row range, and a file holds a row range of some tensors.
 """
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
 FORMAT_VERSION = 1
 MANIFEST, METADATA, LATEST = "manifest.json", "metadata.json", "latest"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# no separators, no leading dot: a manifest from a stranger can't reach out of its directory
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -75,102 +82,6 @@ class Manifest:
         return json.dumps(body | {"xxh3_128": _checksum_of(body)}, indent=1)
 
 
-@dataclass(frozen=True)
-class PieceSpec:
-    """Rows [start, stop) of the tensor `name` of `shape`, about to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows."""
-        return (self.stop - self.start) * torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-
-
-class PieceFileWriter:
-    """Writes one safetensors file whose tensors arrive row by row, in the order of `specs`, and sums it up as it goes.
-
-    Used as a context manager: leaving it makes the file durable. Raises OSError as the disk does.
-    """
-
-    def __init__(self, path: Path, specs: Sequence[PieceSpec]) -> None:
-        self.path = path
-        self.specs = specs
-        self.expected = sum(spec.nbytes for spec in specs)
-        self.hash = xxhash.xxh3_128()
-        self.bytes = 0
-        self.file = path.open("xb")
-        header = _safetensors_header(specs)
-        self._append(len(header).to_bytes(8, "little") + header)
-        self.header_bytes = self.bytes
-
-    def write(self, rows: Tensor) -> None:
-        """Append the next rows."""
-        self._append(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-    def entry(self) -> FileEntry:
-        """Size and checksum of what was written."""
-        return FileEntry(self.bytes, self.hash.hexdigest())
-
-    def pieces(self) -> list[tuple[PieceSpec, Piece]]:
-        """What the file holds."""
-        return [(spec, Piece(self.path.name, spec.start, spec.stop)) for spec in self.specs]
-
-    def __enter__(self) -> "PieceFileWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.file:
-            if error is None:
-                if self.bytes - self.header_bytes != self.expected:
-                    raise AssertionError(
-                        f"{self.path}: {self.bytes - self.header_bytes} of {self.expected} bytes written"
-                    )
-                self.file.flush()
-                os.fsync(self.file.fileno())
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self.hash.update(data)
-        self.bytes += self.file.write(data)
-
-
-def _safetensors_header(specs: Sequence[PieceSpec]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"rows": json.dumps({s.name: [s.start, s.stop] for s in specs})}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": DTYPE_NAMES[spec.dtype],
-            "shape": [spec.stop - spec.start, *spec.shape[1:]],
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def collect_groups(pieces: Iterable[tuple[str, PieceSpec, Piece]]) -> Groups:
-    """Entries of every tensor from (group, spec, piece) in any order; raises CheckpointError where rows are missing."""
-    found: dict[str, dict[str, list[tuple[PieceSpec, Piece]]]] = {}
-    for group, spec, piece in pieces:
-        found.setdefault(group, {}).setdefault(spec.name, []).append((spec, piece))
-    groups: dict[str, dict[str, TensorEntry]] = {}
-    for group, tensors in found.items():
-        groups[group] = {}
-        for name, parts in tensors.items():
-            parts.sort(key=lambda part: part[1].start)
-            spec = parts[0][0]
-            entry = TensorEntry(DTYPE_NAMES[spec.dtype], spec.shape, tuple(piece for _, piece in parts))
-            check_tiling(f"{group} {name}", entry)
-            groups[group][name] = entry
-    return groups
-
-
 def check_tiling(what: str, entry: TensorEntry) -> None:
     """Raise CheckpointError unless the pieces cover each row once."""
     row = 0
@@ -186,13 +97,13 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint, itself checked. Raises CheckpointError naming what is wrong with it."""
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_bytes())
         checksum = body.pop("xxh3_128")
         version = body["format_version"]
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     if checksum != _checksum_of(body):
@@ -204,30 +115,44 @@ def _parse_manifest(body: Mapping[str, Any], path: Path) -> Manifest:
     try:
         files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
         groups = {
-            group: {
-                name: TensorEntry(e["dtype"], tuple(e["shape"]), tuple(Piece(**piece) for piece in e["pieces"]))
-                for name, e in tensors.items()
-            }
+            group: {name: _parse_entry(entry) for name, entry in tensors.items()}
             for group, tensors in body["groups"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    if METADATA not in files:
+        raise CheckpointError(f"{path} is damaged: it does not list {METADATA}")
     for name in files:
-        if name != Path(name).name:
-            raise CheckpointError(f"{path} names a file outside its directory: {name!r}")
+        if name != METADATA and not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path} names {name!r}, which is no file of a checkpoint: do not use it")
     for group, tensors in groups.items():
         for name, entry in tensors.items():
-            if entry.dtype not in DTYPES or not all(piece.file in files for piece in entry.pieces):
-                raise CheckpointError(f"{path}: {group} {name} has an unknown type or file")
-            check_tiling(f"{path}: {group} {name}", entry)
+            _check_entry(f"{path}: {group} {name}", entry, files)
     return Manifest(files, groups)
+
+
+def _parse_entry(entry: Mapping[str, Any]) -> TensorEntry:
+    pieces = tuple(Piece(**piece) for piece in entry["pieces"])
+    return TensorEntry(entry["dtype"], tuple(entry["shape"]), pieces)
+
+
+def _check_entry(what: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
+    numbers = [*entry.shape, *(row for piece in entry.pieces for row in (piece.start, piece.stop))]
+    if not entry.shape or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(f"{what} has shape {list(entry.shape)} or rows that cannot be")
+    if entry.dtype not in DTYPES:
+        raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(DTYPES)}")
+    for piece in entry.pieces:
+        if piece.file not in files:
+            raise CheckpointError(f"{what} lies in {piece.file!r}, which is not listed among the files")
+    check_tiling(what, entry)
 
 
 def file_checksum(path: Path) -> str:
     """The xxh3_128 of a file's bytes."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 

@@ -42,9 +42,14 @@ class GrowthPlan:
             )
 
     def rows(self, name: str, old: int) -> int:
-        """Rows of the tensor `name` after growth."""
+        """Rows of the tensor `name` after growth. Raises CheckpointError where `old` is not what the plan expects."""
         kind = token_kind(name)
-        return self.tokens[kind][1] if kind is not None and kind in self.tokens else old
+        if kind is None or kind not in self.tokens:
+            return old
+        expected, new = self.tokens[kind]
+        if old != expected:
+            raise CheckpointError(f"{name} has {old} rows, the checkpoint's metadata says {kind}_tokens = {expected}")
+        return new
 
     def new_rows(self, group: str, name: str, start: int, stop: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of what is appended: drawn for value tokens, zero for keys and for Adam's moments."""
@@ -83,27 +88,34 @@ def plan_growth(metadata: Mapping[str, Any], request: str) -> GrowthPlan:
     model = metadata["model"]
     if model["norm_activation"] == "softmax":
         raise CheckpointError(
-            "a softmax model cannot be grown exactly by zero keys: each new token adds exp(0) = 1 to every row's sum"
+            "a softmax model cannot be grown exactly by zero keys: "
+            "each new token takes a share exp(0) = 1 of every row's sum"
         )
     tokens = {}
-    for kind, new in _parse_request(request).items():
+    for kind, new in parse_growth(request).items():
         old = model[f"{kind}_tokens"]
         if new <= old:
-            raise CheckpointError(f"--grow {kind}={new}: the checkpoint has {old} tokens already; growth only adds")
+            raise CheckpointError(
+                f"--grow {kind}={new}: the checkpoint has {old} tokens already; growth only adds, shrinking is not "
+                f"supported: ask for more than {old}, or leave {kind} out"
+            )
         tokens[kind] = (old, new)
     std = 2.0 / (model["num_layers"] * math.sqrt(model["hidden_size"]))
     return GrowthPlan(tokens, std, metadata["config"]["training"]["seed"])
 
 
-def _parse_request(request: str) -> dict[str, int]:
+def parse_growth(request: str) -> dict[str, int]:
+    """Kind -> new number of tokens, from "qkv=N,proj=N,ffn=N" or some of these."""
     counts: dict[str, int] = {}
     for part in request.split(","):
-        kind, _, number = part.strip().partition("=")
+        kind, _, number = (word.strip() for word in part.partition("="))
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KINDS)}"
             raise CheckpointError(f"--grow: unknown kind {kind!r}; {hint}")
         if not number.isdecimal():
             raise CheckpointError(f"--grow {part.strip()}: write KIND=NUMBER, such as ffn=4096")
+        if kind in counts:
+            raise CheckpointError(f"--grow: {kind} is given twice, as {counts[kind]} and {number}")
         counts[kind] = int(number)
     return counts

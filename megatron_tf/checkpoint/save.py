@@ -1,33 +1,18 @@
 """Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_tf.checkpoint.commit import prepare, prune, publish, temporary_directory
-from megatron_tf.checkpoint.format import (
-    CheckpointError,
-    FileEntry,
-    Piece,
-    PieceFileWriter,
-    PieceSpec,
-    collect_groups,
-)
+from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temporary_directory
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.parallel.sharding import RowShard
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Written:
-    """The files one rank wrote, and what is in them."""
-
-    files: dict[str, FileEntry]
-    pieces: list[tuple[str, PieceSpec, Piece]]
 
 
 def save_checkpoint(
@@ -45,37 +30,46 @@ def save_checkpoint(
     checkpoint appears when it is complete, and the ones before are left as they are until then. Raises
     CheckpointError on every rank where any of them fails.
     """
-    mine = {name: _to_write(shards) for name, shards in groups.items()}
-    my_bytes = sum(_spec(shard).nbytes for shards in mine.values() for shard in shards)
     is_first = group is None or group.rank() == 0
-    needed = sum(_on_every_rank(group, lambda: my_bytes))
-    _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
-    written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), mine, writer_label))
-    paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, keep_last) if is_first else None)
+    my_bytes = sum(_spec(shard).nbytes for shards in groups.values() for shard in _to_write(shards))
+    try:
+        needed = sum(_on_every_rank(group, lambda: my_bytes))
+        _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
+        written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), groups, writer_label))
+        paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, keep_last) if is_first else None)
+    except BaseException:
+        if is_first:
+            abandon(root, step)
+        raise
     path = paths[0]
     assert path is not None
     return path
 
 
 def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer_label: str) -> Written:
-    """Write one rank's rows, a file for each group."""
-    files, pieces = {}, []
+    """Write the rows this rank is the writer of, a file for each group."""
+    everything = Written({}, [])
     for group, shards in groups.items():
-        if shards:
-            with PieceFileWriter(directory / f"{group}-{writer_label}.safetensors", [_spec(s) for s in shards]) as file:
-                for shard in shards:
+        if mine := _to_write(shards):
+            path = directory / f"{group}-{writer_label}.safetensors"
+            with PieceFileWriter(path, [_spec(shard) for shard in mine]) as file:
+                for shard in mine:
                     file.write(shard.tensor)
-            files[file.path.name] = file.entry()
-            pieces += [(group, spec, piece) for spec, piece in file.pieces()]
-    return Written(files, pieces)
+            written = file.written(group)
+            everything.files.update(written.files)
+            everything.pieces.extend(written.pieces)
+    return everything
 
 
 def complete(
-    root: Path, step: int, metadata: Mapping[str, Any], written: Sequence[Written], keep_last: int | None = None
+    root: Path,
+    step: int,
+    metadata: Mapping[str, Any],
+    written: Sequence[Written],
+    keep_last: int | None = None,
 ) -> Path:
     """Put together what the ranks wrote and publish it."""
-    files = {name: entry for rank in written for name, entry in rank.files.items()}
-    path = publish(root, step, metadata, files, collect_groups(piece for rank in written for piece in rank.pieces))
+    path = publish(root, step, metadata, written)
     if keep_last is not None:
         prune(root, keep_last)
     return path
@@ -94,13 +88,13 @@ def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[
     outcome: tuple[T | None, str | None]
     try:
         outcome = action(), None
-    except (OSError, ValueError) as error:
-        outcome = None, str(error)
+    except Exception as error:  # whatever it is: a rank that stayed away would leave the others waiting
+        outcome = None, str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
     outcomes: list[Any] = [outcome]
     if group is not None:
         outcomes = [None] * group.size()
         dist.all_gather_object(outcomes, outcome, group=group)
-    for rank, (_, failure) in enumerate(outcomes):
-        if failure is not None:
-            raise CheckpointError(f"saving failed on rank {rank}: {failure}")
+    for rank, (_, message) in enumerate(outcomes):
+        if message is not None:
+            raise CheckpointError(f"saving failed on rank {rank}: {message}")
     return [result for result, _ in outcomes]

@@ -1,0 +1,82 @@
+"""What is in a checkpoint, and where two of them differ."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.load import CheckpointReader
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """Tensors of a group that differ in their layer only."""
+
+    kind: str
+    num_tensors: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parameters: int
+    norm: float
+    """Euclidean norm over all of them."""
+
+
+def kind_of(name: str) -> str:
+    """The name without its layer's number."""
+    return re.sub(r"^layers\.\d+\.", "layers.*.", name)
+
+
+def summarize(reader: CheckpointReader, group: str) -> list[KindSummary]:
+    """What a group holds, in the model's order; reads all of it, in blocks."""
+    members: dict[str, list[str]] = {}
+    for name in reader.names(group):
+        members.setdefault(kind_of(name), []).append(name)
+    return [
+        KindSummary(
+            kind=kind,
+            num_tensors=len(names),
+            shape=reader.shape(group, names[0]),
+            dtype=reader.dtype(group, names[0]),
+            parameters=sum(math.prod(reader.shape(group, name)) for name in names),
+            norm=math.sqrt(sum(_square_sum(reader, group, name) for name in names)),
+        )
+        for kind, names in members.items()
+    ]
+
+
+def differences(left: CheckpointReader, right: CheckpointReader) -> Iterator[str]:
+    """A line for every tensor that is not bit for bit the same in both, whatever their layouts."""
+    groups = [*left.groups(), *(group for group in right.groups() if not left.has_group(group))]
+    for group in groups:
+        names = left.names(group)
+        for name in [*names, *sorted(set(right.names(group)) - set(names))]:
+            if difference := _difference(left, right, group, name):
+                yield f"{group} {name}: {difference}"
+
+
+def _difference(left: CheckpointReader, right: CheckpointReader, group: str, name: str) -> str | None:
+    for here, there in ((left, right), (right, left)):
+        if name not in here.names(group):
+            return f"only in {there.directory}"
+    shape, other_shape = left.shape(group, name), right.shape(group, name)
+    dtype, other_dtype = left.dtype(group, name), right.dtype(group, name)
+    if (shape, dtype) != (other_shape, other_dtype):
+        return f"{list(shape)} {dtype} against {list(other_shape)} {other_dtype}"
+    blocks = zip(left.read_blocks(group, name, 0, shape[0]), right.read_blocks(group, name, 0, shape[0]), strict=True)
+    count = sum(_differing_values(one, other) for one, other in blocks)
+    return f"{count} of {math.prod(shape)} values differ" if count else None
+
+
+def _differing_values(left: Tensor, right: Tensor) -> int:
+    """By their bytes, so that signed zeros and NaNs count as they are stored."""
+    size = left.element_size()
+    same_bytes = left.flatten().view(torch.uint8) == right.flatten().view(torch.uint8)
+    return int((~same_bytes).view(-1, size).any(dim=1).sum())
+
+
+def _square_sum(reader: CheckpointReader, group: str, name: str) -> float:
+    rows = reader.shape(group, name)[0]
+    return sum(float(block.double().square().sum()) for block in reader.read_blocks(group, name, 0, rows))

@@ -1,0 +1,159 @@
+"""A checkpoint is complete or absent, whenever the process that saves it dies."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tf.checkpoint import commit
+from megatron_tf.checkpoint.commit import complete_checkpoints, prepare, prune
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.save import complete, save_checkpoint
+from megatron_tf.parallel.sharding import RowShard
+from tests.support.ranks import RankPool
+from tests.unit.checkpoint.toy import metadata, random_tensors, read_all, same, save, write
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing handles it."""
+
+
+def die_before(monkeypatch, moment):
+    """Let the process "die" just before its `moment`-th change of the disk after now."""
+    changes, rmtree = 0, shutil.rmtree
+
+    def counted(original):
+        def change(*args, **kwargs):
+            nonlocal changes
+            changes += 1
+            if changes > moment:
+                if original is rmtree:  # the one change that is many: some files are gone
+                    next(Path(args[0]).glob("*.safetensors")).unlink()
+                raise Killed
+            return original(*args, **kwargs)
+
+        return change
+
+    for owner, name in [(Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (commit, "_write_durably")]:
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("step", [100, 200], ids=["replacing", "new"])
+def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch, step):
+    old, new = random_tensors(1), random_tensors(2)
+    outcomes = []
+    for moment in range(20):
+        root = tmp_path / str(moment)
+        save(root, old, (2, 1, 1), step=100)
+        written = write(root, new, (1, 2, 1), step)
+        with monkeypatch.context() as patch:
+            die_before(patch, moment)
+            try:
+                complete(root, step, metadata(step), written)
+                outcomes.append("done")
+            except Killed:
+                CheckpointReader(root).verify()
+                found = read_all(root)
+                outcomes.append("new" if same(found, new) else "old")
+                assert outcomes[-1] == "new" or same(found, old)
+        save(root, new, step=300)  # goes on as if nothing had been
+        assert {path.name[0] for path in root.iterdir()} == {"s", "l"}
+        assert same(read_all(root), new)
+        assert 100 in [int(path.name[5:]) for path in complete_checkpoints(root)]
+        if outcomes[-1] == "done":
+            break
+    assert {"old", "done"} <= set(outcomes)
+    assert outcomes == sorted(outcomes, key=["old", "new", "done"].index)  # once new, never old again
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from tests.unit.checkpoint.toy import random_tensors, save, write
+root = Path(sys.argv[1])
+save(root, random_tensors(1))
+write(root, random_tensors(2), step=200)
+print("written", flush=True)
+time.sleep(60)
+"""
+
+
+def test_kill_minus_nine_during_a_save_leaves_the_one_before(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "written\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (tmp_path / ".step_00000200.tmp").exists()
+    assert CheckpointReader(tmp_path).step == 100
+    assert same(read_all(tmp_path), random_tensors(1))
+    save(tmp_path, random_tensors(3), step=200)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000100", "step_00000200"]
+
+
+def test_old_checkpoints_are_pruned_but_never_the_newest(tmp_path):
+    tensors = random_tensors()
+    for step in (100, 200, 300):
+        save(tmp_path, tensors, step=step)
+    prune(tmp_path, 2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000200", "step_00000300"]
+    save(tmp_path, tensors, step=50)  # a run that went back
+    prune(tmp_path, 1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000050", "step_00000300"]
+    assert CheckpointReader(tmp_path).step == 50
+
+
+def test_steps_sort_as_numbers(tmp_path):
+    for step in (5, 99_999_999, 100_000_000):
+        save(tmp_path, random_tensors(), step=step)
+    assert [int(path.name[5:]) for path in complete_checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 100 << 20))
+    with pytest.raises(CheckpointError, match=r"needs 50,000,000 bytes and the disk has 104,857,600 free: make room"):
+        prepare(tmp_path, 1, 50_000_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_cleans_up_and_says_why(tmp_path):
+    shard = RowShard("w", (2, 2), 0, 2, torch.ones(2, 2), True)
+    with pytest.raises(CheckpointError, match=r"saving failed on rank 0: .*not JSON serializable"):
+        save_checkpoint(tmp_path, 1, {"model": [shard]}, {"training": object()}, "all", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_on_rank(mesh, root, fails):
+    """Save two rows from each rank; on the rank that `fails`, writing is impossible."""
+    rank = mesh.rank("dp")
+    rows = torch.full((2, 3), float(rank))
+    if rank == fails:
+        rows = rows.to_sparse()
+    shard = RowShard("w", (4, 3), 2 * rank, 2 * rank + 2, rows, True)
+    start = time.monotonic()
+    try:
+        return str(save_checkpoint(root, 10, {"model": [shard]}, metadata(10), f"dp{rank:02d}", mesh.world))
+    except CheckpointError as error:
+        assert time.monotonic() - start < 10  # no waiting for a collective that the failed rank never joins
+        return str(error)
+
+
+def test_real_ranks_save_together_and_fail_together(tmp_path):
+    pool = RankPool(2)
+    try:
+        first, second = pool.run(save_on_rank, 1, 1, 2, tmp_path / "good", None)
+        failed = pool.run(save_on_rank, 1, 1, 2, tmp_path / "bad", 1)
+    finally:
+        pool.close()
+    assert first == second
+    assert CheckpointReader(Path(first)).read_rows("model", "w", 0, 4)[:, 0].tolist() == [0, 0, 1, 1]
+    assert failed[0] == failed[1]
+    assert failed[0].startswith("saving failed on rank 1")
+    assert list((tmp_path / "bad").iterdir()) == []

@@ -1,0 +1,257 @@
+"""Whatever happens to a checkpoint's files is found, and the message names the file. Nothing is ever unpickled."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tf.checkpoint.format import MANIFEST, METADATA, CheckpointError, read_manifest
+from megatron_tf.checkpoint.load import CheckpointReader
+from tests.unit.checkpoint.toy import metadata, random_tensors, read_all, same, save
+
+SOME_FILE = "exp_avg-pp00-tp01-dp00.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A root with checkpoints of steps 100 and 200; only copies of it are touched."""
+    root = tmp_path_factory.mktemp("sound")
+    for step in (100, 200):
+        save(root, random_tensors(step), (2, 1, 1), step=step)
+    return root
+
+
+@pytest.fixture
+def root(sound, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(sound, tmp_path / "run")
+
+
+def flip_bit(path, offset):
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def use(path):
+    """What a run does: read every tensor."""
+    return read_all(path)
+
+
+@pytest.mark.parametrize("name", [SOME_FILE, METADATA, MANIFEST])
+@pytest.mark.parametrize("offset", [3, 40, -3])
+def test_a_flipped_bit_is_named(root, name, offset):
+    path = root / "step_00000200" / name
+    flip_bit(path, offset)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
+        use(root)
+    sound_one = root / "step_00000100"
+    assert f"the newest sound checkpoint is {sound_one}" in str(caught.value)
+    assert CheckpointReader(sound_one).step == 100
+
+
+def test_a_manifest_that_would_still_make_sense_is_found_too(root):
+    path = root / "step_00000200" / MANIFEST
+    path.write_text(path.read_text().replace('"exp_avg_sq": {', '"exp_avg_xx": {'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged: its checksum does not match"):
+        CheckpointReader(root)
+
+
+def test_verify_finds_damage_that_nothing_reads(root):
+    flip_bit(root / "step_00000200" / SOME_FILE, -1)
+    reader = CheckpointReader(root)
+    reader.read_rows("model", "embedding.weight", 0, 24)
+    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest sound"):
+        reader.verify()
+
+
+@pytest.mark.parametrize("name", [SOME_FILE, METADATA, MANIFEST])
+def test_a_truncated_file_is_named(root, name):
+    path = root / "step_00000200" / name
+    os.truncate(path, path.stat().st_size - 8)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} is damaged")):
+        CheckpointReader(root)
+
+
+def test_a_missing_file_is_named(root):
+    (root / "step_00000200" / SOME_FILE).unlink()
+    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is missing; the newest sound checkpoint"):
+        CheckpointReader(root)
+
+
+def test_a_foreign_file_is_named(root):
+    (root / "step_00000200" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes\.txt does not belong to the checkpoint: remove it"):
+        CheckpointReader(root)
+
+
+def test_no_sound_one_is_said_too(root):
+    for step in ("step_00000100", "step_00000200"):
+        flip_bit(root / step / SOME_FILE, -1)
+    with pytest.raises(CheckpointError, match="there is no other sound checkpoint"):
+        CheckpointReader(root).verify()
+
+
+def test_a_directory_without_a_manifest_is_not_a_checkpoint(root):
+    (root / "step_00000200" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000200 is not a complete checkpoint: it has no manifest\.json"):
+        CheckpointReader(root)
+
+
+@pytest.mark.parametrize("name", ["../../etc", "", "step_00000200/../..", "\udcff", "/"])
+def test_latest_names_a_step_or_is_damaged(root, name):
+    (root / "latest").write_bytes(name.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"latest is damaged: .* write into it the name of a step_"):
+        CheckpointReader(root)
+
+
+def test_where_there_is_nothing_to_read(root, tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        CheckpointReader(tmp_path / "nowhere")
+    (root / "latest").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint: .* such as .*step_00000200"):
+        CheckpointReader(root)
+
+
+def rewrite_manifest(directory, change):
+    """A manifest that a stranger changed, with a checksum that holds."""
+    body = json.loads((directory / MANIFEST).read_text())
+    body.pop("xxh3_128")
+    change(body)
+    body["xxh3_128"] = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    (directory / MANIFEST).write_text(json.dumps(body))
+
+
+def embedding(body):
+    return body["groups"]["model"]["embedding.weight"]
+
+
+HOSTILE = {
+    "version": (lambda body: body.update(format_version=99), "has format version 99; this program reads 1"),
+    "path": (
+        lambda body: body["files"].update({"../x.safetensors": {"bytes": 1, "xxh3_128": ""}}),
+        "'../x.safetensors'",
+    ),
+    "absolute": (lambda body: body["files"].update({"/x.safetensors": {"bytes": 1, "xxh3_128": ""}}), "'/x.safetens"),
+    "pickle": (
+        lambda body: body["files"].update({"model.pt": {"bytes": 1, "xxh3_128": ""}}),
+        "'model.pt', which is no",
+    ),
+    "dots": (lambda body: body["files"].update({"..": {"bytes": 1, "xxh3_128": ""}}), "names '..', which is no file"),
+    "no metadata": (lambda body: body["files"].pop(METADATA), "does not list metadata.json"),
+    "unknown file": (lambda body: embedding(body)["pieces"][0].update(file="y"), "lies in 'y', which is not listed"),
+    "gap": (lambda body: embedding(body)["pieces"].pop(0), "embedding.weight: expected a piece from row 0"),
+    "overlap": (lambda body: embedding(body)["pieces"][1].update(start=3), "expected a piece from row 12, found [3,"),
+    "short": (lambda body: embedding(body)["pieces"].pop(), "pieces end at row 12 of 24"),
+    "negative": (lambda body: embedding(body).update(shape=[24, -6]), "has shape [24, -6]"),
+    "scalar": (lambda body: embedding(body).update(shape=[]), "has shape []"),
+    "words": (lambda body: embedding(body).update(shape=["24", 6]), "has shape ['24', 6]"),
+    "type": (lambda body: embedding(body).update(dtype="object"), "has type 'object'; known are F64"),
+    "field": (lambda body: embedding(body)["pieces"][0].update(code="x"), "is damaged: TypeError"),
+    "no groups": (lambda body: body.pop("groups"), "is damaged: KeyError('groups')"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_manifest_is_refused(root, change, message):
+    directory = root / "step_00000200"
+    rewrite_manifest(directory, change)
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        CheckpointReader(directory)
+    assert str(directory / MANIFEST) in str(caught.value)
+
+
+def reseal(directory, name, content):
+    """Put other content in a file and let the manifest agree."""
+    (directory / name).write_bytes(content)
+    entry = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
+    rewrite_manifest(directory, lambda body: body["files"].update({name: entry}))
+
+
+def test_a_file_that_is_not_what_the_manifest_says_is_refused(root):
+    directory = root / "step_00000200"
+    good = (directory / SOME_FILE).read_bytes()
+    for content, message in {
+        b"": "is not a safetensors file",
+        b"\xff" * 100: "is not a safetensors file",
+        good.replace(b'"shape":[12,6]', b'"shape":[6,12]'): r"is \[6, 12\] torch.float32 in the file, \[12, 6\]",
+        good.replace(b'"dtype":"F32"', b'"dtype":"I32"'): "does not hold embedding.weight",
+        good[:-8]: r"layers\.2\.ffn\.value_tokens ends early",
+    }.items():
+        reseal(directory, SOME_FILE, content)
+        with pytest.raises(CheckpointError, match=f"{SOME_FILE}.*{message}"):
+            use(directory)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not json", '{"training": {}}', "[" * 100_000])
+def test_metadata_that_is_none_is_refused(root, text):
+    directory = root / "step_00000200"
+    reseal(directory, METADATA, text.encode())
+    with pytest.raises(CheckpointError, match=r"metadata\.json does not say training\.step"):
+        CheckpointReader(directory)
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_unpickled(root, tmp_path):
+    payload = pickle.dumps(Planted(tmp_path / "executed"))
+    directory = root / "step_00000200"
+    for name in (SOME_FILE, METADATA):
+        reseal(directory, name, payload)
+        with pytest.raises(CheckpointError):
+            use(directory)
+    (directory / MANIFEST).write_bytes(payload)
+    (root / "step_00000100" / "model.pt").write_bytes(payload)
+    for path in (root, directory, root / "step_00000100"):
+        with pytest.raises(CheckpointError):
+            use(path)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "executed").exists()  # the payload would have worked
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_change_of_a_byte_goes_unseen(sound, tmp_path_factory, data):
+    directory = shutil.copytree(sound / "step_00000200", tmp_path_factory.mktemp("fuzz") / "step_00000200")
+    path = data.draw(st.sampled_from(sorted(directory.iterdir())))
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    try:
+        found = CheckpointReader(directory)
+        found.verify()
+    except CheckpointError:
+        return
+    # white space in the manifest is not covered by its checksum, and changes nothing
+    assert path.name == MANIFEST
+    assert same(read_all(directory), random_tensors(200))
+    assert found.metadata == metadata(200)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_a_manifest_of_anything_is_an_error_not_a_crash(tmp_path_factory, content):
+    directory = tmp_path_factory.mktemp("any")
+    (directory / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError):
+        read_manifest(directory)

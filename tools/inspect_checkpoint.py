@@ -1,0 +1,99 @@
+"""Say what is in a checkpoint, check it, or compare it with another of any layout."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.summary import differences, summarize
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when all is well; 1 after an error, or where --diff finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, help="checkpoint, or a run's directory of them")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum first")
+    parser.add_argument("--diff", type=Path, metavar="DIR2", help="compare every tensor with DIR2's, bit for bit")
+    args = parser.parse_args(arguments)
+    try:
+        reader = CheckpointReader(args.directory)
+        if args.verify:
+            reader.verify()
+            print(f"verified: the checksums of all {len(reader.manifest.files)} files hold")
+        return show(reader) if args.diff is None else compare(reader, CheckpointReader(args.diff))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def show(reader: CheckpointReader) -> int:
+    """Print everything but the values."""
+    training = reader.metadata["training"]
+    progress = ", ".join(f"{key} {value:,}" for key, value in training.items())
+    print(f"{reader.directory}: {progress}")
+    show_files(reader)
+    for group in reader.groups():
+        show_tensors(reader, group)
+    show_tau(reader)
+    show_lineage(reader)
+    return 0
+
+
+def show_files(reader: CheckpointReader) -> None:
+    """Print the layout on disk."""
+    files = reader.manifest.files
+    print(f"\n{len(files)} files, {sum(entry.bytes for entry in files.values()):,} bytes")
+    for name, entry in files.items():
+        print(f"  {name:<40}{entry.bytes:>18,}")
+
+
+def show_tensors(reader: CheckpointReader, group: str) -> None:
+    """Print sizes and norms of a group by kind of module."""
+    print(f"\n{group:<44}{'tensors':>8}{'shape':>16}{'type':>16}{'parameters':>18}{'norm':>12}")
+    kinds = summarize(reader, group)
+    for kind in kinds:
+        shape, dtype = " x ".join(map(str, kind.shape)), str(kind.dtype).removeprefix("torch.")
+        print(f"  {kind.kind:<42}{kind.num_tensors:>8}{shape:>16}{dtype:>16}{kind.parameters:>18,}{kind.norm:>12.5g}")
+    print(f"  {'total':<42}{'':>40}{sum(kind.parameters for kind in kinds):>18,}")
+
+
+def show_tau(reader: CheckpointReader) -> None:
+    """Print how many modules have which temperature."""
+    modules: dict[float, list[str]] = {}
+    for name, tau in reader.metadata.get("tau", {}).items():
+        modules.setdefault(tau, []).append(name)
+    print("\ntau")
+    for tau, names in sorted(modules.items()):
+        print(f"  {tau:.6g} (the root of {tau**2:.6g}): {len(names)} modules, such as {names[0]}")
+
+
+def show_lineage(reader: CheckpointReader) -> None:
+    """Print the growth so far."""
+    print("\nlineage")
+    lineage = reader.metadata.get("lineage", [])
+    for event in lineage:
+        kinds = ", ".join(f"{kind} {old:,} -> {new:,}" for kind, (old, new) in event["kinds"].items())
+        print(
+            f"  at step {event['step']:,} ({event['tokens']:,} tokens): {kinds} "
+            f"by {event['init']}, seed {event['seed']}"
+        )
+    if not lineage:
+        print("  never grown")
+
+
+def compare(left: CheckpointReader, right: CheckpointReader) -> int:
+    """Print where the two differ; 1 if any tensor does."""
+    for key in sorted(left.metadata.keys() | right.metadata.keys()):
+        if left.metadata.get(key) != right.metadata.get(key):
+            print(f"metadata {key!r} differs")
+    found = list(differences(left, right))
+    for line in found:
+        print(line)
+    if not found:
+        count = sum(len(left.names(group)) for group in left.groups())
+        print(f"all {count} tensors are the same, bit for bit")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
