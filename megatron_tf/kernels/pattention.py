@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN; a row of ordinary size does not see it
+_TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when more follow; it was seen above 128
 _CACHED_ELEMENTS = 1 << 17  # elements of a chunk on a CPU: a few fp32 temporaries of this size fit in L2
 
 
@@ -118,6 +119,20 @@ def value_weights(norm: Normalisation, scores: Tensor, factor: Tensor) -> Tensor
     for rows in _row_chunks(scores):
         weights[rows] = norm.weights(_widen(scores[rows]), factor[rows, None])
     return weights
+
+
+def mix_values(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """out [R, E] = P [R, n] @ values [n, E]; in fp32 and fp64 on a CPU, tokens of weight zero change no bit of it.
+
+    There, blocks of tokens are summed one after another, which growth by zero keys leaves as they are.
+    """
+    if weights.device.type != "cpu" or weights.dtype not in (torch.float32, torch.float64):
+        torch.mm(weights, values, out=out)
+        return
+    blocks = zip(weights.split(_TOKENS_PER_BLOCK, 1), values.split(_TOKENS_PER_BLOCK), strict=True)
+    torch.mm(*next(blocks), out=out)
+    for weight, value in blocks:
+        out.addmm_(weight, value)
 
 
 def backward_first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

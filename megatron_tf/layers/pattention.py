@@ -26,6 +26,7 @@ from megatron_tf.kernels.pattention import (
     Normalisation,
     backward_first,
     backward_second,
+    mix_values,
     row_statistic,
     value_weights,
 )
@@ -94,7 +95,7 @@ class _Pattend(torch.autograd.Function):
         weights = value_weights(norm, scores.flatten(0, 1), factor).view_as(scores)
         y = x.new_empty(len(taus), x.shape[0], values[0].shape[1])
         for out, weight, value in zip(y, weights, values, strict=True):
-            torch.mm(weight, value, out=out)
+            mix_values(weight, value, out)
         ctx.save_for_backward(x, scores, factor, *tokens)
         ctx.norm, ctx.taus, ctx.group = norm, taus, group
         return y

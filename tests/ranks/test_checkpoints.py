@@ -82,11 +82,21 @@ def test_a_resumed_run_continues_bit_for_bit(rank_pool, tmp_path, layout):
 
 
 @pytest.fixture(scope="module")
-def trained(rank_pool, tmp_path_factory):
-    """A checkpoint of two steps on (2, 2, 1)."""
-    root = tmp_path_factory.mktemp("trained")
-    rank_pool.run(train_and_save, 2, 2, 1, layout_config((2, 2, 1), True), 2, root)
-    return root
+def trained_on(rank_pool, tmp_path_factory):
+    """Layout -> a checkpoint of two steps on it, and the loss of its third step."""
+    runs = {}
+    for layout in LAYOUTS:
+        root = tmp_path_factory.mktemp("trained")
+        config = layout_config(layout, layout[0] > 1)
+        rank_pool.run(train_and_save, *layout, config, 2, root)
+        config = layout_config(layout, layout[0] > 1, checkpoint={"load": root})
+        runs[layout] = root, rank_pool.run(train_and_save, *layout, config, 3, tmp_path_factory.mktemp("third"))[0][0]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def trained(trained_on):
+    return trained_on[2, 2, 1][0]
 
 
 def reshard(source, target, *options):
@@ -100,28 +110,38 @@ def test_there_and_back_gives_identical_tensors(trained, tmp_path):
     assert_same_bits(logical_tensors(tmp_path / "a"), logical_tensors(trained))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_growth_on_any_layout(rank_pool, trained, tmp_path, layout):
-    tensor, pipeline, _ = layout
-    grown, after = tmp_path / "grown", tmp_path / "after"
+@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+@pytest.mark.parametrize("source", LAYOUTS, ids=str)
+def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source, target):
+    """The logits and the next step's loss stay; old Adam rows are kept; every new key gets a gradient at that step."""
+    (root, next_loss), grown, after = trained_on[source], tmp_path / "grown", tmp_path / "after"
+    tensor, pipeline, _ = target
     sizes = ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
-    assert reshard(trained, grown, *sizes, "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
-    old, new = logical_tensors(trained), logical_tensors(grown)
-    for (group, name), tensor_after in new.items():
-        rows = old[group, name].shape[0]
-        assert torch.equal(tensor_after[:rows], old[group, name])
-        if group != "model" or name.endswith("key_tokens"):
-            assert not tensor_after[rows:].any()
-        elif name.endswith("value_tokens"):
-            assert len(tensor_after) > rows
-            assert tensor_after[rows:].all()
+    assert reshard(root, grown, *sizes, "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
+    assert_only_appended(logical_tensors(root), logical_tensors(grown))
     ids = torch.arange(24)[None]
-    assert (load_model(trained)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
+    assert (load_model(root)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
     assert load_model(grown).metadata["lineage"][0]["kinds"] == {"qkv": [32, 48], "proj": [24, 40], "ffn": [64, 128]}
     model = {"qkv_tokens": 48, "proj_tokens": 40, "ffn_tokens": 128}
-    config = layout_config(layout, tensor > 1, model=model, checkpoint={"load": grown})
-    rank_pool.run(train_and_save, *layout, config, 3, after)
-    for (group, name), moment in logical_tensors(after).items():
+    config = layout_config(target, tensor > 1, model=model, checkpoint={"load": grown})
+    losses = rank_pool.run(train_and_save, *target, config, 3, after)[0]
+    assert losses == pytest.approx([next_loss], rel=1e-6)
+    assert_new_keys_learn(logical_tensors(root), logical_tensors(after))
+
+
+def assert_only_appended(old, new):
+    for (group, name), grown in new.items():
+        rows = old[group, name].shape[0]
+        assert torch.equal(grown[:rows], old[group, name])
+        if group != "model" or name.endswith("key_tokens"):
+            assert not grown[rows:].any()
+        elif name.endswith("value_tokens"):
+            assert len(grown) > rows
+            assert grown[rows:].all()
+
+
+def assert_new_keys_learn(old, new):
+    for (group, name), moment in new.items():
         if group == "exp_avg" and name.endswith("key_tokens"):
             rows = old[group, name].shape[0]
             assert (moment[rows:].abs().sum(1) > 0).all(), f"{name}: a new key got no gradient at the first step"
