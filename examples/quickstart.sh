@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From text to a grown model: tokenize, train on two tensor-parallel ranks, grow and repartition, train on two pipeline
-# stages, generate. About ten minutes on two cores after the set-up. Run it again to go on after an interruption;
+# stages, generate. About nine minutes on two cores after the set-up. Run it again to go on after an interruption;
 # remove runs/quickstart to start over.
 set -euo pipefail
 . "$(dirname "$0")/setup_environment.sh"
@@ -12,7 +12,7 @@ mkdir -p $data
 
 echo "== 1/5 tokenizer and data"
 [ -e $data/tokenizer.model ] ||
-    python tools/train_tokenizer.py --input examples/data/pile_sample_00.jsonl.zst --vocab-size 4096 \
+    python tools/train_tokenizer.py --input examples/data/pile_sample_00.jsonl.zst --vocab-size 2048 \
         --output-prefix $data/tokenizer
 for part in train:pile_sample_00 heldout:pile_sample_heldout; do
     prefix=$data/${part%%:*}
@@ -27,7 +27,7 @@ echo "== 2/5 train on two tensor-parallel ranks with sequence parallelism"
 
 echo "== 3/5 grow every projection to twice its parameter tokens, for two pipeline stages"
 [ -e $run/grown/latest ] ||
-    python tools/reshard_checkpoint.py --load $run/base --save $run/grown --grow qkv=384,proj=384,ffn=1536 \
+    python tools/reshard_checkpoint.py --load $run/base --save $run/grown --grow qkv=256,proj=256,ffn=1024 \
         --target-tensor-parallel-size 1 --target-pipeline-parallel-size 2 --verify
 
 echo "== 4/5 go on training the grown model on two pipeline stages"

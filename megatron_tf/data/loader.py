@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ class BatchLoader(Iterator[Tensor]):
     """Iterates int64 [count, B, seq_length + 1]: this replica's micro-batches of one global batch after another.
 
     Micro-batch m of all replicas together is one run of samples, so that the same samples meet in a step whatever the
-    number of replicas. The next batch is read while the caller works on this one.
+    number of replicas. The next batch is read while the caller works on this one, until the loader is closed as a
+    context manager.
     """
 
     def __init__(
@@ -39,6 +41,12 @@ class BatchLoader(Iterator[Tensor]):
         self.consumed_samples += self.global_batch_size
         self.pending = self.reader.submit(self._read, self.consumed_samples)
         return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.shutdown(cancel_futures=True)
 
     def _read(self, first: int) -> Tensor:
         rows = [self.dataset[first + int(offset)] for offset in self.offsets.flat]

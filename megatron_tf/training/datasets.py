@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_tf.config import ConfigError, RunConfig
+from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
 from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
@@ -16,11 +16,10 @@ from megatron_tf.parallel.mesh import Mesh
 Split = Literal["train", "validation"]
 
 
-def build_loader(config: RunConfig, mesh: Mesh, split: Split, consumed_samples: int) -> BatchLoader:
-    """Batches of a split from the given position on. Raises DataError or ConfigError for data that can't be used."""
-    training = config.training
+def build_loader(dataset: Samples, training: TrainingConfig, mesh: Mesh, consumed_samples: int) -> BatchLoader:
+    """This replica's batches of a data set from the given position on."""
     return BatchLoader(
-        build_dataset(config, split),
+        dataset,
         training.global_batch_size,
         training.micro_batch_size,
         mesh.rank("dp"),
@@ -30,7 +29,7 @@ def build_loader(config: RunConfig, mesh: Mesh, split: Split, consumed_samples: 
 
 
 def build_dataset(config: RunConfig, split: Split) -> Samples:
-    """One data set, or the blend of several."""
+    """One data set, or the blend of several. Raises DataError or ConfigError for data that can't be used."""
     whole = split == "validation" and config.data.valid_data_path is not None
     weights, prefixes = parse_data_path(config.data.valid_data_path or [] if whole else config.data.data_path)
     cache = config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
