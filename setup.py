@@ -38,6 +38,8 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
+        "backports.zstd",
+        "gigatoken",
         "numpy",
         "orjson",
         "pydantic>=2.7",
@@ -47,7 +49,6 @@ setup(
         "tokenizers",
         "tqdm",
         "xxhash",
-        "zstandard",
     ],
     extras_require={
         "plot": ["matplotlib", "tensorboard"],
@@ -55,6 +56,8 @@ setup(
         "dev": [
             "hypothesis",
             "matplotlib",
+            "mpi4py",
+            "mpich",
             "mypy",
             "pybind11",
             "pytest",
@@ -62,6 +65,7 @@ setup(
             "ruff",
             "setuptools",
             "tensorboard",
+            "tiktoken",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -15,10 +15,8 @@ echo "== 1/5 tokenizer and data"
     python tools/train_tokenizer.py --input examples/data/pile_sample_00.jsonl.zst --vocab-size 2048 \
         --output-prefix $data/tokenizer
 for part in train:pile_sample_00 heldout:pile_sample_heldout; do
-    prefix=$data/${part%%:*}
-    [ -e ${prefix}_text_document.idx ] ||
-        python tools/preprocess_data.py --input "examples/data/${part##*:}.jsonl.zst" --output-prefix $prefix \
-            --tokenizer-type SentencePieceTokenizer --tokenizer-model $data/tokenizer.model --append-eod --workers 2
+    python tools/preprocess_data.py --input "examples/data/${part##*:}.jsonl.zst" --output-prefix $data/${part%%:*} \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model $data/tokenizer.model --append-eod
 done
 
 echo "== 2/5 train on two tensor-parallel ranks with sequence parallelism"

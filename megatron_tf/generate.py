@@ -42,7 +42,7 @@ def write_text(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(data["tokenizer_type"], args.tokenizer_model or trained_with)
     if tokenizer.identity != model.metadata["tokenizer"]:
         raise ConfigError("the tokenizer is not the one the model was trained with: give that with --tokenizer-model")
-    ids = tokenizer.encode_batch([args.prompt])[0] or [tokenizer.eod]
+    ids = tokenizer.encode_batch([args.prompt]).ids.tolist() or [tokenizer.eod]
     generator = torch.Generator().manual_seed(args.seed)
     shown = tokenizer.decode(ids)
     print(shown, end="", flush=True)

@@ -23,11 +23,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(load_config(known.config, overrides))
     except (ValueError, OSError) as error:
-        rank = os.environ.get("RANK")
-        where = "" if rank is None else f"[rank {rank}] "
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        _say("interrupted: the same command goes on from the newest checkpoint in checkpoint.save")
+        return 130  # as shells count SIGINT
     return 0
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK")
+    where = "" if rank is None else f"[rank {rank}] "
+    print(f"{where}{message}", file=sys.stderr, flush=True)
 
 
 def run(config: RunConfig) -> None:

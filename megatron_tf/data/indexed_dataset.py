@@ -2,9 +2,7 @@
 
 import os
 import struct
-from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
+_INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -104,56 +103,25 @@ def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int
     return np.dtype(_DTYPES[code]), lengths, offsets, bounds
 
 
-class IndexedDatasetWriter:
-    """Writes PREFIX.bin/.idx; both appear under their names only when `close` has made them complete.
-
-    As a context manager it closes on success and leaves nothing behind on an error. Raises OSError as the disk does.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.prefix = Path(prefix)
-        self.dtype = np.dtype(dtype)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.data = self._temporary("bin").open("wb")
-        self.lengths: list[int] = []
-        self.documents = [0]
-
-    def add_document(self, tokens: Sequence[int] | NDArray[np.generic]) -> None:
-        """One document as one sequence; as none at all where it has no tokens."""
-        if len(tokens):
-            self.data.write(np.asarray(tokens, dtype=self.dtype).tobytes())
-            self.lengths.append(len(tokens))
-        self.documents.append(len(self.lengths))
-
-    def close(self) -> None:
-        """Make the data set complete."""
-        with self.data:
-            self.data.flush()
-            os.fsync(self.data.fileno())
-        lengths = np.array(self.lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-        offsets = np.concatenate((np.zeros(1, "<i8"), ends[:-1])) if len(ends) else ends
-        with self._temporary("idx").open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(lengths), len(self.documents)))
-            for array in (lengths, offsets.astype("<i8"), np.array(self.documents, dtype="<i8")):
-                file.write(array.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        for kind in ("bin", "idx"):
-            self._temporary(kind).replace(f"{self.prefix}.{kind}")
-
-    def __enter__(self) -> "IndexedDatasetWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-            return
-        self.data.close()
-        for name in ("bin", "idx"):
-            self._temporary(name).unlink(missing_ok=True)
-
-    def _temporary(self, kind: str) -> Path:
-        return Path(f"{self.prefix}.{kind}.tmp")
+def write_index(path: Path, dtype: np.dtype, document_lengths: NDArray[np.int32]) -> None:
+    """Write an .idx whose documents are one sequence each, or none where the length is 0; in bounded memory."""
+    blocks = [document_lengths[i : i + _INDEX_BLOCK] for i in range(0, len(document_lengths), _INDEX_BLOCK)]
+    sequences = int(np.count_nonzero(document_lengths))
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, len(document_lengths) + 1))
+        for block in blocks:
+            file.write(block[block > 0].astype("<i4").tobytes())
+        offset = 0
+        for block in blocks:
+            sizes = block[block > 0].astype("<i8") * dtype.itemsize
+            ends = np.cumsum(sizes) + offset
+            file.write((ends - sizes).tobytes())
+            offset = int(ends[-1]) if len(ends) else offset
+        file.write(bytes(8))
+        count = 0
+        for block in blocks:
+            bounds = np.cumsum(block > 0, dtype="<i8") + count
+            file.write(bounds.tobytes())
+            count = int(bounds[-1])
+        file.flush()
+        os.fsync(file.fileno())

@@ -143,24 +143,3 @@ def test_one_failing_rank_ends_all_within_a_minute(folder):
     assert "[rank 1] error: " in done.stderr
     assert "nowhere.idx is missing" in done.stderr
     assert time.monotonic() - start < 60
-
-
-def test_preprocessing_counts_and_refuses_bad_lines(tmp_path):
-    good, lines = '{"text": "abc"}\n', ["{broken\n", '{"other": 1}\n', '{"text": 5}\n', '{"text": "\xff']
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes((good * 3 + "".join(lines)).encode("latin-1"))
-    common = ["--input", path, "--output-prefix", tmp_path / "out", "--tokenizer-type", "NullTokenizer"]
-    refused = run("tools/preprocess_data.py", *common)
-    assert refused.returncode == 1
-    assert "4 of 7 lines are bad" in refused.stderr
-    assert not list(tmp_path.glob("out*"))
-    allowed = run("tools/preprocess_data.py", *common, "--max-bad-lines", "0.6")
-    assert allowed.returncode == 0, allowed.stderr
-    report = json.loads((tmp_path / "out_text_document.json").read_text())
-    assert (report["documents"], report["tokens"]) == (3, 9)
-    assert {kind: bad["first"] for kind, bad in report["bad_lines"].items()} == {
-        "malformed JSON": f"{path}:4",
-        "no key 'text'": f"{path}:5",
-        "'text' is not a text": f"{path}:6",
-        "invalid UTF-8": f"{path}:7",
-    }

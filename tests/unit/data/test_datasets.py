@@ -7,25 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_tf.data import indexed_dataset
 from megatron_tf.data.blend import BlendedDataset
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
-from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, IndexedDatasetWriter, token_dtype
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import build_tokenizer
+from tests.support.data import write_data_set
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "pile_sample_heldout.jsonl.zst"
 DOCUMENTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
 
 
-def write(prefix, documents, dtype=np.uint16):
-    with IndexedDatasetWriter(prefix, np.dtype(dtype)) as writer:
-        for document in documents:
-            writer.add_document(document)
-    return prefix
-
-
 def test_bytes_are_those_of_megatron(tmp_path):
-    prefix = write(tmp_path / "d", DOCUMENTS)
+    prefix = write_data_set(tmp_path / "d", DOCUMENTS)
     assert Path(f"{prefix}.bin").read_bytes() == struct.pack("<9H", *range(1, 10))
     expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 5)
     expected += struct.pack("<3i", 3, 5, 1) + struct.pack("<3q", 0, 6, 16) + struct.pack("<5q", 0, 1, 1, 2, 3)
@@ -34,26 +29,25 @@ def test_bytes_are_those_of_megatron(tmp_path):
 
 
 def test_documents_come_back(tmp_path):
-    dataset = IndexedDataset(write(tmp_path / "d", DOCUMENTS, np.int32))
+    dataset = IndexedDataset(write_data_set(tmp_path / "d", DOCUMENTS, np.int32))
     assert [dataset.document(i).tolist() for i in range(len(dataset))] == DOCUMENTS
     assert dataset.document_lengths.tolist() == [3, 0, 5, 1]
     assert dataset.document(2, 1, 3).tolist() == [5, 6]
     assert (token_dtype(65499), token_dtype(65500)) == (np.uint16, np.int32)
 
 
-def test_an_error_while_writing_leaves_nothing(tmp_path):
-    def fail():
-        with IndexedDatasetWriter(tmp_path / "d", np.dtype(np.uint16)) as writer:
-            writer.add_document([1])
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert not list(tmp_path.iterdir())
+def test_an_index_of_many_blocks_is_that_of_one(tmp_path, monkeypatch):
+    documents = [list(range(i % 5)) for i in range(1000)]
+    write_data_set(tmp_path / "one", documents)
+    monkeypatch.setattr(indexed_dataset, "_INDEX_BLOCK", 7)
+    write_data_set(tmp_path / "many", documents)
+    assert (tmp_path / "one.idx").read_bytes() == (tmp_path / "many.idx").read_bytes()
+    dataset = IndexedDataset(tmp_path / "many")
+    assert [dataset.document(i).tolist() for i in range(len(dataset))] == documents
 
 
 def test_mutated_indices_are_refused_or_read_rightly(tmp_path):
-    prefix = write(tmp_path / "d", DOCUMENTS)
+    prefix = write_data_set(tmp_path / "d", DOCUMENTS)
     index = Path(f"{prefix}.idx")
     original = index.read_bytes()
     generator, refused = random.Random(1), 0
@@ -76,7 +70,7 @@ def test_mutated_indices_are_refused_or_read_rightly(tmp_path):
 def dataset(tmp_path):
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 1000, size) for size in generator.integers(0, 40, 60)]
-    return IndexedDataset(write(tmp_path / "d", documents)), tmp_path / "cache"
+    return IndexedDataset(write_data_set(tmp_path / "d", documents)), tmp_path / "cache"
 
 
 def gpt(dataset, seed=1, name="d", documents=None, seq_length=8):
@@ -147,7 +141,7 @@ def test_tokenizers_give_the_text_back(tmp_path_factory, text):
         assert train_tokenizer.main([*options, "--max-sentences", "3000"]) == 0
     trained = build_tokenizer("SentencePieceTokenizer", Path(f"{prefix}.model"))
     for tokenizer in (trained, build_tokenizer("NullTokenizer", None)):
-        assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+        assert tokenizer.decode(tokenizer.encode_batch([text]).ids.tolist()) == text
 
 
 def test_tokenizer_mistakes(tmp_path):

@@ -1,0 +1,96 @@
+"""The fast engine for byte-level BPE, gigatoken, held against Hugging Face's tokenizers before it is trusted."""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import gigatoken
+    import tokenizers
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[list[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
+"""texts -> (ids of all end to end, number of ids of each)."""
+
+# Ranges without a single character that engines may disagree about, so that most texts need no closer look.
+_SETTLED = re.compile(
+    "[^\x00-\u0220\u0250-\u02ad\u02b0-\u034f\u0400-\u0486\u05d0-\u05ea\u0660-\u06ed\u0901-\u0903\u0905-\u0939\u0e01-\u0e3a"
+    "\u1e00-\u1e9b\u1ea0-\u1ef9\u2000-\u2063\u20a0-\u20b1\u2100-\u213a\u2190-\u2426\u2460-\u24fe\u2500-\u2b73\u3000-\u303f"
+    "\u3041-\u3096\u3099-\u30ff\u3250-\u4db5\u4dc0-\u9fa5\uac00-\ud7a3\ufe0f\uff01-\uffbe\ufffd\U0001f300-\U0001f6d7]"
+)
+_PROBES = [
+    "",
+    " ",
+    "The quick brown fox's 12,345 dogs don't; they'll've WE'RE I'M naïve café déjà-vu\n\n\tx  \r\n   end ",
+    "e\u0301 \u1e9b\u0323 \u212b \ufb01 \u1112\u1161\u11ab \u00a0\u2003\u3000\u200b\ufeff\u0085\u2028x",
+    "日本語のテキスト、한국어 Русский עברית العربية हिन्दी ไทย \U0001d518\U0001d52b",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪 ½²③٣४ ±∑√ «»¿¡ §\u0000\u0001\u001f\u007f\u0080\ufffd\U0010ffff",
+    " " * 100 + "x" + "\t" * 30 + "\n" * 50 + " y" + "\n \n  \n",
+    "a" * 300 + "1" * 300 + "." * 300 + "\u0301" * 50 + "'s" * 50,
+    "<|endoftext|>x<|endoftext|> <|padding|><|endoftext|",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # http://a.b/c?d=e&f=%20\n\tif __name__ == '__main__': pass",
+]
+
+
+def fast_engine(path: Path, reference: "tokenizers.Tokenizer") -> Encode | None:
+    """gigatoken for a tokenizer.json where it gives the ids of `reference` on texts that are easily got wrong.
+
+    None, and a line in the log that says why, where it doesn't.
+    """
+    try:
+        import gigatoken
+
+        encode = encode_flat(gigatoken.Tokenizer(str(path)))
+        reason = _difference(encode, reference)
+    except Exception as error:  # it raises what it likes for a tokenizer it does not know
+        reason = f"it can't be used here ({error})"
+    if reason is None:
+        return encode
+    log.warning("%s: the tokenizers library encodes, not the faster gigatoken: %s", path, reason)
+    return None
+
+
+def is_settled(text: str) -> bool:
+    """Whether every Unicode version since 3.2 normalizes and classifies the text alike.
+
+    Engines carry tables of different versions. What a character was assigned as never changes, nor does its
+    normalization, so they can only disagree about letters, marks, numbers and controls that came later.
+    """
+    return text.isascii() or all(_is_settled_character(c) for c in set(_SETTLED.findall(text)))
+
+
+@cache
+def _is_settled_character(character: str) -> bool:
+    was_unassigned = unicodedata.ucd_3_2_0.category(character) == "Cn"
+    return not (was_unassigned and unicodedata.category(character)[0] in "LMNC")
+
+
+def encode_flat(tokenizer: "gigatoken.Tokenizer") -> Encode:
+    """A gigatoken tokenizer as an Encode, without a Python object for each id."""
+
+    def encode(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        layout: Any = tokenizer.encode_batch(texts).layout
+        return layout.content.data, np.diff(layout.offsets.data)
+
+    return encode
+
+
+def _difference(encode: Encode, reference: "tokenizers.Tokenizer") -> str | None:
+    added = [token.content for token in reference.get_added_tokens_decoder().values()]
+    probes = [*_PROBES, *added, "a" + "b".join(added) + " c"]
+    ids, lengths = encode(probes)
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    for text, row, expected in zip(
+        probes, rows, reference.encode_batch_fast(probes, add_special_tokens=False), strict=True
+    ):
+        if row.tolist() != expected.ids:
+            return f"it encodes {text[:40]!r} differently"
+    return None

@@ -1,0 +1,7 @@
+"""Where the repository's parts are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+DATA = ROOT / "tests" / "data"
