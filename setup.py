@@ -73,11 +73,18 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_tf._index",
-            ["csrc/bindings.cpp", "csrc/order.cpp"],
+            ["csrc/bindings.cpp", "csrc/blend.cpp", "csrc/indexed_dataset.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/order.hpp", "csrc/philox.hpp"],
+            depends=[
+                "csrc/blend.hpp",
+                "csrc/indexed_dataset.hpp",
+                "csrc/parallel.hpp",
+                "csrc/permutation.hpp",
+                "csrc/philox.hpp",
+                "csrc/sample_index.hpp",
+            ],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildIndex},

@@ -1,73 +1,104 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "order.hpp"
+#include "blend.hpp"
+#include "indexed_dataset.hpp"
+#include "permutation.hpp"
+#include "sample_index.hpp"
 
 namespace py = pybind11;
+
+namespace {
 
 template <typename T>
 using Input = py::array_t<T, py::array::c_style>;
 
 // Hands a vector's memory to numpy without copying it.
 template <typename T>
-static py::array_t<T> to_numpy(std::vector<T> &&values, std::vector<py::ssize_t> shape) {
-    auto owner = std::make_unique<std::vector<T>>(std::move(values));
+py::array_t<T> to_numpy(megatron_tf::Column<T> &&values) {
+    auto owner = std::make_unique<megatron_tf::Column<T>>(std::move(values));
     T *data = owner->data();
-    py::capsule release(owner.release(), [](void *vector) { delete static_cast<std::vector<T> *>(vector); });
-    return py::array_t<T>(shape, data, release);
+    const auto size = static_cast<py::ssize_t>(owner->size());
+    py::capsule release(owner.release(), [](void *vector) { delete static_cast<megatron_tf::Column<T> *>(vector); });
+    return py::array_t<T>(size, data, release);
 }
 
-static void require_one_dimension(const py::array &array, const char *name) {
+void require_one_dimension(const py::array &array, const char *name) {
     if (array.ndim() != 1) throw py::value_error(std::string(name) + " must have one dimension");
 }
 
+template <typename Id>
+py::array permutation_of(std::int64_t n, std::uint64_t key0, std::uint64_t key1) {
+    py::array_t<Id> result(n);
+    Id *data = result.mutable_data();
+    py::gil_scoped_release release;
+    megatron_tf::permutation(data, static_cast<std::size_t>(n), key0, key1);
+    return result;
+}
+
+py::array permutation(std::int64_t n, std::uint64_t key0, std::uint64_t key1) {
+    if (n < 0) throw py::value_error("permutation of " + std::to_string(n) + " elements");
+    return n <= std::int64_t{std::numeric_limits<std::uint32_t>::max()} ? permutation_of<std::uint32_t>(n, key0, key1)
+                                                                        : permutation_of<std::int64_t>(n, key0, key1);
+}
+
+template <typename Id, typename Length>
+py::tuple sample_index(const Input<Id> &order, const Input<Length> &lengths, std::int64_t seq_length) {
+    require_one_dimension(order, "order");
+    require_one_dimension(lengths, "lengths");
+    megatron_tf::SampleIndex<Id, Length> index;
+    {
+        py::gil_scoped_release release;
+        index = megatron_tf::sample_index(order.data(), order.size(), lengths.data(), lengths.size(), seq_length);
+    }
+    return py::make_tuple(to_numpy(std::move(index.position)), to_numpy(std::move(index.offset)));
+}
+
+py::tuple blend(const Input<double> &weights, std::int64_t size) {
+    require_one_dimension(weights, "weights");
+    if (size < 0) throw py::value_error("blend of " + std::to_string(size) + " samples");
+    const py::ssize_t blocks = (size + megatron_tf::kBlendBlock - 1) / megatron_tf::kBlendBlock;
+    py::array_t<std::uint16_t> dataset(size);
+    py::array_t<std::int64_t> taken({blocks, weights.size()});
+    std::uint16_t *datasets = dataset.mutable_data();
+    std::int64_t *taken_before = taken.mutable_data();
+    {
+        py::gil_scoped_release release;
+        megatron_tf::blend(weights.data(), weights.size(), size, datasets, taken_before);
+    }
+    return py::make_tuple(dataset, taken);
+}
+
+py::tuple check_index(const py::buffer &file, const py::bytes &type_sizes) {
+    const py::buffer_info bytes = file.request();
+    const auto sizes = static_cast<std::string>(type_sizes);
+    megatron_tf::IndexHeader header;
+    {
+        py::gil_scoped_release release;
+        header = megatron_tf::check_index(static_cast<const std::uint8_t *>(bytes.ptr),
+                                          static_cast<std::size_t>(bytes.size * bytes.itemsize),
+                                          reinterpret_cast<const std::uint8_t *>(sizes.data()), sizes.size());
+    }
+    return py::make_tuple(header.type_code, header.sequences, header.bounds, header.bytes, header.one_sequence_each);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_index, module) {
-    module.doc() = "Order of training samples, in C++; megatron_tf.data.order is its user.";
-
-    module.def(
-        "permutation",
-        [](std::int64_t n, std::uint64_t key0, std::uint64_t key1) {
-            std::vector<std::int64_t> result;
-            {
-                py::gil_scoped_release release;
-                result = megatron_tf::permutation(n, key0, key1);
-            }
-            return to_numpy(std::move(result), {n});
-        },
-        py::arg("n"), py::arg("key0"), py::arg("key1"));
-
-    module.def(
-        "sample_index",
-        [](const Input<std::int64_t> &order, const Input<std::int64_t> &lengths, std::int64_t seq_length) {
-            require_one_dimension(order, "order");
-            require_one_dimension(lengths, "lengths");
-            std::vector<std::int64_t> result;
-            {
-                py::gil_scoped_release release;
-                result = megatron_tf::sample_index(order.data(), order.size(), lengths.data(), lengths.size(),
-                                                   seq_length);
-            }
-            const auto rows = static_cast<py::ssize_t>(result.size() / 2);
-            return to_numpy(std::move(result), {rows, 2});
-        },
-        py::arg("order"), py::arg("lengths"), py::arg("seq_length"));
-
-    module.def(
-        "blend",
-        [](const Input<double> &weights, std::int64_t size) {
-            require_one_dimension(weights, "weights");
-            megatron_tf::Blend result;
-            {
-                py::gil_scoped_release release;
-                result = megatron_tf::blend(weights.data(), weights.size(), size);
-            }
-            return py::make_tuple(to_numpy(std::move(result.dataset), {size}),
-                                  to_numpy(std::move(result.sample), {size}));
-        },
-        py::arg("weights"), py::arg("size"));
+    module.doc() = "Indexed datasets and the order of training samples, in C++; megatron_tf.data is its user.";
+    module.def("permutation", &permutation, py::arg("n"), py::arg("key0"), py::arg("key1"));
+    const auto order = py::arg("order").noconvert(), lengths = py::arg("lengths").noconvert();
+    module.def("sample_index", &sample_index<std::uint32_t, std::int32_t>, order, lengths, py::arg("seq_length"));
+    module.def("sample_index", &sample_index<std::uint32_t, std::int64_t>, order, lengths, py::arg("seq_length"));
+    module.def("sample_index", &sample_index<std::int64_t, std::int32_t>, order, lengths, py::arg("seq_length"));
+    module.def("sample_index", &sample_index<std::int64_t, std::int64_t>, order, lengths, py::arg("seq_length"));
+    module.def("blend", &blend, py::arg("weights"), py::arg("size"));
+    module.attr("BLEND_BLOCK") = megatron_tf::kBlendBlock;
+    module.def("check_index", &check_index, py::arg("file"), py::arg("type_sizes"));
 }

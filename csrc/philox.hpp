@@ -1,60 +1,74 @@
-// Philox4x64-10 (Salmon et al., SC 2011): a counter-based generator, the stream of numpy.random.Philox(key=...).
+// Philox4x64-10 (Salmon et al., SC 2011): a counter-based generator, the words of numpy.random.Philox.
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace megatron_tf {
 
 class Philox {
 public:
-    Philox(std::uint64_t key0, std::uint64_t key1) : key_{key0, key1} {}
+    static constexpr std::size_t kWords = 16;  // made at a time: the multiplications of four blocks overlap
+
+    // Streams of one key are far apart; numpy's name for one is counter=[0, stream, 0, 0].
+    Philox(std::uint64_t key0, std::uint64_t key1, std::uint64_t stream = 0) : key_{key0, key1}, stream_(stream) {}
+
+    // Leave out words, before any has been drawn: a multiple of 4.
+    void skip_words(std::uint64_t words) { counter_ = words / 4; }
 
     std::uint64_t next() {
-        if (used_ == 4) {
-            advance_counter();
-            output_ = block();
-            used_ = 0;
-        }
-        return output_[used_++];
+        if (used_ == kWords) refill();
+        return words_[used_++];
     }
 
-    // Uniform in [0, bound], without bias: draws under the smallest mask that covers bound until one fits.
-    std::uint64_t at_most(std::uint64_t bound) {
-        std::uint64_t mask = bound;
-        for (int shift = 1; shift < 64; shift *= 2) mask |= mask >> shift;
+    // Uniform in [0, bound], without bias: Lemire's multiplication (ACM TOMACS 29, 2019) of 32 random bits, the low half
+    // of a word before its high half.
+    std::uint32_t at_most(std::uint32_t bound) {
+        const std::uint64_t range = std::uint64_t{bound} + 1;
         for (;;) {
-            const std::uint64_t draw = next() & mask;
-            if (draw <= bound) return draw;
+            const std::uint64_t product = next_half() * range;
+            const auto low = static_cast<std::uint32_t>(product);
+            if (low >= range || low >= (std::uint64_t{1} << 32) % range) return product >> 32;
         }
     }
 
 private:
     using Block = std::array<std::uint64_t, 4>;
 
-    void advance_counter() {
-        for (auto &word : counter_)
-            if (++word != 0) break;
+    std::uint64_t next_half() {
+        has_half_ = !has_half_;
+        if (!has_half_) return half_;
+        const std::uint64_t word = next();
+        half_ = word >> 32;
+        return word & 0xFFFFFFFF;
     }
 
-    Block block() const {
-        Block c = counter_;
+    void refill() {
+        std::array<Block, kWords / 4> blocks;
+        for (auto &block : blocks) block = {++counter_, stream_, 0, 0};
         std::uint64_t k0 = key_[0], k1 = key_[1];
         for (int round = 0; round < 10; ++round) {
-            const auto p0 = static_cast<unsigned __int128>(0xD2E7470EE14C6C93ULL) * c[0];
-            const auto p1 = static_cast<unsigned __int128>(0xCA5A826395121157ULL) * c[2];
-            c = {static_cast<std::uint64_t>(p1 >> 64) ^ c[1] ^ k0, static_cast<std::uint64_t>(p1),
-                 static_cast<std::uint64_t>(p0 >> 64) ^ c[3] ^ k1, static_cast<std::uint64_t>(p0)};
+            for (auto &block : blocks) {
+                const auto p0 = static_cast<unsigned __int128>(0xD2E7470EE14C6C93ULL) * block[0];
+                const auto p1 = static_cast<unsigned __int128>(0xCA5A826395121157ULL) * block[2];
+                block = {static_cast<std::uint64_t>(p1 >> 64) ^ block[1] ^ k0, static_cast<std::uint64_t>(p1),
+                         static_cast<std::uint64_t>(p0 >> 64) ^ block[3] ^ k1, static_cast<std::uint64_t>(p0)};
+            }
             k0 += 0x9E3779B97F4A7C15ULL;
             k1 += 0xBB67AE8584CAA73BULL;
         }
-        return c;
+        for (std::size_t i = 0; i < kWords; ++i) words_[i] = blocks[i / 4][i % 4];
+        used_ = 0;
     }
 
     std::array<std::uint64_t, 2> key_;
-    Block counter_{};
-    Block output_{};
-    int used_ = 4;
+    std::uint64_t stream_;
+    std::uint64_t counter_ = 0;
+    std::array<std::uint64_t, kWords> words_{};
+    std::size_t used_ = kWords;
+    std::uint64_t half_ = 0;
+    bool has_half_ = false;
 };
 
 }  // namespace megatron_tf

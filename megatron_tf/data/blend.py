@@ -6,9 +6,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf._index import blend
+from megatron_tf._index import BLEND_BLOCK, blend
 
-_BLOCK = 1 << 16  # samples the index grows to at first; it doubles from there
+_FIRST_STEPS = 1 << 16  # steps the index grows to at first; it doubles from there
 
 
 class Samples(Protocol):
@@ -24,9 +24,11 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[Samples], weights: Sequence[float]) -> None:
         self.datasets = datasets
         self.weights = np.array(weights, dtype=np.float64)
-        self.which, self.sample = blend(self.weights, _BLOCK)
+        self.which, self.taken = blend(self.weights, _FIRST_STEPS)
 
-    def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        while sample >= len(self.which):
-            self.which, self.sample = blend(self.weights, 2 * len(self.which))
-        return self.datasets[int(self.which[sample])][int(self.sample[sample])]
+    def __getitem__(self, step: int) -> NDArray[np.int64]:
+        while step >= len(self.which):
+            self.which, self.taken = blend(self.weights, 2 * len(self.which))
+        which, block = self.which[step], step // BLEND_BLOCK
+        within_block = np.count_nonzero(self.which[block * BLEND_BLOCK : step] == which)
+        return self.datasets[which][int(self.taken[block, which]) + within_block]

@@ -21,11 +21,11 @@ class GPTDataset:
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
         order, place = self.order.locate(sample)
-        (position, offset), missing = order.index[place], self.seq_length + 1
+        position, offset, missing = int(order.position[place]), int(order.offset[place]), self.seq_length + 1
         parts: list[NDArray[np.generic]] = []
         while missing:
             document = self.documents.start + int(order.documents[position])
-            part = self.dataset.document(document, int(offset), int(offset) + missing)
+            part = self.dataset.document(document, offset, offset + missing)
             parts.append(part)
             missing -= len(part)
             position, offset = position + 1, 0

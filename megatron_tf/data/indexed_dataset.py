@@ -3,9 +3,12 @@
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_tf._index import check_index
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -19,6 +22,7 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
+_TYPE_SIZES = bytes([0, *(np.dtype(dtype).itemsize for dtype in _DTYPES.values())])
 _INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
@@ -44,17 +48,22 @@ class IndexedDataset:
         for path in (index_path, data_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing: give the prefix that tools/preprocess_data.py wrote")
-        self.dtype, self.lengths, self.offsets, self.documents = _read_index(index_path)
-        self._check_offsets(index_path, data_path)
-        size = data_path.stat().st_size
+        index = _read_index(index_path)
+        self.dtype, self.lengths, self.offsets, self.documents = index.dtype, index.lengths, index.offsets, index.bounds
+        self._one_sequence_each, size = index.one_sequence_each, index.data_bytes
+        found = data_path.stat().st_size
+        if found != size:
+            raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
         self.tokens = np.memmap(data_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
 
     def __len__(self) -> int:
         return len(self.documents) - 1
 
     @property
-    def document_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each document, int64 [documents]."""
+    def document_lengths(self) -> NDArray[np.integer]:
+        """Tokens of each document, [documents]: int32, or int64 where a document is of several sequences."""
+        if self._one_sequence_each:
+            return self.lengths
         ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         return np.diff(ends[self.documents])
 
@@ -67,40 +76,28 @@ class IndexedDataset:
         end = int(self.offsets[last - 1]) // self.dtype.itemsize + int(self.lengths[last - 1])
         return self.tokens[begin + start : end if stop is None else min(end, begin + stop)]
 
-    def _check_offsets(self, index_path: Path, data_path: Path) -> None:
-        if (self.lengths < 0).any():
-            raise DataError(f"{index_path}: sequence {int((self.lengths < 0).argmax())} has a negative length")
-        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
-        if not np.array_equal(self.offsets, np.concatenate(([0], ends[:-1])) if len(ends) else ends):
-            raise DataError(f"{index_path}: sequence offsets are not the running sum of lengths")
-        total, size = int(ends[-1]) if len(ends) else 0, data_path.stat().st_size
-        if size != total:
-            raise DataError(f"{data_path} has {size:,} bytes, its index says {total:,}: it is truncated or of another")
-        documents = self.documents
-        if documents[0] != 0 or documents[-1] != len(self.lengths) or (np.diff(documents) < 0).any():
-            raise DataError(f"{index_path}: the document index does not climb from 0 to {len(self.lengths)}")
+
+class _Index(NamedTuple):
+    dtype: np.dtype
+    lengths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    data_bytes: int
+    one_sequence_each: bool
 
 
-def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise DataError(f"{path} is not an index of an indexed dataset: its first bytes are {header[:9]!r}")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise DataError(f"{path} has version {version} and type code {code}; known are version 1 and codes 1 to 8")
-    body = size - _HEADER.size
-    needed = 12 * sequences + 8 * documents
-    if documents < 1 or body not in (needed, needed + sequences):
-        raise DataError(f"{path} is truncated or damaged: {sequences:,} sequences and {documents:,} document bounds "
-                        f"need {needed:,} bytes after the header, there are {body:,}")  # fmt: skip
-    mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    start = _HEADER.size
-    lengths = mapped[start : start + 4 * sequences].view("<i4")
-    offsets = mapped[start + 4 * sequences : start + 12 * sequences].view("<i8")
-    bounds = mapped[start + 12 * sequences : start + needed].view("<i8")
-    return np.dtype(_DTYPES[code]), lengths, offsets, bounds
+def _read_index(path: Path) -> _Index:
+    """Views of the file, after all of it has been checked."""
+    mapped = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    try:
+        code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+    starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
+    lengths, offsets, documents = (
+        mapped[a:b].view(t) for a, b, t in zip(starts[:-1], starts[1:], ("<i4", "<i8", "<i8"), strict=True)
+    )
+    return _Index(np.dtype(_DTYPES[code]), lengths, offsets, documents, data_bytes, one_sequence_each)
 
 
 def write_index(path: Path, dtype: np.dtype, document_lengths: NDArray[np.int32]) -> None:

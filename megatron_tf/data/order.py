@@ -13,21 +13,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf._index import permutation, sample_index
 from megatron_tf.data.indexed_dataset import DataError
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
+ARRAYS = ("documents", "position", "offset", "shuffle")
 LOCK_TIMEOUT_SECONDS = 600.0
 
 
 class EpochOrder:
-    """One epoch's arrays, memory-mapped: `documents` int64 [d], `index` int64 [n + 1, 2], `shuffle` int64 [n]."""
+    """One epoch's arrays, memory-mapped.
+
+    `documents` [d] is their order. The sample at place i begins in document `documents[position[i]]` at `offset[i]`;
+    both are [n + 1]. Places are visited in the order of `shuffle` [n]. Ids take 32 bits where that is enough for all.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.documents, self.index, self.shuffle = (
-            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("documents", "index", "shuffle")
+        self.documents, self.position, self.offset, self.shuffle = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS
         )
 
 
@@ -37,16 +43,17 @@ class SampleOrder:
     Raises DataError where there are too few tokens for one sample.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], seq_length: int, seed: int, name: str, cache: Path) -> None:
-        self.lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+    def __init__(self, lengths: NDArray[np.integer], seq_length: int, seed: int, name: str, cache: Path) -> None:
+        self.lengths = np.require(lengths, requirements=["C", "ALIGNED"])  # a view of a file may lie unaligned
         self.seq_length, self.seed, self.name, self.cache = seq_length, seed, name, cache
-        self.samples_per_epoch = max(0, int(self.lengths.sum()) - 1) // seq_length
+        tokens = int(self.lengths.sum(dtype=np.int64))
+        self.samples_per_epoch = max(0, tokens - 1) // seq_length
         if self.samples_per_epoch == 0:
             raise DataError(
-                f"{name} has {int(self.lengths.sum()):,} tokens, too few for one sample of {seq_length} + 1: "
+                f"{name} has {tokens:,} tokens, too few for one sample of {seq_length} + 1: "
                 f"give more data, another split, or a smaller training.seq_length"
             )
-        self.content = hashlib.blake2b(self.lengths.tobytes(), digest_size=16).hexdigest()
+        self.content = xxhash.xxh3_128_hexdigest(self.lengths.data)
         self._epoch: tuple[int, EpochOrder] | None = None
 
     def locate(self, sample: int) -> tuple[EpochOrder, int]:
@@ -72,14 +79,11 @@ class SampleOrder:
 
     def _build(self, epoch: int, directory: Path) -> None:
         documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
-        arrays = {
-            "documents": documents,
-            "index": sample_index(documents, self.lengths, self.seq_length),
-            "shuffle": permutation(self.samples_per_epoch, *self._keys(epoch, "samples")),
-        }
+        position, offset = sample_index(documents, self.lengths, self.seq_length)
+        shuffle = permutation(self.samples_per_epoch, *self._keys(epoch, "samples"))
         temporary = directory.with_suffix(f".{os.getpid()}.tmp")
         temporary.mkdir()
-        for name, array in arrays.items():
+        for name, array in zip(ARRAYS, (documents, position, offset, shuffle), strict=True):
             np.save(temporary / f"{name}.npy", array)
         temporary.rename(directory)
 

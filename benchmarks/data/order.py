@@ -1,0 +1,209 @@
+"""The order of samples, blends and index files, against Megatron-LM's in the same run.
+
+Needs `pip install --no-deps megatron-core` (its wheel holds the compiled helpers). Each job runs in a process of its
+own, which reports seconds and the growth of its peak memory. Run: python benchmarks/data/order.py [--turns K]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+SEQ_LENGTH, MEAN_TOKENS = 2048, 500
+BLENDED, DATA_SETS = 100_000_000, 22
+
+
+def document_lengths(count: int) -> NDArray[np.int32]:
+    """Lengths as a Pile-like text has them: many short documents, some long; their mean is MEAN_TOKENS."""
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(0.0, 1.2, count)
+    return np.maximum(1, lengths * (MEAN_TOKENS / lengths.mean())).astype(np.int32)
+
+
+def weights() -> NDArray[np.float64]:
+    """Of the Pile's sets, roughly."""
+    return np.random.default_rng(1).lognormal(0.0, 1.0, DATA_SETS)
+
+
+def ours_order(lengths: NDArray[np.int32], epochs: int) -> None:
+    """Everything from an open data set to mapped arrays of each epoch, cached on disk."""
+    from megatron_tf.data.gpt_dataset import GPTDataset
+    from megatron_tf.data.indexed_dataset import IndexedDataset
+
+    with data_set(lengths) as prefix:
+        dataset = IndexedDataset(prefix)
+
+        def build() -> None:
+            documents = range(len(dataset))
+            order = GPTDataset(dataset, documents, SEQ_LENGTH, 1, "train", Path(f"{prefix}-cache")).order
+            for epoch in range(epochs):
+                order.locate(epoch * order.samples_per_epoch)
+
+        timed(build)
+
+
+def megatron_order(lengths: NDArray[np.int32], epochs: int) -> None:
+    """The same by Megatron-LM's GPTDataset."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    with data_set(lengths) as prefix:
+        dataset = IndexedDataset(prefix)
+        samples = (int(lengths.sum(dtype=np.int64)) * epochs - 1) // SEQ_LENGTH
+        resets = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+        folders = {"path_to_cache": f"{prefix}-cache", "split": "1,0,0"}
+        config = GPTDatasetConfig(
+            random_seed=1, sequence_length=SEQ_LENGTH, tokenizer=NoTokenizer(), **folders, **resets
+        )
+        documents = np.arange(len(lengths), dtype=np.int32)
+        timed(lambda: GPTDataset(dataset, prefix, documents, samples, Split.train, config))
+
+
+class NoTokenizer:
+    """What Megatron-LM's dataset asks a tokenizer for."""
+
+    unique_identifiers: ClassVar[dict[str, str]] = {}
+    eod = pad = 0
+    vocab_size = 50_000
+
+
+@contextmanager
+def data_set(lengths: NDArray[np.int32]) -> Iterator[str]:
+    """A data set of documents of these lengths on disk; its tokens are a hole in the file."""
+    from megatron_tf.data.indexed_dataset import write_index
+
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = f"{folder}/d"
+        write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), lengths)
+        with Path(f"{prefix}.bin").open("wb") as file:
+            file.truncate(2 * int(lengths.sum(dtype=np.int64)))
+        yield prefix
+
+
+def ours_samples(lengths: NDArray[np.int32], _: int) -> None:
+    """The sample index alone, of documents in a random order."""
+    from megatron_tf._index import sample_index
+
+    documents = np.random.default_rng(2).permutation(len(lengths)).astype(np.uint32)
+    timed(lambda: sample_index(documents, lengths, SEQ_LENGTH))
+
+
+def megatron_samples(lengths: NDArray[np.int32], _: int) -> None:
+    """The same by the compiled helper."""
+    from megatron.core.datasets import helpers_cpp
+
+    tokens = int(lengths.sum(dtype=np.int64))
+    documents = np.random.default_rng(2).permutation(len(lengths)).astype(np.int32)
+    timed(lambda: helpers_cpp.build_sample_idx_int32(lengths, documents, SEQ_LENGTH, 1, tokens, True, 1))
+
+
+def ours_blend(_: NDArray[np.int32], __: int) -> None:
+    """100 M samples of 22 data sets."""
+    from megatron_tf._index import blend
+
+    timed(lambda: blend(weights(), BLENDED))
+
+
+def megatron_blend(_: NDArray[np.int32], __: int) -> None:
+    """The same by the compiled helper."""
+    from megatron.core.datasets import helpers_cpp
+
+    shares = weights() / weights().sum()
+    datasets, samples = np.zeros(BLENDED, dtype=np.int16), np.zeros(BLENDED, dtype=np.int64)
+    timed(lambda: helpers_cpp.build_blending_indices(datasets, samples, shares, DATA_SETS, BLENDED, False))
+
+
+def ours_index(lengths: NDArray[np.int32], _: int) -> None:
+    """Writing the .idx."""
+    from megatron_tf.data.indexed_dataset import write_index
+
+    with tempfile.TemporaryDirectory() as folder:
+        timed(lambda: write_index(Path(folder) / "d.idx", np.dtype(np.uint16), lengths))
+
+
+def megatron_index(lengths: NDArray[np.int32], _: int) -> None:
+    """The same by Megatron-LM's writer, which takes lists."""
+    from megatron.core.datasets.indexed_dataset import _IndexWriter
+
+    sequence_lengths, bounds = lengths.tolist(), list(range(len(lengths) + 1))
+
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as folder, _IndexWriter(f"{folder}/d.idx", np.uint16) as writer:
+            writer.write(sequence_lengths, None, bounds)
+
+    timed(write)
+
+
+JOBS: list[tuple[str, Callable[..., None], Callable[..., None], int]] = [
+    ("the order from a data set on disk, 1 epoch", ours_order, megatron_order, 1),
+    ("the order from a data set on disk, 3 epochs", ours_order, megatron_order, 3),
+    ("sample index alone", ours_samples, megatron_samples, 1),
+    ("blend, 100 M of 22", ours_blend, megatron_blend, 1),
+    (".idx", ours_index, megatron_index, 1),
+]
+
+
+def timed(job: Callable[[], None]) -> None:
+    """Run, and print what it took as JSON; only what is within counts."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before, start = private_mib("VmRSS"), time.perf_counter()
+    job()
+    print(json.dumps({"seconds": time.perf_counter() - start, "mib": private_mib("VmHWM") - before}))
+
+
+def private_mib(field: str) -> float:
+    """Memory of this process; mapped files count while they are looked at."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) / 1024
+
+
+def run_job(number: int, side: int, documents: int) -> None:
+    """In a process of its own."""
+    _, *sides, epochs = JOBS[number]
+    job, lengths = sides[side], document_lengths(documents)
+    job(lengths, epochs)
+
+
+def measure(number: int, side: int, documents: int) -> dict[str, float]:
+    """The report of a job's process."""
+    command = [sys.executable, __file__, "--job", str(number), str(side), "--documents", str(documents)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Print a table: the best of some turns, each turn running both sides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=20_000_000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--job", nargs=2, type=int, metavar=("NUMBER", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        run_job(*args.job, args.documents)
+        return
+    print(f"{args.documents:,} documents of {MEAN_TOKENS} tokens on average, samples of {SEQ_LENGTH}")
+    print("| job | ours | Megatron-LM | ratio | ours, MiB | Megatron-LM, MiB |\n|---|---|---|---|---|---|")
+    for number, (name, *_) in enumerate(JOBS):
+        turns = [[measure(number, side, args.documents) for side in (0, 1)] for _ in range(args.turns)]
+        seconds = [min(turn[side]["seconds"] for turn in turns) for side in (0, 1)]
+        mib = [max(turn[side]["mib"] for turn in turns) for side in (0, 1)]
+        print(
+            f"| {name} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[1] / seconds[0]:.1f} "
+            f"| {mib[0]:,.0f} | {mib[1]:,.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

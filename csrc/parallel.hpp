@@ -1,0 +1,39 @@
+// Work shared among threads.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <exception>
+#include <thread>
+#include <vector>
+
+namespace megatron_tf {
+
+constexpr std::size_t kMostThreads = 16;
+
+inline std::size_t num_threads() {
+    return std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, kMostThreads);
+}
+
+// act(part, begin, end) for equal parts of [0, count), one in each of `parts` threads; parts begin at multiples of
+// `granule`. Rethrows what the first part that failed has thrown.
+template <typename Act>
+void in_parts(std::size_t parts, std::size_t count, std::size_t granule, const Act &act) {
+    const std::size_t size = ((count + parts - 1) / parts + granule - 1) / granule * granule;
+    std::vector<std::exception_ptr> errors(parts);
+    std::vector<std::thread> threads;
+    const auto run = [&](std::size_t part) {
+        try {
+            act(part, std::min(count, part * size), std::min(count, (part + 1) * size));
+        } catch (...) {
+            errors[part] = std::current_exception();
+        }
+    };
+    for (std::size_t part = 1; part < parts; ++part) threads.emplace_back(run, part);
+    run(0);
+    for (auto &thread : threads) thread.join();
+    for (const auto &error : errors)
+        if (error) std::rethrow_exception(error);
+}
+
+}  // namespace megatron_tf
