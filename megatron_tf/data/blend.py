@@ -14,8 +14,11 @@ _FIRST_STEPS = 1 << 16  # steps the index grows to at first; it doubles from the
 class Samples(Protocol):
     """Anything that gives sample i for every i >= 0."""
 
-    def __getitem__(self, sample: int) -> NDArray[np.int64]:
-        """int64 [seq_length + 1]."""
+    def __getitem__(self, sample: int) -> NDArray[np.integer]:
+        """Ids [seq_length + 1]."""
+
+    def prefetch(self, sample: int) -> None:
+        """Have the system read a sample, without waiting for it."""
 
 
 class BlendedDataset:
@@ -26,9 +29,18 @@ class BlendedDataset:
         self.weights = np.array(weights, dtype=np.float64)
         self.which, self.taken = blend(self.weights, _FIRST_STEPS)
 
-    def __getitem__(self, step: int) -> NDArray[np.int64]:
+    def __getitem__(self, step: int) -> NDArray[np.integer]:
+        dataset, sample = self._locate(step)
+        return dataset[sample]
+
+    def prefetch(self, step: int) -> None:
+        """See Samples."""
+        dataset, sample = self._locate(step)
+        dataset.prefetch(sample)
+
+    def _locate(self, step: int) -> tuple[Samples, int]:
         while step >= len(self.which):
             self.which, self.taken = blend(self.weights, 2 * len(self.which))
-        which, block = self.which[step], step // BLEND_BLOCK
-        within_block = np.count_nonzero(self.which[block * BLEND_BLOCK : step] == which)
-        return self.datasets[which][int(self.taken[block, which]) + within_block]
+        which, block = int(self.which[step]), step // BLEND_BLOCK
+        within_block = int(np.count_nonzero(self.which[block * BLEND_BLOCK : step] == which))
+        return self.datasets[which], int(self.taken[block, which]) + within_block

@@ -1,5 +1,6 @@
 """Samples for language modelling: seq_length + 1 tokens cut across document borders."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from megatron_tf.data.order import SampleOrder
 
 
 class GPTDataset:
-    """`dataset[i]` is sample i, int64 [seq_length + 1], for any i >= 0, over a range of documents."""
+    """`dataset[i]` is sample i, ids [seq_length + 1] of the data's type, for any i >= 0, over a range of documents."""
 
     def __init__(
         self, dataset: IndexedDataset, documents: range, seq_length: int, seed: int, name: str, cache: Path
@@ -19,17 +20,25 @@ class GPTDataset:
         lengths = dataset.document_lengths[documents.start : documents.stop]
         self.order = SampleOrder(lengths, seq_length, seed, name, cache)
 
-    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+    def __getitem__(self, sample: int) -> NDArray[np.integer]:
+        return np.concatenate([self.dataset.document(*extent) for extent in self._extents(sample)])
+
+    def prefetch(self, sample: int) -> None:
+        """Have the system read a sample's tokens, without waiting for them."""
+        for extent in self._extents(sample):
+            self.dataset.prefetch(*extent)
+
+    def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
+        """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
         position, offset, missing = int(order.position[place]), int(order.offset[place]), self.seq_length + 1
-        parts: list[NDArray[np.generic]] = []
         while missing:
-            document = self.documents.start + int(order.documents[position])
-            part = self.dataset.document(document, offset, offset + missing)
-            parts.append(part)
-            missing -= len(part)
+            document = int(order.documents[position])
+            available = min(missing, int(self.order.lengths[document]) - offset)
+            if available:
+                yield self.documents.start + document, offset, offset + available
+            missing -= available
             position, offset = position + 1, 0
-        return np.concatenate(parts).astype(np.int64)
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:

@@ -54,7 +54,8 @@ class IndexedDataset:
         found = data_path.stat().st_size
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
-        self.tokens = np.memmap(data_path, dtype=self.dtype, mode="r") if size else np.empty(0, self.dtype)
+        self.tokens = _mapped(data_path, self.dtype)
+        self._data = data_path.open("rb")
 
     def __len__(self) -> int:
         return len(self.documents) - 1
@@ -69,12 +70,30 @@ class IndexedDataset:
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
         """Tokens [start, stop) of a document; sequences of one document lie end to end."""
+        first, last = self._extent(index, start, stop)
+        return self.tokens[first:last]
+
+    def prefetch(self, index: int, start: int, stop: int) -> None:
+        """Have the system read what `document` would return, without waiting for it."""
+        first, last = self._extent(index, start, stop)
+        size = self.dtype.itemsize
+        if not hasattr(os, "posix_fadvise"):  # macOS
+            return
+        os.posix_fadvise(self._data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
+
+    def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         first, last = int(self.documents[index]), int(self.documents[index + 1])
         if first == last:
-            return self.tokens[:0]
-        begin = int(self.offsets[first]) // self.dtype.itemsize
-        end = int(self.offsets[last - 1]) // self.dtype.itemsize + int(self.lengths[last - 1])
-        return self.tokens[begin + start : end if stop is None else min(end, begin + stop)]
+            return 0, 0
+        size = self.dtype.itemsize
+        begin = int(self.offsets[first]) // size
+        end = int(self.offsets[last - 1]) // size + int(self.lengths[last - 1])
+        return min(end, begin + start), end if stop is None else min(end, begin + stop)
+
+
+def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
+    """A file as an array; a plain one, since np.memmap takes a microsecond for each slice."""
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 class _Index(NamedTuple):
@@ -88,7 +107,7 @@ class _Index(NamedTuple):
 
 def _read_index(path: Path) -> _Index:
     """Views of the file, after all of it has been checked."""
-    mapped = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    mapped = _mapped(path, np.dtype(np.uint8))
     try:
         code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Global batches, cut for each replica; the position in the data is a count of global samples."""
 
+import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from megatron_tf.data.blend import Samples
 
+PROBE_INTERVAL = 16  # batches; asking the system to read ahead costs more than reading what is in memory already
+
 
 class BatchLoader(Iterator[Tensor]):
     """Iterates int64 [count, B, seq_length + 1]: this replica's micro-batches of one global batch after another.
 
     Micro-batch m of all replicas together is one run of samples, so that the same samples meet in a step whatever the
     number of replicas. The next batch is read while the caller works on this one, until the loader is closed as a
-    context manager.
+    context manager. Every PROBE_INTERVAL batches it is looked whether reading has to wait for the disk; where it has,
+    the system is told of a batch's samples before they are read.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class BatchLoader(Iterator[Tensor]):
         offsets = np.arange(global_batch_size).reshape(-1, replicas, micro_batch_size)
         self.offsets = offsets[:, replica]
         self.consumed_samples = consumed_samples
+        self._reads, self._is_cold = 0, False
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self.pending = self.reader.submit(self._read, consumed_samples)
 
@@ -49,5 +54,23 @@ class BatchLoader(Iterator[Tensor]):
         self.reader.shutdown(cancel_futures=True)
 
     def _read(self, first: int) -> Tensor:
-        rows = [self.dataset[first + int(offset)] for offset in self.offsets.flat]
-        return torch.from_numpy(np.stack(rows)).unflatten(0, self.offsets.shape)
+        samples = (first + self.offsets.ravel()).tolist()
+        is_probe = self._reads % PROBE_INTERVAL == 0
+        if self._is_cold and not is_probe:
+            for sample in samples:
+                self.dataset.prefetch(sample)
+        faults = _major_faults()
+        first_row = self.dataset[samples[0]]
+        rows = np.empty((len(samples), len(first_row)), dtype=np.int64)
+        rows[0] = first_row
+        for row, sample in zip(rows[1:], samples[1:], strict=True):
+            row[:] = self.dataset[sample]
+        if is_probe:
+            self._is_cold = _major_faults() > faults
+        self._reads += 1
+        return torch.from_numpy(rows).unflatten(0, self.offsets.shape)
+
+
+def _major_faults() -> int:
+    """How often this thread had to wait for the disk."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt

@@ -33,7 +33,7 @@ class EpochOrder:
 
     def __init__(self, directory: Path) -> None:
         self.documents, self.position, self.offset, self.shuffle = (
-            np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS
+            np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r")) for name in ARRAYS
         )
 
 
