@@ -36,15 +36,14 @@ def weights() -> NDArray[np.float64]:
 
 def ours_order(lengths: NDArray[np.int32], epochs: int) -> None:
     """Everything from an open data set to mapped arrays of each epoch, cached on disk."""
-    from megatron_tf.data.gpt_dataset import GPTDataset
     from megatron_tf.data.indexed_dataset import IndexedDataset
+    from megatron_tf.data.order import SampleOrder
 
     with data_set(lengths) as prefix:
         dataset = IndexedDataset(prefix)
 
         def build() -> None:
-            documents = range(len(dataset))
-            order = GPTDataset(dataset, documents, SEQ_LENGTH, 1, "train", Path(f"{prefix}-cache")).order
+            order = SampleOrder(dataset.document_lengths, SEQ_LENGTH, 1, "train", Path(f"{prefix}-cache"))
             for epoch in range(epochs):
                 order.locate(epoch * order.samples_per_epoch)
 
@@ -80,11 +79,11 @@ class NoTokenizer:
 @contextmanager
 def data_set(lengths: NDArray[np.int32]) -> Iterator[str]:
     """A data set of documents of these lengths on disk; its tokens are a hole in the file."""
-    from megatron_tf.data.indexed_dataset import write_index
+    from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
 
     with tempfile.TemporaryDirectory() as folder:
         prefix = f"{folder}/d"
-        write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), lengths)
+        write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), blocks_of_documents(lengths))
         with Path(f"{prefix}.bin").open("wb") as file:
             file.truncate(2 * int(lengths.sum(dtype=np.int64)))
         yield prefix
@@ -125,10 +124,10 @@ def megatron_blend(_: NDArray[np.int32], __: int) -> None:
 
 def ours_index(lengths: NDArray[np.int32], _: int) -> None:
     """Writing the .idx."""
-    from megatron_tf.data.indexed_dataset import write_index
+    from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
 
     with tempfile.TemporaryDirectory() as folder:
-        timed(lambda: write_index(Path(folder) / "d.idx", np.dtype(np.uint16), lengths))
+        timed(lambda: write_index(Path(folder) / "d.idx", np.dtype(np.uint16), blocks_of_documents(lengths)))
 
 
 def megatron_index(lengths: NDArray[np.int32], _: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.order import SampleOrder
 
 SEQ_LENGTH, SAMPLES, BATCH, TURNS = 2048, 8192, 256, 5
 
@@ -34,8 +35,10 @@ def rate(read: Callable[[], None], turns: int = TURNS) -> float:
 def cold_rate(prefix: str, cache: str, ask_ahead: int) -> float:
     """Of a file that is not in memory, with `ask_ahead` samples asked for before they are read."""
     data = IndexedDataset(prefix)
-    dataset = GPTDataset(data, range(len(data)), SEQ_LENGTH, 1, "train", Path(cache))
-    dataset.order.locate(0)
+    dataset = GPTDataset(
+        data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache))
+    )
+    dataset[0]
 
     def read() -> None:
         for first in range(0, SAMPLES, BATCH):
@@ -48,6 +51,12 @@ def cold_rate(prefix: str, cache: str, ask_ahead: int) -> float:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what nothing maps at the time is forgotten
     return rate(read, 1)
+
+
+def our_dataset(prefix: str, cache: str) -> GPTDataset:
+    """All documents, in our order."""
+    data = IndexedDataset(prefix)
+    return GPTDataset(data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache)))
 
 
 def megatron_dataset(prefix: str, cache: str) -> Any:
@@ -82,7 +91,9 @@ def main() -> None:
         ]:
             print(f"{name:<44}{cold_rate(prefix, cache, ask_ahead):>10,.0f} samples/s", flush=True)
         data = IndexedDataset(prefix)
-        dataset = GPTDataset(data, range(len(data)), SEQ_LENGTH, 1, "train", Path(cache))
+        dataset = GPTDataset(
+            data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache))
+        )
         theirs = megatron_dataset(prefix, cache)
 
         def ours() -> None:

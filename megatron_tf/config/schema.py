@@ -96,11 +96,13 @@ class DataConfig:
     valid_data_path: Annotated[list[str], Field(min_length=1)] | None = None
     """Data sets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
-    """HFTokenizer, SentencePieceTokenizer or NullTokenizer."""
+    """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: Path | None = None
     """The tokenizer's file; its hash must be the one the data was made with."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test."""
+    order: Literal["counter", "megatron"] = "counter"
+    """counter: a run's first samples are the same however long it is planned; megatron: Megatron-LM's order."""
     data_cache_path: Path | None = None
     """Where index files are kept; by default beside the first data prefix."""
 

@@ -1,24 +1,19 @@
 """Samples for language modelling: seq_length + 1 tokens cut across document borders."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
-from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.order_cache import Order
 
 
 class GPTDataset:
-    """`dataset[i]` is sample i, ids [seq_length + 1] of the data's type, for any i >= 0, over a range of documents."""
+    """`dataset[i]` is sample i, ids [seq_length + 1] of the data's type, over a range of documents in an order."""
 
-    def __init__(
-        self, dataset: IndexedDataset, documents: range, seq_length: int, seed: int, name: str, cache: Path
-    ) -> None:
-        self.dataset, self.documents, self.seq_length = dataset, documents, seq_length
-        lengths = dataset.document_lengths[documents.start : documents.stop]
-        self.order = SampleOrder(lengths, seq_length, seed, name, cache)
+    def __init__(self, dataset: IndexedDataset, documents: range, order: Order) -> None:
+        self.dataset, self.documents, self.order = dataset, documents, order
 
     def __getitem__(self, sample: int) -> NDArray[np.integer]:
         return np.concatenate([self.dataset.document(*extent) for extent in self._extents(sample)])
@@ -31,7 +26,7 @@ class GPTDataset:
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
-        position, offset, missing = int(order.position[place]), int(order.offset[place]), self.seq_length + 1
+        position, offset, missing = int(order.position[place]), int(order.offset[place]), self.order.seq_length + 1
         while missing:
             document = int(order.documents[position])
             available = min(missing, int(self.order.lengths[document]) - offset)

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ _DTYPES = {
     8: np.uint16,
 }
 _TYPE_SIZES = bytes([0, *(np.dtype(dtype).itemsize for dtype in _DTYPES.values())])
-_INDEX_BLOCK = 1 << 20  # documents written at a time
+INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
@@ -119,25 +120,39 @@ def _read_index(path: Path) -> _Index:
     return _Index(np.dtype(_DTYPES[code]), lengths, offsets, documents, data_bytes, one_sequence_each)
 
 
-def write_index(path: Path, dtype: np.dtype, document_lengths: NDArray[np.int32]) -> None:
-    """Write an .idx whose documents are one sequence each, or none where the length is 0; in bounded memory."""
-    blocks = [document_lengths[i : i + _INDEX_BLOCK] for i in range(0, len(document_lengths), _INDEX_BLOCK)]
-    sequences = int(np.count_nonzero(document_lengths))
+Blocks = Callable[[], Iterable[tuple[NDArray[np.int32], NDArray[np.integer]]]]
+"""Gives, each time it is called, blocks of (tokens of each sequence, sequences of each document)."""
+
+
+def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
+    """Write an .idx, in memory for one block."""
     with path.open("wb") as file:
-        file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, len(document_lengths) + 1))
-        for block in blocks:
-            file.write(block[block > 0].astype("<i4").tobytes())
+        file.write(bytes(_HEADER.size))  # until the counts are known
+        sequences = sum(file.write(lengths.astype("<i4").tobytes()) for lengths, _ in blocks()) // 4
         offset = 0
-        for block in blocks:
-            sizes = block[block > 0].astype("<i8") * dtype.itemsize
+        for lengths, _ in blocks():
+            sizes = lengths.astype("<i8") * dtype.itemsize
             ends = np.cumsum(sizes) + offset
             file.write((ends - sizes).tobytes())
             offset = int(ends[-1]) if len(ends) else offset
+        bound, bounds = 0, 1
         file.write(bytes(8))
-        count = 0
-        for block in blocks:
-            bounds = np.cumsum(block > 0, dtype="<i8") + count
-            file.write(bounds.tobytes())
-            count = int(bounds[-1])
+        for _, counts in blocks():
+            ends = np.cumsum(counts, dtype="<i8") + bound
+            bounds += file.write(ends.tobytes()) // 8
+            bound = int(ends[-1]) if len(ends) else bound
+        file.seek(0)
+        file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, bounds))
         file.flush()
         os.fsync(file.fileno())
+
+
+def blocks_of_documents(document_lengths: NDArray[np.int32]) -> Blocks:
+    """Documents of one sequence each, or of none where the length is 0."""
+
+    def blocks() -> Iterator[tuple[NDArray[np.int32], NDArray[np.integer]]]:
+        for start in range(0, len(document_lengths), INDEX_BLOCK):
+            block = document_lengths[start : start + INDEX_BLOCK]
+            yield block[block > 0], (block > 0).astype(np.int8)
+
+    return blocks

@@ -1,15 +1,9 @@
 """The order of samples: a function of the data, the seed and the epoch; not of the layout or the length of the run.
 
-Epoch e lays the documents end to end in an order of its own, cuts them into samples, and shuffles these. The arrays of
-an epoch are built once, by whichever process comes first, and mapped by all.
+Epoch e lays the documents end to end in an order of its own, cuts them into samples, and shuffles these.
 """
 
-import fcntl
 import hashlib
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +12,9 @@ from numpy.typing import NDArray
 
 from megatron_tf._index import permutation, sample_index
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
 ORDER_VERSION = 2
-ARRAYS = ("documents", "position", "offset", "shuffle")
-LOCK_TIMEOUT_SECONDS = 600.0
-
-
-class EpochOrder:
-    """One epoch's arrays, memory-mapped.
-
-    `documents` [d] is their order. The sample at place i begins in document `documents[position[i]]` at `offset[i]`;
-    both are [n + 1]. Places are visited in the order of `shuffle` [n]. Ids take 32 bits where that is enough for all.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.documents, self.position, self.offset, self.shuffle = (
-            np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r")) for name in ARRAYS
-        )
 
 
 class SampleOrder:
@@ -44,65 +24,44 @@ class SampleOrder:
     """
 
     def __init__(self, lengths: NDArray[np.integer], seq_length: int, seed: int, name: str, cache: Path) -> None:
-        self.lengths = np.require(lengths, requirements=["C", "ALIGNED"])  # a view of a file may lie unaligned
+        self.lengths = aligned(lengths)
         self.seq_length, self.seed, self.name, self.cache = seq_length, seed, name, cache
-        tokens = int(self.lengths.sum(dtype=np.int64))
-        self.samples_per_epoch = max(0, tokens - 1) // seq_length
-        if self.samples_per_epoch == 0:
-            raise DataError(
-                f"{name} has {tokens:,} tokens, too few for one sample of {seq_length} + 1: "
-                f"give more data, another split, or a smaller training.seq_length"
-            )
+        self.samples_per_epoch = samples_in(self.lengths, seq_length, name)
         self.content = xxhash.xxh3_128_hexdigest(self.lengths.data)
-        self._epoch: tuple[int, EpochOrder] | None = None
+        self._epoch: tuple[int, OrderArrays] | None = None
 
-    def locate(self, sample: int) -> tuple[EpochOrder, int]:
-        """(arrays of the sample's epoch, its place in their `index`)."""
-        epoch, place = divmod(sample, self.samples_per_epoch)
+    def locate(self, sample: int) -> tuple[OrderArrays, int]:
+        """(arrays of the sample's epoch, its place in them)."""
+        epoch, visit = divmod(sample, self.samples_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self._open(epoch)
-        order = self._epoch[1]
-        return order, int(order.shuffle[place])
+            key = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)
+            self._epoch = epoch, open_or_build(self.cache, key, lambda: self._build(epoch))
+        arrays = self._epoch[1]
+        return arrays, int(arrays.shuffle[visit])
 
-    def _open(self, epoch: int) -> EpochOrder:
-        key = hashlib.blake2b(
-            repr((ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)).encode(),
-            digest_size=16,
-        ).hexdigest()
-        directory = self.cache / f"order-{key}"
-        if not directory.exists():
-            self.cache.mkdir(parents=True, exist_ok=True)
-            with _locked(self.cache / f"order-{key}.lock"):
-                if not directory.exists():
-                    self._build(epoch, directory)
-        return EpochOrder(directory)
-
-    def _build(self, epoch: int, directory: Path) -> None:
+    def _build(self, epoch: int) -> OrderArrays:
         documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
         position, offset = sample_index(documents, self.lengths, self.seq_length)
         shuffle = permutation(self.samples_per_epoch, *self._keys(epoch, "samples"))
-        temporary = directory.with_suffix(f".{os.getpid()}.tmp")
-        temporary.mkdir()
-        for name, array in zip(ARRAYS, (documents, position, offset, shuffle), strict=True):
-            np.save(temporary / f"{name}.npy", array)
-        temporary.rename(directory)
+        return OrderArrays(documents, position, offset, shuffle)
 
     def _keys(self, epoch: int, what: str) -> tuple[int, int]:
         digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. Raises DataError when another process holds it too long."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(f"{path}: another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
-                time.sleep(0.05)
-        yield
+def aligned(lengths: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The same lengths, copied where they lie unaligned, as views of an index file do."""
+    return np.require(lengths, requirements=["C", "ALIGNED"])
+
+
+def samples_in(lengths: NDArray[np.integer], seq_length: int, name: str) -> int:
+    """Samples of one epoch. Raises DataError where there is not even one."""
+    tokens = int(lengths.sum(dtype=np.int64))
+    samples = max(0, tokens - 1) // seq_length
+    if samples == 0:
+        raise DataError(
+            f"{name} has {tokens:,} tokens, too few for one sample of {seq_length} + 1: "
+            f"give more data, another split, or a smaller training.seq_length"
+        )
+    return samples

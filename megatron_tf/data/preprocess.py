@@ -16,7 +16,7 @@ import numpy as np
 
 import megatron_tf
 from megatron_tf.data.documents import BadLines, Batch, read_batches
-from megatron_tf.data.indexed_dataset import DataError, token_dtype, write_index
+from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.part import Count, Journal, Part
 from megatron_tf.data.tokenizer import Encoded, Tokenizer
 
@@ -158,7 +158,7 @@ def assemble(
     for output in outputs:
         data_set = f"{prefix}_{output}_document"
         report["data_sets"][data_set] = _publish(data_set, [p for p in parts if output in p.journal.counts], output)
-    _write_json(Path(f"{prefix}.json"), report)
+    write_json(Path(f"{prefix}.json"), report)
     shutil.rmtree(parts_directory(prefix))
     return report
 
@@ -182,10 +182,10 @@ def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
     journals = [part.journal for part in parts]
     report = {"tokenizer": journals[0].identity["tokenizer"], **_counts(journals, output)}
     data, index = Path(f"{data_set}.bin.tmp"), Path(f"{data_set}.idx.tmp")
-    _concatenate([part.paths(output)[0] for part in parts], data)
+    concatenate([part.paths(output)[0] for part in parts], data)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
-    write_index(index, parts[0].dtype, lengths)
-    _write_json(Path(f"{data_set}.json"), report)
+    write_index(index, parts[0].dtype, blocks_of_documents(lengths))
+    write_json(Path(f"{data_set}.json"), report)
     data.replace(f"{data_set}.bin")
     index.replace(f"{data_set}.idx")
     return report
@@ -200,7 +200,8 @@ def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
     return {**asdict(total), "pile_sets": {name: asdict(count) for name, count in sorted(sets.items())}}
 
 
-def _concatenate(sources: list[Path], target: Path) -> None:
+def concatenate(sources: list[Path], target: Path) -> None:
+    """The bytes of files one after another; a second name for the file where it is only one."""
     target.unlink(missing_ok=True)
     if len(sources) == 1:
         with suppress(OSError):  # a file system without hard links: copy
@@ -215,7 +216,8 @@ def _concatenate(sources: list[Path], target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)

@@ -10,6 +10,9 @@ from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.megatron_order import MegatronOrder, samples_of_part
+from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.order_cache import Order
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.parallel.mesh import Mesh
 
@@ -33,14 +36,30 @@ def build_dataset(config: RunConfig, split: Split) -> Samples:
     whole = split == "validation" and config.data.valid_data_path is not None
     weights, prefixes = parse_data_path(config.data.valid_data_path or [] if whole else config.data.data_path)
     cache = config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
+    samples, training = samples_of_run(config.training, split), config.training
     datasets = []
-    for prefix in prefixes:
+    for weight, prefix in zip(weights, prefixes, strict=True):
         indexed = IndexedDataset(prefix)
         parts = split_documents(len(indexed), config.data.split)
         documents = range(len(indexed)) if whole else parts[0 if split == "train" else 1]
+        lengths = indexed.document_lengths[documents.start : documents.stop]
         name = f"{Path(prefix).name}:{split}"
-        datasets.append(GPTDataset(indexed, documents, config.training.seq_length, config.training.seed, name, cache))
+        order: Order
+        if config.data.order == "megatron":
+            asked = samples if len(prefixes) == 1 else samples_of_part(samples, weight, sum(weights))
+            order = MegatronOrder(lengths, training.seq_length, training.seed, name, cache, asked)
+        else:
+            order = SampleOrder(lengths, training.seq_length, training.seed, name, cache)
+        datasets.append(GPTDataset(indexed, documents, order))
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights)
+
+
+def samples_of_run(training: TrainingConfig, split: Split) -> int:
+    """Samples that Megatron-LM would prepare of a split for the whole run."""
+    if split == "train":
+        return training.train_iters * training.global_batch_size
+    evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
+    return evaluations * training.eval_iters * training.global_batch_size
 
 
 def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:

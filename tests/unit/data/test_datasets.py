@@ -1,5 +1,7 @@
 """Indexed datasets byte by byte, the order of samples, blends, the loader and tokenizers."""
 
+import hashlib
+import json
 import random
 import struct
 from pathlib import Path
@@ -7,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tf.data import indexed_dataset
+from megatron_tf.data import indexed_dataset, order_cache
 from megatron_tf.data.blend import BlendedDataset
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.megatron_order import MegatronOrder
+from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import build_tokenizer
 from tests.support.data import write_data_set
+from tests.support.paths import ROOT
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "pile_sample_heldout.jsonl.zst"
 DOCUMENTS = [[1, 2, 3], [], [4, 5, 6, 7, 8], [9]]
@@ -39,7 +44,7 @@ def test_documents_come_back(tmp_path):
 def test_an_index_of_many_blocks_is_that_of_one(tmp_path, monkeypatch):
     documents = [list(range(i % 5)) for i in range(1000)]
     write_data_set(tmp_path / "one", documents)
-    monkeypatch.setattr(indexed_dataset, "_INDEX_BLOCK", 7)
+    monkeypatch.setattr(indexed_dataset, "INDEX_BLOCK", 7)
     write_data_set(tmp_path / "many", documents)
     assert (tmp_path / "one.idx").read_bytes() == (tmp_path / "many.idx").read_bytes()
     dataset = IndexedDataset(tmp_path / "many")
@@ -75,7 +80,9 @@ def dataset(tmp_path):
 
 def gpt(dataset, seed=1, name="d", documents=None, seq_length=8):
     indexed, cache = dataset
-    return GPTDataset(indexed, documents or range(len(indexed)), seq_length, seed, name, cache)
+    documents = documents or range(len(indexed))
+    lengths = indexed.document_lengths[documents.start : documents.stop]
+    return GPTDataset(indexed, documents, SampleOrder(lengths, seq_length, seed, name, cache))
 
 
 def test_an_epoch_is_the_documents_end_to_end(dataset):
@@ -96,6 +103,46 @@ def test_epochs_seeds_and_names_have_orders_of_their_own(dataset):
     assert gpt(dataset, seed=2)[0].tolist() != epochs[0][0]
     assert gpt(dataset, name="e")[0].tolist() != epochs[0][0]
     assert [gpt(dataset)[i].tolist() for i in range(count)] == epochs[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
+def test_a_damaged_cache_is_built_anew(dataset, damage):
+    before = [gpt(dataset)[i].tolist() for i in range(5)]
+    for path in dataset[1].glob("order-*/offset.npy"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content if damage == "flip" else content[:-3])
+        if damage == "missing":
+            path.unlink()
+    assert [gpt(dataset)[i].tolist() for i in range(5)] == before
+
+
+def test_an_order_that_another_process_builds_is_waited_for_with_an_end(dataset, monkeypatch):
+    monkeypatch.setattr(order_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
+    samples = gpt(dataset)
+    monkeypatch.setattr(samples.order, "_build", lambda epoch: gpt(dataset)[0])  # asks for the lock it holds
+    with pytest.raises(DataError, match="another process held the lock"):
+        samples[0]
+
+
+GOLDEN_ORDERS = json.loads((ROOT / "tests" / "golden" / "megatron_order.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN_ORDERS, ids=lambda case: f"{case['samples']}-of-{case['total']}")
+def test_megatrons_order_bit_for_bit(tmp_path, case):
+    """Every token of every sample, computed by megatron-core 0.16.1 over documents that count upwards."""
+    lengths = np.array(case["lengths"], dtype=np.int32)
+    ids = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+    indexed = IndexedDataset(write_data_set(tmp_path / "d", [part.tolist() for part in ids]))
+    options = case["seq_length"], case["seed"], "d", tmp_path / "cache", case["samples"]
+    samples = GPTDataset(indexed, range(len(lengths)), MegatronOrder(indexed.document_lengths, *options))
+    arrays, _ = samples.order.locate(0)
+    assert arrays.documents[:8].tolist() == case["first_documents"]
+    assert arrays.shuffle[:8].tolist() == case["first_shuffled"]
+    digest = hashlib.sha256(b"".join(samples[i].astype(np.int64).tobytes() for i in range(case["samples"])))
+    assert digest.hexdigest() == case["tokens_sha256"]
+    with pytest.raises(DataError, match=r"data\.order megatron knows"):
+        samples[case["total"]]
 
 
 def test_too_few_tokens(dataset):

@@ -1,0 +1,107 @@
+"""Arrays of an order on disk: built once by whichever process comes first, checked and mapped by all."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from megatron_tf.data.indexed_dataset import DataError
+
+LOCK_TIMEOUT_SECONDS = 600.0
+
+
+class OrderArrays(NamedTuple):
+    """Where the samples of one epoch, or of a whole run, lie.
+
+    `documents` [d] is their order. The sample at place i begins in document `documents[position[i]]` at `offset[i]`;
+    both are [n + 1]. Places are visited in the order of `shuffle` [n]. Ids take 32 bits where that is enough for all.
+    """
+
+    documents: NDArray[np.integer]
+    position: NDArray[np.integer]
+    offset: NDArray[np.integer]
+    shuffle: NDArray[np.integer]
+
+
+class Order(Protocol):
+    """An order of samples."""
+
+    lengths: NDArray[np.integer]
+    """Tokens of each document."""
+    seq_length: int
+
+    def locate(self, sample: int) -> tuple[OrderArrays, int]:
+        """(arrays, place in them) of a sample."""
+
+
+def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> OrderArrays:
+    """Mapped arrays of a key that says everything they depend on; what is missing or damaged is built anew.
+
+    Raises DataError where another process takes too long to build them.
+    """
+    name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
+    directory = cache / f"order-{name}"
+    arrays = _open(directory)
+    if arrays is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"order-{name}.lock"):
+            arrays = _open(directory)
+            if arrays is None:
+                _write(directory, build())
+                arrays = _open(directory)
+    if arrays is None:
+        raise DataError(f"{directory} can't be read back after it was written: is the disk sound?")
+    return arrays
+
+
+def _open(directory: Path) -> OrderArrays | None:
+    """The arrays, None where they are not there or not what was written."""
+    try:
+        checksums = json.loads((directory / "checksums.json").read_text())
+        arrays = [np.asarray(np.load(directory / f"{n}.npy", mmap_mode="r")) for n in OrderArrays._fields]
+    except (OSError, ValueError):
+        return None
+    if [_checksum(array) for array in arrays] != checksums:
+        return None
+    return OrderArrays(*arrays)
+
+
+def _write(directory: Path, arrays: OrderArrays) -> None:
+    temporary = directory.with_suffix(f".{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name, array in zip(OrderArrays._fields, arrays, strict=True):
+        np.save(temporary / f"{name}.npy", array)
+    (temporary / "checksums.json").write_text(json.dumps([_checksum(array) for array in arrays]))
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def _checksum(array: NDArray[np.integer]) -> str:
+    return f"{array.dtype.str}{array.shape}{xxhash.xxh3_128_hexdigest(array.data)}"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`. Raises DataError when another process holds it too long."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(f"{path}: another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,51 @@
+"""Build the index files a run will read from its configuration, without a GPU: build_index.py CONFIG [--section.key=v].
+
+A run builds what is missing by itself; for large data sets this saves its ranks the waiting.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tf.config import load_config
+from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.gpt_dataset import GPTDataset
+from megatron_tf.data.order import SampleOrder
+from megatron_tf.training.datasets import Split, build_dataset, samples_of_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when everything is built, 1 after an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_config(known.config, overrides)
+        splits: list[Split] = ["train", "validation"] if config.training.eval_interval else ["train"]
+        for split in splits:
+            started = time.perf_counter()
+            samples = samples_of_run(config.training, split)
+            build(build_dataset(config, split), samples)
+            print(f"{split}: {samples:,} samples, {time.perf_counter() - started:.1f} s")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build(dataset: Samples, samples: int) -> None:
+    """Every epoch that so many samples reach into."""
+    if isinstance(dataset, BlendedDataset):
+        for part, share in zip(dataset.datasets, dataset.weights / dataset.weights.sum(), strict=True):
+            build(part, math.ceil(share * samples) + 1)
+    elif isinstance(dataset, GPTDataset) and isinstance(dataset.order, SampleOrder):
+        for first in np.arange(0, samples, dataset.order.samples_per_epoch).tolist():
+            dataset.order.locate(first)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Look into a data set: counts, checks, and documents or samples, decoded where a tokenizer is given."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tf.data.gpt_dataset import GPTDataset
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
+
+BLOCK_TOKENS = 1 << 24
+SHOWN_IDS = 40
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the data set is sound, 1 when it is not or what was asked for is not there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("prefix", help="prefix of the .bin/.idx pair")
+    parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
+    parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
+    parser.add_argument("--seq-length", type=int, default=2048, help="of samples (default: 2048)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (default: 1234)")
+    parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
+    parser.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file")
+    args = parser.parse_args(arguments)
+    try:
+        inspect(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print. Raises DataError for a data set that is not sound."""
+    dataset = IndexedDataset(args.prefix)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
+    describe(dataset)
+    check_ids(dataset, tokenizer)
+    for index in args.documents:
+        if not 0 <= index < len(dataset):
+            raise DataError(f"document {index}: there are {len(dataset):,}")
+        show(f"document {index}", dataset.document(index), tokenizer)
+    if args.samples:
+        with tempfile.TemporaryDirectory() as cache:
+            lengths = dataset.document_lengths
+            order = SampleOrder(lengths, args.seq_length, args.seed, f"{dataset.prefix.name}:train", Path(cache))
+            samples = GPTDataset(dataset, range(len(dataset)), order)
+            for index in args.samples:
+                show(f"sample {index} of {order.samples_per_epoch:,} an epoch", samples[index], tokenizer)
+
+
+def describe(dataset: IndexedDataset) -> None:
+    """Counts, lengths, and the report beside the data."""
+    lengths = dataset.document_lengths
+    print(f"{dataset.prefix}: {len(dataset):,} documents, {len(dataset.tokens):,} tokens of type {dataset.dtype}")
+    if len(lengths):
+        marks = np.percentile(lengths, [0, 25, 50, 75, 99, 100]).astype(np.int64)
+        names = ("shortest", "25 %", "median", "75 %", "99 %", "longest")
+        print("  tokens a document: " + ", ".join(f"{n} {m:,}" for n, m in zip(names, marks.tolist(), strict=True)))
+        print(f"  empty documents: {int((lengths == 0).sum()):,}")
+    report = Path(f"{dataset.prefix}.json")
+    if report.exists():
+        content = json.loads(report.read_text())
+        tokenizer = content["tokenizer"]
+        print(f"  made with {tokenizer['type']} of {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256']}")
+        for name, counts in content.get("pile_sets", {}).items():
+            print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+
+
+def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
+    """Raise DataError where an id is beyond the vocabulary."""
+    highest = max((int(dataset.tokens[i : i + BLOCK_TOKENS].max()) for i in starts(dataset)), default=0)
+    lowest = min((int(dataset.tokens[i : i + BLOCK_TOKENS].min()) for i in starts(dataset)), default=0)
+    print(f"  ids from {lowest:,} to {highest:,}")
+    if lowest < 0 or (tokenizer is not None and highest >= tokenizer.vocab_size):
+        size = "" if tokenizer is None else f" of {tokenizer.vocab_size:,}"
+        raise DataError(f"{dataset.prefix}.bin holds ids from {lowest:,} to {highest:,}, outside the vocabulary{size}")
+
+
+def starts(dataset: IndexedDataset) -> range:
+    """Where blocks of tokens begin."""
+    return range(0, len(dataset.tokens), BLOCK_TOKENS)
+
+
+def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
+    """Ids, and the text of all of them."""
+    first = " ".join(map(str, ids[:SHOWN_IDS].tolist()))
+    print(f"\n{name}, {len(ids):,} tokens: {first}{' ...' if len(ids) > SHOWN_IDS else ''}")
+    if tokenizer is not None:
+        print(tokenizer.decode(ids.tolist()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Put data sets together into one; documents stay as they are, in the order of the prefixes given."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
+from megatron_tf.data.preprocess import concatenate, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the data set is complete, 1 after an error."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs")
+    parser.add_argument("--output-prefix", required=True, help="the new data set")
+    args = parser.parse_args(arguments)
+    try:
+        merge(args.input, args.output_prefix)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def merge(prefixes: list[str], output: str) -> None:
+    """Write the new data set; it appears under its name when it is complete."""
+    if Path(f"{output}.idx").exists():
+        raise DataError(f"{output}.idx exists: remove that data set, or choose another --output-prefix")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    dtypes = {dataset.dtype for dataset in datasets}
+    if len(dtypes) > 1:
+        raise DataError(f"the data sets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
+    report = merged_report(prefixes)
+    data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    concatenate([Path(f"{prefix}.bin") for prefix in prefixes], data)
+    write_index(index, datasets[0].dtype, lambda: blocks(datasets))
+    if report:
+        write_json(Path(f"{output}.json"), report)
+    data.replace(f"{output}.bin")
+    index.replace(f"{output}.idx")
+    merged = IndexedDataset(output)
+    print(f"{output}: {len(merged):,} documents, {len(merged.tokens):,} tokens")
+
+
+def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    """See megatron_tf.data.indexed_dataset.Blocks."""
+    for dataset in datasets:
+        for start in range(0, len(dataset), INDEX_BLOCK):
+            bounds = dataset.documents[start : start + INDEX_BLOCK + 1]
+            yield dataset.lengths[int(bounds[0]) : int(bounds[-1])], np.diff(bounds)
+
+
+def merged_report(prefixes: list[str]) -> dict[str, Any]:
+    """The sum of the reports; none where one has none. Raises DataError where tokenizers differ."""
+    paths = [Path(f"{prefix}.json") for prefix in prefixes]
+    if not all(path.exists() for path in paths):
+        print("no report is written: " + ", ".join(str(path) for path in paths if not path.exists()) + " missing")
+        return {}
+    reports = [json.loads(path.read_text()) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        if report["tokenizer"] != reports[0]["tokenizer"]:
+            raise DataError(f"{path} and {paths[0]} tell of different tokenizers")
+    sets: dict[str, dict[str, int]] = {}
+    for report in reports:
+        for name, counts in report["pile_sets"].items():
+            sets[name] = add(sets.get(name, {}), counts)
+    total: dict[str, int] = {}
+    for report in reports:
+        total = add(total, {key: report[key] for key in ("documents", "tokens", "text_bytes")})
+    return {"tokenizer": reports[0]["tokenizer"], **total, "pile_sets": sets}
+
+
+def add(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Counts of both."""
+    return {key: one.get(key, 0) + value for key, value in other.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
