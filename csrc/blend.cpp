@@ -182,6 +182,26 @@ private:
     std::int64_t sorted_out_ = 0;
 };
 
+constexpr std::size_t kFew = 64;  // up to here a look at all costs less than a calendar
+
+void run_over_few(const std::vector<double> &shares, std::int64_t size, Record record) {
+    std::vector<double> taken(shares.size());
+    for (std::int64_t i = 0; i < size; ++i) {
+        const double step = counted(i);
+        std::size_t chosen = 0;
+        double most = -kInfinity;
+        for (std::size_t d = 0; d < shares.size(); ++d) {
+            const double behind = shares[d] * step - taken[d];
+            if (behind > most) {
+                most = behind;
+                chosen = d;
+            }
+        }
+        record.take(i, chosen);
+        ++taken[chosen];
+    }
+}
+
 #ifdef MEGATRON_TF_HAS_AVX512_CODE
 constexpr std::size_t kLanes = 8;
 
@@ -244,7 +264,10 @@ void blend(const double *weights, std::size_t num_datasets, std::int64_t size, s
         return;
     }
 #endif
-    FrontRunners(shares).run(size, record);
+    if (num_datasets <= kFew)
+        run_over_few(shares, size, record);
+    else
+        FrontRunners(shares).run(size, record);
 }
 
 }  // namespace megatron_tf

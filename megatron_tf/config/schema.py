@@ -103,6 +103,10 @@ class DataConfig:
     """Shares of the documents for training, validation and test."""
     order: Literal["counter", "megatron"] = "counter"
     """counter: a run's first samples are the same however long it is planned; megatron: Megatron-LM's order."""
+    eod_mask_loss: bool = False
+    """Take no loss of what follows an end of document."""
+    reset_attention_mask: bool = False
+    """Let documents of one sample not see each other, and count positions anew in each."""
     data_cache_path: Path | None = None
     """Where index files are kept; by default beside the first data prefix."""
 

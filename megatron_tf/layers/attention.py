@@ -14,6 +14,8 @@ Shapes: S sequence, B batch, D hidden, R ranks; s = S / R under sequence paralle
 | reduce-scatter sequence  | [s, B, D]            | D (R-1)/R                |
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,8 +69,17 @@ class Attention(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None = None,
+        documents: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
+
+        `documents` are the lengths of each sample's documents, which then do not see each other.
+        """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         qkv = pattend(x, [self.query, self.key, self.value], self.group)
         qkv = reduce_scatter(qkv, -1, self.group)
@@ -77,7 +88,8 @@ class Attention(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)
-        out = all_gather(_causal_attention(q, k, v, past).flatten(-2), -1, self.group)
+        out = _causal_attention(q, k, v, past) if documents is None else _attention_within(q, k, v, documents)
+        out = all_gather(out.flatten(-2), -1, self.group)
         return leave_tensor_parallel(self.proj(out, self.group), self.group, self.sequence_parallel)
 
 
@@ -90,3 +102,13 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
     return out.permute(2, 0, 1, 3)
+
+
+def _attention_within(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
+    """Causal attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
+    samples = []
+    for b, lengths in enumerate(documents):
+        queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
+        pieces = zip(queries, keys, values, strict=True)
+        samples.append(torch.cat([_causal_attention(*piece, 0) for piece in pieces]))
+    return torch.cat(samples, 1)

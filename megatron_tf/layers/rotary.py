@@ -4,19 +4,18 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(start: int, length: int, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [length, dim], of positions start to start + length."""
-    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)
+def rotary_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, fp32 [S, B, dim], of positions [S, B], where B is 1 if they are those of every sample."""
+    frequencies = 1.0 / base ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = (positions.to(torch.float32)[..., None] * frequencies).repeat(1, 1, 2)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first cos.shape[-1] dimensions of each head; x [S, B, heads, head_dim], tables [S, dim]."""
+    """Rotate the first cos.shape[-1] dimensions of each head; x [S, B, heads, head_dim], tables [S, B or 1, dim]."""
     dim = cos.shape[-1]
     rotated, passed = x[..., :dim], x[..., dim:]
     first, second = rotated.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    cos, sin = cos[:, None, None].to(x.dtype), sin[:, None, None].to(x.dtype)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
     return torch.cat((rotated * cos + turned * sin, passed), dim=-1)

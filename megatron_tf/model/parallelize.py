@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_tf.config import ModelConfig
+from megatron_tf.data.boundaries import IGNORED_TARGET
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.model.sizes import head_flops, layer_flops
 from megatron_tf.model.tokenformer import TokenFormer
@@ -72,11 +73,13 @@ def micro_batch_shapes(
 
 
 def mean_token_loss(mesh: Mesh, num_micro_batches: int) -> LossFunction:
-    """The loss of a micro-batch, so scaled that those of a step add up to the mean over its tokens."""
+    """The loss of a micro-batch, so scaled that those of a step add up to the mean over its tokens, where targets that
+    are ignored add nothing."""
     group = mesh.group("tp")
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        losses = cross_entropy(logits.flatten(0, 1), targets.t().flatten(), group)
+        labels = targets.t().flatten()
+        losses = cross_entropy(logits.flatten(0, 1), labels, group).masked_fill(labels == IGNORED_TARGET, 0.0)
         return losses.mean() / num_micro_batches
 
     return loss

@@ -38,9 +38,15 @@ class Block(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        """x [s, B, D] -> [s, B, D]."""
-        x = x + self.attention(layer_norm(x, self.epsilon), rotary, cache)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None = None,
+        documents: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
+        x = x + self.attention(layer_norm(x, self.epsilon), rotary, cache, documents)
         hidden = enter_tensor_parallel(layer_norm(x, self.epsilon), self.group, self.sequence_parallel)
         return x + leave_tensor_parallel(self.ffn(hidden, self.group), self.group, self.sequence_parallel)
 
@@ -79,14 +85,18 @@ class TokenFormer(nn.Module):
             if not self.is_tied:
                 self.head = self._vocabulary_weight()
 
-    def forward(self, x: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, caches: Sequence[KeyValueCache] | None = None, document_starts: Tensor | None = None
+    ) -> Tensor:
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
-        hidden states [s, B, D]. `caches`, one a layer, hold the tokens that came before these."""
+        hidden states [s, B, D]. `caches`, one a layer, hold the tokens that came before these. `document_starts`
+        [B, S] is where each token's document begins: documents do not see each other, and count positions anew."""
         if self.is_first:
             x = self.embedding.embed(x).to(self.dtype)
-        rotary = self._rotary(x, caches[0].length if caches else 0)
+        rotary = self._rotary(x, caches[0].length if caches else 0, document_starts)
+        documents = None if document_starts is None else _document_lengths(document_starts)
         for i, block in enumerate(self.layers.values()):
-            x = block(x, rotary, caches[i] if caches else None)
+            x = block(x, rotary, caches[i] if caches else None, documents)
         if self.is_last:
             x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
             x = (self.embedding if self.is_tied else self.head).score(x)
@@ -100,7 +110,15 @@ class TokenFormer(nn.Module):
         config = self.config
         return VocabularyWeight(config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel)
 
-    def _rotary(self, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
+    def _rotary(self, x: Tensor, past: int, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
         dim = int(self.config.head_dim * self.config.rotary_percent)
-        return rotary_tables(past, x.shape[0] * ranks, dim, self.config.rotary_base, x.device)
+        positions = torch.arange(past, past + x.shape[0] * ranks, device=x.device)[:, None]
+        if document_starts is not None:
+            positions = positions - document_starts.t()
+        return rotary_tables(positions, dim, self.config.rotary_base)
+
+
+def _document_lengths(document_starts: Tensor) -> list[list[int]]:
+    """Lengths of each sample's documents, from where the one of each token begins [B, S]."""
+    return [torch.unique_consecutive(starts, return_counts=True)[1].tolist() for starts in document_starts]

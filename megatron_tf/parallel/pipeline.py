@@ -4,9 +4,9 @@ The schedules are those of torch.distributed.pipelining.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +76,13 @@ class MicroBatches:
 class Runner(Protocol):
     """Runs the micro-batches of one step through this rank's stage."""
 
-    def train(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Forward and backward of ids [count * B, S]: mean loss on the last stage, None elsewhere."""
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """Forward and backward of ids [count * B, S]: mean loss on the last stage, None elsewhere.
 
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        `options`, tensors [count * B, ...], are given to every stage's module by name.
+        """
+
+    def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
         """Forward alone; the same result."""
 
 
@@ -91,22 +94,29 @@ class LocalRunner:
         self.loss_function = loss_function
         self.count = micro_batches.count
 
-    def train(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         """See Runner."""
         losses = []
-        pairs = list(zip(inputs.chunk(self.count), targets.chunk(self.count), strict=True))
-        for i, (ids, labels) in enumerate(pairs):
-            set_gradient_sync(self.module, i == len(pairs) - 1)
-            loss = self.loss_function(self.module(ids), labels)
+        for i, (ids, labels, extra) in enumerate(self._micro_batches(inputs, targets, options)):
+            set_gradient_sync(self.module, i == self.count - 1)
+            loss = self.loss_function(self.module(ids, **extra), labels)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         """See Runner."""
-        pairs = zip(inputs.chunk(self.count), targets.chunk(self.count), strict=True)
-        return torch.stack([self.loss_function(self.module(ids), labels) for ids, labels in pairs]).sum()
+        micro_batches = self._micro_batches(inputs, targets, options)
+        losses = [self.loss_function(self.module(ids, **extra), labels) for ids, labels, extra in micro_batches]
+        return torch.stack(losses).sum()
+
+    def _micro_batches(
+        self, inputs: Tensor, targets: Tensor, options: dict[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        chunked = {name: option.chunk(self.count) for name, option in options.items()}
+        for i, (ids, labels) in enumerate(zip(inputs.chunk(self.count), targets.chunk(self.count), strict=True)):
+            yield ids, labels, {name: chunks[i] for name, chunks in chunked.items()}
 
 
 class PipelineRunner:
@@ -149,7 +159,7 @@ class PipelineRunner:
         )
         return kind(stage, micro_batches.count, loss_fn=loss_function, scale_grads=False)
 
-    def train(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
         """See Runner."""
         losses: list[Tensor] = []
         self.schedule.step(
@@ -157,11 +167,12 @@ class PipelineRunner:
             target=targets if self.is_last else None,
             losses=losses,
             return_outputs=False,
+            **options,
         )
         return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+    def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
         """See Runner."""
         losses: list[Tensor] = []
         self.evaluation.eval(
@@ -169,6 +180,7 @@ class PipelineRunner:
             target=targets if self.is_last else None,
             losses=losses,
             return_outputs=False,
+            **options,
         )
         return torch.stack(losses).sum() if self.is_last else None
 

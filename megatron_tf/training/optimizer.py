@@ -58,9 +58,11 @@ class Optimizer:
                 **{moment: torch.zeros_like(shard.tensor) for moment in MOMENTS},
             }
 
-    def step(self, lr: float) -> float:
-        """Apply the gradients in the parameters' .grad and clear them; returns their norm before clipping."""
+    def step(self, lr: float, scale: float = 1.0) -> float:
+        """Apply the gradients in the parameters' .grad times `scale` and clear them; their norm before clipping."""
         gradients = self._take_gradients()
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
         norm = self._global_norm(gradients)
         limit = self.config.clip_grad
         if limit and norm > limit:

@@ -24,6 +24,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class Boundaries:
+    """What an end of document means in a sample."""
+
+    eod: int
+    mask_loss: bool
+    reset_attention: bool
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes, and the means to run it."""
 
@@ -33,10 +42,14 @@ class TrainState:
     """The rows of parameters this rank holds."""
     optimizer: Optimizer
     runner: Runner
+    boundaries: Boundaries
 
 
-def build_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """This rank's part of a new run, with its initial values. Raises ValueError for a layout that cannot be."""
+def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
+    """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
+
+    Raises ValueError for a layout that cannot be.
+    """
     training, parallel = config.training, config.parallel
     dtype = DTYPES[training.precision]
     count = num_micro_batches(config, mesh.size("dp"))
@@ -54,7 +67,8 @@ def build_state(config: RunConfig, mesh: Mesh) -> TrainState:
     initialize(shards, config.model, training.seed)
     runner = make_runner(model, mean_token_loss(mesh, count), shapes, mesh, parallel.pipeline_schedule)
     optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh)
-    return TrainState(mesh, model, shards, optimizer, runner)
+    boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
+    return TrainState(mesh, model, shards, optimizer, runner, boundaries)
 
 
 def num_micro_batches(config: RunConfig, replicas: int) -> int:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.state import TrainState
 
@@ -22,16 +23,41 @@ class StepResult:
 
 def train_step(state: TrainState, batch: Tensor, lr: float) -> StepResult:
     """Forward, backward and update on this replica's part of the batch: ids [count, B, S + 1]."""
-    inputs, targets = inputs_and_targets(state.mesh, batch)
-    loss = state.runner.train(inputs, targets)
-    grad_norm = state.optimizer.step(lr)
-    return StepResult(mean_loss(loss, state.mesh), grad_norm)
+    inputs, targets, options = prepare(state, batch)
+    loss = state.runner.train(inputs, targets, options)
+    scale = loss_scale(state, targets)
+    grad_norm = state.optimizer.step(lr, scale)
+    return StepResult(mean_loss(loss, state.mesh) * scale, grad_norm)
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:
     """Mean loss over the tokens of a global batch, of which `batch` [count, B, S + 1] is this replica's part."""
-    inputs, targets = inputs_and_targets(state.mesh, batch)
-    return mean_loss(state.runner.evaluate(inputs, targets), state.mesh)
+    inputs, targets, options = prepare(state, batch)
+    return mean_loss(state.runner.evaluate(inputs, targets, options), state.mesh) * loss_scale(state, targets)
+
+
+def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Ids [count, B, S + 1] -> those to read and those to predict, each [count * B, S], and options of the model."""
+    ids = batch.to(state.mesh.device).flatten(0, 1)
+    inputs, targets, options = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), {}
+    boundaries = state.boundaries
+    if boundaries.mask_loss:
+        targets = mask_targets_after_eod(inputs, targets, boundaries.eod)
+    if boundaries.reset_attention:
+        options["document_starts"] = document_starts(inputs, boundaries.eod)
+    return inputs, targets, options
+
+
+def loss_scale(state: TrainState, targets: Tensor) -> float:
+    """What makes a mean over all targets of the global batch one over those that are not ignored."""
+    if not state.boundaries.mask_loss:
+        return 1.0
+    counts = torch.tensor([targets.numel(), int((targets != IGNORED_TARGET).sum())], device=state.mesh.device)
+    group = state.mesh.group("dp")
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    every, counted = counts.tolist()
+    return every / max(counted, 1)
 
 
 def mean_loss(loss: Tensor | None, mesh: Mesh) -> float:
@@ -44,9 +70,3 @@ def mean_loss(loss: Tensor | None, mesh: Mesh) -> float:
         if group is not None:
             dist.all_reduce(total, group=group)
     return float(total) / mesh.size("dp")
-
-
-def inputs_and_targets(mesh: Mesh, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [count, B, S + 1] -> those to read and those to predict, each [count * B, S], on the rank's device."""
-    ids = batch.to(mesh.device).flatten(0, 1)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

@@ -31,7 +31,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
     """
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     check_tokenizer(config, tokenizer)
-    state = build_state(config, mesh)
+    state = build_state(config, mesh, tokenizer.eod)
     progress = restore_state(state, config, tokenizer.identity)
     resumed = progress is not None
     progress = progress or new_progress(config.model, tokenizer.identity)

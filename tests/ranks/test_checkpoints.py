@@ -15,7 +15,7 @@ from megatron_tf.training.checkpointing import new_progress, restore_state, save
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
-from tests.support.training import random_batch
+from tests.support.training import EOD, random_batch
 from tools import reshard_checkpoint
 
 TOKENIZER = {"type": "none"}
@@ -23,7 +23,7 @@ TOKENIZER = {"type": "none"}
 
 def train_and_save(mesh, config, steps, root):
     """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
-    state = build_state(config, mesh)
+    state = build_state(config, mesh, EOD)
     progress = restore_state(state, config, TOKENIZER) or new_progress(config.model, TOKENIZER)
     losses = []
     while progress.step < steps:

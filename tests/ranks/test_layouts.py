@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
-from tests.support.training import small_run, training_run
+from megatron_tf.training.state import build_state
+from megatron_tf.training.step import evaluation_loss, prepare
+from tests.support.training import EOD, random_batch, small_run, training_run
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
 CASES = [(layout, sp) for layout in LAYOUTS for sp in (False, True) if layout[0] > 1 or not sp]
@@ -75,6 +78,40 @@ def test_bits_do_not_depend_on_pipeline_stages(runs, layout, sequence_parallel):
     one_stage, _ = runs((tensor, 1, data), sequence_parallel, True)
     two_stages, _ = runs((tensor, 2, data), sequence_parallel, True)
     assert np.array_equal(one_stage, two_stages)
+
+
+DOCUMENTS = {"eod_mask_loss": True, "reset_attention_mask": True}
+
+
+@pytest.mark.parametrize("layout, sequence_parallel", [((2, 1, 1), True), ((1, 2, 1), False), ((2, 2, 2), True)])
+def test_documents_apart_on_any_layout(rank_pool, layout, sequence_parallel):
+    """Every stage learns where documents begin, and the mean is over the targets of all replicas that count."""
+    curve, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), untied=True, data=DOCUMENTS), 8)[0]
+    plain, _ = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), untied=True), 8)[0]
+    assert abs(curve[0][0] - plain[0][0]) > 1e-5
+    config = layout_config(layout, sequence_parallel, untied=True, data=DOCUMENTS)
+    answers = rank_pool.run(training_run, *layout, config, 8)
+    np.testing.assert_allclose(np.array(answers[0][0])[:, 0], np.array(curve)[:, 0], rtol=1e-5)
+    for name, gradient in whole_model(layout, True, [gradients for _, gradients in answers]).items():
+        assert np.linalg.norm(gradient - expected[name]) < 1e-5 * np.linalg.norm(expected[name]), name
+
+
+def direct_loss(mesh, config):
+    """(loss as evaluated, mean of torch's cross-entropy over what does not follow an end of document)."""
+    state, batch = build_state(config, mesh, EOD), random_batch(config, 0, mesh)
+    inputs, _, options = prepare(state, batch)
+    with torch.no_grad():
+        logits = state.model(inputs, **options).transpose(0, 1)
+    counts = inputs != EOD
+    targets = batch.flatten(0, 1)[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits[counts], targets[counts])
+    return evaluation_loss(state, batch), float(expected), int((~counts).sum())
+
+
+def test_the_loss_is_a_mean_over_targets_that_count(rank_pool):
+    loss, expected, ignored = rank_pool.run(direct_loss, 1, 1, 1, layout_config((1, 1, 1), data=DOCUMENTS))[0]
+    assert ignored > 0
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

@@ -7,9 +7,10 @@ from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.training.state import build_state
-from megatron_tf.training.step import inputs_and_targets, mean_loss, train_step
+from megatron_tf.training.step import loss_scale, mean_loss, prepare, train_step
 
 VOCAB = 100
+EOD = 48
 
 
 def small_run(**sections) -> RunConfig:
@@ -62,10 +63,11 @@ def whole_gradients(state):
 
 def training_run(mesh, config: RunConfig, steps: int = 20):
     """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
-    state = build_state(config, mesh)
-    loss = state.runner.train(*inputs_and_targets(mesh, random_batch(config, 0, mesh)))
+    state = build_state(config, mesh, EOD)
+    inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
+    loss, scale = state.runner.train(inputs, targets, options), loss_scale(state, targets)
     gradients = whole_gradients(state)
-    curve = [(mean_loss(loss, mesh), state.optimizer.step(config.optimizer.lr))]
+    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale))]
     for step in range(1, steps):
         result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
         curve.append((result.loss, result.grad_norm))

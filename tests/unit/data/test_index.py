@@ -130,8 +130,8 @@ def shares(seed, count):
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0], [0.5, 0.5], [1.0, 2.0, 4.5], [1e-3, 1.0], [1.0, 2.0] * 3, [3.0] * 50, [1e-9, 1.0, 1.0], [1, 2, 3, 3, 2, 1]]
-    + [shares(seed, count) for seed, count in enumerate([5, 8, 9, 22, 31, 32, 33, 40, 64, 100, 300])],
+    [[1.0], [0.5, 0.5], [1.0, 2.0, 4.5], [1e-3, 1.0], [1.0, 2.0] * 3, [3.0] * 50, [3.0] * 70, [1e-9, 1.0, 1.0], [1e-9, *[1.0, 2.0] * 40], [1, 2, 3, 3, 2, 1]]
+    + [shares(seed, count) for seed, count in enumerate([5, 8, 9, 22, 31, 32, 33, 40, 64, 65, 100, 300])],
     ids=lambda weights: f"{len(weights)}",
 )
 def test_blend_equals_the_twin(weights):

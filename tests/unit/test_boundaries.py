@@ -1,0 +1,72 @@
+"""Ends of documents within a sample, against a slow reference with a mask of S x S."""
+
+import torch
+import torch.nn.functional as F
+
+from megatron_tf.config import ModelConfig, parse_config
+from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
+from megatron_tf.layers import attention
+from megatron_tf.model.init import initialize
+from megatron_tf.model.parallelize import parameter_shards
+from megatron_tf.model.tokenformer import TokenFormer
+from tests.support.training import EOD, small_run
+
+IDS = torch.tensor([[3, EOD, 5, 6, EOD, EOD, 8, 9], [1, 2, 3, 4, 5, 6, 7, EOD], [EOD, 1, 1, EOD, 2, 2, 2, 2]])
+
+
+def small_model():
+    config = parse_config(ModelConfig, vars(small_run().model), "test")
+    model = TokenFormer(config, dtype=torch.float64).to(torch.float64)
+    initialize(parameter_shards(model), config, 1)
+    return model
+
+
+def slow_starts(ids):
+    starts = []
+    for row in ids.tolist():
+        start, of_row = 0, []
+        for position, _ in enumerate(row):
+            if position and row[position - 1] == EOD:
+                start = position
+            of_row.append(start)
+        starts.append(of_row)
+    return starts
+
+
+def test_starts_and_targets():
+    assert document_starts(IDS, EOD).tolist() == slow_starts(IDS)
+    targets = mask_targets_after_eod(IDS, IDS + 1, EOD)
+    assert torch.equal(targets == IGNORED_TARGET, IDS == EOD)
+    assert torch.equal(targets[IDS != EOD], (IDS + 1)[IDS != EOD])
+
+
+def test_documents_give_what_they_give_alone():
+    """Logits of every token equal those of its document run by itself."""
+    model = small_model()
+    with torch.no_grad():
+        together = model(IDS, document_starts=document_starts(IDS, EOD)).transpose(0, 1)
+        for b, (row, starts) in enumerate(zip(IDS, slow_starts(IDS), strict=True)):
+            for start in sorted(set(starts)):
+                members = [i for i, s in enumerate(starts) if s == start]
+                alone = model(row[members][None])[:, 0]
+                torch.testing.assert_close(together[b, members], alone, rtol=1e-12, atol=1e-12)
+        assert (model(IDS).transpose(0, 1) - together).abs().max() > 1e-3
+
+
+def test_gradients_equal_those_of_a_mask(monkeypatch):
+    """Attention within documents against one with a block-diagonal mask, forward and backward."""
+    starts = document_starts(IDS, EOD)
+    allowed = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
+
+    def masked(q, k, v, documents):
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).permute(2, 0, 1, 3)
+
+    gradients = []
+    for function in (attention._attention_within, masked):
+        monkeypatch.setattr(attention, "_attention_within", function)
+        model = small_model()
+        model(IDS, document_starts=starts).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-10, atol=1e-12)
