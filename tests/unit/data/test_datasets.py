@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import random
 import struct
 from pathlib import Path
@@ -123,6 +124,24 @@ def test_an_order_that_another_process_builds_is_waited_for_with_an_end(dataset,
     monkeypatch.setattr(samples.order, "_build", lambda epoch: gpt(dataset)[0])  # asks for the lock it holds
     with pytest.raises(DataError, match="another process held the lock"):
         samples[0]
+
+
+def build_and_tell(arguments):
+    """In a process of its own: a sample, and whether this process built the order."""
+    built = []
+    cache, lengths = arguments
+    write = order_cache._write
+    order_cache._write = lambda *rest: (built.append(1), write(*rest))
+    order = SampleOrder(lengths, 8, 1, "d", cache)
+    return order.locate(3)[1], len(built)
+
+
+def test_many_processes_build_an_order_once(tmp_path):
+    lengths = np.full(200_000, 30, dtype=np.int32)
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        answers = pool.map(build_and_tell, [(tmp_path, lengths)] * 4, chunksize=1)
+    assert len({place for place, _ in answers}) == 1
+    assert sum(built for _, built in answers) == 1
 
 
 GOLDEN_ORDERS = json.loads((ROOT / "tests" / "golden" / "megatron_order.json").read_text())
