@@ -110,6 +110,14 @@ def test_there_and_back_gives_identical_tensors(trained, tmp_path):
     assert_same_bits(logical_tensors(tmp_path / "a"), logical_tensors(trained))
 
 
+def test_models_too_large_for_the_memory_are_not_compared(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reshard_checkpoint, "available_memory", lambda: 1000)
+    assert reshard(trained, tmp_path / "grown", "--grow", "ffn=128", "--verify") == 0
+    out = capsys.readouterr().out
+    assert "the logits are not compared" in out
+    assert "verified: every checksum holds" in out
+
+
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source, target):
