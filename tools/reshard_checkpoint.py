@@ -14,6 +14,7 @@ from megatron_tf.checkpoint.reshard import Target, plan_files, reshard
 from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import is_replicated, stage_layers
+from megatron_tf.model.sizes import training_flops
 
 EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
 COMPARED_TOKENS = 64
@@ -109,6 +110,10 @@ def describe(source: CheckpointReader, target: Target, growth: GrowthPlan | None
     total = (sum(old for old, _ in changes.values()), sum(new for _, new in changes.values()))
     for kind, (old, new) in [*changes.items(), ("total", total)]:
         print(f"  {kind:<12}{old:>16,}{new:>16,}")
+    config, seq_length = source.metadata["model"], source.metadata["config"]["training"]["seq_length"]
+    grown_config = config if growth is None else growth.grown_metadata(source.metadata)["model"]
+    flops = (training_flops(parse_config(ModelConfig, c, "model"), seq_length) for c in (config, grown_config))
+    print("  {:<12}{:>16,}{:>16,}".format("FLOPs/token", *flops))
     print(
         f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}: "
         f"{len(plans)} files, {size:,} bytes",
@@ -147,7 +152,10 @@ def compare_tensors(source: CheckpointReader, result: CheckpointReader) -> None:
     for group in source.groups():
         for name in source.names(group):
             rows = source.shape(group, name)[0]
-            if not torch.equal(source.read_rows(group, name, 0, rows), result.read_rows(group, name, 0, rows)):
+            blocks = zip(
+                source.read_blocks(group, name, 0, rows), result.read_blocks(group, name, 0, rows), strict=True
+            )
+            if not all(torch.equal(old, new) for old, new in blocks):
                 raise CheckpointError(f"{result.directory}: {group} {name} differs from the source")
 
 

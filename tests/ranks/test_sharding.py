@@ -49,7 +49,7 @@ def communicated(mesh, config):
         block = model.layers["1"]
         rows = 16 // ranks if config.parallel.sequence_parallel else 16
         x = torch.randn(rows, 1, HIDDEN, requires_grad=True)
-        tables = model._rotary(x, 0)
+        tables = model._rotary(x, 0, None)
         y = block(x, tables)
         forward = list(seen)
         seen.clear()
