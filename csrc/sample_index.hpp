@@ -58,18 +58,29 @@ template <typename Id, typename Length>
 template <typename Id, typename Length>
 std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
                             std::size_t num_lengths, Length *ordered) {
-    const Length none = 0;
+    if (num_lengths == 0) refuse(order, begin, end, lengths, num_lengths);
+    const auto address = reinterpret_cast<std::uintptr_t>(lengths);
     std::int64_t sum = 0;
     bool is_bad = false;
-    for (std::size_t place = begin; place < end; ++place) {
-        const auto ahead = static_cast<std::uint64_t>(order[std::min(place + kPrefetchDocuments, end - 1)]);
-        if (ahead < num_lengths) __builtin_prefetch(lengths + ahead);
+    const auto gather = [&](std::size_t place) {
         const auto document = static_cast<std::uint64_t>(order[place]);
         const bool is_known = document < num_lengths;
-        const Length length = *(is_known ? lengths + document : &none);
+        const Length length = lengths[is_known ? document : 0];
         *ordered++ = length;
-        is_bad |= !is_known | (length < 0) | __builtin_add_overflow(sum, std::int64_t{length}, &sum);
+        is_bad |= !is_known | (length < 0);
+        if constexpr (sizeof(Length) < sizeof sum)
+            sum += length;  // a window of them cannot overflow
+        else
+            is_bad |= __builtin_add_overflow(sum, std::int64_t{length}, &sum);
+    };
+    std::size_t place = begin;
+    for (; place + kPrefetchDocuments < end; ++place) {
+        // as a number, since a bad id may point anywhere: asking for what is not there is harmless
+        const auto ahead = static_cast<std::uint64_t>(order[place + kPrefetchDocuments]);
+        __builtin_prefetch(reinterpret_cast<const void *>(address + ahead * sizeof(Length)));
+        gather(place);
     }
+    for (; place < end; ++place) gather(place);
     if (is_bad) refuse(order, begin, end, lengths, num_lengths);
     return sum;
 }
