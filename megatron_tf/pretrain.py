@@ -9,9 +9,12 @@ from pathlib import Path
 from megatron_tf.config import RunConfig, describe, load_config
 from megatron_tf.parallel.mesh import init_mesh
 
+EXIT_START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code of the run: 0 when it is done, 1 after an error a user can mend."""
+    """Exit code of the run: 0 when it is done, 1 after an error a user can mend, 75 where it is saved and the same
+    command is to be started again."""
     parser = argparse.ArgumentParser(
         prog="megatron_tf.pretrain",
         description=__doc__,
@@ -21,14 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML file; examples/configs holds some")
     known, overrides = parser.parse_known_args(arguments)
     try:
-        run(load_config(known.config, overrides))
+        return run(load_config(known.config, overrides))
     except (ValueError, OSError) as error:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         _say("interrupted: the same command goes on from the newest checkpoint in checkpoint.save")
         return 130  # as shells count SIGINT
-    return 0
 
 
 def _say(message: str) -> None:
@@ -37,20 +39,21 @@ def _say(message: str) -> None:
     print(f"{where}{message}", file=sys.stderr, flush=True)
 
 
-def run(config: RunConfig) -> None:
-    """Join the other ranks and train."""
-    from megatron_tf.training.trainer import (
-        train,
-    )  # after the configuration is known to be sound: it takes seconds
+def run(config: RunConfig) -> int:
+    """Join the other ranks and train; returns the exit code."""
+    # after the configuration is known to be sound: it takes seconds
+    from megatron_tf.training.checkpointing import stage_reached
+    from megatron_tf.training.trainer import train
 
-    parallel = config.parallel
+    parallel = config.at_stage(stage_reached(config)).parallel
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.data_parallel_size,
         timedelta(seconds=parallel.distributed_timeout_seconds),
     )
-    train(config, mesh)
+    progress = train(config, mesh)
+    return 0 if progress.step >= config.training.train_iters else EXIT_START_AGAIN
 
 
 if __name__ == "__main__":

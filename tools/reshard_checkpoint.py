@@ -1,81 +1,179 @@
-"""Grow a checkpoint and repartition it for other parallel degrees, without a GPU."""
+"""Repartition a checkpoint for other parallel degrees, grow it or shrink it, offline and without a GPU.
+
+The new checkpoint appears under --save when it is complete; whatever goes wrong before leaves nothing there. A run goes
+on from it with checkpoint.load, or, if it is copied there, checkpoint.save. Tensors are streamed in blocks: checkpoints
+may be larger than the memory.
+"""
 
 import argparse
-import os
+import math
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import GrowthPlan, plan_growth, token_kind
+from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.reshard import Target, plan_files, reshard
-from megatron_tf.config import ModelConfig, parse_config
+from megatron_tf.checkpoint.reshard import BLOCKS_HELD, Target, plan_files, reshard
+from megatron_tf.checkpoint.shrink import keep_most_important, shrink
+from megatron_tf.checkpoint.summary import kind_of
+from megatron_tf.checkpoint.vocabulary import pad_vocabulary
+from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
+from megatron_tf.inference.calibration import (
+    Comparison,
+    available_memory,
+    compare_models,
+    read_samples,
+    token_importance,
+)
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.sizes import training_flops
 
 EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
-COMPARED_TOKENS = 64
-MEMORY_SHARE = 0.8  # of what is free, for the two models that are compared
+EXIT_ERROR, EXIT_NOT_VERIFIED = 1, 3
+
+
+class VerificationError(ValueError):
+    """The new checkpoint is there and is not what it should be."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when the new checkpoint is complete (and verified, if asked), 1 after an error."""
+    """0 when the new checkpoint is complete (and verified, if asked); 1 after an error, with nothing written; 3 where
+    the new checkpoint was written and --verify finds fault with it."""
     args = parse_arguments(arguments)
     try:
-        return run(args)
+        run(args)
+    except VerificationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NOT_VERIFIED
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_ERROR
+    return 0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; names follow Megatron-LM's tool."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Exit code: 0 done, 1 error and nothing written, 2 usage, 3 written but --verify finds a fault.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--load", type=Path, required=True, help="checkpoint, or a run's directory of them")
     parser.add_argument("--save", type=Path, required=True, help="directory for the new checkpoint")
     parser.add_argument("--target-tensor-parallel-size", type=int, default=1, metavar="T")
     parser.add_argument("--target-pipeline-parallel-size", type=int, default=1, metavar="P")
-    parser.add_argument("--grow", metavar="qkv=N,proj=N,ffn=N", help="new number of parameter tokens by kind")
-    parser.add_argument("--growth-init", choices=["zero_key"], default="zero_key", help="zero_key changes no output")
+    parser.add_argument("--make-vocab-size-divisible-by", type=int, metavar="M", help="pad the vocabulary anew")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    parser.add_argument("--verify", action="store_true", help="read everything back and compare it with the source")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read everything back, compare it bit for bit, and compare the logits of both models where they fit",
+    )
+    parser.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
+    parser.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
+    growth = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
+    growth.add_argument("--stage", type=Path, metavar="FILE", help="YAML file with the keys of a stage")
+    growth.add_argument(
+        "--grow", metavar="qkv=N,proj=N,ffn@0-5=N", help="new number of tokens by kind, or also by layer"
+    )
+    growth.add_argument("--growth-init", choices=["zero_key", "duplicate", "random"], help="default: zero_key, exact")
+    growth.add_argument("--growth-noise", type=float, metavar="X", help="noise on the values of duplicates (0.1)")
+    growth.add_argument("--insert-layers", metavar="I,J,...", help="a new layer before each old one named")
+    growth.add_argument("--moments", choices=["keep", "reset"], help="Adam's moments of what was there (keep)")
+    growth.add_argument("--old-tokens-lr-scale", type=float, metavar="X", help="of old tokens; 0 freezes them (1)")
+    growth.add_argument("--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth (0)")
+    parser.add_argument("--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that do most on --data")
     return parser.parse_args(arguments)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Do it."""
     if args.save.resolve() == args.load.resolve():
         raise CheckpointError("--save is the same directory as --load: choose another")
-    source = CheckpointReader(args.load)
-    source.verify()
-    growth = plan_growth(source.metadata, args.grow) if args.grow else None
-    target = make_target(source, args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
-    describe(source, target, growth)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
+    source = CheckpointReader(args.load, check_at_end=True)
+    result, is_exact = derive(source, args)
+    target = make_target(result, args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    describe(source, result, target)
     if args.dry_run:
-        return 0
-    path = reshard(source, args.save, target, growth, sys.stderr.isatty())
-    print(f"wrote {path}")
-    result = CheckpointReader(path)
+        return
+    path = reshard(result, args.save, target, source.verify, sys.stderr.isatty())
+    print(f"wrote {path}", flush=True)
     if args.verify:
-        compare_tensors(source, result)
-        print("verified: every checksum holds, and every old row is the same, bit for bit")
-    needed, available = model_bytes(source) + model_bytes(result), available_memory()
-    if needed > MEMORY_SHARE * available:
-        print(f"the logits are not compared: both models take {needed:,} bytes, {available:,} bytes of memory are free")
-        return 0
-    difference, largest = compare_logits(source.directory, path)
-    print(f"max |delta logit| before and after: {difference:.3g} (largest |logit| {largest:.3g})")
-    if difference > EXACT * largest:
-        raise CheckpointError(f"{path}: the logits moved by {difference:.3g}, more than rounding explains")
-    return 0
+        compare_tensors(result, path)
+        source.verify()
+        print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
+    if args.verify or args.data:
+        report(source.directory, path, args, is_exact)
 
 
-def make_target(source: CheckpointReader, tensor_parallel: int, pipeline_parallel: int) -> Target:
+def derive(source: CheckpointReader, args: argparse.Namespace) -> tuple[Checkpoint, bool]:
+    """(the checkpoint to write, whether it computes the same)."""
+    result: Checkpoint = source
+    stage = growth_stage(args)
+    if args.shrink and stage:
+        raise CheckpointError("--shrink and growth are two steps: run the tool twice")
+    if args.shrink:
+        result = shrunk(source, args)
+    if stage:
+        result = grow(source, stage)
+    if args.make_vocab_size_divisible_by:
+        result = pad_vocabulary(result, args.make_vocab_size_divisible_by)
+    return result, not args.shrink and (stage is None or stage.init != "random")
+
+
+def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
+    """From --stage and the options beside it; None for no growth."""
+    values: dict[str, Any] = {}
+    if args.stage:
+        try:
+            values = yaml.safe_load(args.stage.read_text())
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{args.stage}: not valid YAML: {error}") from error
+    if args.grow:
+        values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", args.grow).items()}
+    if args.insert_layers:
+        values["insert_layers"] = [int(layer) for layer in args.insert_layers.split(",")]
+    options = {
+        "init": args.growth_init,
+        "noise": args.growth_noise,
+        "moments": args.moments,
+        "old_tokens_lr_scale": args.old_tokens_lr_scale,
+        "rewarmup_iters": args.rewarmup_iters,
+    }
+    values |= {key: value for key, value in options.items() if value is not None}
+    return parse_config(GrowthStage, values, str(args.stage or "growth")) if values else None
+
+
+def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpoint:
+    """The source without the tokens that do least on the data."""
+    if args.data is None:
+        raise CheckpointError("--shrink needs --data PREFIX: the tokens that do least on it are dropped")
+    tokens = parse_token_option("--shrink", args.shrink)
+    if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
+        raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
+    model = load_model(source.directory)
+    samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
+    return shrink(source, keep_most_important(token_importance(model, samples), tokens))  # type: ignore[arg-type]
+
+
+def seq_length_of(checkpoint: Checkpoint) -> int:
+    """Of the run that wrote it."""
+    length: int = checkpoint.metadata["config"]["training"]["seq_length"]
+    return length
+
+
+def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
     """The target layout, with layers balanced over stages as the trainer does."""
-    config = parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+    config = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
     if tensor_parallel < 1 or pipeline_parallel < 1:
         raise CheckpointError("the target's parallel sizes must be 1 or more")
     if config.num_attention_heads % tensor_parallel:
@@ -83,7 +181,7 @@ def make_target(source: CheckpointReader, tensor_parallel: int, pipeline_paralle
             f"{config.num_attention_heads} attention heads cannot be shared equally by "
             f"{tensor_parallel} tensor-parallel ranks"
         )
-    stages = stage_layers(config, pipeline_parallel, source.metadata["config"]["training"]["seq_length"])
+    stages = stage_layers(config, pipeline_parallel, seq_length_of(checkpoint))
 
     def stage_of(name: str) -> int:
         if name.startswith("layers."):
@@ -94,69 +192,86 @@ def make_target(source: CheckpointReader, tensor_parallel: int, pipeline_paralle
     return Target(tensor_parallel, pipeline_parallel, stage_of, is_replicated)
 
 
-def describe(source: CheckpointReader, target: Target, growth: GrowthPlan | None) -> None:
+def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> None:
     """Print what goes in and what comes out."""
-    changes: dict[str, tuple[int, int]] = {}
-    for name in source.names("model"):
-        rows, columns = source.shape("model", name)[0], torch.Size(source.shape("model", name)[1:]).numel()
-        grown = rows if growth is None else growth.rows(name, rows)
-        kind = token_kind(name) or name.split(".")[0]
-        old, new = changes.get(kind, (0, 0))
-        changes[kind] = old + rows * columns, new + grown * columns
-    plans = list(plan_files(source, target, growth))
-    size = sum(spec.nbytes for _, _, specs in plans for spec in specs)
+    plans = list(plan_files(result, target))
     print(f"{source.directory}, step {source.step:,}")
-    print(f"  {'parameters':<12}{'before':>16}{'after':>16}")
-    total = (sum(old for old, _ in changes.values()), sum(new for _, new in changes.values()))
-    for kind, (old, new) in [*changes.items(), ("total", total)]:
-        print(f"  {kind:<12}{old:>16,}{new:>16,}")
-    config, seq_length = source.metadata["model"], source.metadata["config"]["training"]["seq_length"]
-    grown_config = config if growth is None else growth.grown_metadata(source.metadata)["model"]
-    flops = (training_flops(parse_config(ModelConfig, c, "model"), seq_length) for c in (config, grown_config))
-    print("  {:<12}{:>16,}{:>16,}".format("FLOPs/token", *flops))
+    print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
+    kinds = dict.fromkeys(kind_of(name) for name in [*source.names("model"), *result.names("model")])
+    for kind in kinds:
+        (old_shape, old), (new_shape, new) = (_size_of_kind(checkpoint, kind) for checkpoint in (source, result))
+        print(f"  {kind:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
+    both = (source, result)
+    rows = {
+        "all parameters": [_parameters(checkpoint) for checkpoint in both],
+        "layers": [checkpoint.metadata["model"]["num_layers"] for checkpoint in both],
+        "FLOPs per token in training": [_flops(checkpoint) for checkpoint in both],
+        "files": [len(source.manifest.files) - 1, len(plans)],
+        "bytes": [sum(file.bytes for file in source.manifest.files.values()), sum(plan.nbytes for plan in plans)],
+    }
+    for name, (before, after) in rows.items():
+        print(f"  {name:<76}{before:>16,}{after:>16,}")
+    largest_row = max(spec.row_bytes for plan in plans for spec in plan.specs)
     print(
-        f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}: "
-        f"{len(plans)} files, {size:,} bytes",
+        f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}; memory beyond the interpreter's: "
+        f"at most {BLOCKS_HELD * max(BLOCK_BYTES, largest_row):,} bytes",
         flush=True,
     )
 
 
-def model_bytes(checkpoint: CheckpointReader) -> int:
-    """What its parameters take in memory."""
-    sizes = (torch.Size(checkpoint.shape("model", name)).numel() for name in checkpoint.names("model"))
-    return 4 * sum(sizes)  # loaded as fp32
+def _size_of_kind(checkpoint: Checkpoint, kind: str) -> tuple[str, int]:
+    """(shapes, parameters) of the tensors that differ in their layer only."""
+    shapes = [checkpoint.shape("model", name) for name in checkpoint.names("model") if kind_of(name) == kind]
+    rows = sorted({shape[0] for shape in shapes})
+    first = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]}"
+    shape = " x ".join([first, *map(str, shapes[0][1:])])
+    return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
 
 
-def available_memory() -> int:
-    """Bytes that can be taken without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # macOS tells what there is, not what is free
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0])
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape("model", name)) for name in checkpoint.names("model"))
 
 
-@torch.no_grad()
-def compare_logits(before: Path, after: Path) -> tuple[float, float]:
-    """(largest difference of the logits on fixed tokens, largest logit) of two checkpoints."""
-    old, new = load_model(before), load_model(after)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(old.config.vocab_size, (2, COMPARED_TOKENS), generator=generator)
-    old_logits, new_logits = old(ids), new(ids)
-    return float((old_logits - new_logits).abs().max()), float(old_logits.abs().max())
+def _flops(checkpoint: Checkpoint) -> int:
+    model = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
+    return training_flops(model, seq_length_of(checkpoint))
 
 
-def compare_tensors(source: CheckpointReader, result: CheckpointReader) -> None:
-    """Raise CheckpointError unless the result is sound and its old rows are the source's."""
-    result.verify()
-    for group in source.groups():
-        for name in source.names(group):
-            rows = source.shape(group, name)[0]
-            blocks = zip(
-                source.read_blocks(group, name, 0, rows), result.read_blocks(group, name, 0, rows), strict=True
-            )
-            if not all(torch.equal(old, new) for old, new in blocks):
-                raise CheckpointError(f"{result.directory}: {group} {name} differs from the source")
+def compare_tensors(expected: Checkpoint, path: Path) -> None:
+    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`."""
+    found = CheckpointReader(path, check_at_end=True)
+    for group in expected.groups():
+        for name in expected.names(group):
+            rows = expected.shape(group, name)[0]
+            sides = (read_blocks(checkpoint, group, name, 0, rows) for checkpoint in (expected, found))
+            if not all(torch.equal(wanted, have) for wanted, have in zip(*sides, strict=True)):
+                raise VerificationError(f"{path}: {group} {name} is not what it should be")
+    try:
+        found.verify()
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+
+
+def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) -> None:
+    """Print how the outputs of both models differ. Raises VerificationError where they should not."""
+    readers = [CheckpointReader(path) for path in (before, after)]
+    needed, available = max(4 * _parameters(reader) for reader in readers), available_memory()
+    if needed > available:
+        print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
+        return
+    samples = None
+    if args.data:
+        vocab_size = readers[0].metadata["model"]["vocab_size"]
+        samples = read_samples(args.data, vocab_size, seq_length_of(readers[0]), args.data_tokens)
+    found: Comparison = compare_models(before, after, samples)
+    print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
+    if found.losses:
+        old, new = found.losses
+        print(f"loss on {args.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
+    if not is_exact:
+        print("this change does not keep the model's outputs, as said in --help")
+    elif found.difference > EXACT * found.largest:
+        raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
 
 
 if __name__ == "__main__":

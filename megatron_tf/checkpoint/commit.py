@@ -30,7 +30,12 @@ def temporary_directory(root: Path, step: int) -> Path:
 def complete_checkpoints(root: Path) -> list[Path]:
     """Step directories under `root`, oldest first."""
     found = [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / MANIFEST).exists()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in found if (path / MANIFEST).exists()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def newest_checkpoint(root: Path) -> Path:
@@ -92,11 +97,12 @@ def abandon(root: Path, step: int) -> None:
     shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove complete checkpoints but the newest `keep_last` and the one `latest` names."""
+def prune(root: Path, keep_last: int, keep_every: int | None = None) -> None:
+    """Remove complete checkpoints but the newest `keep_last`, those of every `keep_every`-th step and the one `latest`
+    names."""
     newest = newest_checkpoint(root)
     for path in complete_checkpoints(root)[:-keep_last]:
-        if path != newest:
+        if path != newest and (keep_every is None or step_of(path) % keep_every):
             # renamed first: a process that dies while removing leaves no damaged checkpoint behind
             path.rename(_discarded(path))
             shutil.rmtree(_discarded(path))

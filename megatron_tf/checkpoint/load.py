@@ -1,4 +1,4 @@
-"""Reading checkpoints: any rows of any tensor, whatever layout wrote it."""
+"""Reading checkpoints from files: any rows of any tensor, whatever layout wrote it."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
+from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import (
     DTYPES,
     LATEST,
@@ -20,24 +21,25 @@ from megatron_tf.checkpoint.format import (
     file_checksum,
     read_manifest,
 )
-from megatron_tf.checkpoint.pieces import PieceFileReader, PieceSpec
+from megatron_tf.checkpoint.pieces import HashedFile, PieceFileReader, PieceSpec
 from megatron_tf.parallel.sharding import RowShard, copy_rows
-
-BLOCK_BYTES = 4 << 20
-"""Rows are streamed in blocks of about this many bytes."""
 
 
 class CheckpointReader:
     """One complete checkpoint. A file's checksum is compared before anything is read from it.
 
-    `path` is the checkpoint's own directory, or the directory of a run, whose newest one is meant. Raises
-    CheckpointError for one that is missing, incomplete or damaged, naming the file, and the newest sound one.
+    `path` is the checkpoint's own directory, or the directory of a run, whose newest one is meant. Who reads all of a
+    large checkpoint once may say `check_at_end`: checksums are taken on the way, and `verify` compares them before what
+    was read counts. Raises CheckpointError for a checkpoint that is missing, incomplete or damaged, naming the file,
+    and the newest sound one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check_at_end: bool = False) -> None:
         self.directory = _resolve(path)
+        self._check_at_end = check_at_end
         self._is_newest = self.directory != path
         self._open_files: dict[str, PieceFileReader] = {}
+        self._hashed_files: dict[str, HashedFile] = {}
         with self._offering_another():
             self.manifest = read_manifest(self.directory)
             self._check_files()
@@ -83,17 +85,14 @@ class CheckpointReader:
                 self._open(piece.file).read(spec, low, rows[low - start : high - start])
         return rows
 
-    def read_blocks(self, group: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows [start, stop) in blocks of bounded size."""
-        step = rows_per_block(self.shape(group, name), self.dtype(group, name))
-        for low in range(start, stop, step):
-            yield self.read_rows(group, name, low, min(stop, low + step))
-
     def verify(self) -> None:
-        """Read everything and compare checksums. Raises CheckpointError naming the first file that differs."""
+        """Compare the checksums of all files, reading what was not read. Raises CheckpointError naming the first file
+        that differs."""
         with self._offering_another():
             for name in self.manifest.files:
-                self._check_checksum(name)
+                hashed = self._hashed_files.pop(name, None)
+                self._open_files.pop(name, None)
+                self._compare(name, hashed.finish() if hashed else file_checksum(self.directory / name))
 
     def _entry(self, group: str, name: str) -> TensorEntry:
         try:
@@ -104,8 +103,12 @@ class CheckpointReader:
     def _open(self, file: str) -> PieceFileReader:
         if file not in self._open_files:
             with self._offering_another():
-                self._check_checksum(file)
-                self._open_files[file] = PieceFileReader(self.directory / file)
+                path = self.directory / file
+                if not self._check_at_end:
+                    self._compare(file, file_checksum(path))
+                else:
+                    self._hashed_files[file] = HashedFile(path)
+                self._open_files[file] = PieceFileReader(path, self._hashed_files.get(file))
         return self._open_files[file]
 
     def _check_files(self) -> None:
@@ -120,13 +123,13 @@ class CheckpointReader:
             path = self.directory / min(strangers)
             raise CheckpointError(f"{path} does not belong to the checkpoint: remove it")
 
-    def _check_checksum(self, name: str) -> None:
-        if file_checksum(self.directory / name) != self.manifest.files[name].xxh3_128:
+    def _compare(self, name: str, checksum: str) -> None:
+        if checksum != self.manifest.files[name].xxh3_128:
             raise CheckpointError(f"{self.directory / name} is damaged: its checksum does not match")
 
     def _read_metadata(self) -> dict[str, Any]:
-        self._check_checksum(METADATA)
         path = self.directory / METADATA
+        self._compare(METADATA, file_checksum(path))
         try:
             metadata: dict[str, Any] = json.loads(path.read_bytes())
             int(metadata["training"]["step"])
@@ -156,38 +159,33 @@ class CheckpointReader:
         return "; there is no other sound checkpoint beside it"
 
 
-def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Rows of a tensor that make a block of BLOCK_BYTES, at least one."""
-    return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
-
-
 def load_shards(
-    reader: CheckpointReader, group: str, shards: Sequence[RowShard], expected_names: Collection[str]
+    checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], expected_names: Collection[str]
 ) -> None:
     """Copy this rank's rows in place, bit for bit. `expected_names` are all tensors of the model.
 
     Raises CheckpointError where names, shapes or types are not those of the checkpoint.
     """
-    _check_names(reader, group, expected_names)
+    _check_names(checkpoint, group, expected_names)
     for shard in shards:
-        shape, dtype = reader.shape(group, shard.name), reader.dtype(group, shard.name)
+        shape, dtype = checkpoint.shape(group, shard.name), checkpoint.dtype(group, shard.name)
         if shape != shard.global_shape or dtype != shard.tensor.dtype:
             raise CheckpointError(
-                f"{reader.directory} is a checkpoint of another model: {group} {shard.name} is {list(shape)} "
+                f"{checkpoint.directory} is a checkpoint of another model: {group} {shard.name} is {list(shape)} "
                 f"{dtype} in it, {list(shard.global_shape)} {shard.tensor.dtype} in the configured model: change "
                 f"the configuration, or grow the checkpoint"
             )
-        copy_rows(shard, reader.read_rows(group, shard.name, shard.start, shard.stop))
+        copy_rows(shard, checkpoint.read_rows(group, shard.name, shard.start, shard.stop))
 
 
-def _check_names(reader: CheckpointReader, group: str, expected: Collection[str]) -> None:
-    if not reader.has_group(group):
-        raise CheckpointError(f"{reader.directory} holds no {group!r}, only {', '.join(reader.groups())}")
-    saved = set(reader.names(group))
+def _check_names(checkpoint: Checkpoint, group: str, expected: Collection[str]) -> None:
+    if group not in checkpoint.groups():
+        raise CheckpointError(f"{checkpoint.directory} holds no {group!r}, only {', '.join(checkpoint.groups())}")
+    saved = set(checkpoint.names(group))
     for names, verb in ((set(expected) - saved, "lacks"), (saved - set(expected), "also has")):
         if names:
             raise CheckpointError(
-                f"{reader.directory} is a checkpoint of another model: its {group!r} {verb} {min(names)}"
+                f"{checkpoint.directory} is a checkpoint of another model: its {group!r} {verb} {min(names)}"
                 + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             )
 

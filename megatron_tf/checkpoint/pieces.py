@@ -23,6 +23,9 @@ from megatron_tf.checkpoint.format import (
     check_tiling,
 )
 
+_HASH_BYTES = 1 << 20  # read at a time where bytes are only hashed
+_LARGEST_HEADER = 100_000_000  # as safetensors has it
+
 
 @dataclass(frozen=True)
 class PieceSpec:
@@ -78,21 +81,58 @@ class PieceFileWriter:
         pieces = [(group, spec, Piece(self.path.name, spec.start, spec.stop)) for spec in self.specs]
         return Written({self.path.name: FileEntry(self.bytes, self.hash.hexdigest())}, pieces)
 
+    def finish(self) -> None:
+        """Make the file durable, and close it."""
+        assert self.bytes == self.total_bytes, f"{self.path}: {self.bytes} of {self.total_bytes} bytes"
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
     def __enter__(self) -> "PieceFileWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.file:
-            if error is None:
-                assert self.bytes == self.total_bytes, f"{self.path}: {self.bytes} of {self.total_bytes} bytes"
-                self.file.flush()
-                os.fsync(self.file.fileno())
+        if error is None and not self.file.closed:
+            self.finish()
+        self.file.close()
 
     def _append(self, data: bytes | memoryview) -> None:
         self.hash.update(data)
         self.bytes += self.file.write(data)
+
+
+class HashedFile:
+    """A file that is hashed while it is read: each byte once, and reads in its order need no other pass."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        self.file = path.open("rb", buffering=0)
+        self.hash = xxhash.xxh3_128()
+        self.hashed = 0
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on; returns how many bytes there were."""
+        self._hash_up_to(offset)
+        self.file.seek(offset)
+        count = self.file.readinto(buffer)
+        self.hash.update(buffer[max(0, self.hashed - offset) : count])
+        self.hashed = max(self.hashed, offset + count)
+        return count
+
+    def finish(self) -> str:
+        """The checksum of the whole file, which is closed."""
+        with self.file:
+            self._hash_up_to(self.size)
+        return self.hash.hexdigest()
+
+    def _hash_up_to(self, stop: int) -> None:
+        self.file.seek(self.hashed)
+        while self.hashed < stop and (data := self.file.read(min(_HASH_BYTES, stop - self.hashed))):
+            self.hash.update(data)
+            self.hashed += len(data)
 
 
 class PieceFileReader:
@@ -102,25 +142,35 @@ class PieceFileReader:
     file. Raises CheckpointError where the file's header is not that of a safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hashed: HashedFile | None = None) -> None:
         self.path = path
+        self.hashed = hashed
+        length = bytearray(8)
+        self._fill(0, memoryview(length))
+        self.data_start = 8 + int.from_bytes(length, "little")
+        if self.data_start > min(path.stat().st_size, _LARGEST_HEADER):
+            raise CheckpointError(f"{path} is not a safetensors file: its header is said to end at {self.data_start}")
+        header = bytearray(self.data_start - 8)
+        self._fill(8, memoryview(header))
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self.tensors: Mapping[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+            self.tensors: Mapping[str, Any] = json.loads(header)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-        self.data_start = 8 + length
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
         self._check(spec)
         offset = self.tensors[spec.name]["data_offsets"][0] + (start - spec.start) * spec.row_bytes
         buffer = _bytes_of(out)
+        if self._fill(self.data_start + offset, buffer) != len(buffer):
+            raise CheckpointError(f"{self.path} is damaged: {spec.name} ends early")
+
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        if self.hashed is not None:
+            return self.hashed.read_into(offset, buffer)
         with self.path.open("rb") as file:
-            file.seek(self.data_start + offset)
-            if file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"{self.path} is damaged: {spec.name} ends early")
+            file.seek(offset)
+            return file.readinto(buffer)
 
     def _check(self, spec: PieceSpec) -> None:
         try:

@@ -1,25 +1,44 @@
-"""Repartitioning, with or without growth: a checkpoint streamed into files for another layout.
+"""Repartitioning: any checkpoint, of files or derived, streamed into files for another layout.
 
-Each rank of the target layout gets a file of its own for each group. Memory is bounded by a block of rows, not by the
-model.
+Each rank of the target layout gets a file of its own for each group. Tensors are written one after another, and their
+rows in order, to all the files that share them: so files of both sides are read and written from front to back, once,
+and hashed on the way. Memory is bounded by some blocks of rows, not by the model.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
+from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import GrowthPlan
-from megatron_tf.checkpoint.load import CheckpointReader, rows_per_block
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.parallel.sharding import split_rows
 
-FilePlan = tuple[str, str, list[PieceSpec]]
-"""(group, file name, contents in the order they are written)."""
+_BLOCKS_AHEAD = 4  # read while those before are written
+BLOCKS_HELD = 2 * _BLOCKS_AHEAD + 4
+"""Blocks, or rows where a row is larger, that `reshard` holds at most, those being made or written included."""
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of the target layout."""
+
+    group: str
+    name: str
+    specs: list[PieceSpec]
+    """Contents in the order they are written."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(spec.nbytes for spec in self.specs)
 
 
 @dataclass(frozen=True)
@@ -35,78 +54,99 @@ class Target:
 
 
 def reshard(
-    source: CheckpointReader, root: Path, target: Target, growth: GrowthPlan | None, show_progress: bool
+    checkpoint: Checkpoint, root: Path, target: Target, check_source: Callable[[], None], show_progress: bool
 ) -> Path:
-    """Write `source`, grown if asked, for `target` under `root`; returns its directory.
+    """Write `checkpoint` for `target` under `root`; returns its directory.
 
-    Everything in it comes along: parameters, moments, progress, tau, lineage. The new checkpoint appears when it is
-    complete. Raises CheckpointError where rows don't divide, the source is damaged or the disk is too small.
+    Everything in it comes along: parameters, moments, progress, tau, lineage. `check_source` is called when all is
+    written, and raises where what was read is damaged: then, as after any error, nothing appears under `root`. Raises
+    CheckpointError where rows don't divide or the disk is too small.
     """
-    step = source.step
-    if step_directory(root, step).resolve() == source.directory.resolve():
-        raise CheckpointError(f"{source.directory} would replace itself: choose another directory to save in")
-    plans = list(plan_files(source, target, growth))
-    total = sum(spec.nbytes for _, _, specs in plans for spec in specs)
-    metadata = source.metadata if growth is None else growth.grown_metadata(source.metadata)
+    step = int(checkpoint.metadata["training"]["step"])
+    if step_directory(root, step).resolve() == checkpoint.directory.resolve():
+        raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save in")
+    plans = list(plan_files(checkpoint, target))
+    total = sum(plan.nbytes for plan in plans)
     directory = prepare(root, step, total)
     try:
         with tqdm(total=total, unit="B", unit_scale=True, disable=not show_progress) as bar:
-            written = [_write_file(source, directory, plan, growth, bar) for plan in plans]
-        return publish(root, step, metadata, written)
+            written = [
+                part
+                for group in checkpoint.groups()
+                for part in _write_group(checkpoint, directory, [p for p in plans if p.group == group], bar)
+            ]
+        check_source()
+        return publish(root, step, checkpoint.metadata, written)
     except BaseException:
         abandon(root, step)
         raise
 
 
-def plan_files(source: CheckpointReader, target: Target, growth: GrowthPlan | None) -> Iterator[FilePlan]:
+def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:
     """Every file of the target layout. Raises CheckpointError where rows don't divide by its ranks."""
-    for group in source.groups():
+    for group in checkpoint.groups():
         stages: list[list[str]] = [[] for _ in range(target.pipeline_parallel)]
-        for name in source.names(group):
+        for name in checkpoint.names(group):
             stages[target.stage_of(name)].append(name)
         for stage, names in enumerate(stages):
             for rank in range(target.tensor_parallel):
                 specs = [
-                    _spec(source, group, name, rank, target, growth)
+                    _spec(checkpoint, group, name, rank, target)
                     for name in names
                     if rank == 0 or not target.is_replicated(name)
                 ]
                 if specs:
-                    yield group, f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs
+                    yield FilePlan(group, f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs)
 
 
-def _spec(
-    source: CheckpointReader, group: str, name: str, rank: int, target: Target, growth: GrowthPlan | None
-) -> PieceSpec:
-    shape = source.shape(group, name)
-    rows = shape[0] if growth is None else growth.rows(name, shape[0])
+def _spec(checkpoint: Checkpoint, group: str, name: str, rank: int, target: Target) -> PieceSpec:
+    shape = checkpoint.shape(group, name)
     ranks = 1 if target.is_replicated(name) else target.tensor_parallel
-    if rows % ranks:
+    if shape[0] % ranks:
         raise CheckpointError(
-            f"{name} has {rows} rows, which {ranks} tensor-parallel ranks cannot share equally: "
-            f"choose a tensor-parallel size that divides {rows}"
+            f"{name} has {shape[0]} rows, which {ranks} tensor-parallel ranks cannot share equally: "
+            f"choose a tensor-parallel size that divides {shape[0]}"
         )
-    return PieceSpec(name, source.dtype(group, name), (rows, *shape[1:]), *split_rows(rows, ranks, rank))
+    return PieceSpec(name, checkpoint.dtype(group, name), shape, *split_rows(shape[0], ranks, rank))
 
 
-def _write_file(
-    source: CheckpointReader, directory: Path, plan: FilePlan, growth: GrowthPlan | None, bar: tqdm
-) -> Written:
-    group, file_name, specs = plan
-    with PieceFileWriter(directory / file_name, specs) as file:
-        for spec in specs:
-            for rows in _stream(source, group, spec, growth):
-                file.write(rows)
-                bar.update(rows.nbytes)
-    return file.written(group)
+def _write_group(checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], bar: Any) -> list[Written]:
+    """Write the files of one group, which are complete one pipeline stage after another."""
+    pieces = [(spec, plan) for plan in plans for spec in plan.specs]
+    order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
+    pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
+    left = {plan.name: len(plan.specs) for plan in plans}
+    files: dict[str, PieceFileWriter] = {}
+    written = []
+    with ExitStack() as stack:
+        for plan, rows, is_last in _read_ahead(checkpoint, pieces):
+            if plan.name not in files:
+                files[plan.name] = PieceFileWriter(directory / plan.name, plan.specs)
+                stack.push(files[plan.name])
+            files[plan.name].write(rows)
+            bar.update(rows.nbytes)
+            left[plan.name] -= is_last
+            if not left[plan.name]:
+                files[plan.name].finish()
+                written.append(files[plan.name].written(plan.group))
+    return written
 
 
-def _stream(source: CheckpointReader, group: str, spec: PieceSpec, growth: GrowthPlan | None) -> Iterator[Tensor]:
-    """The piece's rows in blocks: old ones as they are in the source, then new ones."""
-    old = source.shape(group, spec.name)[0]
-    yield from source.read_blocks(group, spec.name, spec.start, min(spec.stop, old))
-    if growth is not None:
-        step = rows_per_block(spec.shape, spec.dtype)
-        for start in range(max(spec.start, old), spec.stop, step):
-            stop = min(start + step, spec.stop)
-            yield growth.new_rows(group, spec.name, start, stop, spec.shape[1], spec.dtype)
+def _read_ahead(
+    checkpoint: Checkpoint, pieces: list[tuple[PieceSpec, FilePlan]]
+) -> Iterator[tuple[FilePlan, Tensor, bool]]:
+    """(file, rows, whether they are the last of their piece), read by a thread while those before are written."""
+
+    def blocks() -> Iterator[tuple[FilePlan, Tensor, bool]]:
+        for spec, plan in pieces:
+            row = spec.start
+            for rows in read_blocks(checkpoint, plan.group, spec.name, spec.start, spec.stop):
+                row += len(rows)
+                yield plan, rows, row == spec.stop
+
+    with ThreadPoolExecutor(1) as reader:
+        source = blocks()
+        ahead = [reader.submit(next, source, None) for _ in range(_BLOCKS_AHEAD)]
+        while (block := ahead.pop(0).result()) is not None:
+            ahead.append(reader.submit(next, source, None))
+            yield block

@@ -1,6 +1,7 @@
 """Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,16 @@ from megatron_tf.parallel.sharding import RowShard
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which older checkpoints stay."""
+
+    keep_last: int | None = None
+    """This many of the newest; None for all."""
+    keep_every: int | None = None
+    """And those of steps that are a multiple of this."""
+
+
 def save_checkpoint(
     root: Path,
     step: int,
@@ -22,7 +33,7 @@ def save_checkpoint(
     metadata: Mapping[str, Any],
     writer_label: str,
     group: ProcessGroup | None,
-    keep_last: int | None = None,
+    retention: Retention = Retention(),
 ) -> Path:
     """Write the checkpoint of `step` under `root` and return its directory; every rank of `group` calls it.
 
@@ -36,7 +47,7 @@ def save_checkpoint(
         needed = sum(_on_every_rank(group, lambda: my_bytes))
         _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
         written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), groups, writer_label))
-        paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, keep_last) if is_first else None)
+        paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, retention) if is_first else None)
     except BaseException:
         if is_first:
             abandon(root, step)
@@ -66,12 +77,12 @@ def complete(
     step: int,
     metadata: Mapping[str, Any],
     written: Sequence[Written],
-    keep_last: int | None = None,
+    retention: Retention = Retention(),
 ) -> Path:
     """Put together what the ranks wrote and publish it."""
     path = publish(root, step, metadata, written)
-    if keep_last is not None:
-        prune(root, keep_last)
+    if retention.keep_last is not None:
+        prune(root, retention.keep_last, retention.keep_every)
     return path
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,27 @@ def kind_of(name: str) -> str:
     return re.sub(r"^layers\.\d+\.", "layers.*.", name)
 
 
-def summarize(reader: CheckpointReader, group: str) -> list[KindSummary]:
+def summarize(checkpoint: Checkpoint, group: str) -> list[KindSummary]:
     """What a group holds, in the model's order; reads all of it, in blocks."""
     members: dict[str, list[str]] = {}
-    for name in reader.names(group):
+    for name in checkpoint.names(group):
         members.setdefault(kind_of(name), []).append(name)
     return [
         KindSummary(
             kind=kind,
             num_tensors=len(names),
-            shape=reader.shape(group, names[0]),
-            dtype=reader.dtype(group, names[0]),
-            parameters=sum(math.prod(reader.shape(group, name)) for name in names),
-            norm=math.sqrt(sum(_square_sum(reader, group, name) for name in names)),
+            shape=checkpoint.shape(group, names[0]),
+            dtype=checkpoint.dtype(group, names[0]),
+            parameters=sum(math.prod(checkpoint.shape(group, name)) for name in names),
+            norm=math.sqrt(sum(_square_sum(checkpoint, group, name) for name in names)),
         )
         for kind, names in members.items()
     ]
 
 
-def differences(left: CheckpointReader, right: CheckpointReader) -> Iterator[str]:
+def differences(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
     """A line for every tensor that is not bit for bit the same in both, whatever their layouts."""
-    groups = [*left.groups(), *(group for group in right.groups() if not left.has_group(group))]
+    groups = [*left.groups(), *(group for group in right.groups() if group not in left.groups())]
     for group in groups:
         names = left.names(group)
         for name in [*names, *sorted(set(right.names(group)) - set(names))]:
@@ -57,7 +57,7 @@ def differences(left: CheckpointReader, right: CheckpointReader) -> Iterator[str
                 yield f"{group} {name}: {difference}"
 
 
-def _difference(left: CheckpointReader, right: CheckpointReader, group: str, name: str) -> str | None:
+def _difference(left: Checkpoint, right: Checkpoint, group: str, name: str) -> str | None:
     for here, there in ((left, right), (right, left)):
         if name not in here.names(group):
             return f"only in {there.directory}"
@@ -65,8 +65,8 @@ def _difference(left: CheckpointReader, right: CheckpointReader, group: str, nam
     dtype, other_dtype = left.dtype(group, name), right.dtype(group, name)
     if (shape, dtype) != (other_shape, other_dtype):
         return f"{list(shape)} {dtype} against {list(other_shape)} {other_dtype}"
-    blocks = zip(left.read_blocks(group, name, 0, shape[0]), right.read_blocks(group, name, 0, shape[0]), strict=True)
-    count = sum(_differing_values(one, other) for one, other in blocks)
+    sides = (read_blocks(checkpoint, group, name, 0, shape[0]) for checkpoint in (left, right))
+    count = sum(_differing_values(one, other) for one, other in zip(*sides, strict=True))
     return f"{count} of {math.prod(shape)} values differ" if count else None
 
 
@@ -77,6 +77,6 @@ def _differing_values(left: Tensor, right: Tensor) -> int:
     return int((~same_bytes).view(-1, size).any(dim=1).sum())
 
 
-def _square_sum(reader: CheckpointReader, group: str, name: str) -> float:
-    rows = reader.shape(group, name)[0]
-    return sum(float(block.double().square().sum()) for block in reader.read_blocks(group, name, 0, rows))
+def _square_sum(checkpoint: Checkpoint, group: str, name: str) -> float:
+    rows = checkpoint.shape(group, name)[0]
+    return sum(float(block.double().square().sum()) for block in read_blocks(checkpoint, group, name, 0, rows))

@@ -1,11 +1,12 @@
 """Typed configuration: what a run is, checked before anything starts."""
 
+from megatron_tf.config.growth import GrowthStage, grown_model, layer_origins, parse_token_option
 from megatron_tf.config.load import ConfigError, describe, load_config, parse_config, to_dict
+from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.schema import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -13,9 +14,11 @@ from megatron_tf.config.schema import (
 )
 
 __all__ = [
+    "TOKEN_KINDS",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "GrowthStage",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -23,7 +26,10 @@ __all__ = [
     "RunConfig",
     "TrainingConfig",
     "describe",
+    "grown_model",
+    "layer_origins",
     "load_config",
     "parse_config",
+    "parse_token_option",
     "to_dict",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,11 +56,13 @@ def describe() -> str:
     """Every key with its type, default and meaning, for `--help`."""
     lines = []
     for section in dataclasses.fields(RunConfig):
-        kind: Any = section.type
-        lines.append(f"\n{section.name}: {(kind.__doc__ or '').strip()}")
+        items = typing.get_args(section.type)  # of a list of such sections
+        kind: Any = items[0] if items else section.type
+        lines.append(f"\n{section.name}: {'a list of: ' if items else ''}{(kind.__doc__ or '').strip()}")
         for name, info in kind.__pydantic_fields__.items():
-            default = "required" if info.is_required() else f"default {info.default}"
-            lines.append(f"  --{section.name}.{name}  ({default})\n      {info.description}")
+            default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)}"
+            key = f"  {name}" if items else f"  --{section.name}.{name}"
+            lines.append(f"{key}  ({default})\n      {info.description}")
     return "\n".join(lines)
 
 
@@ -92,7 +95,12 @@ def _explain(kind: Any, fault: Any) -> str:
     return f"{where}: {message}, got {fault['input']!r}"
 
 
+def _field_type(kind: Any, name: Any) -> Any:
+    return next(field.type for field in dataclasses.fields(kind) if field.name == name)
+
+
 def _known_keys(kind: Any, path: tuple[Any, ...]) -> list[str]:
     for part in path:
-        kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
+        is_item = isinstance(part, int)
+        kind = typing.get_args(kind)[0] if is_item else _field_type(kind, part)
     return [field.name for field in dataclasses.fields(kind)]

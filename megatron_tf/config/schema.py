@@ -1,68 +1,15 @@
 """The configuration of a run: frozen dataclasses that check themselves; names follow Megatron-LM's flags."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-Count = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class ModelConfig:
-    """The TokenFormer (arXiv 2410.23168)."""
-
-    num_layers: Count
-    """Transformer blocks."""
-    hidden_size: Count
-    """Width D of the residual stream; growth leaves it as it is."""
-    num_attention_heads: Count
-    """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
-    qkv_tokens: Count
-    """Parameter tokens N of each of the query, key and value Pattentions."""
-    proj_tokens: Count
-    """Parameter tokens of the attention's output Pattention."""
-    ffn_tokens: Count
-    """Parameter tokens of the feed-forward Pattention."""
-    vocab_size: Count
-    """Ids the tokenizer can produce, before padding."""
-    make_vocab_size_divisible_by: Count = 128
-    """The embedding is padded to a multiple of this; padded rows are trained and not masked."""
-    norm_activation: NormActivation = "l2_norm_gelu"
-    """How a Pattention turns scores into weights of its values."""
-    untie_embeddings_and_output_weights: bool = False
-    """Give the output layer a weight of its own instead of the embedding's."""
-    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Share of each head's dimensions that are rotated."""
-    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
-    """Base of the rotary frequencies."""
-    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    """Epsilon of every layer norm."""
-    init_method_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the embedding and of every key token at birth."""
-
-    def __post_init__(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be divisible by "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        multiple = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // multiple) * multiple
+from megatron_tf.config.growth import GrowthStage, grown_model
+from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
+from megatron_tf.config.types import STRICT, Count, NonNegative
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -175,6 +122,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 for one at the end only."""
     keep_last: Count | None = None
     """Older checkpoints are removed beyond this many."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that are a multiple of this are never removed."""
+    async_save: bool = True
+    """Write in the background while training goes on; a save then stalls for the copy to host memory only."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -200,9 +151,23 @@ class RunConfig:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    growth: list[GrowthStage] = Field(default_factory=list)
+    """Stages of growth within the run, in their order; `model` is what it begins with."""
+
+    def at_stage(self, number: int) -> "RunConfig":
+        """The run's configuration after `number` stages of growth. Raises ValueError for a growth that can't be."""
+        model, layout = self.model, {}
+        for stage in self.growth[:number]:
+            model = grown_model(model, stage)
+            for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+                if (size := getattr(stage, key)) is not None:
+                    layout[key] = size
+        parallel = dataclasses.replace(self.parallel, **layout)
+        return dataclasses.replace(self, model=model, parallel=parallel, growth=[])
 
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
+        self._check_growth()
         parallel, training = self.parallel, self.training
         if parallel.pipeline_model_parallel_size > self.model.num_layers:
             raise ValueError(
@@ -218,14 +183,30 @@ class RunConfig:
     def _check_tensor_parallel(self) -> None:
         size = self.parallel.tensor_model_parallel_size
         model = self.model
-        for key in ("num_attention_heads", "qkv_tokens", "proj_tokens", "ffn_tokens", "padded_vocab_size"):
-            if getattr(model, key) % size:
+        values = [(key, getattr(model, key)) for key in ("num_attention_heads", "padded_vocab_size")]
+        values += [(f"{kind}_tokens", count) for kind in TOKEN_KINDS for count in model.token_counts(kind)]
+        for key, value in values:
+            if value % size:
                 raise ValueError(
-                    f"model.{key} ({getattr(model, key)}) must be divisible by "
-                    f"parallel.tensor_model_parallel_size ({size})"
+                    f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
                 )
         if self.parallel.sequence_parallel and self.training.seq_length % size:
             raise ValueError(
                 f"training.seq_length ({self.training.seq_length}) must be divisible by "
                 f"parallel.tensor_model_parallel_size ({size}) under sequence_parallel"
             )
+
+    def _check_growth(self) -> None:
+        for number, stage in enumerate(self.growth):
+            if (stage.at_step is None) == (stage.at_tokens is None):
+                raise ValueError(f"growth[{number}]: say when, by either at_step or at_tokens")
+            try:
+                self.at_stage(number + 1)
+            except ValueError as error:
+                raise ValueError(f"growth[{number}]: {error}") from None
+        for key in ("at_step", "at_tokens"):
+            times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
+            if times != sorted(set(times)):
+                raise ValueError(f"growth: {key} must increase from stage to stage, it is {times}")
+        if self.growth and self.checkpoint.save is None:
+            raise ValueError("growth needs checkpoint.save: the model is saved before it grows")

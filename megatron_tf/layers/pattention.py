@@ -52,6 +52,14 @@ class Pattention(nn.Module):
         """x [..., D] -> [..., E], this rank's partial sum."""
         return pattend(x, [self], group)[0]
 
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> Tensor:
+        """What each parameter token counts for: P [..., N] of x [..., D], on one rank, without gradients."""
+        scores = x.reshape(-1, x.shape[-1]) @ local_tensor(self.key_tokens).to(x.dtype).t()
+        statistic = row_statistic(self.norm, scores)
+        factor = self.norm.factor(statistic, torch.full_like(statistic, self.tau))
+        return value_weights(self.norm, scores, factor).unflatten(0, x.shape[:-1])
+
 
 def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None) -> Tensor:
     """Run projections of the same x [..., D] together: [G, ..., E], partial sums over the ranks of `group`.

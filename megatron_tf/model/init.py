@@ -6,13 +6,8 @@ from collections.abc import Iterable
 import torch
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.parallel.random import normal_rows
+from megatron_tf.parallel.random import normal_rows, value_token_std
 from megatron_tf.parallel.sharding import RowShard, copy_rows
-
-
-def value_token_std(num_layers: int, hidden_size: int) -> float:
-    """Standard deviation of value tokens at birth ("wang"): 2 / (L sqrt(D))."""
-    return 2.0 / (num_layers * math.sqrt(hidden_size))
 
 
 def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> None:

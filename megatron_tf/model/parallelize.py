@@ -17,7 +17,7 @@ from megatron_tf.parallel.sharding import RowShard, row_shard
 
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
     """The layers of each pipeline stage, balanced by operations; looking up an embedding costs next to nothing."""
-    costs = [float(layer_flops(config, seq_length))] * config.num_layers
+    costs = [float(layer_flops(config, layer, seq_length)) for layer in range(config.num_layers)]
     return partition_layers(costs, 0.0, float(head_flops(config)), num_stages)
 
 

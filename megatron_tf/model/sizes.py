@@ -1,20 +1,25 @@
 """What a model costs: parameters, and floating-point operations per token."""
 
-from megatron_tf.config import ModelConfig
+from megatron_tf.config import TOKEN_KINDS, ModelConfig
+
+
+def tokens_of_layer(config: ModelConfig, layer: int) -> int:
+    """Parameter tokens of all Pattentions of one layer."""
+    qkv, proj, ffn = (config.token_counts(kind)[layer] for kind in TOKEN_KINDS)
+    return 3 * qkv + proj + ffn
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, padded vocabulary included."""
-    tokens = 3 * config.qkv_tokens + config.proj_tokens + config.ffn_tokens
+    tokens = sum(tokens_of_layer(config, layer) for layer in range(config.num_layers))
     vocabulary = config.padded_vocab_size * config.hidden_size
     copies = 2 if config.untie_embeddings_and_output_weights else 1
-    return config.num_layers * 2 * config.hidden_size * tokens + copies * vocabulary + 2 * config.hidden_size
+    return 2 * config.hidden_size * tokens + copies * vocabulary + 2 * config.hidden_size
 
 
-def layer_flops(config: ModelConfig, seq_length: int) -> int:
+def layer_flops(config: ModelConfig, layer: int, seq_length: int) -> int:
     """Forward operations per token of one layer: two products per parameter token, two per token attended to."""
-    tokens = 3 * config.qkv_tokens + config.proj_tokens + config.ffn_tokens
-    return 4 * config.hidden_size * tokens + 4 * config.hidden_size * seq_length // 2
+    return 4 * config.hidden_size * tokens_of_layer(config, layer) + 4 * config.hidden_size * seq_length // 2
 
 
 def head_flops(config: ModelConfig) -> int:
@@ -24,4 +29,4 @@ def head_flops(config: ModelConfig) -> int:
 
 def training_flops(config: ModelConfig, seq_length: int) -> int:
     """Operations per token of forward and backward: three times the forward's."""
-    return 3 * (config.num_layers * layer_flops(config, seq_length) + head_flops(config))
+    return 3 * (sum(layer_flops(config, i, seq_length) for i in range(config.num_layers)) + head_flops(config))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.config import ModelConfig
+from megatron_tf.config import TOKEN_KINDS, ModelConfig
 from megatron_tf.layers.attention import Attention, KeyValueCache
 from megatron_tf.layers.embedding import VocabularyWeight
 from megatron_tf.layers.norm import FinalNorm, layer_norm
@@ -22,18 +22,19 @@ from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_para
 class Block(nn.Module):
     """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention."""
 
-    def __init__(self, config: ModelConfig, group: ProcessGroup | None, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
+        qkv_tokens, proj_tokens, ffn_tokens = (config.token_counts(kind)[layer] for kind in TOKEN_KINDS)
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
-            config.qkv_tokens,
-            config.proj_tokens,
+            qkv_tokens,
+            proj_tokens,
             config.norm_activation,
             group,
             sequence_parallel,
         )
-        self.ffn = Pattention(config.hidden_size, config.hidden_size, config.ffn_tokens, config.norm_activation)
+        self.ffn = Pattention(config.hidden_size, config.hidden_size, ffn_tokens, config.norm_activation)
         self.epsilon = config.layernorm_epsilon
         self.group = group
         self.sequence_parallel = sequence_parallel
@@ -78,7 +79,7 @@ class TokenFormer(nn.Module):
         self.is_tied = not config.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and self.is_tied):
             self.embedding = self._vocabulary_weight()
-        self.layers = nn.ModuleDict({str(i): Block(config, group, sequence_parallel) for i in layers})
+        self.layers = nn.ModuleDict({str(i): Block(config, i, group, sequence_parallel) for i in layers})
         if self.is_last:
             sequence_group = group if sequence_parallel else None
             self.final_norm = FinalNorm(config.hidden_size, config.layernorm_epsilon, sequence_group)

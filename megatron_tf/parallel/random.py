@@ -1,6 +1,7 @@
 """Random values that depend on a tensor's name, the seed and the row, never on the parallel layout."""
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -28,3 +29,8 @@ def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: 
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = values[low - first : high - first]
     return rows
+
+
+def value_token_std(num_layers: int, hidden_size: int) -> float:
+    """Standard deviation of value tokens at birth ("wang"): 2 / (L sqrt(D))."""
+    return 2.0 / (num_layers * math.sqrt(hidden_size))

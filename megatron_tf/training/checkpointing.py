@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader, load_shards
-from megatron_tf.checkpoint.save import save_checkpoint
-from megatron_tf.config import ModelConfig, RunConfig, to_dict
+from megatron_tf.checkpoint.save import Retention, save_checkpoint
+from megatron_tf.config import ModelConfig, RunConfig, parse_config, to_dict
 from megatron_tf.model.parallelize import parameter_names
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.training.optimizer import MOMENTS
@@ -34,6 +37,8 @@ class Progress:
     """Steps that Adam's bias correction counts."""
     lineage: tuple[dict[str, Any], ...] = ()
     """Growth so far, oldest first."""
+    after_growth: dict[str, Any] | None = None
+    """How training goes on after the last growth, as docs/checkpoint_format.md has it."""
 
     def after_step(self, samples: int, tokens: int) -> "Progress":
         """One optimizer step further."""
@@ -53,11 +58,17 @@ def new_progress(config: ModelConfig, tokenizer: dict[str, Any]) -> Progress:
     return Progress(tau, tokenizer)
 
 
-def save_state(state: TrainState, config: RunConfig, progress: Progress, root: Path) -> Path:
-    """Write the whole run's checkpoint under `root`; every rank calls it and writes what it holds."""
+def save_state(
+    state: TrainState, config: RunConfig, progress: Progress, root: Path, saver: BackgroundSaver | None = None
+) -> Path | None:
+    """Write the whole run's checkpoint under `root`; every rank calls it and writes what it holds.
+
+    `config` is the one of the present stage of growth. With a `saver` this only begins it; without, it returns the
+    checkpoint's directory.
+    """
     mesh = state.mesh
     groups = {"model": list(state.shards)} | {moment: state.optimizer.moments(moment) for moment in MOMENTS}
-    metadata = {
+    metadata: dict[str, Any] = {
         "model": to_dict(config.model),
         "config": to_dict(config),
         "tau": progress.tau,
@@ -70,31 +81,57 @@ def save_state(state: TrainState, config: RunConfig, progress: Progress, root: P
             "adam_steps": progress.adam_steps,
         },
     }
+    if progress.after_growth is not None:
+        metadata["after_growth"] = progress.after_growth
     label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
-    keep_last = config.checkpoint.keep_last
-    return save_checkpoint(root, progress.step, groups, metadata, label, mesh.world, keep_last=keep_last)
+    retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    if saver is None:
+        return save_checkpoint(root, progress.step, groups, metadata, label, mesh.world, retention)
+    saver.save(root, progress.step, groups, metadata, label, retention)
+    return None
 
 
 def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any]) -> Progress | None:
-    """Fill the state from the newest checkpoint in `checkpoint.save`, or from `checkpoint.load` before there is one.
+    """Fill the state from the newest checkpoint in `checkpoint.save`, or from `checkpoint.load` before there is one,
+    grown if a stage of `growth` is due.
 
-    None where there is none to read. Raises CheckpointError where it is of another model or tokenizer, or damaged.
+    `state` is built for the stage that `stage_reached` tells. None where there is no checkpoint to read. Raises
+    CheckpointError where it is of another model or tokenizer, or damaged.
     """
     source = checkpoint_to_read(config)
     if source is None:
         return None
-    reader = CheckpointReader(source)
-    _check_same_model(reader, config.model, source)
-    _check_same_tokenizer(reader, tokenizer, source)
-    names = parameter_names(config.model)
-    load_shards(reader, "model", list(state.shards), expected_names=names)
+    checkpoint: Checkpoint = CheckpointReader(source)
+    _check_same_tokenizer(checkpoint, tokenizer, source)
+    reached = _stage_of_model(checkpoint, config, source)
+    for stage in config.growth[reached : stage_reached(config)]:
+        checkpoint = grow(checkpoint, stage)
+    names = parameter_names(config.at_stage(stage_reached(config)).model)
+    load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     for moment in MOMENTS:
-        load_shards(reader, moment, state.optimizer.moments(moment), expected_names=names)
-    training, tau = reader.metadata["training"], reader.metadata["tau"]
+        load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
+    training, tau = checkpoint.metadata["training"], checkpoint.metadata["tau"]
     for name, module in state.model.pattentions().items():
         module.tau = tau[name]
     state.optimizer.num_steps = training["adam_steps"]
-    return Progress(tau, tokenizer, **training, lineage=tuple(reader.metadata["lineage"]))
+    after_growth = checkpoint.metadata.get("after_growth")
+    if after_growth is not None:
+        state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])
+    lineage = tuple(checkpoint.metadata["lineage"])
+    return Progress(tau, tokenizer, **training, lineage=lineage, after_growth=after_growth)
+
+
+def stage_reached(config: RunConfig) -> int:
+    """Stages of `config.growth` that the run is to have behind it: those in its checkpoint, and those due since."""
+    source = checkpoint_to_read(config)
+    if source is None:
+        return 0
+    checkpoint = CheckpointReader(source)
+    training = checkpoint.metadata["training"]
+    reached = _stage_of_model(checkpoint, config, source)
+    while reached < len(config.growth) and config.growth[reached].is_due(training["step"], training["tokens"]):
+        reached += 1
+    return reached
 
 
 def checkpoint_to_read(config: RunConfig) -> Path | None:
@@ -105,21 +142,25 @@ def checkpoint_to_read(config: RunConfig) -> Path | None:
     return load
 
 
-def _check_same_model(reader: CheckpointReader, model: ModelConfig, source: Path) -> None:
-    saved, asked = reader.metadata["model"], to_dict(model)
-    different = [
-        f"model.{key} is {saved.get(key)} in the checkpoint, {asked.get(key)} in the configuration"
-        for key in sorted(saved.keys() | asked.keys())
-        if saved.get(key) != asked.get(key)
-    ]
-    if different:
-        raise CheckpointError(
-            f"{source} is a checkpoint of another model: {'; '.join(different)}. Change the configuration to match, "
-            f"grow the checkpoint with tools/reshard_checkpoint.py, or choose another checkpoint.save"
-        )
+def _stage_of_model(checkpoint: Checkpoint, config: RunConfig, source: Path) -> int:
+    """After how many stages of growth the configured model is the one of the checkpoint."""
+    saved = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
+    for reached in range(len(config.growth) + 1):
+        if config.at_stage(reached).model == saved:
+            return reached
+    here, asked = to_dict(saved), to_dict(config.model)
+    different = "; ".join(
+        f"model.{key} is {here[key]} in the checkpoint, {asked[key]} in the configuration"
+        for key in sorted(here)
+        if here[key] != asked[key]
+    )
+    raise CheckpointError(
+        f"{source} is a checkpoint of another model: {different}. Change the configuration to match, "
+        f"grow the checkpoint with tools/reshard_checkpoint.py, or choose another checkpoint.save"
+    )
 
 
-def _check_same_tokenizer(reader: CheckpointReader, tokenizer: dict[str, Any], source: Path) -> None:
+def _check_same_tokenizer(reader: Checkpoint, tokenizer: dict[str, Any], source: Path) -> None:
     saved = reader.metadata["tokenizer"]
     if saved != tokenizer:
         raise CheckpointError(

@@ -55,6 +55,12 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
 
+    def mark(self, step: int, parameters: int, text: str) -> None:
+        """A start or a growth of the model, on TensorBoard."""
+        if self.board is not None:
+            self.board.add_scalar("parameters", parameters, step)
+            self.board.add_text("stages", text, step)
+
     def step(self, step: int, tokens: int, step_tokens: int, seconds: float, values: Mapping[str, float]) -> None:
         """Metrics of the step that made `step` of them; `tokens` is the run's total."""
         self.interval_tokens += step_tokens

@@ -1,6 +1,6 @@
 """AdamW over the rows this rank holds, with clipping by a global norm that no layout changes the order of."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -38,24 +38,44 @@ class Optimizer:
         self.mesh = mesh
         self.tied_group = tied_group
         self.position = {name: i for i, name in enumerate(canonical_names)}
-        decayed = [s.tensor for s in shards if not s.name.startswith("final_norm.")]
-        others = [s.tensor for s in shards if s.name.startswith("final_norm.")]
+        self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
+        self._num_steps = 0
+        self.scale_old_rows({}, 1.0)
+
+    def scale_old_rows(self, old_rows: Mapping[str, int], lr_scale: float) -> None:
+        """Train the first `old_rows[name]` rows of the tensors named at `lr_scale` times the learning rate.
+
+        At 0 they are frozen: no bit of them or of their moments changes, and their gradients do not count in the norm.
+        """
+        self._old = [
+            min(max(old_rows.get(shard.name, 0) - shard.start, 0), len(shard.tensor)) if lr_scale != 1.0 else 0
+            for shard in self.shards
+        ]
+        self._frozen = [old if lr_scale == 0 else 0 for old in self._old]
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        self._trained: list[tuple[int, slice, Tensor]] = []
+        for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
+            decay = 0.0 if shard.name.startswith("final_norm.") else self.config.weight_decay
+            for rows, scale in ((slice(0, old), lr_scale), (slice(old, len(shard.tensor)), 1.0)):
+                if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
+                    part = shard.tensor[rows]
+                    self._trained.append((i, rows, part))
+                    groups.setdefault((decay, scale), []).append(part)
         self.adam = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
+                {"params": parts, "weight_decay": decay, "lr_scale": scale}
+                for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
             ]
-            if others
-            else [{"params": decayed, "weight_decay": config.weight_decay}],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
+            or [{"params": [torch.empty(0, device=self.mesh.device)], "lr_scale": 1.0}],  # all rows here are frozen
+            lr=self.config.lr,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            eps=self.config.adam_eps,
             fused=True,
         )
-        for shard in shards:
-            self.adam.state[shard.tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=shard.tensor.device),
-                **{moment: torch.zeros_like(shard.tensor) for moment in MOMENTS},
+        for i, rows, part in self._trained:
+            self.adam.state[part] = {
+                "step": torch.tensor(float(self._num_steps), dtype=torch.float32, device=part.device),
+                **{moment: self._moments[moment][i][rows] for moment in MOMENTS},
             }
 
     def step(self, lr: float, scale: float = 1.0) -> float:
@@ -67,37 +87,40 @@ class Optimizer:
         limit = self.config.clip_grad
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
-        for shard, gradient in zip(self.shards, gradients, strict=True):
-            shard.tensor.grad = gradient
+        for i, rows, part in self._trained:
+            part.grad = gradients[i][rows]
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+        self._num_steps += 1
         return norm
 
     def moments(self, moment: str) -> list[RowShard]:
         """The rows of `moment` ("exp_avg" or "exp_avg_sq") beside those of the parameters."""
-        return [shard.with_tensor(self.adam.state[shard.tensor][moment]) for shard in self.shards]
+        return [shard.with_tensor(rows) for shard, rows in zip(self.shards, self._moments[moment], strict=True)]
 
     @property
     def num_steps(self) -> int:
         """Steps that Adam's bias correction counts."""
-        return int(self.adam.state[self.shards[0].tensor]["step"].item())
+        return self._num_steps
 
     @num_steps.setter
     def num_steps(self, value: int) -> None:
-        for shard in self.shards:
-            self.adam.state[shard.tensor]["step"].fill_(value)
+        self._num_steps = value
+        for _, _, part in self._trained:
+            self.adam.state[part]["step"].fill_(value)
 
     def _take_gradients(self) -> list[Tensor]:
         gradients = []
-        for parameter, shard in zip(self.parameters, self.shards, strict=True):
+        for parameter, shard, frozen in zip(self.parameters, self.shards, self._frozen, strict=True):
             gradient = parameter.grad
             if gradient is None:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if shard.name == "embedding.weight" and self.tied_group is not None:
                 dist.all_reduce(local, group=self.tied_group)
+            local[:frozen].zero_()
             gradients.append(local)
             parameter.grad = None
         return gradients

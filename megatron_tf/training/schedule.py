@@ -15,3 +15,8 @@ def learning_rate(config: OptimizerConfig, step: int, train_iters: int) -> float
     progress = min(1.0, (step - config.lr_warmup_iters) / max(1, decay_steps))
     share = 1.0 - progress if config.lr_decay_style == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * share
+
+
+def rewarmup(step: int, growth_step: int, rewarmup_iters: int) -> float:
+    """Share of the learning rate at `step` after a growth at `growth_step`: linear from zero over `rewarmup_iters`."""
+    return min(1.0, (step - growth_step + 1) / rewarmup_iters) if rewarmup_iters else 1.0

@@ -1,12 +1,13 @@
-"""The training loop: restore, step, report, evaluate, save."""
+"""The training loop: restore, step, report, evaluate, save, grow."""
 
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from megatron_tf.config import RunConfig, to_dict
+from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.config import ParallelConfig, RunConfig, to_dict
 from megatron_tf.data.blend import Samples
+from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh
@@ -16,59 +17,100 @@ from megatron_tf.training.checkpointing import (
     new_progress,
     restore_state,
     save_state,
+    stage_reached,
 )
 from megatron_tf.training.datasets import build_dataset, build_loader, check_tokenizer
 from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.schedule import learning_rate
+from megatron_tf.training.schedule import learning_rate, rewarmup
 from megatron_tf.training.state import TrainState, build_state
 from megatron_tf.training.step import evaluation_loss, train_step
 
 
-def train(config: RunConfig, mesh: Mesh) -> Progress:
-    """Run until `train_iters` steps are done; on every rank of the mesh.
+@dataclass(frozen=True)
+class _Tools:
+    """What a run works with, whatever its stage of growth."""
 
-    Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can mend.
+    loader: BatchLoader
+    validation: Samples | None
+    log: MetricsLog
+    saver: BackgroundSaver
+
+
+def train(config: RunConfig, mesh: Mesh) -> Progress:
+    """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
+
+    Ends before, with all saved, where a stage of growth has another layout: the run is then to be started again. Raises
+    ValueError (ConfigError, DataError, CheckpointError among them) for what a user can mend.
     """
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     check_tokenizer(config, tokenizer)
-    state = build_state(config, mesh, tokenizer.eod)
+    stage = stage_reached(config)
+    state = build_state(config.at_stage(stage), mesh, tokenizer.eod)
+    origin = checkpoint_to_read(config)
     progress = restore_state(state, config, tokenizer.identity)
-    resumed = progress is not None
     progress = progress or new_progress(config.model, tokenizer.identity)
     training = config.training
     validation = build_dataset(config, "validation") if training.eval_interval else None
     with (
         build_loader(build_dataset(config, "train"), training, mesh, progress.samples) as loader,
         MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank) as log,
+        BackgroundSaver(
+            mesh.new_world(),
+            lambda path: log.say(f"saved {path}"),
+            lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
+        ) as saver,
     ):
-        _announce(config, mesh, progress, log, resumed)
-        return _loop(config, state, progress, loader, validation, log)
+        tools = _Tools(loader, validation, log, saver)
+        _announce("start", config.at_stage(stage), mesh, progress, log, origin)
+        while True:
+            progress = _run_stage(config, stage, state, progress, tools)
+            if progress.step == training.train_iters:
+                return progress
+            del state  # the larger one needs its memory
+            stage = stage_reached(config)
+            if not _has_layout(config.at_stage(stage).parallel, mesh):
+                log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
+                return progress
+            state = build_state(config.at_stage(stage), mesh, tokenizer.eod)
+            grown = restore_state(state, config, tokenizer.identity)
+            assert grown is not None
+            progress = grown
+            _announce("growth", config.at_stage(stage), mesh, progress, log, config.checkpoint.save)
 
 
-def _loop(
-    config: RunConfig,
-    state: TrainState,
-    progress: Progress,
-    loader: Iterator[torch.Tensor],
-    validation: Samples | None,
-    log: MetricsLog,
-) -> Progress:
-    training, checkpoint = config.training, config.checkpoint
+def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progress, tools: _Tools) -> Progress:
+    """Steps until the run is done, or the next stage of growth is due; either way all is saved then."""
+    staged, training, checkpoint = config.at_stage(stage), config.training, config.checkpoint
+    following = config.growth[stage : stage + 1]
     samples, tokens = training.global_batch_size, training.global_batch_size * training.seq_length
-    while progress.step < training.train_iters:
+    is_due = False
+    while progress.step < training.train_iters and not is_due:
         start = time.perf_counter()
-        lr = learning_rate(config.optimizer, progress.step, training.train_iters)
-        result = train_step(state, next(loader), lr)
+        lr = _learning_rate(staged, progress)
+        result = train_step(state, next(tools.loader), lr)
         progress = progress.after_step(samples, tokens)
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr}
-        log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
-        done = progress.step == training.train_iters
-        if validation is not None and (progress.step % training.eval_interval == 0 or done):
-            log.validation(progress.step, _validate(config, state, validation))
-        if checkpoint.save and (done or (checkpoint.save_interval and progress.step % checkpoint.save_interval == 0)):
-            path = save_state(state, config, progress, checkpoint.save)
-            log.say(f"step {progress.step:>6}/{training.train_iters}  saved {path}")
+        tools.log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
+        is_done = progress.step == training.train_iters
+        is_due = any(growth.is_due(progress.step, progress.tokens) for growth in following)
+        if tools.validation is not None and (progress.step % training.eval_interval == 0 or is_done):
+            tools.log.validation(progress.step, _validate(staged, state, tools.validation))
+        is_interval = checkpoint.save_interval and progress.step % checkpoint.save_interval == 0
+        if checkpoint.save and (is_done or is_due or is_interval):
+            _save(staged, state, progress, checkpoint.save, tools, waits=is_done or is_due)
     return progress
+
+
+def _save(config: RunConfig, state: TrainState, progress: Progress, root: Path, tools: _Tools, waits: bool) -> None:
+    save_state(state, config, progress, root, tools.saver)
+    if waits or not config.checkpoint.async_save:
+        tools.saver.wait()
+
+
+def _learning_rate(config: RunConfig, progress: Progress) -> float:
+    lr = learning_rate(config.optimizer, progress.step, config.training.train_iters)
+    growth = progress.after_growth
+    return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
 
 
 def _validate(config: RunConfig, state: TrainState, dataset: Samples) -> float:
@@ -78,19 +120,31 @@ def _validate(config: RunConfig, state: TrainState, dataset: Samples) -> float:
         return sum(evaluation_loss(state, next(loader)) for _ in range(iters)) / iters
 
 
-def _announce(config: RunConfig, mesh: Mesh, progress: Progress, log: MetricsLog, resumed: bool) -> None:
+def _has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return sizes == (mesh.size("tp"), mesh.size("pp"))
+
+
+def _announce(
+    event: str, config: RunConfig, mesh: Mesh, progress: Progress, log: MetricsLog, origin: Path | None
+) -> None:
     parameters = parameter_count(config.model)
     layout = {axis: mesh.size(axis) for axis in ("tp", "pp", "dp")}
     log.event(
         {
-            "event": "start",
+            "event": event,
             "step": progress.step,
+            "tokens": progress.tokens,
             "parameters": parameters,
             "layout": layout,
             "lineage": list(progress.lineage),
             "config": to_dict(config),
         }
     )
-    origin = f"going on from {checkpoint_to_read(config)} at step {progress.step}" if resumed else "a new run"
+    log.mark(progress.step, parameters, f"{event}: {parameters:,} parameters; lineage {list(progress.lineage)}")
     places = " x ".join(f"{axis} {size}" for axis, size in layout.items())
-    log.say(f"{parameters:,} parameters on {places} ({mesh.device.type}); {origin}")
+    if event == "growth":
+        log.say(f"step {progress.step:>6}  grown to {parameters:,} parameters")
+    else:
+        where = f"going on from {origin} at step {progress.step}" if origin else "a new run"
+        log.say(f"{parameters:,} parameters on {places} ({mesh.device.type}); {where}")

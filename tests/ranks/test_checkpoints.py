@@ -8,7 +8,6 @@ import torch
 from safetensors import safe_open
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import GrowthPlan
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.inference.model import load_model
 from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
@@ -170,11 +169,6 @@ def test_the_tool_explains_mistakes_and_writes_nothing(trained, tmp_path, capsys
     assert reshard(trained, tmp_path / "x", *options) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists() or not any((tmp_path / "x").iterdir())
-
-
-def test_dead_growth_is_refused():
-    with pytest.raises(CheckpointError, match="neither ever receives a gradient"):
-        GrowthPlan({"ffn": (4, 8)}, value_std=0.0, seed=1)
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained):

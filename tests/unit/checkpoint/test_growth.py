@@ -1,17 +1,21 @@
-"""What growth adds, what it leaves as it was, and what it refuses."""
+"""What growth adds, what it leaves as it was, and what it refuses: tensors and metadata of a toy checkpoint."""
+
+import re
 
 import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import GrowthPlan, parse_growth, plan_growth, token_kind
+from megatron_tf.checkpoint.growth import grow, parse_name
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
+from megatron_tf.config import GrowthStage, parse_token_option
 from megatron_tf.parallel.random import normal_rows
 from tests.unit.checkpoint.toy import (
     GROUPS,
     HIDDEN,
     LAYERS,
+    MODULES,
     TAU,
     TOKENS,
     metadata,
@@ -22,23 +26,28 @@ from tests.unit.checkpoint.toy import (
 )
 
 GROWN = {"qkv": 18, "proj": 24, "ffn": 90}
-REQUEST = "qkv=18,proj=24,ffn=90"
+STAGE = GrowthStage(qkv_tokens=18, proj_tokens=24, ffn_tokens=90)
 STD = 2 / (LAYERS * HIDDEN**0.5)
 
 
-def grow(source, root, request, layout=(1, 1)):
+def grow_to(source, root, stage, layout=(1, 1)):
     """The grown checkpoint's directory."""
-    reader = CheckpointReader(source)
-    return reshard(reader, root, target(*layout), plan_growth(reader.metadata, request), show_progress=False)
+    reader = CheckpointReader(source, check_at_end=True)
+    return reshard(grow(reader, stage), root, target(*layout), reader.verify, show_progress=False)
+
+
+def kind_of(name):
+    token = parse_name(name)
+    return token and token.kind
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 3), (6, 2)], ids=str)
 def test_old_rows_stay_new_keys_are_zero_new_values_are_drawn(tmp_path, layout):
     tensors = random_tensors()
-    grown = read_all(grow(save(tmp_path / "base", tensors, (2, 2, 2)), tmp_path / "grown", REQUEST, layout))
+    grown = read_all(grow_to(save(tmp_path / "base", tensors, (2, 2, 2)), tmp_path / "grown", STAGE, layout))
     for group in GROUPS:
         for name, old in tensors[group].items():
-            kind, new = token_kind(name), grown[group][name]
+            kind, new = kind_of(name), grown[group][name]
             assert torch.equal(new[: len(old)], old)
             if kind is None:
                 assert new.shape == old.shape
@@ -51,18 +60,42 @@ def test_old_rows_stay_new_keys_are_zero_new_values_are_drawn(tmp_path, layout):
             assert torch.equal(new[len(old) :], expected)
 
 
+def test_what_is_derived_is_what_is_written(tmp_path):
+    source = CheckpointReader(save(tmp_path / "base", random_tensors()))
+    stage = GrowthStage(ffn_tokens=100, init="duplicate", insert_layers=[1, 3], moments="reset")
+    derived, written = grow(source, stage), read_all(grow_to(tmp_path / "base", tmp_path / "grown", stage, (2, 2)))
+    for group in derived.groups():
+        assert derived.names(group) == list(written[group])
+        for name, whole in written[group].items():
+            for start, stop in [(0, len(whole)), (0, 1), (len(whole) // 2, len(whole)), (1, len(whole) - 1)]:
+                assert torch.equal(derived.read_rows(group, name, start, stop), whole[start:stop])
+    with pytest.raises(CheckpointError, match=r"has 100 rows, \[90, 101\) are asked for"):
+        derived.read_rows("model", "layers.0.ffn.key_tokens", 90, 101)
+
+
 def test_kinds_left_out_stay(tmp_path):
     tensors = random_tensors()
-    grown = read_all(grow(save(tmp_path / "base", tensors), tmp_path / "grown", "ffn=72"))
+    grown = read_all(grow_to(save(tmp_path / "base", tensors), tmp_path / "grown", GrowthStage(ffn_tokens=72)))
     for name, old in tensors["model"].items():
-        assert grown["model"][name].shape[0] == (72 if token_kind(name) == "ffn" else old.shape[0])
+        assert grown["model"][name].shape[0] == (72 if kind_of(name) == "ffn" else old.shape[0])
+
+
+def test_layers_grow_apart(tmp_path):
+    base = save(tmp_path / "base", random_tensors())
+    stage = GrowthStage(ffn_tokens={"0-1": 48, "2": 60})
+    grown = CheckpointReader(grow_to(base, tmp_path / "grown", stage, (2, 1)))
+    assert grown.metadata["model"]["ffn_tokens"] == [48, 48, 60]
+    assert [grown.shape("exp_avg", f"layers.{i}.ffn.value_tokens")[0] for i in range(LAYERS)] == [48, 48, 60]
+    again = grow(grown, GrowthStage(ffn_tokens=60))
+    assert again.metadata["model"]["ffn_tokens"] == 60
+    assert again.metadata["lineage"][-1]["kinds"] == {"ffn": [[48, 48, 60], 60]}
 
 
 def test_growth_composes(tmp_path):
     base = save(tmp_path / "base", random_tensors())
-    between = grow(base, tmp_path / "between", "qkv=14,ffn=48", (2, 1))
-    in_two = CheckpointReader(grow(between, tmp_path / "two", REQUEST, (1, 3)))
-    in_one = CheckpointReader(grow(base, tmp_path / "one", REQUEST))
+    between = grow_to(base, tmp_path / "between", GrowthStage(qkv_tokens=14, ffn_tokens=48), (2, 1))
+    in_two = CheckpointReader(grow_to(between, tmp_path / "two", STAGE, (1, 3)))
+    in_one = CheckpointReader(grow_to(base, tmp_path / "one", STAGE))
     for group in GROUPS:
         for name in in_one.names(group):
             rows = in_one.shape(group, name)[0]
@@ -75,7 +108,8 @@ def test_growth_composes(tmp_path):
 
 
 def test_metadata_says_what_happened(tmp_path):
-    grown = CheckpointReader(grow(save(tmp_path / "base", random_tensors()), tmp_path / "grown", "ffn=90")).metadata
+    stage = GrowthStage(ffn_tokens=90, rewarmup_iters=5, old_tokens_lr_scale=0.25)
+    grown = CheckpointReader(grow_to(save(tmp_path / "base", random_tensors()), tmp_path / "grown", stage)).metadata
     before = metadata()
     assert grown["tau"] == TAU  # kept, not the root of the new number of tokens
     assert grown["training"] == before["training"]
@@ -83,12 +117,85 @@ def test_metadata_says_what_happened(tmp_path):
     assert grown["lineage"] == [
         {"step": 100, "samples": 6400, "tokens": 51200, "kinds": {"ffn": [36, 90]}, "init": "zero_key", "seed": 7}
     ]
+    after = grown["after_growth"]
+    assert (after["step"], after["rewarmup_iters"], after["old_tokens_lr_scale"]) == (100, 5, 0.25)
+    assert after["old_rows"] == {
+        f"layers.{i}.{module}.{side}_tokens": TOKENS[kind]
+        for i in range(LAYERS)
+        for module, kind in MODULES.items()
+        for side in ("key", "value")
+    }
 
 
-def test_metadata_given_is_left_as_it_was():
-    given = metadata()
-    plan_growth(given, REQUEST).grown_metadata(given)
-    assert given == metadata()
+def test_metadata_given_is_left_as_it_was(tmp_path):
+    source = CheckpointReader(save(tmp_path, random_tensors()))
+    grow(source, GrowthStage(ffn_tokens=90, insert_layers=[0], moments="reset"))
+    assert source.metadata == metadata()
+
+
+def test_duplicates_share_out_values_and_moments(tmp_path):
+    """Three copies and six zero keys; noise adds up to zero over the copies of a token."""
+    tensors = random_tensors()
+    source = CheckpointReader(save(tmp_path, tensors))
+    grown = grow(source, GrowthStage(ffn_tokens=3 * 36 + 6, init="duplicate"))
+    for group, key_scale, value_scale in [("model", 1, 1 / 3), ("exp_avg", 1 / 3, 1), ("exp_avg_sq", 1 / 9, 1)]:
+        for side, scale in (("key", key_scale), ("value", value_scale)):
+            name = f"layers.1.ffn.{side}_tokens"
+            old, new = tensors[group][name], grown.read_rows(group, name, 0, 114)
+            copies = new[:108].unflatten(0, (3, 36))
+            if (group, side) == ("model", "value"):
+                noise = copies - scale * old
+                assert 0.05 * STD < noise.std() < 0.5 * STD
+                assert (copies[0] - copies[1]).abs().min() > 0
+                assert noise.sum(0).abs().max() < 1e-6
+                assert new[108:].std() > 0.5 * STD
+            else:
+                assert torch.equal(copies, (scale * old).expand(3, -1, -1))
+                assert not new[108:].any()
+    assert grown.metadata["tau"]["layers.1.ffn"] == pytest.approx(TAU["layers.1.ffn"] * 3**0.5)
+    assert grown.metadata["tau"]["layers.1.attention.proj"] == TAU["layers.1.attention.proj"]
+
+
+def test_random_growth_is_the_official_one(tmp_path):
+    source = CheckpointReader(save(tmp_path, random_tensors()))
+    grown = grow(source, GrowthStage(ffn_tokens=72, init="random"))
+    name = "layers.2.ffn.key_tokens"
+    assert torch.equal(grown.read_rows("model", name, 36, 72), normal_rows(name, 7, 36, 72, HIDDEN, 0.02))
+    assert grown.metadata["tau"]["layers.2.ffn"] == 72**0.5
+    assert not grown.read_rows("exp_avg", name, 36, 72).any()
+
+
+def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
+    tensors = random_tensors()
+    source = CheckpointReader(save(tmp_path, tensors))
+    grown = grow(source, GrowthStage(insert_layers=[3, 1, 1]))
+    assert grown.metadata["model"]["num_layers"] == 6
+    assert grown.metadata["lineage"][0]["inserted_layers"] == [1, 2, 5]
+    for old, new in {0: 0, 1: 3, 2: 4}.items():
+        for group in GROUPS:
+            rows = grown.read_rows(group, f"layers.{new}.ffn.key_tokens", 0, 36)
+            assert torch.equal(rows, tensors[group][f"layers.{old}.ffn.key_tokens"])
+    drawn = []
+    for new in (1, 2, 5):
+        for module, kind in MODULES.items():
+            value = grown.read_rows("model", f"layers.{new}.{module}.value_tokens", 0, TOKENS[kind])
+            assert bool(value.any()) == (kind == "qkv")
+            drawn.append(grown.read_rows("model", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).flatten())
+            assert 0.01 < drawn[-1].std() < 0.04
+            assert not grown.read_rows("exp_avg", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).any()
+            assert grown.metadata["after_growth"]["old_rows"][f"layers.{new}.{module}.key_tokens"] == 0
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
+    assert grown.names("model")[:2] == ["embedding.weight", "layers.0.attention.query.key_tokens"]
+    assert grown.names("model")[-2:] == ["final_norm.weight", "final_norm.bias"]
+
+
+def test_moments_can_be_reset(tmp_path):
+    source = CheckpointReader(save(tmp_path, random_tensors()))
+    grown = grow(source, GrowthStage(ffn_tokens=72, moments="reset"))
+    for name in grown.names("exp_avg"):
+        assert not grown.read_rows("exp_avg_sq", name, 0, grown.shape("exp_avg_sq", name)[0]).any()
+    assert grown.metadata["training"]["adam_steps"] == 0
+    assert grown.metadata["training"]["step"] == 100
 
 
 @pytest.mark.parametrize(
@@ -101,38 +208,50 @@ def test_metadata_given_is_left_as_it_was():
         ("ffn=-1", "ffn=-1: write KIND=NUMBER"),
         ("ffn=1e3", "write KIND=NUMBER"),
         ("", "unknown kind ''"),
-        ("ffn=40,ffn=50", "ffn is given twice, as 40 and 50"),
+        ("ffn=40,ffn=50", "ffn is given twice"),
+        ("ffn@1=40,ffn=50", "ffn is given twice"),
+        ("ffn=40,ffn@1=50", "ffn@1 is given twice"),
+        ("ffn@1=40,ffn@1=50", "ffn@1 is given twice"),
     ],
 )
 def test_requests_that_make_no_sense(request_, message):
-    with pytest.raises(CheckpointError) as caught:
-        parse_growth(request_)
-    assert message in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_token_option("--grow", request_)
 
 
 def test_requests_that_do():
-    assert parse_growth("qkv=18, ffn = 90") == {"qkv": 18, "ffn": 90}
+    assert parse_token_option("--grow", "qkv=18, ffn = 90") == {"qkv": 18, "ffn": 90}
+    assert parse_token_option("--grow", "ffn@0-1=90,ffn@2=100") == {"ffn": {"0-1": 90, "2": 100}}
 
 
-@pytest.mark.parametrize("number", [0, 35, 36])
-def test_shrinking_is_refused(number):
-    with pytest.raises(
-        CheckpointError,
-        match="has 36 tokens already; growth only adds, shrinking is not supported: ask for more than 36",
-    ):
-        plan_growth(metadata(), f"ffn={number}")
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"ffn_tokens": 35}, r"ffn_tokens=35: there are 36 in layer 0 already, and growth only adds; .* --shrink"),
+        ({"ffn_tokens": 36}, "adds nothing"),
+        ({}, "adds nothing"),
+        ({"ffn_tokens": {"3": 72}}, "there are no layers 3 among 3"),
+        ({"ffn_tokens": {"2-1": 72}}, "there are no layers 2-1"),
+        ({"ffn_tokens": {"all": 72}}, "layers are written 3 or 0-5, not 'all'"),
+        ({"insert_layers": [4]}, "insert_layers names layer 4, the model has 3"),
+        ({"ffn_tokens": 71, "init": "duplicate"}, "needs 72 or more; use zero_key"),
+    ],
+)
+def test_growth_that_cannot_be(tmp_path, stage, message):
+    with pytest.raises(CheckpointError, match=message):
+        grow(CheckpointReader(save(tmp_path, random_tensors())), GrowthStage(**stage))
 
 
-def test_softmax_is_refused_with_the_reason():
+def test_softmax_is_refused_with_the_reason(tmp_path):
     facts = metadata()
     facts["model"]["norm_activation"] = "softmax"
+    source = CheckpointReader(save(tmp_path, random_tensors(), facts=facts))
     with pytest.raises(CheckpointError, match=r"exp\(0\) = 1"):
-        plan_growth(facts, REQUEST)
-
-
-def test_dead_growth_is_refused_with_the_reason():
-    with pytest.raises(CheckpointError, match="both zero is dead: neither ever receives a gradient"):
-        GrowthPlan({"ffn": (36, 72)}, 0.0, 7)
+        grow(source, STAGE)
+    with pytest.raises(CheckpointError, match="to a multiple of its 36 tokens only"):
+        grow(source, GrowthStage(ffn_tokens=73, init="duplicate"))
+    grown = grow(source, GrowthStage(ffn_tokens=72, init="duplicate"))
+    assert grown.metadata["tau"]["layers.0.ffn"] == 2 * TAU["layers.0.ffn"]
 
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path):
@@ -142,13 +261,13 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"ffn\.key_tokens has 36 rows, the checkpoint's metadata says ffn_tokens"
     ):
-        grow(base, tmp_path / "grown", "ffn=72")
+        grow_to(base, tmp_path / "grown", GrowthStage(ffn_tokens=72))
     assert not (tmp_path / "grown").exists()
 
 
 def test_kinds_of_names():
     assert {
-        kind: token_kind(f"layers.11.{module}.key_tokens")
+        kind: kind_of(f"layers.11.{module}.key_tokens")
         for kind, module in [("qkv", "attention.value"), ("proj", "attention.proj"), ("ffn", "ffn")]
     } == {kind: kind for kind in TOKENS}
     for name in (
@@ -158,4 +277,4 @@ def test_kinds_of_names():
         "xlayers.1.ffn.key_tokens",
         "head.weight",
     ):
-        assert token_kind(name) is None
+        assert parse_name(name) is None

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.checkpoint.growth import plan_growth
+from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
+from megatron_tf.config import GrowthStage
 from tests.unit.checkpoint.toy import random_tensors, read_all, same, save, target
 
 REPOSITORY = Path(__file__).parents[3]
@@ -28,7 +29,7 @@ def inspect():
 def test_it_says_what_is_there(tmp_path, inspect, capsys):
     tensors = random_tensors()
     base = CheckpointReader(save(tmp_path / "a", tensors, (2, 1, 1)))
-    reshard(base, tmp_path / "b", target(1, 1), plan_growth(base.metadata, "ffn=72"), False)
+    reshard(grow(base, GrowthStage(ffn_tokens=72)), tmp_path / "b", target(1, 1), base.verify, False)
     assert inspect(tmp_path / "b", "--verify") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "verified: the checksums of all 4 files hold" in lines

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.checkpoint import load
+from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import plan_files, reshard
@@ -18,13 +18,19 @@ from tests.unit.checkpoint.toy import metadata, random_tensors, rank_shards, rea
 PAIRS = [((1, 1), (2, 1)), ((2, 1), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (6, 3)), ((6, 3), (1, 1))]
 
 
+def repartition(source, root, layout):
+    """As the tool does."""
+    reader = CheckpointReader(source, check_at_end=True)
+    return reshard(reader, root, layout, reader.verify, False)
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_there_and_back_is_byte_for_byte_the_same(tmp_path, pair):
     tensors = random_tensors()
     source = save(tmp_path / "source", tensors, (2, 2, 2))
-    first = reshard(CheckpointReader(source), tmp_path / "a", target(*pair[0]), None, False)
-    second = reshard(CheckpointReader(first), tmp_path / "b", target(*pair[1]), None, False)
-    third = reshard(CheckpointReader(second), tmp_path / "c", target(*pair[0]), None, False)
+    first = repartition(source, tmp_path / "a", target(*pair[0]))
+    second = repartition(first, tmp_path / "b", target(*pair[1]))
+    third = repartition(second, tmp_path / "c", target(*pair[0]))
     assert same(read_all(second), tensors)
     assert CheckpointReader(second).metadata == metadata()
     files = [{path.name: path.read_bytes() for path in directory.iterdir()} for directory in (first, third)]
@@ -33,15 +39,15 @@ def test_there_and_back_is_byte_for_byte_the_same(tmp_path, pair):
 
 def test_blocks_do_not_show(tmp_path, monkeypatch):
     tensors = random_tensors()
-    source = CheckpointReader(save(tmp_path / "source", tensors, (5, 1, 1)))
-    monkeypatch.setattr(load, "BLOCK_BYTES", 7 * 24)  # seven rows
-    assert same(read_all(reshard(source, tmp_path / "target", target(2, 2), None, False)), tensors)
+    source = save(tmp_path / "source", tensors, (5, 1, 1))
+    monkeypatch.setattr(derived, "BLOCK_BYTES", 7 * 24)  # seven rows
+    assert same(read_all(repartition(source, tmp_path / "target", target(2, 2))), tensors)
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 3), (6, 2)], ids=str)
 def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
     tensors = random_tensors()
-    path = reshard(CheckpointReader(save(tmp_path / "a", tensors)), tmp_path / "b", target(*layout), None, False)
+    path = repartition(save(tmp_path / "a", tensors), tmp_path / "b", target(*layout))
     for stage, rank in itertools.product(range(layout[1]), range(layout[0])):
         for group, shards in rank_shards(tensors, (*layout, 1), (stage, rank, 0)).items():
             held = load_file(path / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors")
@@ -51,16 +57,16 @@ def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):
-    source = CheckpointReader(save(tmp_path / "a", random_tensors()))
+    source = save(tmp_path / "a", random_tensors())
     with pytest.raises(CheckpointError, match=r"embedding\.weight has 24 rows, which 5 tensor-parallel ranks cannot"):
-        reshard(source, tmp_path / "b", target(5, 1), None, False)
+        repartition(source, tmp_path / "b", target(5, 1))
     assert not (tmp_path / "b").exists()
 
 
 def test_a_checkpoint_does_not_replace_itself(tmp_path):
     path = save(tmp_path, random_tensors())
     with pytest.raises(CheckpointError, match="would replace itself: choose another directory"):
-        reshard(CheckpointReader(path), tmp_path, target(2, 1), None, False)
+        repartition(path, tmp_path, target(2, 1))
     CheckpointReader(path).verify()
 
 
@@ -69,22 +75,22 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path):
     file = path / "exp_avg-pp00-tp00-dp00.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(CheckpointError, match=r"exp_avg-pp00-tp00-dp00\.safetensors is damaged"):
-        reshard(CheckpointReader(path), tmp_path / "b", target(2, 1), None, False)
+        repartition(path, tmp_path / "b", target(2, 1))
     assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_the_plan_is_what_is_written(tmp_path):
-    source = CheckpointReader(save(tmp_path / "a", random_tensors()))
-    plans = list(plan_files(source, target(2, 3), None))
-    path = reshard(source, tmp_path / "b", target(2, 3), None, False)
-    assert {name for _, name, _ in plans} == {file.name for file in path.glob("*.safetensors")}
+    source = save(tmp_path / "a", random_tensors())
+    plans = list(plan_files(CheckpointReader(source), target(2, 3)))
+    path = repartition(source, tmp_path / "b", target(2, 3))
+    assert {plan.name for plan in plans} == {file.name for file in path.glob("*.safetensors")}
 
 
 def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(derived, "BLOCK_BYTES", 1 << 16)
     whole = torch.randn(1 << 15, 64)  # 8 MiB
     shard = RowShard("embedding.weight", tuple(whole.shape), 0, len(whole), whole, True)
-    source = CheckpointReader(save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, metadata(1), "all", None))
+    source = save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, metadata(1), "all", None)
     largest, original = 0, CheckpointReader.read_rows
 
     def counted(self, *args):
@@ -95,7 +101,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckpointReader, "read_rows", counted)
     tracemalloc.start()
-    path = reshard(source, tmp_path / "b", target(2, 1), None, False)
+    path = repartition(source, tmp_path / "b", target(2, 1))
     _, peak = tracemalloc.get_traced_memory()  # what Python holds: tensors' storage is counted above
     tracemalloc.stop()
     assert largest == 1 << 16

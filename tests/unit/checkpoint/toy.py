@@ -69,7 +69,7 @@ def is_replicated(name):
 def stage_of(name, stages):
     """Layers evenly, the embedding first, the norm last."""
     if name.startswith("layers."):
-        return int(name.split(".")[1]) * stages // LAYERS
+        return min(stages - 1, int(name.split(".")[1]) * stages // LAYERS)
     return 0 if name.startswith("embedding.") else stages - 1
 
 

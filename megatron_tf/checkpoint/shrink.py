@@ -1,0 +1,81 @@
+"""Shrinking a checkpoint: parameter tokens are dropped, the others stay as they are and in their order.
+
+A token contributes P_j V_j to its module's output, and A_j^2 (or gelu(A_j)^2) to the norm of the row. Tokens with zero
+keys contribute to neither: to drop them is exact, and undoes a growth by them that was not trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.growth import parse_name
+
+Kept = Mapping[str, Sequence[int]]
+"""Module -> places of the tokens that stay, in order."""
+
+
+def keep_most_important(importance: Mapping[str, Tensor], tokens: Mapping[str, int]) -> dict[str, list[int]]:
+    """For each module, `importance` [N] of its tokens -> the places of the `tokens[kind]` largest; the first of equals.
+
+    Raises CheckpointError where a module has no more tokens than that.
+    """
+    kept = {}
+    for module, values in importance.items():
+        token = parse_name(f"{module}.key_tokens")
+        if token is None or token.kind not in tokens:
+            continue
+        count = tokens[token.kind]
+        if count >= len(values):
+            raise CheckpointError(f"--shrink {token.kind}={count}: {module} has {len(values)} tokens only")
+        order = torch.argsort(values, descending=True, stable=True)
+        kept[module] = sorted(order[:count].tolist())
+    return kept
+
+
+def shrink(source: Checkpoint, kept: Kept) -> DerivedCheckpoint:
+    """The checkpoint with the tokens of `kept` only; modules that are not in it stay whole."""
+    recipes = {
+        group: {name: _recipe(source, group, name, kept) for name in source.names(group)} for group in source.groups()
+    }
+    return DerivedCheckpoint(source, recipes, _metadata(source, kept))
+
+
+def _recipe(source: Checkpoint, group: str, name: str, kept: Kept) -> Recipe:
+    whole = copied(source, group, name)
+    token = parse_name(name)
+    if token is None or token.module not in kept:
+        return whole
+    return Recipe(whole.dtype, whole.columns, [Copy(name, *run) for run in _runs(kept[token.module])])
+
+
+def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring places as ranges."""
+    starts = [places[0]] + [place for before, place in pairwise(places) if place != before + 1]
+    stops = [before + 1 for before, place in pairwise(places) if place != before + 1] + [places[-1] + 1]
+    return list(zip(starts, stops, strict=True))
+
+
+def _metadata(source: Checkpoint, kept: Kept) -> dict[str, Any]:
+    metadata = source.metadata
+    counts = {
+        token.kind: len(places) for module, places in kept.items() if (token := parse_name(f"{module}.key_tokens"))
+    }
+    changes = {f"{kind}_tokens": count for kind, count in counts.items()}
+    training = metadata["training"]
+    entry = {
+        **{key: training[key] for key in ("step", "samples", "tokens")},
+        "kinds": {kind: [metadata["model"][f"{kind}_tokens"], count] for kind, count in counts.items()},
+        "init": "shrink",
+        "seed": metadata["config"]["training"]["seed"],
+    }
+    return {
+        **{key: value for key, value in metadata.items() if key != "after_growth"},
+        "model": {**metadata["model"], **changes},
+        "config": {**metadata["config"], "model": {**metadata["config"]["model"], **changes}},
+        "lineage": [*metadata["lineage"], entry],
+    }

@@ -1,0 +1,73 @@
+"""The model section of a configuration."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from megatron_tf.config.types import STRICT, Count
+
+NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+TokenCounts = Count | Annotated[list[Count], Field(min_length=1)]
+TOKEN_KINDS = ("qkv", "proj", "ffn")
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ModelConfig:
+    """The TokenFormer (arXiv 2410.23168)."""
+
+    num_layers: Count
+    """Transformer blocks."""
+    hidden_size: Count
+    """Width D of the residual stream; growth leaves it as it is."""
+    num_attention_heads: Count
+    """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
+    qkv_tokens: TokenCounts
+    """Parameter tokens N of each of the query, key and value Pattentions; a list gives a number for each layer."""
+    proj_tokens: TokenCounts
+    """Parameter tokens of the attention's output Pattention."""
+    ffn_tokens: TokenCounts
+    """Parameter tokens of the feed-forward Pattention."""
+    vocab_size: Count
+    """Ids the tokenizer can produce, before padding."""
+    make_vocab_size_divisible_by: Count = 128
+    """The embedding is padded to a multiple of this; padded rows are trained and not masked."""
+    norm_activation: NormActivation = "l2_norm_gelu"
+    """How a Pattention turns scores into weights of its values."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the embedding's."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of each head's dimensions that are rotated."""
+    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies."""
+    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    """Epsilon of every layer norm."""
+    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the embedding and of every key token at birth."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        for kind in TOKEN_KINDS:
+            counts = getattr(self, f"{kind}_tokens")
+            if isinstance(counts, list) and len(counts) != self.num_layers:
+                raise ValueError(f"{kind}_tokens has {len(counts)} numbers for {self.num_layers} layers")
+
+    def token_counts(self, kind: str) -> list[int]:
+        """Parameter tokens of `kind` in each layer."""
+        counts = getattr(self, f"{kind}_tokens")
+        return list(counts) if isinstance(counts, list) else [counts] * self.num_layers
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
