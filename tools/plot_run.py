@@ -17,7 +17,7 @@ SMOOTHING_STEPS = 10
 
 @dataclass
 class Stage:
-    """One metrics file: a run under one model and layout."""
+    """A run under one model and layout."""
 
     parameters: int
     layout: dict[str, int]
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--title", default="")
     args = parser.parse_args(arguments)
     try:
-        stages = [read_stage(path) for path in args.metrics]
+        stages = [stage for path in args.metrics for stage in read_stages(path)]
         draw(stages, args.output, args.title)
         table = summarize(stages)
         print(table)
@@ -51,23 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def read_stage(path: Path) -> Stage:
-    """Parse a metrics file. Raises ValueError naming the line where it is damaged."""
-    stage: Any = None  # until the line that starts it
+def read_stages(path: Path) -> list[Stage]:
+    """The stages in a metrics file: a growth begins one. Raises ValueError naming the line where it is damaged."""
+    stages: list[Stage] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             values: dict[str, Any] = json.loads(line)
-            if values.get("event") == "start":
-                stage = stage or Stage(values["parameters"], values["layout"])
+            if "event" in values:
+                stage = Stage(values["parameters"], values["layout"])
+                if not stages or (stage.parameters, stage.layout) != (stages[-1].parameters, stages[-1].layout):
+                    stages.append(stage)
             elif "validation_loss" in values:
-                stage.validation[values["step"]] = values["validation_loss"]
+                stages[-1].validation[values["step"]] = values["validation_loss"]
             else:
-                stage.steps[values["step"]] = values
-        except (ValueError, KeyError, AttributeError) as error:
+                stages[-1].steps[values["step"]] = values
+        except (ValueError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"{path}:{number}: not a line of metrics ({error})") from error
-    if stage is None or not stage.steps:
+    stages = [stage for stage in stages if stage.steps]
+    if not stages:
         raise ValueError(f"{path} holds no training step")
-    return stage
+    return stages
 
 
 def draw(stages: list[Stage], output: Path, title: str) -> None:

@@ -6,7 +6,7 @@ and hashed on the way. Memory is bounded by some blocks of rows, not by the mode
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +117,8 @@ def _write_group(checkpoint: Checkpoint, directory: Path, plans: list[FilePlan],
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}
     files: dict[str, PieceFileWriter] = {}
-    written = []
-    with ExitStack() as stack:
+    finished: list[Future[None]] = []
+    with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
         for plan, rows, is_last in _read_ahead(checkpoint, pieces):
             if plan.name not in files:
                 files[plan.name] = PieceFileWriter(directory / plan.name, plan.specs)
@@ -127,9 +127,10 @@ def _write_group(checkpoint: Checkpoint, directory: Path, plans: list[FilePlan],
             bar.update(rows.nbytes)
             left[plan.name] -= is_last
             if not left[plan.name]:
-                files[plan.name].finish()
-                written.append(files[plan.name].written(plan.group))
-    return written
+                finished.append(flusher.submit(files[plan.name].finish))
+        for flushed in finished:
+            flushed.result()
+    return [files[plan.name].written(plan.group) for plan in plans]
 
 
 def _read_ahead(

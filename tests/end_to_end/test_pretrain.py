@@ -1,58 +1,19 @@
 """From text to a grown, continued run through the command lines, and what they say to mistakes."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
 
-from megatron_tf.config.load import to_dict
-from tests.support.training import small_run
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(*command, ranks=1, timeout=120):
-    """A finished command: `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`."""
-    if command[0].endswith(".py"):
-        start = [sys.executable, *command]
-    elif ranks == 1:
-        start = [sys.executable, "-m", *command]
-    else:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", *command]
-    arguments = [str(part) for part in start]
-    return subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data of bytes and a configuration."""
-    folder = tmp_path_factory.mktemp("run")
-    text = "the quick brown fox jumps over the lazy dog. "
-    with (folder / "text.jsonl").open("w") as file:
-        for i in range(40):
-            file.write(json.dumps({"text": text * (1 + i % 5), "meta": {"pile_set_name": "Fox"}}) + "\n")
-        file.write("\n")
-    prefix = folder / "data"
-    options = ["--tokenizer-type", "NullTokenizer", "--append-eod", "--workers", "2"]
-    done = run("tools/preprocess_data.py", "--input", folder / "text.jsonl", "--output-prefix", prefix, *options)
-    assert done.returncode == 0, done.stderr
-    config = to_dict(
-        small_run(
-            model={"vocab_size": 257},
-            training={"train_iters": 4},
-            data={"data_path": [f"{prefix}_text_document"], "split": "80,20,0"},
-        )
-    )
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 def test_train_resume_grow_continue_generate(folder):

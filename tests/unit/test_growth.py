@@ -1,32 +1,46 @@
-"""Growth of the official fixtures by zero keys: the logits stay, for both L2 normalisations; softmax is refused."""
+"""Growth and shrinking of the official fixtures by the tool: the logits stay, or it says that they do not."""
 
 import dataclasses
+import re
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import save_checkpoint
+from megatron_tf.checkpoint.summary import differences
 from megatron_tf.config import to_dict
+from megatron_tf.inference.calibration import mean_loss, read_samples, token_importance
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.training.checkpointing import new_progress
+from tests.support.data import write_data_set
 from tests.support.golden import golden_model
 from tests.support.training import small_run
 from tools import reshard_checkpoint
+
+L2_CASES = ["A_l2_norm_gelu", "B_gelu_l2_norm"]
+SEQ_LENGTH = 16
 
 
 def golden_checkpoint(case, root):
     model, tensors, _ = golden_model(case)
     progress = dataclasses.asdict(new_progress(model.config, {}))
     training = {key: progress[key] for key in ("step", "samples", "tokens", "adam_steps")}
-    metadata = {"model": to_dict(model.config), "config": to_dict(small_run()), "tau": progress["tau"], "lineage": []}
+    config = to_dict(small_run(training={"seq_length": SEQ_LENGTH}))
+    metadata = {"model": to_dict(model.config), "config": config, "tau": progress["tau"], "lineage": []}
     metadata |= {"training": training, "tokenizer": {}}
     save_checkpoint(root, 0, {"model": parameter_shards(model)}, metadata, "one", None)
     return tensors
 
 
-def grow(source, target, request):
-    return reshard_checkpoint.main(["--load", str(source), "--save", str(target), "--grow", request, "--verify"])
+def tool(source, target, *options):
+    return reshard_checkpoint.main(["--load", str(source), "--save", str(target), *map(str, options)])
+
+
+def grow(source, target, request, *options):
+    return tool(source, target, "--grow", request, "--verify", *options)
 
 
 def in_float64(model):
@@ -34,7 +48,23 @@ def in_float64(model):
     return model
 
 
-@pytest.mark.parametrize("case", ["A_l2_norm_gelu", "B_gelu_l2_norm"])
+def logits_moved(before, after, ids):
+    """Largest difference in fp32, and in float64."""
+    old, new = load_model(before), load_model(after)
+    with torch.no_grad():
+        single = (old(ids) - new(ids)).abs().max()
+        return single, (in_float64(old)(ids) - in_float64(new)(ids)).abs().max()
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A data set of the fixtures' ids."""
+    ids = np.random.default_rng(0).integers(0, 256, 40 * (SEQ_LENGTH + 1)).astype(np.uint16)
+    write_data_set(tmp_path / "text", [ids[:300], ids[300:]])
+    return tmp_path / "text"
+
+
+@pytest.mark.parametrize("case", L2_CASES)
 @pytest.mark.parametrize("request_", ["qkv=96,proj=70", "ffn=300", "ffn=512", "qkv=128,proj=128,ffn=1024"])
 def test_logits_stay(case, request_, tmp_path):
     """0 where measured; sums in an order that depends on the number of tokens gave 3.3e-6."""
@@ -44,7 +74,7 @@ def test_logits_stay(case, request_, tmp_path):
         assert (load_model(tmp_path / "a")(ids) - load_model(tmp_path / "b")(ids)).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("case", ["A_l2_norm_gelu", "B_gelu_l2_norm"])
+@pytest.mark.parametrize("case", L2_CASES)
 def test_logits_stay_within_rounding_from_any_size(case, tmp_path):
     tensors = golden_checkpoint(case, tmp_path / "a")
     assert grow(tmp_path / "a", tmp_path / "b", "qkv=97,ffn=301") == 0
@@ -60,11 +90,156 @@ def test_logits_stay_within_rounding_from_any_size(case, tmp_path):
         assert (before(ids) - after(ids)).abs().max() > 1e-2
     assert [entry["kinds"] for entry in after.metadata["lineage"]] == [
         {"qkv": [64, 97], "ffn": [256, 301]},
-        {"proj": [64, 70], "qkv": [97, 130], "ffn": [301, 512]},
+        {"qkv": [97, 130], "proj": [64, 70], "ffn": [301, 512]},
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "request_"),
+    [
+        ("A_l2_norm_gelu", "qkv=128,proj=150,ffn=768"),
+        ("B_gelu_l2_norm", "qkv=150,proj=128,ffn=800"),
+        ("C_softmax", "qkv=128,proj=192,ffn=512"),
+    ],
+)
+@pytest.mark.parametrize("noise", [0, 0.3])
+def test_duplicates_keep_the_logits(case, request_, noise, tmp_path):
+    ids = golden_checkpoint(case, tmp_path / "a")["input_ids"]
+    options = ["--growth-init", "duplicate", "--growth-noise", noise]
+    assert grow(tmp_path / "a", tmp_path / "b", request_, *options) == 0
+    single, double = logits_moved(tmp_path / "a", tmp_path / "b", ids)
+    assert single < 2e-5
+    assert double < 1e-6  # values are stored in fp32, where V/3 and the noise are rounded
+    if noise == 0 and case == "A_l2_norm_gelu":
+        module = load_model(tmp_path / "b").transformer.pattentions()["layers.0.attention.query"]
+        module.tau *= 1.01
+        assert module.tau == pytest.approx(128**0.5 * 1.01)
+
+
+def key_gradients(path, ids):
+    """Gradients of the ffn keys of the first layer, [copies, N, D]."""
+    model = load_model(path).train()
+    model(ids).square().mean().backward()
+    keys = model.transformer.get_parameter("layers.0.ffn.key_tokens")
+    return keys.grad.unflatten(0, (2, -1))
+
+
+def test_noise_lets_copies_part(tmp_path):
+    ids = golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")["input_ids"]
+    for noise in (0, 0.1):
+        options = ["--growth-init", "duplicate", "--growth-noise", noise]
+        assert grow(tmp_path / "a", tmp_path / f"b{noise}", "ffn=512", *options) == 0
+    same, parted = (key_gradients(tmp_path / f"b{noise}", ids) for noise in (0, 0.1))
+    assert torch.allclose(same[0], same[1], rtol=1e-4, atol=1e-9)
+    assert (parted[0] - parted[1]).norm() > 0.01 * parted[0].norm()
+
+
+@pytest.mark.parametrize("case", [*L2_CASES, "C_softmax"])
+def test_new_layers_are_the_identity(case, tmp_path):
+    ids = golden_checkpoint(case, tmp_path / "a")["input_ids"]
+    assert tool(tmp_path / "a", tmp_path / "b", "--insert-layers", "0,1,1,2", "--verify") == 0
+    single, double = logits_moved(tmp_path / "a", tmp_path / "b", ids)
+    assert single == 0
+    assert double == 0
+    model = load_model(tmp_path / "b").train()
+    model(ids).square().mean().backward()
+    for layer in (0, 2, 3, 5):
+        for module in ("attention.proj", "ffn"):
+            assert model.transformer.get_parameter(f"layers.{layer}.{module}.value_tokens").grad.abs().max() > 0
+
+
+def test_random_growth_is_said_to_move_the_logits(tmp_path, text, capsys):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    assert grow(tmp_path / "a", tmp_path / "b", "ffn=512", "--growth-init", "random", "--data", text) == 0
+    out = capsys.readouterr().out
+    assert "does not keep the model's outputs" in out
+    moved = float(re.search(r"max \|delta logit\| before and after: (\S+)", out)[1])
+    assert moved > 0.1
+    losses = re.search(r"loss on .*: (\S+) before, (\S+) after", out)
+    samples = read_samples(text, 256, SEQ_LENGTH, 16384)
+    for path, loss in zip("ab", losses.groups(), strict=True):
+        assert float(loss) == pytest.approx(mean_loss(load_model(tmp_path / path), samples), abs=1e-5)
+
+
+@pytest.mark.parametrize("case", L2_CASES)
+def test_grow_then_shrink_is_the_identity(case, tmp_path, text, capsys):
+    golden_checkpoint(case, tmp_path / "a")
+    assert grow(tmp_path / "a", tmp_path / "b", "qkv=96,proj=80,ffn=300") == 0
+    options = ["--shrink", "qkv=64,proj=64,ffn=256", "--data", text, "--verify"]
+    assert tool(tmp_path / "b", tmp_path / "c", *options, "--target-tensor-parallel-size", 2) == 0
+    first, last = CheckpointReader(tmp_path / "a"), CheckpointReader(tmp_path / "c")
+    assert list(differences(first, last)) == []
+    assert first.metadata["model"] == last.metadata["model"]
+    assert first.metadata["tau"] == last.metadata["tau"]
+    assert "max |delta logit| before and after: 0 " in capsys.readouterr().out.splitlines()[-3]
+
+
+def test_shrinking_drops_what_does_least(tmp_path, text):
+    """Dropping the least important half costs less than dropping the most important one."""
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    assert tool(tmp_path / "a", tmp_path / "b", "--shrink", "ffn=128", "--data", text, "--verify") == 0
+    model, smaller = load_model(tmp_path / "a"), load_model(tmp_path / "b")
+    samples = read_samples(text, 256, SEQ_LENGTH, 16384)
+    importance = token_importance(model, samples)["layers.1.ffn"]
+    kept = importance.topk(128).indices.sort().values
+    old, new = (m.transformer.get_parameter("layers.1.ffn.key_tokens") for m in (model, smaller))
+    assert torch.equal(old[kept], new)
+    assert smaller.metadata["lineage"][0]["kinds"] == {"ffn": [256, 128]}
+    with torch.no_grad():
+        x = torch.randn(9, 64)
+        module = model.transformer.pattentions()["layers.1.ffn"]
+        assert torch.allclose(module.weights(x) @ module.value_tokens, module(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shrink", "ffn=128"], "--shrink needs --data"),
+        (["--shrink", "ffn=256", "--data", "TEXT"], "layers.0.ffn has 256 tokens only"),
+        (["--shrink", "ffn@0=12", "--data", "TEXT"], "layers shrink alike"),
+        (["--shrink", "ffn=128", "--data", "TEXT", "--grow", "qkv=128"], "run the tool twice"),
+    ],
+)
+def test_shrinking_that_cannot_be(tmp_path, text, capsys, options, message):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    assert tool(tmp_path / "a", tmp_path / "b", *(text if part == "TEXT" else part for part in options)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_vocabulary_is_padded_anew(tmp_path):
+    ids = golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")["input_ids"]
+    old = load_model(tmp_path / "a")
+    rows = old.config.padded_vocab_size
+    assert tool(tmp_path / "a", tmp_path / "b", "--make-vocab-size-divisible-by", rows + 3, "--verify") == 0
+    assert tool(tmp_path / "b", tmp_path / "c", "--make-vocab-size-divisible-by", 1, "--verify") == 0
+    with torch.no_grad():
+        for path, count in (("b", rows + 3), ("c", old.config.vocab_size)):
+            logits = load_model(tmp_path / path)(ids)
+            assert logits.shape[-1] == count
+            assert torch.equal(logits[..., : old.config.vocab_size], old(ids)[..., : old.config.vocab_size])
+
+
+def test_a_stage_file_says_the_same_as_options(tmp_path):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    (tmp_path / "stage.yaml").write_text("ffn_tokens: {'0': 300, '1': 400}\ninit: zero_key\nrewarmup_iters: 9\n")
+    assert tool(tmp_path / "a", tmp_path / "b", "--stage", tmp_path / "stage.yaml") == 0
+    assert grow(tmp_path / "a", tmp_path / "c", "ffn@0=300,ffn@1=400", "--rewarmup-iters", 9) == 0
+    one, other = CheckpointReader(tmp_path / "b"), CheckpointReader(tmp_path / "c")
+    assert list(differences(one, other)) == []
+    assert one.metadata == other.metadata
+    (tmp_path / "stage.yaml").write_text("fnn_tokens: 300\n")
+    assert tool(tmp_path / "a", tmp_path / "d", "--stage", tmp_path / "stage.yaml") == 1
 
 
 def test_softmax_is_refused_with_the_reason(tmp_path, capsys):
     golden_checkpoint("C_softmax", tmp_path / "a")
     assert grow(tmp_path / "a", tmp_path / "b", "ffn=512") == 1
     assert "exp(0) = 1" in capsys.readouterr().err
+
+
+def test_what_verification_finds_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    monkeypatch.setattr(reshard_checkpoint, "EXACT", -1.0)
+    assert grow(tmp_path / "a", tmp_path / "b", "ffn=512") == 3
+    assert "the logits moved by" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""Growth within a run: the same, bit for bit, as to stop, grow with the tool and start again."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.summary import differences
+from tests.support.commands import make_run, run
+from tools import plot_run
+
+STAGE = {
+    "at_step": 3,
+    "ffn_tokens": 136,
+    "qkv_tokens": {"0": 32, "1-3": 40},
+    "insert_layers": [1],
+    "rewarmup_iters": 2,
+    "old_tokens_lr_scale": 0.5,
+}
+LAYOUTS = {
+    "one": (1, []),
+    "tp": (2, ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"]),
+    "pp": (2, ["--parallel.pipeline_model_parallel_size=2"]),
+    "dp": (2, []),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_run(
+        tmp_path_factory.mktemp("growth"), training={"train_iters": 6}, optimizer={"lr_decay_iters": 6, "lr": 1e-3}
+    )
+
+
+def configure(folder, name, growth, **changes):
+    """A configuration with these stages and other values of some sections."""
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    values["growth"] = growth
+    for section, keys in changes.items():
+        values[section] |= keys
+    values["checkpoint"] |= {"save": str(folder / name)}
+    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def train(config, *options, **how):
+    done = run("megatron_tf.pretrain", config, *options, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def assert_same(one, other):
+    left, right = CheckpointReader(one), CheckpointReader(other)
+    assert list(differences(left, right)) == []
+    for key in ("tau", "training", "lineage", "after_growth", "model"):
+        assert left.metadata[key] == right.metadata[key]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("init", ["zero_key", "duplicate"])
+def test_it_is_the_same_as_stop_grow_and_start_again(folder, layout, init):
+    ranks, options = LAYOUTS[layout]
+    name = f"{layout}-{init}"
+    stage = {**STAGE, "init": init}
+    if init == "duplicate":
+        stage |= {"qkv_tokens": {"2": 64}, "moments": "reset"}
+    inside = train(configure(folder, f"{name}-inside", [stage]), *options, ranks=ranks)
+    assert "grown to" in inside.stdout
+    train(configure(folder, f"{name}-before", [], training={"train_iters": 3}), *options, ranks=ranks)
+    (folder / "stage.yaml").write_text(yaml.safe_dump(stage))
+    arguments = ["--load", folder / f"{name}-before", "--save", folder / f"{name}-grown", "--verify"]
+    grown = run("tools/reshard_checkpoint.py", *arguments, "--stage", folder / "stage.yaml")
+    assert grown.returncode == 0, grown.stderr
+    model = CheckpointReader(folder / f"{name}-grown").metadata["model"]
+    load = {"load": str(folder / f"{name}-grown")}
+    train(configure(folder, f"{name}-after", [], model=model, checkpoint=load), *options, ranks=ranks)
+    assert_same(folder / f"{name}-inside", folder / f"{name}-after")
+
+
+def test_two_stages_one_by_tokens_and_a_restart_between_them(folder):
+    growth = [{"at_step": 2, "ffn_tokens": 96}, {"at_tokens": 4 * 8 * 16, "ffn_tokens": 128, "rewarmup_iters": 2}]
+    train(configure(folder, "straight", growth))
+    short = configure(folder, "stopped", growth, training={"train_iters": 3})
+    train(short)
+    assert CheckpointReader(folder / "stopped").metadata["model"]["ffn_tokens"] == 96
+    resumed = train(configure(folder, "stopped", growth))
+    assert "at step 3" in resumed.stdout
+    assert_same(folder / "straight", folder / "stopped")
+    events = [json.loads(line) for line in (folder / "straight.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in events if line.get("event") == "growth"] == [2, 4]
+    rates = {line["step"]: line["learning_rate"] for line in events if "loss" in line}
+    assert rates[5] < 0.6 * rates[4]  # the re-warm-up
+    assert rates[3] == pytest.approx(1e-3 * 0.75, rel=1e-6)  # cosine, no re-warm-up in the first stage
+    stages = plot_run.read_stages(folder / "straight.jsonl")
+    assert [sorted(stage.steps) for stage in stages] == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_frozen_tokens_stay_as_they_are(folder):
+    growth = [{"at_step": 3, "ffn_tokens": 128, "qkv_tokens": 64, "proj_tokens": 48, "old_tokens_lr_scale": 0.0}]
+    train(configure(folder, "frozen", growth), ranks=2)
+    steps = [CheckpointReader(folder / "frozen" / f"step_0000000{step}") for step in (3, 6)]
+    for group in ("model", "exp_avg", "exp_avg_sq"):
+        for name in steps[0].names(group):
+            rows = steps[0].shape(group, name)[0]
+            before, after = (reader.read_rows(group, name, 0, rows) for reader in steps)
+            assert torch.equal(before, after) == name.startswith("layers."), (group, name)
+            if name.startswith("layers."):
+                new = steps[1].read_rows(group, name, rows, steps[1].shape(group, name)[0])
+                assert (new != 0).all() or name.endswith("key_tokens")
+                assert new.abs().sum() > 0
+
+
+def test_the_layout_changes_with_the_growth(folder):
+    """The run ends with exit code 75; the same command goes on, in the new layout, and ends as in one layout."""
+    stage = {"at_step": 3, "ffn_tokens": 128, "tensor_model_parallel_size": 2}
+    config = configure(folder, "moved", [stage])
+    stopped = run("megatron_tf.pretrain", config)
+    assert stopped.returncode == 75, stopped.stderr
+    assert "start the same command again" in stopped.stdout
+    wrong = run("megatron_tf.pretrain", config)
+    assert wrong.returncode == 1
+    assert "needs a multiple of 2" in wrong.stderr
+    again = train(config, ranks=2)
+    assert "tp 2" in again.stdout
+    train(configure(folder, "stayed", [{"at_step": 3, "ffn_tokens": 128}]))
+    one, other = CheckpointReader(folder / "moved"), CheckpointReader(folder / "stayed")
+    for name in one.names("model"):
+        rows = [reader.read_rows("model", name, 0, reader.shape("model", name)[0]) for reader in (one, other)]
+        assert torch.allclose(*rows, rtol=1e-4, atol=1e-6), name
+
+
+def test_torchrun_starts_it_again_by_itself(folder):
+    stage = {"at_step": 3, "ffn_tokens": 128, "pipeline_model_parallel_size": 2}
+    config = configure(folder, "restarted", [stage])
+    done = train(config, ranks=2, restarts=1)
+    assert "dp 2" in done.stdout
+    assert "pp 2" in done.stdout
+    assert CheckpointReader(folder / "restarted").step == 6
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        ([{"ffn_tokens": 128}], r"growth[0]: say when, by either at_step or at_tokens"),
+        ([{"at_step": 1, "ffn_tokens": 32}], "growth[0]: ffn_tokens=32: there are 64 in layer 0 already"),
+        ([{"at_step": 1, "fnn_tokens": 128}], "did you mean 'ffn_tokens'?"),
+        (
+            [{"at_step": 2, "ffn_tokens": 128}, {"at_step": 1, "ffn_tokens": 256}],
+            "at_step must increase from stage to stage",
+        ),
+        ([{"at_step": 1, "ffn_tokens": 129, "tensor_model_parallel_size": 2}], "ffn_tokens (129) must be divisible"),
+    ],
+)
+def test_growth_that_cannot_be_is_refused_before_the_run(folder, growth, message):
+    done = run("megatron_tf.pretrain", configure(folder, "wrong", growth))
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (folder / "wrong").exists()
