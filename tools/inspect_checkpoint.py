@@ -42,7 +42,11 @@ def show(reader: CheckpointReader) -> int:
 def show_files(reader: CheckpointReader) -> None:
     """Print the layout on disk."""
     files = reader.manifest.files
-    print(f"\n{len(files)} files, {sum(entry.bytes for entry in files.values()):,} bytes")
+    pieces = [len(entry.pieces) for tensors in reader.manifest.groups.values() for entry in tensors.values()]
+    print(
+        f"\n{len(files)} files, {sum(entry.bytes for entry in files.values()):,} bytes; "
+        f"a tensor lies in {min(pieces)} to {max(pieces)} pieces"
+    )
     for name, entry in files.items():
         print(f"  {name:<40}{entry.bytes:>18,}")
 
@@ -52,8 +56,10 @@ def show_tensors(reader: CheckpointReader, group: str) -> None:
     print(f"\n{group:<44}{'tensors':>8}{'shape':>16}{'type':>16}{'parameters':>18}{'norm':>12}")
     kinds = summarize(reader, group)
     for kind in kinds:
-        shape, dtype = " x ".join(map(str, kind.shape)), str(kind.dtype).removeprefix("torch.")
-        print(f"  {kind.kind:<42}{kind.num_tensors:>8}{shape:>16}{dtype:>16}{kind.parameters:>18,}{kind.norm:>12.5g}")
+        dtype = str(kind.dtype).removeprefix("torch.")
+        print(
+            f"  {kind.kind:<42}{kind.num_tensors:>8}{kind.shape:>16}{dtype:>16}{kind.parameters:>18,}{kind.norm:>12.5g}"
+        )
     print(f"  {'total':<42}{'':>40}{sum(kind.parameters for kind in kinds):>18,}")
 
 
@@ -72,13 +78,20 @@ def show_lineage(reader: CheckpointReader) -> None:
     print("\nlineage")
     lineage = reader.metadata.get("lineage", [])
     for event in lineage:
-        kinds = ", ".join(f"{kind} {old:,} -> {new:,}" for kind, (old, new) in event["kinds"].items())
+        kinds = ", ".join(f"{kind} {old} -> {new}" for kind, (old, new) in event["kinds"].items())
+        if layers := event.get("inserted_layers"):
+            kinds = f"{kinds}{', ' if kinds else ''}new layers {', '.join(map(str, layers))}"
         print(
             f"  at step {event['step']:,} ({event['tokens']:,} tokens): {kinds} "
             f"by {event['init']}, seed {event['seed']}"
         )
     if not lineage:
         print("  never grown")
+    if after := reader.metadata.get("after_growth"):
+        print(
+            f"  since step {after['step']:,}: {after['rewarmup_iters']:,} steps of warm-up, "
+            f"old tokens at {after['old_tokens_lr_scale']:g} of the learning rate"
+        )
 
 
 def compare(left: CheckpointReader, right: CheckpointReader) -> int:

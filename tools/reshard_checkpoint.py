@@ -21,7 +21,7 @@ from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import BLOCKS_HELD, Target, plan_files, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
-from megatron_tf.checkpoint.summary import kind_of
+from megatron_tf.checkpoint.summary import common_shape, kind_of
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
 from megatron_tf.inference.calibration import (
@@ -222,9 +222,7 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
 def _size_of_kind(checkpoint: Checkpoint, kind: str) -> tuple[str, int]:
     """(shapes, parameters) of the tensors that differ in their layer only."""
     shapes = [checkpoint.shape("model", name) for name in checkpoint.names("model") if kind_of(name) == kind]
-    rows = sorted({shape[0] for shape in shapes})
-    first = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]}"
-    shape = " x ".join([first, *map(str, shapes[0][1:])])
+    shape = common_shape(shapes)
     return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
 
 

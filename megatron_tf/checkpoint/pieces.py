@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +70,7 @@ class PieceFileWriter:
         self.bytes = 0
         header = _safetensors_header(specs)
         self.total_bytes = 8 + len(header) + sum(spec.nbytes for spec in specs)
-        self.file = path.open("xb")
+        self.file = path.open("xb", buffering=0)
         self._append(len(header).to_bytes(8, "little") + header)
 
     def write(self, rows: Tensor) -> None:
@@ -84,8 +85,7 @@ class PieceFileWriter:
     def finish(self) -> None:
         """Make the file durable, and close it."""
         assert self.bytes == self.total_bytes, f"{self.path}: {self.bytes} of {self.total_bytes} bytes"
-        with self.file:
-            self.file.flush()
+        with self.file, self._naming_the_file():
             os.fsync(self.file.fileno())
 
     def __enter__(self) -> "PieceFileWriter":
@@ -100,7 +100,20 @@ class PieceFileWriter:
 
     def _append(self, data: bytes | memoryview) -> None:
         self.hash.update(data)
-        self.bytes += self.file.write(data)
+        left = memoryview(data)
+        with self._naming_the_file():
+            while left:
+                count = self.file.write(left)
+                self.bytes += count
+                left = left[count:]
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """The system's errors about an open file do not say which it is."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror} after {self.bytes:,} bytes") from error
 
 
 class HashedFile:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ class KindSummary:
 
     kind: str
     num_tensors: int
-    shape: tuple[int, ...]
+    shape: str
     dtype: torch.dtype
     parameters: int
     norm: float
@@ -29,6 +29,13 @@ def kind_of(name: str) -> str:
     return re.sub(r"^layers\.\d+\.", "layers.*.", name)
 
 
+def common_shape(shapes: Sequence[tuple[int, ...]]) -> str:
+    """Of tensors that differ in their number of rows at most: "64 x 512", or "64..96 x 512"."""
+    rows = sorted({shape[0] for shape in shapes})
+    first = f"{rows[0]}" if len(rows) == 1 else f"{rows[0]}..{rows[-1]}"
+    return " x ".join([first, *map(str, shapes[0][1:])])
+
+
 def summarize(checkpoint: Checkpoint, group: str) -> list[KindSummary]:
     """What a group holds, in the model's order; reads all of it, in blocks."""
     members: dict[str, list[str]] = {}
@@ -38,7 +45,7 @@ def summarize(checkpoint: Checkpoint, group: str) -> list[KindSummary]:
         KindSummary(
             kind=kind,
             num_tensors=len(names),
-            shape=checkpoint.shape(group, names[0]),
+            shape=common_shape([checkpoint.shape(group, name) for name in names]),
             dtype=checkpoint.dtype(group, names[0]),
             parameters=sum(math.prod(checkpoint.shape(group, name)) for name in names),
             norm=math.sqrt(sum(_square_sum(checkpoint, group, name) for name in names)),

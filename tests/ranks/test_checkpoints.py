@@ -80,22 +80,41 @@ def test_a_resumed_run_continues_bit_for_bit(rank_pool, tmp_path, layout):
     assert_same_bits(logical_tensors(stopped), logical_tensors(straight))
 
 
+VARIANTS = {
+    "tied-fp32": (False, "fp32"),
+    "untied-fp32": (True, "fp32"),
+    "tied-bf16": (False, "bf16"),
+    "untied-bf16": (True, "bf16"),
+}
+"""Name -> (whether the head is untied, type of activations; masters and moments are fp32)."""
+GROWN = {"qkv_tokens": 48, "proj_tokens": 40, "ffn_tokens": 128}
+
+
+def variant_config(layout, variant, **sections):
+    untied, precision = VARIANTS[variant]
+    return layout_config(layout, layout[0] > 1, untied, training={"precision": precision}, **sections)
+
+
 @pytest.fixture(scope="module")
 def trained_on(rank_pool, tmp_path_factory):
-    """Layout -> a checkpoint of two steps on it, and the loss of its third step."""
+    """(layout, variant) -> a checkpoint of two steps on it, and the loss of its third step; each made once."""
     runs = {}
-    for layout in LAYOUTS:
-        root = tmp_path_factory.mktemp("trained")
-        config = layout_config(layout, layout[0] > 1)
-        rank_pool.run(train_and_save, *layout, config, 2, root)
-        config = layout_config(layout, layout[0] > 1, checkpoint={"load": root})
-        runs[layout] = root, rank_pool.run(train_and_save, *layout, config, 3, tmp_path_factory.mktemp("third"))[0][0]
-    return runs
+
+    def run(layout, variant):
+        if (layout, variant) not in runs:
+            root = tmp_path_factory.mktemp("trained")
+            rank_pool.run(train_and_save, *layout, variant_config(layout, variant), 2, root)
+            config = variant_config(layout, variant, checkpoint={"load": root})
+            third = rank_pool.run(train_and_save, *layout, config, 3, tmp_path_factory.mktemp("third"))
+            runs[layout, variant] = root, third[0][0]
+        return runs[layout, variant]
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def trained(trained_on):
-    return trained_on[2, 2, 1][0]
+    return trained_on((2, 2, 1), "tied-fp32")[0]
 
 
 def reshard(source, target, *options):
@@ -117,22 +136,46 @@ def test_models_too_large_for_the_memory_are_not_compared(trained, tmp_path, mon
     assert "verified: every checksum holds" in out
 
 
-@pytest.mark.parametrize("target", LAYOUTS, ids=str)
+def target_options(layout):
+    tensor, pipeline, _ = layout
+    return ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["as it is", "grown"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
-def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source, target):
+def test_tensors_between_any_two_layouts(trained_on, tmp_path, source, variant, grows):
+    root, _ = trained_on(source, variant)
+    old = logical_tensors(root)
+    for target in LAYOUTS:
+        new = tmp_path / str(target)
+        growth = ["--grow", "qkv=48,proj=40,ffn=128"] if grows else []
+        assert reshard(root, new, *target_options(target), *growth) == 0
+        if grows:
+            assert_only_appended(old, logical_tensors(new))
+        else:
+            assert_same_bits(old, logical_tensors(new))
+
+
+PAIRS = [(source, target, "tied-fp32") for source in LAYOUTS for target in LAYOUTS] + [
+    (source, LAYOUTS[(place + 3 + number) % len(LAYOUTS)], variant)
+    for number, variant in enumerate(list(VARIANTS)[1:])
+    for place, source in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(("source", "target", "variant"), PAIRS, ids=str)
+def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source, target, variant):
     """The logits and the next step's loss stay; old Adam rows are kept; every new key gets a gradient at that step."""
-    (root, next_loss), grown, after = trained_on[source], tmp_path / "grown", tmp_path / "after"
-    tensor, pipeline, _ = target
-    sizes = ["--target-tensor-parallel-size", str(tensor), "--target-pipeline-parallel-size", str(pipeline)]
-    assert reshard(root, grown, *sizes, "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
+    (root, next_loss), grown, after = trained_on(source, variant), tmp_path / "grown", tmp_path / "after"
+    assert reshard(root, grown, *target_options(target), "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
     assert_only_appended(logical_tensors(root), logical_tensors(grown))
     ids = torch.arange(24)[None]
     assert (load_model(root)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
     assert load_model(grown).metadata["lineage"][0]["kinds"] == {"qkv": [32, 48], "proj": [24, 40], "ffn": [64, 128]}
-    model = {"qkv_tokens": 48, "proj_tokens": 40, "ffn_tokens": 128}
-    config = layout_config(target, tensor > 1, model=model, checkpoint={"load": grown})
+    config = variant_config(target, variant, model=dict(GROWN), checkpoint={"load": grown})
     losses = rank_pool.run(train_and_save, *target, config, 3, after)[0]
-    assert losses == pytest.approx([next_loss], rel=1e-6)
+    assert losses == pytest.approx([next_loss], rel=1e-6 if variant.endswith("fp32") else 5e-3)
     assert_new_keys_learn(logical_tensors(root), logical_tensors(after))
 
 
@@ -158,7 +201,7 @@ def assert_new_keys_learn(old, new):
     "options, message",
     [
         (["--grow", "fnn=128"], "did you mean ffn?"),
-        (["--grow", "ffn=64"], "growth only adds"),
+        (["--grow", "ffn=63"], "growth only adds"),
         (["--grow", "ffn=x"], "write KIND=NUMBER"),
         (["--target-tensor-parallel-size", "3"], "4 attention heads cannot be shared equally by 3"),
         (["--target-pipeline-parallel-size", "5"], "every stage needs a layer"),

@@ -17,6 +17,12 @@ PARAMETERS = {
     "tokenformer_1.5b": 1_587_219_456,
     "tokenformer_354m_base": 353_503_232,
     "tokenformer_757m_grown": 756_156_416,
+    "growth_354m_to_757m": 353_503_232,
+    "growth_124m_to_1.4b": 123_569_664,
+}
+SCHEDULES = {  # the paper's sizes
+    "growth_354m_to_757m": [353_503_232, 756_156_416],
+    "growth_124m_to_1.4b": [123_569_664, 354_190_848, 756_745_728, 1_399_653_888],
 }
 
 
@@ -32,3 +38,10 @@ def test_it_builds_a_model_of_the_published_size(path):
 
 def test_every_published_model_has_a_configuration():
     assert {path.stem for path in (EXAMPLES / "configs").glob("*.yaml")} == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_go_through_the_published_sizes(name):
+    config = load_config(EXAMPLES / "configs" / f"{name}.yaml")
+    stages = [config.at_stage(number).model for number in range(len(config.growth) + 1)]
+    assert [parameter_count(model) for model in stages] == SCHEDULES[name]

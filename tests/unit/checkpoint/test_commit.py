@@ -1,24 +1,27 @@
 """A checkpoint is complete or absent, whenever the process that saves it dies."""
 
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_tf.checkpoint import commit
-from megatron_tf.checkpoint.commit import complete_checkpoints, prepare, prune
+from megatron_tf.checkpoint.commit import complete_checkpoints, prepare, prune, step_of
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import complete, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.ranks import RankPool
 from tests.unit.checkpoint.toy import metadata, random_tensors, read_all, same, save, write
+from tools import reshard_checkpoint
 
 
 class Killed(BaseException):
@@ -109,6 +112,13 @@ def test_old_checkpoints_are_pruned_but_never_the_newest(tmp_path):
     assert CheckpointReader(tmp_path).step == 50
 
 
+def test_every_nth_checkpoint_stays(tmp_path):
+    for step in range(10, 80, 10):
+        save(tmp_path, random_tensors(), step=step)
+        prune(tmp_path, 2, keep_every=30)
+    assert [step_of(path) for path in complete_checkpoints(tmp_path)] == [30, 60, 70]
+
+
 def test_steps_sort_as_numbers(tmp_path):
     for step in (5, 99_999_999, 100_000_000):
         save(tmp_path, random_tensors(), step=step)
@@ -121,6 +131,34 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"needs 50,000,000 bytes and the disk has 104,857,600 free: make room"):
         prepare(tmp_path, 1, 50_000_000)
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def files_end_at(size):
+    """Writing a file beyond `size` fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("room", [0, 500, 9000, 16_000])
+def test_a_disk_that_fills_leaves_the_one_before(tmp_path, capsys, room):
+    """Nothing but the error is left of the save, and of the tool's work."""
+    save(tmp_path / "run", random_tensors(1))
+    tensors = random_tensors(2)["model"]
+    shards = [RowShard(name, tuple(rows.shape), 0, len(rows), rows, True) for name, rows in tensors.items()]
+    with files_end_at(room), pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path / "run", 200, {"model": shards}, metadata(200), "all", None)
+    assert ".step_00000200.tmp/model-all.safetensors: File too large after" in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000100"]
+    assert same(read_all(tmp_path / "run"), random_tensors(1))
+    with files_end_at(room):
+        assert reshard_checkpoint.main(["--load", str(tmp_path / "run"), "--save", str(tmp_path / "other")]) == 1
+    assert "model-pp00-tp00-dp00.safetensors: File too large after" in capsys.readouterr().err
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_a_failed_save_cleans_up_and_says_why(tmp_path):

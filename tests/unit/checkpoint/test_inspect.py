@@ -40,6 +40,17 @@ def test_it_says_what_is_there(tmp_path, inspect, capsys):
     assert "at step 100 (51,200 tokens): ffn 36 -> 72 by zero_key, seed 7" in lines
 
 
+def test_layers_that_differ_are_shown(tmp_path, inspect, capsys):
+    base = CheckpointReader(save(tmp_path / "a", random_tensors()))
+    stage = GrowthStage(ffn_tokens={"1": 72}, insert_layers=[3], old_tokens_lr_scale=0.5, rewarmup_iters=9)
+    reshard(grow(base, stage), tmp_path / "b", target(1, 1), base.verify, False)
+    assert inspect(tmp_path / "b") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "layers.*.ffn.key_tokens 4 36..72 x 6 float32 1,080" in out
+    assert "ffn 36 -> [36, 72, 36, 36], new layers 3 by zero_key" in out
+    assert "since step 100: 9 steps of warm-up, old tokens at 0.5 of the learning rate" in out
+
+
 def test_a_checkpoint_never_grown_says_so(tmp_path, inspect, capsys):
     assert inspect(save(tmp_path, random_tensors())) == 0
     assert "never grown" in capsys.readouterr().out

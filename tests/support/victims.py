@@ -1,0 +1,50 @@
+"""Processes that are to be killed while they save or repartition."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.checkpoint.save import Retention, save_checkpoint
+from megatron_tf.parallel.sharding import RowShard
+from tests.unit.checkpoint.toy import GROUPS, metadata, random_tensors
+from tools import reshard_checkpoint
+
+ROWS = 3000
+
+
+def shards_of(step):
+    """A checkpoint whose every value is its step: 18 MB."""
+    rows = torch.full((ROWS, 512), float(step))
+    return {group: [RowShard("embedding.weight", (ROWS, 512), 0, ROWS, rows, True)] for group in GROUPS}
+
+
+def save_for_ever(root, first):
+    """One checkpoint after another, the last two stay."""
+    step = first
+    while True:
+        save_checkpoint(Path(root), step, shards_of(step), metadata(step), "all", None, Retention(keep_last=2))
+        step += 1
+
+
+def save_in_background_for_ever(root, first):
+    """The same while the process does something else."""
+    with BackgroundSaver(None, lambda path: None, print) as saver:
+        step = first
+        while True:
+            saver.save(Path(root), step, shards_of(step), metadata(step), "all", Retention(keep_last=2))
+            torch.randn(300, 300).mm(torch.randn(300, 300))
+            step += 1
+
+
+def repartition_for_ever(source, root):
+    """The tool, again and again."""
+    while True:
+        reshard_checkpoint.main(["--load", source, "--save", root, "--target-tensor-parallel-size", "2"])
+
+
+def burn():
+    """Load on the machine."""
+    values = random_tensors()
+    while True:
+        sum(tensor.sum() for tensor in values["model"].values())
