@@ -1,0 +1,81 @@
+"""Saving in the background: what is written is what was there at the call, and failures are told."""
+
+import threading
+
+import pytest
+import torch
+
+from megatron_tf.checkpoint import background
+from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.save import Retention
+from megatron_tf.parallel.sharding import RowShard
+from tests.unit.checkpoint.toy import metadata
+
+
+def begin(saver, root, step, rows):
+    shard = RowShard("w", tuple(rows.shape), 0, len(rows), rows, True)
+    saver.save(root, step, {"model": [shard]}, metadata(step), "all", Retention(keep_last=2))
+
+
+def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
+    """The writer is held back until the values have changed."""
+    changed, original, saved = threading.Event(), background.save_checkpoint, []
+
+    def held_back(*arguments):
+        assert changed.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(background, "save_checkpoint", held_back)
+    rows = torch.ones(4, 3)
+    with BackgroundSaver(None, saved.append, pytest.fail) as saver:
+        begin(saver, tmp_path, 1, rows)
+        assert not (tmp_path / "latest").exists()
+        rows.fill_(2)
+        changed.set()
+        begin(saver, tmp_path, 2, rows)
+        assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", 0, 4).eq(1).all()
+    assert CheckpointReader(tmp_path).read_rows("model", "w", 0, 4).eq(2).all()
+    assert [path.name for path in saved] == ["step_00000001", "step_00000002"]
+
+
+def test_a_failure_is_told_at_once_and_raised_at_the_next_save(tmp_path):
+    (tmp_path / "file").write_text("")
+    told = threading.Event()
+    reasons = []
+
+    def tell(reason):
+        reasons.append(reason)
+        told.set()
+
+    with BackgroundSaver(None, pytest.fail, tell) as saver:
+        begin(saver, tmp_path / "file", 1, torch.ones(4, 3))
+        assert told.wait(10)
+        assert "saving failed on rank 0" in reasons[0]
+        with pytest.raises(CheckpointError, match="saving failed on rank 0"):
+            begin(saver, tmp_path, 2, torch.ones(4, 3))
+
+
+def fail_while_saving(root, on_failure):
+    with BackgroundSaver(None, lambda path: None, on_failure) as saver:
+        begin(saver, root, 1, torch.ones(4, 3))
+        raise KeyError("of the run")
+
+
+def test_an_error_of_the_run_is_not_hidden_and_the_save_is_completed(tmp_path):
+    with pytest.raises(KeyError, match="of the run"):
+        fail_while_saving(tmp_path, pytest.fail)
+    assert CheckpointReader(tmp_path).step == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyError, match="of the run"):
+        fail_while_saving(tmp_path / "file", lambda reason: None)
+
+
+def test_the_last_failure_is_raised_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="saving failed"),
+        BackgroundSaver(None, pytest.fail, lambda reason: None) as saver,
+    ):
+        begin(saver, tmp_path / "file", 1, torch.ones(4, 3))
