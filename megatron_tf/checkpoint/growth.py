@@ -34,7 +34,7 @@ from megatron_tf.checkpoint.derived import (
 )
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
-from megatron_tf.kernels.pattention import NORMALISATIONS
+from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.parallel.random import value_token_std
 
 _TOKENS = re.compile(r"layers\.(\d+)\.(?:attention\.(query|key|value|proj)|(ffn))\.(key|value)_tokens")

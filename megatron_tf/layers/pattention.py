@@ -21,21 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.pattention import (
-    NORMALISATIONS,
-    Normalisation,
-    backward_first,
-    backward_second,
-    mix_values,
-    row_statistic,
-    value_weights,
-)
+from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, accumulation_type
+from megatron_tf.kernels.pattention import PattentionKernels, Reduce, mix_values
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
 
 
 class Pattention(nn.Module):
-    """The parameter tokens of one projection D -> E, and its temperature tau.
+    """The parameter tokens of one projection D -> E, its temperature tau, and how it is computed: the kernels between
+    the products, and whether scores are made again in backward instead of kept.
 
     tau is state, not shape: it is born from the number of tokens, kept when tokens are appended (which makes growth
     exact), and saved in checkpoints.
@@ -47,6 +42,8 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
         self.norm = NORMALISATIONS[norm_activation]
         self.tau = self.norm.tau_at_birth(num_tokens)
+        self.kernels: PattentionKernels = EagerKernels()
+        self.recompute_scores = False
 
     def forward(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """x [..., D] -> [..., E], this rank's partial sum."""
@@ -56,9 +53,8 @@ class Pattention(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """What each parameter token counts for: P [..., N] of x [..., D], on one rank, without gradients."""
         scores = x.reshape(-1, x.shape[-1]) @ local_tensor(self.key_tokens).to(x.dtype).t()
-        statistic = row_statistic(self.norm, scores)
-        factor = self.norm.factor(statistic, torch.full_like(statistic, self.tau))
-        return value_weights(self.norm, scores, factor).unflatten(0, x.shape[:-1])
+        _, weights = self.kernels.forward(self.norm, scores, scores.new_full(scores.shape[:1], self.tau), None)
+        return weights.unflatten(0, x.shape[:-1])
 
 
 def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None) -> Tensor:
@@ -69,16 +65,37 @@ def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | 
     tokens = x.reshape(-1, x.shape[-1])
     keys = [local_tensor(p.key_tokens).to(x.dtype) for p in projections]
     values = [local_tensor(p.value_tokens).to(x.dtype) for p in projections]
-    taus = [p.tau for p in projections]
-    y = _Pattend.apply(tokens, projections[0].norm, taus, group, *keys, *values)
+    y = _Pattend.apply(tokens, projections, group, *keys, *values)
     return y.unflatten(1, x.shape[:-1])
 
 
-def _sum_statistic(statistic: Tensor, norm: Normalisation, group: ProcessGroup | None) -> Tensor:
-    if not norm.is_logarithmic or group is None:
-        return all_reduce(statistic, group)
-    highest = all_reduce(statistic, group, dist.ReduceOp.MAX)
-    return highest + torch.log(all_reduce(torch.exp(statistic - highest), group))
+def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
+    """How statistics, and inner products in backward, of the ranks make those of the row."""
+
+    def log_sum_exp(statistic: Tensor) -> Tensor:
+        highest = all_reduce(statistic, group, dist.ReduceOp.MAX)
+        return highest + torch.log(all_reduce(torch.exp(statistic - highest), group))
+
+    def total(values: Tensor) -> Tensor:
+        return all_reduce(values, group)
+
+    if group is None:
+        return None, None
+    return log_sum_exp if norm.is_logarithmic else total, total
+
+
+def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
+    """Temperatures of all rows [G * T]."""
+    taus = torch.tensor([p.tau for p in projections], dtype=torch.float64)
+    return taus.to(accumulation_type(x)).to(x.device).repeat_interleave(x.shape[0])
+
+
+def _score(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """Scores [G, T, n] of x [T, D]."""
+    scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
+    for out, key in zip(scores, keys, strict=True):
+        torch.mm(x, key.t(), out=out)
+    return scores
 
 
 class _Pattend(torch.autograd.Function):
@@ -86,44 +103,38 @@ class _Pattend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        norm: Normalisation,
-        taus: list[float],
-        group: ProcessGroup | None,
-        *tokens: Tensor,
+        ctx: Any, x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None, *tokens: Tensor
     ) -> Tensor:
-        keys, values = tokens[: len(taus)], tokens[len(taus) :]
-        scores = x.new_empty(len(taus), x.shape[0], keys[0].shape[0])
-        for score, key in zip(scores, keys, strict=True):
-            torch.mm(x, key.t(), out=score)
-        statistic = _sum_statistic(row_statistic(norm, scores.flatten(0, 1)), norm, group)
-        tau = statistic.new_tensor(taus).repeat_interleave(x.shape[0])
-        factor = norm.factor(statistic, tau)
-        weights = value_weights(norm, scores.flatten(0, 1), factor).view_as(scores)
-        y = x.new_empty(len(taus), x.shape[0], values[0].shape[1])
-        for out, weight, value in zip(y, weights, values, strict=True):
+        keys, values = tokens[: len(projections)], tokens[len(projections) :]
+        first = projections[0]
+        scores = _score(x, keys)
+        reduce, _ = _reductions(first.norm, group)
+        factor, weights = first.kernels.forward(first.norm, scores.flatten(0, 1), _row_taus(x, projections), reduce)
+        y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
+        for out, weight, value in zip(y, weights.view_as(scores), values, strict=True):
             mix_values(weight, value, out)
-        ctx.save_for_backward(x, scores, factor, *tokens)
-        ctx.norm, ctx.taus, ctx.group = norm, taus, group
+        ctx.save_for_backward(x, factor, *([] if first.recompute_scores else [scores]), *tokens)
+        ctx.projections, ctx.group = projections, group
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, scores, factor, *tokens = ctx.saved_tensors
-        norm, taus, dy = ctx.norm, ctx.taus, grads[0]
-        keys, values = tokens[: len(taus)], tokens[len(taus) :]
+        projections, dy = ctx.projections, grads[0]
+        first = projections[0]
+        x, factor, *rest = ctx.saved_tensors
+        tokens = rest if first.recompute_scores else rest[1:]
+        keys, values = tokens[: len(projections)], tokens[len(projections) :]
+        scores = _score(x, keys) if first.recompute_scores else rest[0]
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
             torch.mm(dy_g, value.t(), out=out)
-        rows, flat_grad = scores.flatten(0, 1), grad.flatten(0, 1)
-        weights, inner = backward_first(norm, rows, factor, flat_grad)
+        _, reduce = _reductions(first.norm, ctx.group)
+        weights = first.kernels.backward(
+            first.norm, scores.flatten(0, 1), factor, grad.flatten(0, 1), _row_taus(x, projections), reduce
+        )
         d_values = [torch.mm(w.t(), dy_g) for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]
-        tau = inner.new_tensor(taus).repeat_interleave(x.shape[0])
-        share = all_reduce(inner, ctx.group) / tau**norm.tau_power
-        backward_second(norm, rows, factor, flat_grad, share)
         d_keys = [torch.mm(d_score.t(), x) for d_score in grad]
         dx = torch.mm(grad[0], keys[0])
         for d_score, key in zip(grad[1:], keys[1:], strict=True):
             dx.addmm_(d_score, key)
-        return dx, None, None, None, *d_keys, *d_values
+        return dx, None, None, *d_keys, *d_values

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 Axis = Literal["pp", "dp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
@@ -87,7 +88,10 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) 
     if world_size == 1:
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return lay_mesh(device, tensor, pipeline, data)
 
 

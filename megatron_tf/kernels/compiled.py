@@ -1,0 +1,84 @@
+"""Between a Pattention's products through torch.compile: inductor fuses each pass over the scores into one kernel."""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, accumulation_type
+
+T = TypeVar("T")
+
+
+class CompiledKernels:
+    """See PattentionKernels. The first call of each shape compiles, which takes seconds; results are cached on disk."""
+
+    def forward(
+        self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """See PattentionKernels."""
+        tau = tau.to(accumulation_type(scores))
+        if reduce is None:
+            return _compiled(_forward, norm.name)(scores, tau)
+        statistic = reduce(_compiled(_statistic, norm.name)(scores))
+        return _compiled(_weights, norm.name)(scores, statistic, tau)
+
+    def backward(
+        self,
+        norm: Normalisation,
+        scores: Tensor,
+        factor: Tensor,
+        grad: Tensor,
+        tau: Tensor,
+        reduce: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """See PattentionKernels."""
+        scale = tau.to(factor.dtype) ** -norm.tau_power
+        if reduce is None:
+            return _compiled(_backward, norm.name)(scores, factor, grad, scale)
+        weights, inner = _compiled(_first, norm.name)(scores, factor, grad)
+        _compiled(_second, norm.name)(scores, factor, grad, reduce(inner) * scale)
+        return weights
+
+
+@functools.cache
+def _compiled(function: Callable[..., T], norm_name: str) -> Callable[..., T]:
+    compiled: Callable[..., T] = torch.compile(
+        functools.partial(function, NORMALISATIONS[norm_name]), fullgraph=True, dynamic=False
+    )
+    return compiled
+
+
+def _statistic(norm: Normalisation, scores: Tensor) -> Tensor:
+    return norm.statistic(scores.to(accumulation_type(scores)))
+
+
+def _weights(norm: Normalisation, scores: Tensor, statistic: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    factor = norm.factor(statistic, tau)
+    return factor, norm.weights(scores.to(factor.dtype), factor[:, None]).to(scores.dtype)
+
+
+def _forward(norm: Normalisation, scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    return _weights(norm, scores, _statistic(norm, scores), tau)
+
+
+def _first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    wide = factor.dtype
+    weights, before, inner = norm.first(scores.to(wide), factor[:, None], grad.to(wide))
+    grad.copy_(before)
+    return weights.to(scores.dtype), inner
+
+
+def _second(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, share: Tensor) -> None:
+    wide = factor.dtype
+    grad.copy_(norm.second(scores.to(wide), factor[:, None], grad.to(wide), share[:, None]))
+
+
+def _backward(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+    wide = factor.dtype
+    chunk, f = scores.to(wide), factor[:, None]
+    weights, before, inner = norm.first(chunk, f, grad.to(wide))
+    grad.copy_(norm.second(chunk, f, before, (inner * scale)[:, None]))
+    return weights.to(scores.dtype)

@@ -1,0 +1,64 @@
+"""Between a Pattention's products in eager PyTorch: rows go in chunks that a CPU's cache holds."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_tf.kernels.normalisation import Normalisation, accumulation_type
+
+_CACHED_ELEMENTS = 1 << 17  # of a chunk on a CPU: a few fp32 temporaries of this size fit in L2
+
+
+class EagerKernels:
+    """See PattentionKernels."""
+
+    def forward(
+        self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """See PattentionKernels."""
+        wide = accumulation_type(scores)
+        statistic = scores.new_empty(scores.shape[0], dtype=wide)
+        factor, weights = torch.empty_like(statistic), torch.empty_like(scores)
+        tau = tau.to(wide)
+        if reduce is not None:
+            for rows in _row_chunks(scores):
+                statistic[rows] = norm.statistic(scores[rows].to(wide))
+            statistic = reduce(statistic)
+        for rows in _row_chunks(scores):
+            chunk = scores[rows].to(wide)
+            factor[rows] = norm.factor(statistic[rows] if reduce is not None else norm.statistic(chunk), tau[rows])
+            weights[rows] = norm.weights(chunk, factor[rows, None])
+        return factor, weights
+
+    def backward(
+        self,
+        norm: Normalisation,
+        scores: Tensor,
+        factor: Tensor,
+        grad: Tensor,
+        tau: Tensor,
+        reduce: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """See PattentionKernels."""
+        wide = factor.dtype
+        weights, inner = torch.empty_like(scores), torch.empty_like(factor)
+        scale = tau.to(wide) ** -norm.tau_power
+        for rows in _row_chunks(scores):
+            chunk, f = scores[rows].to(wide), factor[rows, None]
+            weights[rows], before, inner[rows] = norm.first(chunk, f, grad[rows].to(wide))
+            if reduce is None:
+                before = norm.second(chunk, f, before, (inner[rows] * scale[rows])[:, None])
+            grad[rows] = before
+        if reduce is not None:
+            share = reduce(inner) * scale
+            for rows in _row_chunks(scores):
+                chunk, f = scores[rows].to(wide), factor[rows, None]
+                grad[rows] = norm.second(chunk, f, grad[rows].to(wide), share[rows, None])
+        return weights
+
+
+def _row_chunks(scores: Tensor) -> Iterator[slice]:
+    rows, columns = scores.shape
+    step = max(1, _CACHED_ELEMENTS // max(columns, 1)) if scores.device.type == "cpu" else max(rows, 1)
+    return (slice(start, start + step) for start in range(0, rows, step))

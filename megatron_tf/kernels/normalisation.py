@@ -1,0 +1,112 @@
+"""What happens between a Pattention's two matrix products: the mathematics of the normalisations, in PyTorch.
+
+Shapes: R rows (one per token and projection), n parameter tokens held by this rank. Scores A [R, n]; a row's
+statistic is summed over ranks by the caller, so every function here is local. With P the weights of the values:
+
+    l2_norm_gelu   P = gelu(f A)          statistic sum A^2          f = tau / sqrt(statistic)
+    gelu_l2_norm   P = f gelu(A)          statistic sum gelu(A)^2    f = tau / sqrt(statistic)
+    softmax        P = exp(A + f)         statistic log sum exp(A)   f = log(tau) - statistic
+
+The backward goes over the rows twice, around one more sum over ranks: `first` turns dP into the gradient before the
+norm and gives each row's inner product c with it; `second` subtracts c's share and gives dA.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN; a row of ordinary size does not see it
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """One way from scores to weights; the four functions take and give chunks of rows in accumulation type."""
+
+    name: str
+    """As in a configuration."""
+    statistic: Callable[[Tensor], Tensor]
+    """A [R, n] -> this rank's part of the statistic [R]."""
+    is_logarithmic: bool
+    """Whether statistics of ranks add as log-sum-exp instead of as a sum."""
+    factor: Callable[[Tensor, Tensor], Tensor]
+    """(statistic [R], tau [R]) -> f [R]."""
+    weights: Callable[[Tensor, Tensor], Tensor]
+    """(A [R, n], f [R, 1]) -> P [R, n]."""
+    first: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """(A, f, dP) -> (P, gradient before the norm, c [R])."""
+    second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA."""
+    tau_power: int
+    """The p in c / tau^p."""
+    tau_at_birth: Callable[[int], float]
+    """N -> tau of a new module of N parameter tokens."""
+
+
+def _l2_factor(statistic: Tensor, tau: Tensor) -> Tensor:
+    return tau * torch.rsqrt(statistic + EPSILON)
+
+
+def _l2_gelu_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u = a * f
+    du = torch.ops.aten.gelu_backward(dp, u)
+    return F.gelu(u), du, (du * u).sum(-1)
+
+
+def _gelu_l2_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = F.gelu(a) * f
+    return p, dp, (dp * p).sum(-1)
+
+
+def _gelu_l2_second(a: Tensor, f: Tensor, dp: Tensor, share: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward((dp - F.gelu(a) * (f * share)) * f, a)
+
+
+def _softmax_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p = torch.exp(a + f)
+    return p, dp, (dp * p).sum(-1)
+
+
+NORMALISATIONS = {
+    "l2_norm_gelu": Normalisation(
+        name="l2_norm_gelu",
+        statistic=lambda a: (a * a).sum(-1),
+        is_logarithmic=False,
+        factor=_l2_factor,
+        weights=lambda a, f: F.gelu(a * f),
+        first=_l2_gelu_first,
+        second=lambda a, f, du, share: (du - a * (f * share)) * f,
+        tau_power=2,
+        tau_at_birth=math.sqrt,
+    ),
+    "gelu_l2_norm": Normalisation(
+        name="gelu_l2_norm",
+        statistic=lambda a: F.gelu(a).square().sum(-1),
+        is_logarithmic=False,
+        factor=_l2_factor,
+        weights=lambda a, f: F.gelu(a) * f,
+        first=_gelu_l2_first,
+        second=_gelu_l2_second,
+        tau_power=2,
+        tau_at_birth=math.sqrt,
+    ),
+    "softmax": Normalisation(
+        name="softmax",
+        statistic=lambda a: torch.logsumexp(a, -1),
+        is_logarithmic=True,
+        factor=lambda statistic, tau: torch.log(tau) - statistic,
+        weights=lambda a, f: torch.exp(a + f),
+        first=_softmax_first,
+        second=lambda a, f, dp, share: torch.exp(a + f) * (dp - share),
+        tau_power=1,
+        tau_at_birth=float,
+    ),
+}
+
+
+def accumulation_type(x: Tensor) -> torch.dtype:
+    """What statistics and elementwise arithmetic are done in: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)

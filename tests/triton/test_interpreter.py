@@ -1,0 +1,63 @@
+"""The Triton kernels in Triton's interpreter against float64; run with TRITON_INTERPRET=1, as tests/run.sh does."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from megatron_tf.kernels import triton_kernels
+from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.normalisation import NORMALISATIONS
+from megatron_tf.kernels.triton_kernels import TritonKernels
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+"""Largest error relative to the largest entry: some units in the last place of the type."""
+
+
+def tensors(n, dtype, rows=5):
+    generator = torch.Generator().manual_seed(n)
+    scores, grad = (torch.randn(rows, n, generator=generator).to(dtype) for _ in range(2))
+    scores[-1] = 0  # a row without a norm
+    scores[0, 0] = 30  # exp of it overflows in fp16
+    return scores, grad, torch.full((rows,), n**0.5, dtype=torch.float64)
+
+
+def as_reduced(values):
+    """A sum over one rank: it takes the path of shared rows."""
+    return values * 1
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("norm", NORMALISATIONS.values(), ids=NORMALISATIONS.keys())
+@pytest.mark.parametrize("path", ["fits", "blocks", "shared"])
+@pytest.mark.parametrize("n", [2, 37, 128, 700])
+def test_kernels_equal_float64(norm, dtype, path, n, monkeypatch):
+    if path == "blocks":
+        monkeypatch.setattr(triton_kernels, "LARGEST_ROW", 0)
+        monkeypatch.setattr(triton_kernels, "_BLOCK", 64)
+    reduce = as_reduced if path == "shared" else None
+    scores, grad, tau = tensors(n, dtype)
+    wide = scores.double(), grad.double()
+    wide_grad = grad.double()
+    factor, weights = TritonKernels().forward(norm, scores, tau, reduce)
+    want_factor, want_weights = EagerKernels().forward(norm, wide[0], tau, None)
+    torch.testing.assert_close(factor.double(), want_factor, rtol=1e-5, atol=1e-5)
+    assert weights.dtype == dtype
+    tolerance = ROUNDING[dtype]
+    if norm.is_logarithmic and dtype == torch.float32:
+        tolerance = 2 * (30 + abs(float(factor[0]))) * 2**-24  # exp(a + f), where a and f are near 30 and rounded
+    close(weights, want_weights, tolerance)
+    again = TritonKernels().backward(norm, scores, factor, grad, tau, reduce)
+    assert torch.equal(again, weights)
+    EagerKernels().backward(norm, wide[0], want_factor, wide[1], tau, None)
+    # where one weight is nearly all of its row, what is left of its gradient is a small difference of such terms
+    terms = want_weights.abs().max() * wide_grad.abs().max() if norm.is_logarithmic else 1.0
+    close(grad[:-1] / terms, wide[1][:-1] / terms, tolerance)  # the gradient of a row of zeros is 1e6 and more
+    assert grad[-1].isfinite().all() or dtype == torch.float16
+
+
+def close(found, expected, tolerance):
+    assert (found.double() - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
