@@ -6,6 +6,7 @@ from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.schema import (
     CheckpointConfig,
     DataConfig,
+    KernelsConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "GrowthStage",
+    "KernelsConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -54,6 +54,8 @@ class GrowthStage:
 
 def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
     """The model after `stage`. Raises ValueError where that adds nothing, takes away, or names layers it has not."""
+    if model.layer != "tokenformer":
+        raise ValueError(f"a model of layer: {model.layer} has no parameter tokens to add to")
     insertions = sorted(stage.insert_layers)
     if insertions and insertions[-1] > model.num_layers:
         raise ValueError(f"insert_layers names layer {insertions[-1]}, the model has {model.num_layers}")

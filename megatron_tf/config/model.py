@@ -14,7 +14,7 @@ TOKEN_KINDS = ("qkv", "proj", "ffn")
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
-    """The TokenFormer (arXiv 2410.23168)."""
+    """The TokenFormer (arXiv 2410.23168), or a plain transformer of the same trunk to compare it with."""
 
     num_layers: Count
     """Transformer blocks."""
@@ -22,12 +22,14 @@ class ModelConfig:
     """Width D of the residual stream; growth leaves it as it is."""
     num_attention_heads: Count
     """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
-    qkv_tokens: TokenCounts
+    layer: Literal["tokenformer", "transformer"] = "tokenformer"
+    """transformer: linear projections and an MLP in place of Pattentions; it can't grow."""
+    qkv_tokens: TokenCounts | None = None
     """Parameter tokens N of each of the query, key and value Pattentions; a list gives a number for each layer."""
-    proj_tokens: TokenCounts
+    proj_tokens: TokenCounts | None = None
     """Parameter tokens of the attention's output Pattention."""
     ffn_tokens: TokenCounts
-    """Parameter tokens of the feed-forward Pattention."""
+    """Parameter tokens of the feed-forward Pattention; of a transformer, the MLP's hidden units."""
     vocab_size: Count
     """Ids the tokenizer can produce, before padding."""
     make_vocab_size_divisible_by: Count = 128
@@ -51,10 +53,22 @@ class ModelConfig:
                 f"hidden_size ({self.hidden_size}) must be divisible by "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
-        for kind in TOKEN_KINDS:
+        for kind in ("qkv", "proj"):
+            is_given = getattr(self, f"{kind}_tokens") is not None
+            if is_given != (self.layer == "tokenformer"):
+                raise ValueError(
+                    f"{kind}_tokens is {'given, and a transformer has none' if is_given else 'missing'}: "
+                    f"layer is {self.layer}"
+                )
+        for kind in self.token_kinds:
             counts = getattr(self, f"{kind}_tokens")
             if isinstance(counts, list) and len(counts) != self.num_layers:
                 raise ValueError(f"{kind}_tokens has {len(counts)} numbers for {self.num_layers} layers")
+
+    @property
+    def token_kinds(self) -> tuple[str, ...]:
+        """Kinds of tokens the layers have."""
+        return TOKEN_KINDS if self.layer == "tokenformer" else ("ffn",)
 
     def token_counts(self, kind: str) -> list[int]:
         """Parameter tokens of `kind` in each layer."""

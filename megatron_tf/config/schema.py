@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.growth import GrowthStage, grown_model
-from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
+from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative
 
 
@@ -74,6 +74,8 @@ class TrainingConfig:
     """Decides initial values and the order of the data."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """What is made again in backward instead of kept: nothing; the scores of each Pattention; all of each layer."""
     eval_interval: NonNegative = 0
     """Steps between evaluations on the validation split; 0 for none."""
     eval_iters: Count = 10
@@ -129,6 +131,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class KernelsConfig:
+    """Which implementation computes what; auto takes the fastest one that is there, and says so once."""
+
+    pattention: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """What happens between a Pattention's two products."""
+    attention: Literal["auto", "sdpa", "flash_attn", "transformer_engine"] = "auto"
+    """Attention over tokens; flash_attn is version 4 where it is there and the GPU is recent enough, else 2."""
+    norm: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
+    """Layer norms."""
+    optimizer: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
+    """AdamW; torch's is the fused one."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class LoggingConfig:
     """What the run says."""
 
@@ -151,6 +167,7 @@ class RunConfig:
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     growth: list[GrowthStage] = Field(default_factory=list)
     """Stages of growth within the run, in their order; `model` is what it begins with."""
 
@@ -168,6 +185,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_growth()
+        if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
+            raise ValueError(
+                "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
+            )
         parallel, training = self.parallel, self.training
         if parallel.pipeline_model_parallel_size > self.model.num_layers:
             raise ValueError(
@@ -184,7 +205,7 @@ class RunConfig:
         size = self.parallel.tensor_model_parallel_size
         model = self.model
         values = [(key, getattr(model, key)) for key in ("num_attention_heads", "padded_vocab_size")]
-        values += [(f"{kind}_tokens", count) for kind in TOKEN_KINDS for count in model.token_counts(kind)]
+        values += [(f"{kind}_tokens", count) for kind in model.token_kinds for count in model.token_counts(kind)]
         for key, value in values:
             if value % size:
                 raise ValueError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.inference.model import LanguageModel, load_model
+from megatron_tf.layers.attention import PattentionAttention
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.model.tokenformer import Block
 
@@ -34,6 +35,8 @@ def token_importance(model: LanguageModel, samples: Sequence[Tensor]) -> dict[st
     for block in model.transformer.layers.values():
         assert isinstance(block, Block)
         attention = block.attention
+        assert isinstance(attention, PattentionAttention)
+        assert isinstance(block.ffn, Pattention)
         handles += [
             attention.register_forward_pre_hook(partial(record, [attention.query, attention.key, attention.value])),
             attention.proj.register_forward_pre_hook(partial(record, [attention.proj])),

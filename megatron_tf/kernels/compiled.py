@@ -33,22 +33,19 @@ class CompiledKernels:
         grad: Tensor,
         tau: Tensor,
         reduce: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         scale = tau.to(factor.dtype) ** -norm.tau_power
         if reduce is None:
             return _compiled(_backward, norm.name)(scores, factor, grad, scale)
-        weights, inner = _compiled(_first, norm.name)(scores, factor, grad)
-        _compiled(_second, norm.name)(scores, factor, grad, reduce(inner) * scale)
-        return weights
+        weights, before, inner = _compiled(_first, norm.name)(scores, factor, grad)
+        return weights, _compiled(_second, norm.name)(scores, factor, before, reduce(inner) * scale)
 
 
 @functools.cache
 def _compiled(function: Callable[..., T], norm_name: str) -> Callable[..., T]:
-    compiled: Callable[..., T] = torch.compile(
-        functools.partial(function, NORMALISATIONS[norm_name]), fullgraph=True, dynamic=False
-    )
-    return compiled
+    compiled: Callable[..., T] = torch.compile(function, fullgraph=True)
+    return functools.partial(compiled, NORMALISATIONS[norm_name])
 
 
 def _statistic(norm: Normalisation, scores: Tensor) -> Tensor:
@@ -64,21 +61,21 @@ def _forward(norm: Normalisation, scores: Tensor, tau: Tensor) -> tuple[Tensor, 
     return _weights(norm, scores, _statistic(norm, scores), tau)
 
 
-def _first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = factor.dtype
     weights, before, inner = norm.first(scores.to(wide), factor[:, None], grad.to(wide))
-    grad.copy_(before)
-    return weights.to(scores.dtype), inner
+    return weights.to(scores.dtype), before.to(scores.dtype), inner
 
 
-def _second(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, share: Tensor) -> None:
+def _second(norm: Normalisation, scores: Tensor, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
     wide = factor.dtype
-    grad.copy_(norm.second(scores.to(wide), factor[:, None], grad.to(wide), share[:, None]))
+    return norm.second(scores.to(wide), factor[:, None], before.to(wide, copy=True), share[:, None]).to(scores.dtype)
 
 
-def _backward(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+def _backward(
+    norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     wide = factor.dtype
     chunk, f = scores.to(wide), factor[:, None]
-    weights, before, inner = norm.first(chunk, f, grad.to(wide))
-    grad.copy_(norm.second(chunk, f, before, (inner * scale)[:, None]))
-    return weights.to(scores.dtype)
+    weights, before, inner = norm.first(chunk, f, grad.to(wide, copy=True))
+    return weights.to(scores.dtype), norm.second(chunk, f, before, (inner * scale)[:, None]).to(scores.dtype)

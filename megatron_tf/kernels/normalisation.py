@@ -39,7 +39,7 @@ class Normalisation:
     first: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(A, f, dP) -> (P, gradient before the norm, c [R])."""
     second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA."""
+    """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA, which may take the place of that gradient."""
     tau_power: int
     """The p in c / tau^p."""
     tau_at_birth: Callable[[int], float]
@@ -62,7 +62,7 @@ def _gelu_l2_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _gelu_l2_second(a: Tensor, f: Tensor, dp: Tensor, share: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward((dp - F.gelu(a) * (f * share)) * f, a)
+    return torch.ops.aten.gelu_backward(dp.addcmul_(F.gelu(a), f * share, value=-1).mul_(f), a)
 
 
 def _softmax_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +73,12 @@ def _softmax_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Te
 NORMALISATIONS = {
     "l2_norm_gelu": Normalisation(
         name="l2_norm_gelu",
-        statistic=lambda a: (a * a).sum(-1),
+        statistic=lambda a: torch.linalg.vector_norm(a, dim=-1).square(),
         is_logarithmic=False,
         factor=_l2_factor,
         weights=lambda a, f: F.gelu(a * f),
         first=_l2_gelu_first,
-        second=lambda a, f, du, share: (du - a * (f * share)) * f,
+        second=lambda a, f, du, share: du.mul_(f).addcmul_(a, f * f * share, value=-1),
         tau_power=2,
         tau_at_birth=math.sqrt,
     ),
@@ -100,7 +100,7 @@ NORMALISATIONS = {
         factor=lambda statistic, tau: torch.log(tau) - statistic,
         weights=lambda a, f: torch.exp(a + f),
         first=_softmax_first,
-        second=lambda a, f, dp, share: torch.exp(a + f) * (dp - share),
+        second=lambda a, f, dp, share: dp.sub_(share).mul_(torch.exp(a + f)),
         tau_power=1,
         tau_at_birth=float,
     ),

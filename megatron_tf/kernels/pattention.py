@@ -28,9 +28,8 @@ class PattentionKernels(Protocol):
 
     def backward(
         self, norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
-    ) -> Tensor:
-        """The weights [R, n] again; `grad` [R, n] goes in as the gradient of the weights and becomes that of the
-        scores."""
+    ) -> tuple[Tensor, Tensor]:
+        """(the weights again, gradient of the scores), each [R, n]; `grad`, that of the weights, may be overwritten."""
 
 
 def choose_kernels(choice: Choice, device: torch.device) -> tuple[PattentionKernels, str]:

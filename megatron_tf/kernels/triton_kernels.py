@@ -53,7 +53,7 @@ class TritonKernels:
         grad: Tensor,
         tau: Tensor,
         reduce: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:
             return EagerKernels().backward(norm, scores, factor, grad, tau, reduce)
@@ -63,13 +63,13 @@ class TritonKernels:
         if reduce is None and n <= LARGEST_ROW:
             block = triton.next_power_of_2(n)
             backward_row[(rows,)](scores, factor, grad, scale, weights, n, kind, block, num_warps=warps(block))
-            return weights
+            return weights, grad
         inner, block = torch.empty_like(factor), min(_BLOCK, triton.next_power_of_2(n))
         first_row[(rows,)](scores, factor, grad, weights, inner, n, kind, block, num_warps=warps(block))
         share = (inner if reduce is None else reduce(inner)) * scale
         grid = (rows, triton.cdiv(n, block))
         second_block[grid](scores, factor, grad, share, n, kind, block, num_warps=warps(block))
-        return weights
+        return weights, grad
 
 
 def warps(block: int) -> int:

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_tf.kernels.adapters import Attend, sdpa
+from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.pattention import Pattention, pattend
 from megatron_tf.layers.rotary import apply_rotary
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
@@ -48,26 +50,22 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Attention of `num_heads` heads over a hidden state of width D, causal, scaled by 1/sqrt(head_dim)."""
+    """Attention over a hidden state of width D, causal, scaled by 1/sqrt(head_dim); what projects is a subclass's."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        qkv_tokens: int,
-        proj_tokens: int,
-        norm_activation: str,
-        group: ProcessGroup | None = None,
-        sequence_parallel: bool = False,
-    ) -> None:
+    def __init__(self, head_dim: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
-        self.query = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.key = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.value = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.proj = Pattention(hidden_size, hidden_size, proj_tokens, norm_activation)
-        self.head_dim = hidden_size // num_heads
+        self.head_dim = head_dim
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.attend: Attend = sdpa
+
+    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+        """x [S, B, D], whole on every rank -> query, key and value, each [S, B, D / R] of this rank's heads."""
+        raise NotImplementedError
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """What this rank's heads [S, B, D / R] give -> [S, B, D], this rank's partial sum."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -81,34 +79,79 @@ class Attention(nn.Module):
         `documents` are the lengths of each sample's documents, which then do not see each other.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
-        qkv = pattend(x, [self.query, self.key, self.value], self.group)
-        qkv = reduce_scatter(qkv, -1, self.group)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).unbind(0)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in self.project_in(x))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         past = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)
-        out = _causal_attention(q, k, v, past) if documents is None else _attention_within(q, k, v, documents)
-        out = all_gather(out.flatten(-2), -1, self.group)
-        return leave_tensor_parallel(self.proj(out, self.group), self.group, self.sequence_parallel)
+        if documents is not None:
+            out = self._attend_within(q, k, v, documents)
+        else:
+            out = _attend_with_past(q, k, v, past) if past else self.attend(q, k, v)
+        return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
+
+    def _attend_within(self, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
+        """Attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
+        samples = []
+        for b, lengths in enumerate(documents):
+            queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
+            samples.append(torch.cat([self.attend(*piece) for piece in zip(queries, keys, values, strict=True)]))
+        return torch.cat(samples, 1)
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+class PattentionAttention(Attention):
+    """Query, key, value and output are Pattentions; the first three run together."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qkv_tokens: int,
+        proj_tokens: int,
+        norm_activation: str,
+        group: ProcessGroup | None = None,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__(hidden_size // num_heads, group, sequence_parallel)
+        self.query = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
+        self.key = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
+        self.value = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
+        self.proj = Pattention(hidden_size, hidden_size, proj_tokens, norm_activation)
+
+    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+        """See Attention: tokens of every rank contribute to every head."""
+        qkv = pattend(x, [self.query, self.key, self.value], self.group)
+        return reduce_scatter(qkv, -1, self.group).unbind(0)
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """See Attention."""
+        return self.proj(all_gather(x, -1, self.group), self.group)
+
+
+class LinearAttention(Attention):
+    """Query, key, value and output are linear: each rank holds the rows of its heads."""
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, group: ProcessGroup | None = None, sequence_parallel: bool = False
+    ) -> None:
+        super().__init__(hidden_size // num_heads, group, sequence_parallel)
+        self.query = Weight(hidden_size, hidden_size)
+        self.key = Weight(hidden_size, hidden_size)
+        self.value = Weight(hidden_size, hidden_size)
+        self.proj = Weight(hidden_size, hidden_size)
+
+    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+        """See Attention."""
+        return [F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)]
+
+    def project_out(self, x: Tensor) -> Tensor:
+        """See Attention."""
+        return x @ self.proj.of_type(x)
+
+
+def _attend_with_past(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
     """q [S, B, h, d] against k, v [past + S, B, h, d]: query i sees keys up to past + i."""
     length = q.shape[0]
-    mask = None
-    if past and length > 1:
-        mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past)
+    mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past) if length > 1 else None
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
-    return out.permute(2, 0, 1, 3)
-
-
-def _attention_within(q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
-    """Causal attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
-    samples = []
-    for b, lengths in enumerate(documents):
-        queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
-        pieces = zip(queries, keys, values, strict=True)
-        samples.append(torch.cat([_causal_attention(*piece, 0) for piece in pieces]))
-    return torch.cat(samples, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3)

@@ -1,17 +1,12 @@
-"""Layer norm: without parameters inside the blocks, with weight and bias before the output layer."""
+"""The layer norm before the output layer, with weight and bias; those inside the blocks have no parameters."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_tf.kernels.adapters import Normalise, torch_norm
 from megatron_tf.parallel.collectives import sum_backward
 from megatron_tf.parallel.sharding import local_tensor
-
-
-def layer_norm(x: Tensor, epsilon: float) -> Tensor:
-    """x [..., D] with mean 0 and variance 1 over D; nothing learned."""
-    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
 class FinalNorm(nn.Module):
@@ -27,9 +22,10 @@ class FinalNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.epsilon = epsilon
         self.sequence_group = sequence_group
+        self.normalise: Normalise = torch_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         weight = sum_backward(local_tensor(self.weight), self.sequence_group)
         bias = sum_backward(local_tensor(self.bias), self.sequence_group)
-        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), self.epsilon)
+        return self.normalise(x, weight.to(x.dtype), bias.to(x.dtype), self.epsilon)

@@ -129,9 +129,10 @@ class _Pattend(torch.autograd.Function):
         for out, dy_g, value in zip(grad, dy, values, strict=True):
             torch.mm(dy_g, value.t(), out=out)
         _, reduce = _reductions(first.norm, ctx.group)
-        weights = first.kernels.backward(
+        weights, d_scores = first.kernels.backward(
             first.norm, scores.flatten(0, 1), factor, grad.flatten(0, 1), _row_taus(x, projections), reduce
         )
+        grad = d_scores.view_as(scores)
         d_values = [torch.mm(w.t(), dy_g) for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]
         d_keys = [torch.mm(d_score.t(), x) for d_score in grad]
         dx = torch.mm(grad[0], keys[0])

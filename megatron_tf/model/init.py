@@ -18,7 +18,7 @@ def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> No
         elif shard.name == "final_norm.bias":
             shard.tensor.zero_()
         else:
-            is_value = shard.name.endswith("value_tokens")
+            is_value = shard.name.endswith(("value_tokens", "proj.weight", "ffn.down.weight"))
             std = value_token_std(config.num_layers, config.hidden_size) if is_value else config.init_method_std
             columns = math.prod(shard.global_shape[1:])
             with torch.no_grad():

@@ -6,9 +6,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_tf.config import ModelConfig
 from megatron_tf.data.boundaries import IGNORED_TARGET
+from megatron_tf.kernels.dispatch import Kernels
+from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import cross_entropy
+from megatron_tf.layers.norm import FinalNorm
+from megatron_tf.layers.pattention import Pattention
 from megatron_tf.model.sizes import head_flops, layer_flops
-from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.model.tokenformer import Block, TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
@@ -36,6 +40,19 @@ def build_stage(
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh)
     return model
+
+
+def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granularity: str) -> None:
+    """How the stage is computed: none of it changes what is computed, beyond rounding."""
+    model.recompute_blocks = recompute_granularity == "full"
+    for module in model.modules():
+        if isinstance(module, Pattention):
+            module.kernels = kernels.pattention
+            module.recompute_scores = recompute_granularity == "selective"
+        elif isinstance(module, Attention):
+            module.attend = kernels.attend
+        elif isinstance(module, (Block, FinalNorm)):
+            module.normalise = kernels.normalise
 
 
 def parameter_shards(model: TokenFormer) -> list[RowShard]:

@@ -4,7 +4,9 @@ from megatron_tf.config import TOKEN_KINDS, ModelConfig
 
 
 def tokens_of_layer(config: ModelConfig, layer: int) -> int:
-    """Parameter tokens of all Pattentions of one layer."""
+    """Parameter tokens of all Pattentions of one layer; a linear projection has the parameters of D / 2 of them."""
+    if config.layer == "transformer":
+        return 2 * config.hidden_size + config.token_counts("ffn")[layer]
     qkv, proj, ffn = (config.token_counts(kind)[layer] for kind in TOKEN_KINDS)
     return 3 * qkv + proj + ffn
 

@@ -9,33 +9,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
-from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.layers.attention import Attention, KeyValueCache
+from megatron_tf.config import ModelConfig
+from megatron_tf.kernels.adapters import Normalise, torch_norm
+from megatron_tf.layers.attention import Attention, KeyValueCache, LinearAttention, PattentionAttention
 from megatron_tf.layers.embedding import VocabularyWeight
-from megatron_tf.layers.norm import FinalNorm, layer_norm
+from megatron_tf.layers.linear import MLP
+from megatron_tf.layers.norm import FinalNorm
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention."""
+    """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention, or an MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
-        qkv_tokens, proj_tokens, ffn_tokens = (config.token_counts(kind)[layer] for kind in TOKEN_KINDS)
-        self.attention = Attention(
-            config.hidden_size,
-            config.num_attention_heads,
-            qkv_tokens,
-            proj_tokens,
-            config.norm_activation,
-            group,
-            sequence_parallel,
-        )
-        self.ffn = Pattention(config.hidden_size, config.hidden_size, ffn_tokens, config.norm_activation)
+        width, heads, norm = config.hidden_size, config.num_attention_heads, config.norm_activation
+        ffn_tokens = config.token_counts("ffn")[layer]
+        if config.layer == "tokenformer":
+            qkv_tokens, proj_tokens = (config.token_counts(kind)[layer] for kind in ("qkv", "proj"))
+            self.attention: Attention = PattentionAttention(
+                width, heads, qkv_tokens, proj_tokens, norm, group, sequence_parallel
+            )
+            self.ffn: Pattention | MLP = Pattention(width, width, ffn_tokens, norm)
+        else:
+            self.attention = LinearAttention(width, heads, group, sequence_parallel)
+            self.ffn = MLP(width, ffn_tokens)
         self.epsilon = config.layernorm_epsilon
+        self.normalise: Normalise = torch_norm
         self.group = group
         self.sequence_parallel = sequence_parallel
 
@@ -47,17 +51,18 @@ class Block(nn.Module):
         documents: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
-        x = x + self.attention(layer_norm(x, self.epsilon), rotary, cache, documents)
-        hidden = enter_tensor_parallel(layer_norm(x, self.epsilon), self.group, self.sequence_parallel)
-        return x + leave_tensor_parallel(self.ffn(hidden, self.group), self.group, self.sequence_parallel)
+        x = x + self.attention(self.normalise(x, None, None, self.epsilon), rotary, cache, documents)
+        hidden = enter_tensor_parallel(self.normalise(x, None, None, self.epsilon), self.group, self.sequence_parallel)
+        out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
+        return x + leave_tensor_parallel(out, self.group, self.sequence_parallel)
 
 
 class TokenFormer(nn.Module):
     """Layers `layers` of the model; with the embedding if they include the first, with norm and head if the last.
 
     Parameters are named the same in every stage, so that a name means one logical tensor: `embedding.weight`,
-    `layers.{i}.attention.{query,key,value,proj}.{key,value}_tokens`, `layers.{i}.ffn.{key,value}_tokens`,
-    `final_norm.{weight,bias}`, `head.weight` (untied only).
+    `layers.{i}.attention.{query,key,value,proj}.{key,value}_tokens`, `layers.{i}.ffn.{key,value}_tokens` (of a plain
+    transformer `.weight`, and `ffn.{up,down}.weight`), `final_norm.{weight,bias}`, `head.weight` (untied only).
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class TokenFormer(nn.Module):
         self.dtype = dtype
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.recompute_blocks = False
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_layers
         self.is_tied = not config.untie_embeddings_and_output_weights
@@ -97,7 +103,9 @@ class TokenFormer(nn.Module):
         rotary = self._rotary(x, caches[0].length if caches else 0, document_starts)
         documents = None if document_starts is None else _document_lengths(document_starts)
         for i, block in enumerate(self.layers.values()):
-            x = block(x, rotary, caches[i] if caches else None, documents)
+            arguments = (x, rotary, caches[i] if caches else None, documents)
+            recompute = self.recompute_blocks and torch.is_grad_enabled()
+            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         if self.is_last:
             x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
             x = (self.embedding if self.is_tied else self.head).score(x)

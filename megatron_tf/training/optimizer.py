@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_tf.config import OptimizerConfig
+from megatron_tf.kernels.adapters import adamw, set_adam_state
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 
@@ -20,7 +21,8 @@ class Optimizer:
 
     Working on plain local tensors keeps every layout on one path: what is sharded over ranks is elementwise here.
     `shards` name the rows behind `parameters`, in the same order; `canonical_names` are all parameters of the whole
-    model. `tied_group` joins the stages that hold a copy of the embedding, if they are two.
+    model. `tied_group` joins the stages that hold a copy of the embedding, if they are two. `implementation` is a name
+    that `megatron_tf.kernels.adapters.adamw` knows.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Optimizer:
         config: OptimizerConfig,
         mesh: Mesh,
         tied_group: ProcessGroup | None = None,
+        implementation: str = "torch",
     ) -> None:
         self.parameters = parameters
         self.shards = shards
         self.config = config
         self.mesh = mesh
         self.tied_group = tied_group
+        self.implementation = implementation
         self.position = {name: i for i, name in enumerate(canonical_names)}
         self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
         self._num_steps = 0
@@ -61,22 +65,24 @@ class Optimizer:
                     part = shard.tensor[rows]
                     self._trained.append((i, rows, part))
                     groups.setdefault((decay, scale), []).append(part)
-        self.adam = torch.optim.AdamW(
+        self.adam = adamw(
+            self.implementation,
             [
                 {"params": parts, "weight_decay": decay, "lr_scale": scale}
                 for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
             ]
             or [{"params": [torch.empty(0, device=self.mesh.device)], "lr_scale": 1.0}],  # all rows here are frozen
-            lr=self.config.lr,
-            betas=(self.config.adam_beta1, self.config.adam_beta2),
-            eps=self.config.adam_eps,
-            fused=True,
+            self.config.lr,
+            (self.config.adam_beta1, self.config.adam_beta2),
+            self.config.adam_eps,
         )
-        for i, rows, part in self._trained:
-            self.adam.state[part] = {
-                "step": torch.tensor(float(self._num_steps), dtype=torch.float32, device=part.device),
-                **{moment: self._moments[moment][i][rows] for moment in MOMENTS},
-            }
+        self._fill_state()
+
+    def _fill_state(self) -> None:
+        moments = [
+            (part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}) for i, rows, part in self._trained
+        ]
+        set_adam_state(self.adam, moments, self._num_steps)
 
     def step(self, lr: float, scale: float = 1.0) -> float:
         """Apply the gradients in the parameters' .grad times `scale` and clear them; their norm before clipping."""
@@ -108,8 +114,7 @@ class Optimizer:
     @num_steps.setter
     def num_steps(self, value: int) -> None:
         self._num_steps = value
-        for _, _, part in self._trained:
-            self.adam.state[part]["step"].fill_(value)
+        self._fill_state()
 
     def _take_gradients(self) -> list[Tensor]:
         gradients = []

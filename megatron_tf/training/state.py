@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig
+from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig, to_dict
+from megatron_tf.kernels.dispatch import Kernels, choose
 from megatron_tf.model.init import initialize
 from megatron_tf.model.parallelize import (
     build_stage,
+    choose_computation,
     mean_token_loss,
     micro_batch_shapes,
     parameter_names,
@@ -43,6 +45,7 @@ class TrainState:
     optimizer: Optimizer
     runner: Runner
     boundaries: Boundaries
+    kernels: Kernels
 
 
 def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
@@ -63,12 +66,14 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
         dtype,
     )
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
+    kernels = choose(to_dict(config.kernels), mesh.device, dtype)
+    choose_computation(model, kernels, training.recompute_granularity)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
     runner = make_runner(model, mean_token_loss(mesh, count), shapes, mesh, parallel.pipeline_schedule)
-    optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh)
+    optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
     boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
-    return TrainState(mesh, model, shards, optimizer, runner, boundaries)
+    return TrainState(mesh, model, shards, optimizer, runner, boundaries, kernels)
 
 
 def num_micro_batches(config: RunConfig, replicas: int) -> int:
@@ -89,7 +94,8 @@ def _build_optimizer(
     model_config: ModelConfig,
     config: OptimizerConfig,
     mesh: Mesh,
+    implementation: str,
 ) -> Optimizer:
     tied_group = None if model_config.untie_embeddings_and_output_weights else first_and_last_stage_group(mesh)
     names = parameter_names(model_config)
-    return Optimizer(list(model.parameters()), shards, names, config, mesh, tied_group)
+    return Optimizer(list(model.parameters()), shards, names, config, mesh, tied_group, implementation)

@@ -61,6 +61,8 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         ) as saver,
     ):
         tools = _Tools(loader, validation, log, saver)
+        if state.kernels.taken:
+            log.say(f"kernels: auto took {state.kernels.taken}")
         _announce("start", config.at_stage(stage), mesh, progress, log, origin)
         while True:
             progress = _run_stage(config, stage, state, progress, tools)

@@ -122,3 +122,28 @@ def test_schedules_with_uneven_layers(rank_pool, schedule, stages, micro_batches
     config = layout_config((1, stages, 1), untied=True, schedule=schedule, **sections)
     for curve, _ in rank_pool.run(training_run, 1, stages, 1, config, 5):
         assert curve == reference
+
+
+PLAIN = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None}
+
+
+@pytest.mark.parametrize("layout, sequence_parallel", [((2, 1, 1), False), ((2, 2, 1), True), ((2, 1, 2), True)])
+def test_the_plain_transformer_trains_the_same_on_any_layout(rank_pool, layout, sequence_parallel):
+    expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), model=dict(PLAIN)))[0][0]
+    config = layout_config(layout, sequence_parallel, model=dict(PLAIN))
+    curve = rank_pool.run(training_run, *layout, config)[0][0]
+    assert expected[-1][0] < expected[0][0] - 0.1
+    np.testing.assert_allclose(np.array(curve)[:, 0], np.array(expected)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(np.array(curve)[:, 1], np.array(expected)[:, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+@pytest.mark.parametrize("layout", [(2, 2, 1), (2, 1, 2)], ids=str)
+def test_recomputation_changes_no_bit_on_ranks(rank_pool, layout, granularity):
+    plain, recomputed = (
+        rank_pool.run(training_run, *layout, layout_config(layout, True, training={"recompute_granularity": kind}), 3)
+        for kind in ("none", granularity)
+    )
+    for (curve, gradients), (other_curve, other_gradients) in zip(plain, recomputed, strict=True):
+        assert curve == other_curve
+        assert all(np.array_equal(gradient, other_gradients[name]) for name, gradient in gradients.items())

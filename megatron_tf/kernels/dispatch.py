@@ -1,0 +1,64 @@
+"""Which implementation computes what: from the configuration to functions, once at the start of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_tf.kernels import adapters
+from megatron_tf.kernels.adapters import Attend, Normalise
+from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.pattention import PattentionKernels, choose_kernels
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the layers compute with."""
+
+    pattention: PattentionKernels = field(default_factory=EagerKernels)
+    attend: Attend = adapters.sdpa
+    normalise: Normalise = adapters.torch_norm
+    optimizer: str = "torch"
+    taken: str = ""
+    """What `auto` took, for the log; empty where nothing was left to it."""
+
+
+def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels for a device and a type of activations; `asked` is the `kernels` section of a configuration.
+
+    Raises ValueError where one that is asked for can't be had, saying how to get it.
+    """
+    pattention, name = choose_kernels(asked["pattention"], device)
+    names = {"pattention": name}
+    for key in ("attention", "norm", "optimizer"):
+        adapters.require(key, asked[key], device)
+        names[key] = _automatic(key, device, dtype) if asked[key] == "auto" else asked[key]
+    if names["attention"] == "flash_attn" and dtype == torch.float32:
+        raise ValueError(
+            "kernels.attention=flash_attn computes in 16 bits: set training.precision=bf16, or choose sdpa"
+        )
+    taken = ", ".join(f"{key} {name}" for key, name in names.items() if asked[key] == "auto")
+    attend, normalise = _attend(names["attention"], device), _normalise(names["norm"])
+    return Kernels(pattention, attend, normalise, names["optimizer"], taken)
+
+
+def _automatic(key: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` takes: torch's own, but flash-attn in 16 bits on a GPU that has it."""
+    if key != "attention":
+        return "torch"
+    flash = device.type == "cuda" and dtype != torch.float32 and adapters.is_installed("flash_attn")
+    return "flash_attn" if flash else "sdpa"
+
+
+def _attend(name: str, device: torch.device) -> Attend:
+    if name == "flash_attn":
+        is_new = torch.cuda.get_device_capability(device) >= (9, 0)
+        return adapters.flash_attention(version_4=is_new and adapters.is_installed("flash_attn.cute"))
+    return adapters.transformer_engine_attention() if name == "transformer_engine" else adapters.sdpa
+
+
+def _normalise(name: str) -> Normalise:
+    if name == "apex":
+        return adapters.apex_norm()
+    return adapters.transformer_engine_norm() if name == "transformer_engine" else adapters.torch_norm

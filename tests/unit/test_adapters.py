@@ -1,0 +1,173 @@
+"""Adapters of other packages against torch's own: packages with their documented signatures, computed by torch."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_tf.kernels import adapters
+from megatron_tf.kernels.dispatch import choose
+
+CPU = torch.device("cpu")
+AUTO = {"pattention": "auto", "attention": "auto", "norm": "auto", "optimizer": "auto"}
+
+
+def install(monkeypatch, name, **contents):
+    """A package called `name` with these contents, for the test."""
+    for depth in range(1, name.count(".") + 2):
+        part = ".".join(name.split(".")[:depth])
+        if part not in sys.modules:
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    for key, value in contents.items():
+        monkeypatch.setattr(sys.modules[name], key, value, raising=False)
+
+
+def attention_of_batches(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    """As flash-attn documents flash_attn_func: [B, S, h, d]."""
+    assert dropout_p == 0.0
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+class DotProductAttention(torch.nn.Module):
+    """As transformer-engine documents it."""
+
+    def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type=""):
+        super().__init__()
+        assert (attention_dropout, qkv_format, attn_mask_type) == (0.0, "sbhd", "causal")
+        self.shape = num_attention_heads, kv_channels
+
+    def forward(self, query_layer, key_layer, value_layer):
+        assert query_layer.shape[-2:] == self.shape
+        assert query_layer.is_contiguous()
+        batches = (t.transpose(0, 1) for t in (query_layer, key_layer, value_layer))
+        return attention_of_batches(*batches, causal=True).transpose(0, 1).flatten(-2)
+
+
+class LayerNorm(torch.nn.Module):
+    """As transformer-engine documents it."""
+
+    def __init__(self, hidden_size, eps=1e-5, device="cuda", params_dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=params_dtype))
+        self.eps = eps
+
+    def forward(self, inp):
+        return F.layer_norm(inp, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """As apex and transformer-engine document it: the step is the group's, the moments are the parameters'."""
+
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, **_):
+        assert bias_correction
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (beta1, beta2), step, lr = group["betas"], group["step"], group["lr"]
+            for p in group["params"]:
+                state = self.state[p]
+                p.mul_(1 - lr * group["weight_decay"])
+                state["exp_avg"].mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                p.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1**step))
+
+
+def qkv():
+    torch.manual_seed(0)
+    return [torch.randn(7, 2, 3, 4, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_4", "transformer_engine"])
+def test_attention_equals_torch(monkeypatch, package):
+    if package == "flash_attn":
+        install(monkeypatch, "flash_attn", flash_attn_func=attention_of_batches)
+        attend = adapters.flash_attention(version_4=False)
+    elif package == "flash_attn_4":
+        both = lambda *arguments, **options: (attention_of_batches(*arguments, **options), torch.zeros(1))  # noqa: E731
+        install(monkeypatch, "flash_attn.cute", flash_attn_func=both)
+        attend = adapters.flash_attention(version_4=True)
+    else:
+        install(monkeypatch, "transformer_engine.pytorch", DotProductAttention=DotProductAttention)
+        attend = adapters.transformer_engine_attention()
+    inputs, dy = qkv(), torch.randn(7, 2, 3, 4)
+    expected, found = adapters.sdpa(*inputs), attend(*inputs)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("package", ["apex", "transformer_engine"])
+def test_norms_equal_torch(monkeypatch, package):
+    if package == "apex":
+        install(
+            monkeypatch,
+            "apex.normalization.fused_layer_norm",
+            fused_layer_norm=lambda input, normalized_shape, eps=1e-6: F.layer_norm(input, normalized_shape, eps=eps),
+            fused_layer_norm_affine=lambda input, weight, bias, normalized_shape, eps=1e-6: F.layer_norm(
+                input, normalized_shape, weight, bias, eps
+            ),
+        )
+        normalise = adapters.apex_norm()
+    else:
+        install(monkeypatch, "transformer_engine.pytorch", LayerNorm=LayerNorm)
+        normalise = adapters.transformer_engine_norm()
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (8,), (8,)))
+    torch.testing.assert_close(normalise(x, None, None, 1e-3), adapters.torch_norm(x, None, None, 1e-3))
+    found, expected = (f(x, weight, bias, 1e-3) for f in (normalise, adapters.torch_norm))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("package", ["apex", "transformer_engine"])
+def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
+    module = {"apex": "apex.optimizers", "transformer_engine": "transformer_engine.pytorch.optimizers"}[package]
+    install(monkeypatch, module, FusedAdam=FusedAdam)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(6), torch.randn(4, 6)
+    moments = torch.randn(6), torch.rand(6)
+    found = {}
+    for choice in ("torch", package):
+        p = start.clone()
+        adam = adapters.adamw(choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], 1e-2, (0.9, 0.95), 1e-8)
+        state = {"exp_avg": moments[0].clone(), "exp_avg_sq": moments[1].clone()}
+        adapters.set_adam_state(adam, [(p, state)], 7)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            adam.step()
+        found[choice] = p, state["exp_avg"], state["exp_avg_sq"]
+    for one, other in zip(found["torch"], found[package], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install flash-attn"),
+        ({"attention": "transformer_engine"}, r"attention=transformer_engine: it is not installed: pip install transf"),
+        ({"norm": "apex"}, r"norm=apex: it is not installed: build it from its sources"),
+        ({"optimizer": "transformer_engine"}, r"optimizer=transformer_engine: it is not installed"),
+    ],
+)
+def test_what_is_not_there_is_an_error_that_says_how_to_get_it(asked, message):
+    with pytest.raises(ValueError, match=message):
+        choose(AUTO | asked, CPU, torch.float32)
+
+
+def test_auto_says_what_it_took():
+    assert choose(AUTO, CPU, torch.float32).taken == "pattention eager, attention sdpa, norm torch, optimizer torch"
+    assert (
+        choose(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
+        == "pattention eager, attention sdpa, optimizer torch"
+    )
