@@ -42,7 +42,7 @@ def published_pattend(x: Tensor, projections: list, group: None) -> Tensor:
     return torch.stack(outputs)
 
 
-def run(name: str, precision: str, steps: int, recompute: str) -> None:
+def run(name: str, precision: str, recompute: str, kernels: str, steps: int) -> None:
     """In a process of its own: print the fastest step, its last loss and the peak memory as JSON."""
     if name == "published":
         from megatron_tf.layers import attention, pattention
@@ -60,6 +60,7 @@ def run(name: str, precision: str, steps: int, recompute: str) -> None:
         "model": TRUNK | MODELS[name],
         "training": training,
         "optimizer": {"lr": 1e-3},
+        "kernels": {"pattention": kernels},
         "data": {"data_path": ["unused"], "tokenizer_type": "NullTokenizer"},
     }
     config = parse_config(RunConfig, values, "benchmark")
@@ -87,14 +88,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--run", nargs=3, metavar=("MODEL", "PRECISION", "RECOMPUTE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--run", nargs=4, metavar=("MODEL", "PRECISION", "RECOMPUTE", "KERNELS"), help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
     if args.run:
-        run(args.run[0], args.run[1], args.steps, args.run[2])
+        run(*args.run, args.steps)
         return
-    cases = [(name, precision, "none") for precision in ("fp32", "bf16") for name in MODELS]
-    cases += [("tokenformer", "fp32", kind) for kind in ("selective", "full")]
-    best: dict[tuple[str, str, str], dict[str, float]] = {}
+    cases = [(name, precision, "none", "eager") for precision in ("fp32", "bf16") for name in MODELS]
+    cases += [("tokenformer", "fp32", kind, "eager") for kind in ("selective", "full")]
+    cases += [("tokenformer", precision, "none", "compiled") for precision in ("fp32", "bf16")]
+    best: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for _ in range(args.turns):
         for case in cases:
             command = [sys.executable, __file__, "--steps", str(args.steps), "--run", *case]
@@ -103,13 +107,15 @@ def main() -> None:
             )
             best[case] = min(best.get(case, found), found, key=lambda result: result["seconds"])
     print(f"{BATCH} x {SEQ_LENGTH} tokens a step, {torch.get_num_threads()} threads")
-    print("| model | precision | recomputed | parameters | tokens/s | against ours | memory, MiB | GFLOP/s | loss |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for (name, precision, recompute), found in best.items():
-        ratio = found["seconds"] / best["tokenformer", precision, "none"]["seconds"]
+    print(
+        "| model | precision | recomputed | kernels | parameters | tokens/s | against ours | memory, MiB | GFLOP/s | loss |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for (name, precision, recompute, kernels), found in best.items():
+        ratio = found["seconds"] / best["tokenformer", precision, "none", "eager"]["seconds"]
         rate = BATCH * SEQ_LENGTH / found["seconds"]
         print(
-            f"| {name} | {precision} | {recompute} | {found['parameters']:,} | {rate:,.0f} | {1 / ratio:.2f} "
+            f"| {name} | {precision} | {recompute} | {kernels} | {found['parameters']:,} | {rate:,.0f} | {1 / ratio:.2f} "
             f"| {found['mib']:,.0f} | {found['flops'] / 1e9:,.0f} | {found['loss']:.3f} |"
         )
 

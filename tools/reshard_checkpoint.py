@@ -19,7 +19,7 @@ from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheck
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.reshard import BLOCKS_HELD, Target, plan_files, reshard
+from megatron_tf.checkpoint.reshard import BLOCKS_HELD, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, kind_of
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
@@ -238,12 +238,16 @@ def _flops(checkpoint: Checkpoint) -> int:
 def compare_tensors(expected: Checkpoint, path: Path) -> None:
     """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`."""
     found = CheckpointReader(path, check_at_end=True)
-    for group in expected.groups():
-        for name in expected.names(group):
+    tensors = [(group, name) for group in expected.groups() for name in expected.names(group)]
+    total = sum(math.prod(expected.shape(*tensor)) * expected.dtype(*tensor).itemsize for tensor in tensors)
+    with progress_bar("verifying", total, sys.stderr.isatty()) as bar:
+        for group, name in tensors:
             rows = expected.shape(group, name)[0]
             sides = (read_blocks(checkpoint, group, name, 0, rows) for checkpoint in (expected, found))
-            if not all(torch.equal(wanted, have) for wanted, have in zip(*sides, strict=True)):
-                raise VerificationError(f"{path}: {group} {name} is not what it should be")
+            for wanted, have in zip(*sides, strict=True):
+                if not torch.equal(wanted, have):
+                    raise VerificationError(f"{path}: {group} {name} is not what it should be")
+                bar.update(have.nbytes)
     try:
         found.verify()
     except CheckpointError as error:

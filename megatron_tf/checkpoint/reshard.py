@@ -54,7 +54,7 @@ class Target:
 
 
 def reshard(
-    checkpoint: Checkpoint, root: Path, target: Target, check_source: Callable[[], None], show_progress: bool
+    checkpoint: Checkpoint, root: Path, target: Target, check_source: Callable[[], None], on_terminal: bool
 ) -> Path:
     """Write `checkpoint` for `target` under `root`; returns its directory.
 
@@ -69,7 +69,7 @@ def reshard(
     total = sum(plan.nbytes for plan in plans)
     directory = prepare(root, step, total)
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not show_progress) as bar:
+        with progress_bar("writing", total, on_terminal) as bar:
             written = [
                 part
                 for group in checkpoint.groups()
@@ -80,6 +80,13 @@ def reshard(
     except BaseException:
         abandon(root, step)
         raise
+
+
+def progress_bar(what: str, total: int, on_terminal: bool) -> Any:
+    """Of so many bytes: a bar, or in a log a line every ten seconds."""
+    lines = None if on_terminal else "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+    pause = 0.1 if on_terminal else 10
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=pause, mininterval=pause, bar_format=lines)
 
 
 def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:

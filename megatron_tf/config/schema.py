@@ -74,6 +74,8 @@ class TrainingConfig:
     """Decides initial values and the order of the data."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
+    exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = None
+    """Save and end with exit code 75 at the first step after so many minutes of this job."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is made again in backward instead of kept: nothing; the scores of each Pattention; all of each layer."""
     eval_interval: NonNegative = 0
@@ -185,6 +187,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_growth()
+        self._check_stopping()
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
             raise ValueError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
@@ -231,3 +234,7 @@ class RunConfig:
                 raise ValueError(f"growth: {key} must increase from stage to stage, it is {times}")
         if self.growth and self.checkpoint.save is None:
             raise ValueError("growth needs checkpoint.save: the model is saved before it grows")
+
+    def _check_stopping(self) -> None:
+        if self.training.exit_duration_in_mins is not None and self.checkpoint.save is None:
+            raise ValueError("training.exit_duration_in_mins needs checkpoint.save: the run is saved before it ends")

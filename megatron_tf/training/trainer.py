@@ -24,6 +24,7 @@ from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.schedule import learning_rate, rewarmup
 from megatron_tf.training.state import TrainState, build_state
 from megatron_tf.training.step import evaluation_loss, train_step
+from megatron_tf.training.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class _Tools:
     validation: Samples | None
     log: MetricsLog
     saver: BackgroundSaver
+    stopping: Stopping
 
 
 def train(config: RunConfig, mesh: Mesh) -> Progress:
     """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
 
-    Ends before, with all saved, where a stage of growth has another layout: the run is then to be started again. Raises
-    ValueError (ConfigError, DataError, CheckpointError among them) for what a user can mend.
+    Ends before, with all saved, on SIGTERM, on SIGUSR1, when its time is up, and where a stage of growth has another
+    layout: the run is then to be started again. Raises ValueError (ConfigError, DataError, CheckpointError among them)
+    for what a user can mend.
     """
+    began = time.monotonic()
     tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     check_tokenizer(config, tokenizer)
     stage = stage_reached(config)
@@ -59,14 +63,21 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
             lambda path: log.say(f"saved {path}"),
             lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
         ) as saver,
+        Stopping(mesh, training.exit_duration_in_mins, began) as stopping,
     ):
-        tools = _Tools(loader, validation, log, saver)
+        tools = _Tools(loader, validation, log, saver, stopping)
         if state.kernels.taken:
             log.say(f"kernels: auto took {state.kernels.taken}")
         _announce("start", config.at_stage(stage), mesh, progress, log, origin)
         while True:
             progress = _run_stage(config, stage, state, progress, tools)
             if progress.step == training.train_iters:
+                return progress
+            if stopping.reason:
+                saved = (
+                    f"saved in {config.checkpoint.save}" if config.checkpoint.save else "not saved: no checkpoint.save"
+                )
+                log.say(f"step {progress.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
                 return progress
             del state  # the larger one needs its memory
             stage = stage_reached(config)
@@ -81,12 +92,12 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
 
 
 def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progress, tools: _Tools) -> Progress:
-    """Steps until the run is done, or the next stage of growth is due; either way all is saved then."""
+    """Steps until the run is done or asked to stop, or the next stage of growth is due; in each case all is saved."""
     staged, training, checkpoint = config.at_stage(stage), config.training, config.checkpoint
     following = config.growth[stage : stage + 1]
     samples, tokens = training.global_batch_size, training.global_batch_size * training.seq_length
-    is_due = False
-    while progress.step < training.train_iters and not is_due:
+    is_due = is_stopped = False
+    while progress.step < training.train_iters and not (is_due or is_stopped):
         start = time.perf_counter()
         lr = _learning_rate(staged, progress)
         result = train_step(state, next(tools.loader), lr)
@@ -95,11 +106,13 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
         tools.log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
         is_done = progress.step == training.train_iters
         is_due = any(growth.is_due(progress.step, progress.tokens) for growth in following)
-        if tools.validation is not None and (progress.step % training.eval_interval == 0 or is_done):
+        is_stopped = tools.stopping.agreed()
+        if tools.validation is not None and not is_stopped and (progress.step % training.eval_interval == 0 or is_done):
             tools.log.validation(progress.step, _validate(staged, state, tools.validation))
         is_interval = checkpoint.save_interval and progress.step % checkpoint.save_interval == 0
-        if checkpoint.save and (is_done or is_due or is_interval):
-            _save(staged, state, progress, checkpoint.save, tools, waits=is_done or is_due)
+        is_last = is_done or is_due or is_stopped
+        if checkpoint.save and (is_last or is_interval):
+            _save(staged, state, progress, checkpoint.save, tools, waits=is_last)
     return progress
 
 

@@ -33,7 +33,7 @@ STD = 2 / (LAYERS * HIDDEN**0.5)
 def grow_to(source, root, stage, layout=(1, 1)):
     """The grown checkpoint's directory."""
     reader = CheckpointReader(source, check_at_end=True)
-    return reshard(grow(reader, stage), root, target(*layout), reader.verify, show_progress=False)
+    return reshard(grow(reader, stage), root, target(*layout), reader.verify, False)
 
 
 def kind_of(name):

@@ -1,0 +1,110 @@
+"""SIGTERM, SIGUSR1 and a limit of time: the run saves at the next step, ends with code 75, and goes on bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.summary import differences
+from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that takes some seconds."""
+    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS})
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """Without a stop."""
+    assert run("megatron_tf.pretrain", configure(folder, "straight")).returncode == 0
+    return folder / "straight"
+
+
+def configure(folder, name, **training):
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    values["training"] |= training
+    values["checkpoint"] |= {"save": str(folder / name)}
+    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 100}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(folder, name, ranks=1):
+    """A run in the background, once it has done some steps."""
+    module = ["-m", "megatron_tf.pretrain", str(configure(folder, name))]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, *module]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics, limit = folder / f"{name}.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < limit, "it does not begin"
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    return process
+
+
+def workers_of(agent):
+    """Process ids of torchrun's ranks."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return [int(child) for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
+def test_a_signal_stops_it_and_it_goes_on_bit_for_bit(folder, straight, number):
+    name = f"stopped-{number}"
+    process = start(folder, name)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert f"stopped by {number.name}, saved in" in out
+    step = CheckpointReader(folder / name).step
+    assert 0 < step < STEPS
+    again = run("megatron_tf.pretrain", configure(folder, name))
+    assert again.returncode == 0
+    assert f"at step {step}" in again.stdout
+    assert list(differences(CheckpointReader(straight), CheckpointReader(folder / name))) == []
+
+
+@pytest.mark.parametrize("to", ["agent", "one worker"])
+def test_all_ranks_under_torchrun_stop_together(folder, to):
+    """SIGTERM to torchrun, which hands it on, or SIGUSR1 to a single rank."""
+    name = f"ranks-{to}"
+    process = start(folder, name, ranks=2)
+    if to == "agent":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(workers_of(process.pid)[0], signal.SIGUSR1)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    reader = CheckpointReader(folder / name)
+    reader.verify()
+    assert 0 < reader.step < STEPS
+    assert "stopped by SIG" in out
+
+
+def test_it_ends_when_its_time_is_up(folder):
+    config = configure(folder, "timed", train_iters=1_000_000, exit_duration_in_mins=0.08)
+    done = run("megatron_tf.pretrain", config)
+    assert done.returncode == 75, done.stderr
+    assert "its time is up" in done.stdout
+    assert CheckpointReader(folder / "timed").step > 0
+
+
+def test_a_limit_of_time_without_a_place_to_save_is_refused(folder):
+    options = ["--training.exit_duration_in_mins=1", "--checkpoint.save=null"]
+    done = run("megatron_tf.pretrain", folder / "run.yaml", *options)
+    assert done.returncode == 1
+    assert "exit_duration_in_mins needs checkpoint.save" in done.stderr
