@@ -107,17 +107,15 @@ def main() -> None:
             )
             best[case] = min(best.get(case, found), found, key=lambda result: result["seconds"])
     print(f"{BATCH} x {SEQ_LENGTH} tokens a step, {torch.get_num_threads()} threads")
-    print(
-        "| model | precision | recomputed | kernels | parameters | tokens/s | against ours | memory, MiB | GFLOP/s | loss |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = ["model", "precision", "recomputed", "kernels", "parameters", "tokens/s", "against ours", "memory, MiB"]
+    columns += ["GFLOP/s", "loss"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for (name, precision, recompute, kernels), found in best.items():
         ratio = found["seconds"] / best["tokenformer", precision, "none", "eager"]["seconds"]
         rate = BATCH * SEQ_LENGTH / found["seconds"]
-        print(
-            f"| {name} | {precision} | {recompute} | {kernels} | {found['parameters']:,} | {rate:,.0f} | {1 / ratio:.2f} "
-            f"| {found['mib']:,.0f} | {found['flops'] / 1e9:,.0f} | {found['loss']:.3f} |"
-        )
+        figures = [f"{found['parameters']:,}", f"{rate:,.0f}", f"{1 / ratio:.2f}", f"{found['mib']:,.0f}"]
+        figures += [f"{found['flops'] / 1e9:,.0f}", f"{found['loss']:.3f}"]
+        print(f"| {' | '.join([name, precision, recompute, kernels, *figures])} |")
 
 
 if __name__ == "__main__":
