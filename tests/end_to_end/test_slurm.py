@@ -1,4 +1,4 @@
-"""The slurm example with `srun` and `scontrol` that start real ranks here: it stops, queues itself again, and goes on."""
+"""The slurm example with `srun` and `scontrol` that start real ranks: it stops, queues itself again, goes on."""
 
 import os
 import signal
