@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     try:
         return run(load_config(known.config, overrides))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -57,10 +57,12 @@ def read_stages(path: Path) -> list[Stage]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             values: dict[str, Any] = json.loads(line)
-            if "event" in values:
+            if values.get("event") in ("start", "growth"):
                 stage = Stage(values["parameters"], values["layout"])
                 if not stages or (stage.parameters, stage.layout) != (stages[-1].parameters, stages[-1].layout):
                     stages.append(stage)
+            elif "event" in values:
+                continue
             elif "validation_loss" in values:
                 stages[-1].validation[values["step"]] = values["validation_loss"]
             else:

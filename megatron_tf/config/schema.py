@@ -74,6 +74,8 @@ class TrainingConfig:
     """Decides initial values and the order of the data."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
+    max_skipped_steps: Count = 5
+    """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
     exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = None
     """Save and end with exit code 75 at the first step after so many minutes of this job."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"

@@ -35,6 +35,8 @@ class Progress:
     """Tokens trained on."""
     adam_steps: int = 0
     """Steps that Adam's bias correction counts."""
+    skipped: int = 0
+    """Batches that were read and not trained on, since their loss or gradient was not finite."""
     lineage: tuple[dict[str, Any], ...] = ()
     """Growth so far, oldest first."""
     after_growth: dict[str, Any] | None = None
@@ -49,6 +51,10 @@ class Progress:
             tokens=self.tokens + tokens,
             adam_steps=self.adam_steps + 1,
         )
+
+    def after_skip(self, samples: int) -> "Progress":
+        """One batch further in the data, and not a step: the schedule stays where it was."""
+        return replace(self, samples=self.samples + samples, skipped=self.skipped + 1)
 
 
 def new_progress(config: ModelConfig, tokenizer: dict[str, Any]) -> Progress:
@@ -79,6 +85,7 @@ def save_state(
             "samples": progress.samples,
             "tokens": progress.tokens,
             "adam_steps": progress.adam_steps,
+            "skipped": progress.skipped,
         },
     }
     if progress.after_growth is not None:

@@ -1,5 +1,6 @@
 """AdamW over the rows this rank holds, with clipping by a global norm that no layout changes the order of."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -44,6 +45,8 @@ class Optimizer:
         self.position = {name: i for i, name in enumerate(canonical_names)}
         self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
         self._num_steps = 0
+        self.unsound: list[str] = []
+        """Parameters whose gradient was not finite at the last step; the same on every rank."""
         self.scale_old_rows({}, 1.0)
 
     def scale_old_rows(self, old_rows: Mapping[str, int], lr_scale: float) -> None:
@@ -85,11 +88,16 @@ class Optimizer:
         set_adam_state(self.adam, moments, self._num_steps)
 
     def step(self, lr: float, scale: float = 1.0) -> float:
-        """Apply the gradients in the parameters' .grad times `scale` and clear them; their norm before clipping."""
+        """Apply the gradients in the parameters' .grad times `scale` and clear them; their norm before clipping.
+
+        Where the norm is not finite nothing changes but the gradients, and `unsound` names the parameters to blame.
+        """
         gradients = self._take_gradients()
         if scale != 1.0:
             torch._foreach_mul_(gradients, scale)
         norm = self._global_norm(gradients)
+        if not math.isfinite(norm):
+            return norm
         limit = self.config.clip_grad
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
@@ -101,6 +109,11 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
         self._num_steps += 1
         return norm
+
+    def discard(self) -> None:
+        """Clear the gradients; nothing else changes."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def moments(self, moment: str) -> list[RowShard]:
         """The rows of `moment` ("exp_avg" or "exp_avg_sq") beside those of the parameters."""
@@ -144,4 +157,6 @@ class Optimizer:
             group = self.mesh.group(axis)
             if group is not None:
                 dist.all_reduce(squares, group=group)
+        names = list(self.position)
+        self.unsound = [names[i] for i in torch.nonzero(~squares.isfinite()).flatten().tolist()]
         return float(squares.sum().sqrt())

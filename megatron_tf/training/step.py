@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation, on any layout."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ class StepResult:
     """Mean over the tokens of the global batch, before the update."""
     grad_norm: float
     """Global L2 norm before clipping."""
+    unsound: tuple[str, ...] = ()
+    """What was not finite: "loss", parameters. Nothing was updated then."""
 
 
 def train_step(state: TrainState, batch: Tensor, lr: float) -> StepResult:
@@ -26,8 +29,12 @@ def train_step(state: TrainState, batch: Tensor, lr: float) -> StepResult:
     inputs, targets, options = prepare(state, batch)
     loss = state.runner.train(inputs, targets, options)
     scale = loss_scale(state, targets)
+    value = mean_loss(loss, state.mesh) * scale
+    if not math.isfinite(value):
+        state.optimizer.discard()
+        return StepResult(value, math.nan, ("loss",))
     grad_norm = state.optimizer.step(lr, scale)
-    return StepResult(mean_loss(loss, state.mesh) * scale, grad_norm)
+    return StepResult(value, grad_norm, tuple(state.optimizer.unsound))
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.config import ParallelConfig, RunConfig, to_dict
@@ -23,7 +24,7 @@ from megatron_tf.training.datasets import build_dataset, build_loader, check_tok
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.schedule import learning_rate, rewarmup
 from megatron_tf.training.state import TrainState, build_state
-from megatron_tf.training.step import evaluation_loss, train_step
+from megatron_tf.training.step import StepResult, evaluation_loss, train_step
 from megatron_tf.training.stopping import Stopping
 
 
@@ -97,10 +98,18 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
     following = config.growth[stage : stage + 1]
     samples, tokens = training.global_batch_size, training.global_batch_size * training.seq_length
     is_due = is_stopped = False
+    skipped_in_a_row = 0
     while progress.step < training.train_iters and not (is_due or is_stopped):
         start = time.perf_counter()
         lr = _learning_rate(staged, progress)
         result = train_step(state, next(tools.loader), lr)
+        if result.unsound:
+            progress, skipped_in_a_row = progress.after_skip(samples), skipped_in_a_row + 1
+            _report_skip(progress, result, tools.log)
+            if skipped_in_a_row == training.max_skipped_steps:
+                _give_up(staged, state, progress, result, tools)
+            continue
+        skipped_in_a_row = 0
         progress = progress.after_step(samples, tokens)
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr}
         tools.log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
@@ -114,6 +123,28 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
         if checkpoint.save and (is_last or is_interval):
             _save(staged, state, progress, checkpoint.save, tools, waits=is_last)
     return progress
+
+
+def _report_skip(progress: Progress, result: StepResult, log: MetricsLog) -> None:
+    names, more = ", ".join(result.unsound[:3]), len(result.unsound) - 3
+    what = f"{names}{f' and {more} more' if more > 0 else ''}"
+    log.event({"event": "skipped", "step": progress.step, "samples": progress.samples, "unsound": list(result.unsound)})
+    log.say(
+        f"step {progress.step:>6}  warning: not finite: {what}; the batch that ends at sample {progress.samples:,} is "
+        f"skipped, {progress.skipped} so far"
+    )
+
+
+def _give_up(config: RunConfig, state: TrainState, progress: Progress, result: StepResult, tools: _Tools) -> NoReturn:
+    """Save the state, which is the one before the batches that were skipped, and raise ArithmeticError."""
+    saved = ""
+    if config.checkpoint.save:
+        _save(config, state, progress, config.checkpoint.save, tools, waits=True)
+        saved = f"; {config.checkpoint.save} holds the state before them, started again the run goes on behind them"
+    raise ArithmeticError(
+        f"{config.training.max_skipped_steps} batches in a row were not finite in {result.unsound[0]} after step "
+        f"{progress.step}{saved}: lower optimizer.lr, or look at the data"
+    )
 
 
 def _save(config: RunConfig, state: TrainState, progress: Progress, root: Path, tools: _Tools, waits: bool) -> None:

@@ -1,0 +1,67 @@
+"""The loop around batches that are not finite: skipped, counted, and after too many in a row the end."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from megatron_tf import pretrain
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.training import trainer
+from megatron_tf.training.step import StepResult
+from tests.support.commands import make_run
+from tools import plot_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("faults"), training={"train_iters": 6})
+
+
+def run_with_faults(folder, monkeypatch, name, faults):
+    """Exit code of a run whose batches of these numbers are not finite."""
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    values["checkpoint"] |= {"save": str(folder / name)}
+    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    original, seen = trainer.train_step, iter(range(1000))
+
+    def step(state, batch, lr):
+        if next(seen) in faults:
+            return StepResult(math.nan, math.nan, ("layers.1.ffn.key_tokens", "head.weight"))
+        return original(state, batch, lr)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    return pretrain.main([str(folder / f"{name}.yaml")])
+
+
+def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
+    assert run_with_faults(folder, monkeypatch, "some", {1, 2, 4}) == 0
+    out = capsys.readouterr().out
+    assert (
+        "not finite: layers.1.ffn.key_tokens, head.weight; the batch that ends at sample 16 is skipped, 1 so far" in out
+    )
+    training = CheckpointReader(folder / "some").metadata["training"]
+    assert (training["step"], training["skipped"], training["samples"], training["tokens"]) == (6, 3, 72, 6 * 8 * 16)
+    lines = [json.loads(line) for line in (folder / "some.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines if line.get("event") == "skipped"] == [16, 24, 40]
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == 6
+    assert [len(stage.steps) for stage in plot_run.read_stages(folder / "some.jsonl")] == [6]
+
+
+def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch, capsys):
+    assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8))) == 1
+    error = capsys.readouterr().err
+    assert "5 batches in a row were not finite in layers.1.ffn.key_tokens after step 3" in error
+    assert run_with_faults(folder, monkeypatch, "straight", set()) == 0
+    reader = CheckpointReader(folder / "many")
+    assert reader.metadata["training"]["step"] == 3
+    monkeypatch.undo()
+    assert pretrain.main([str(folder / "many.yaml")]) == 0
+    assert CheckpointReader(folder / "many").metadata["training"]["samples"] == 8 * (6 + 5)
+    rows = reader.read_rows("model", "embedding.weight", 0, 257)
+    assert torch.isfinite(rows).all()
