@@ -116,6 +116,23 @@ def test_duplicates_keep_the_logits(case, request_, noise, tmp_path):
         assert module.tau == pytest.approx(128**0.5 * 1.01)
 
 
+@pytest.mark.parametrize("case", [*L2_CASES, "C_softmax"])
+def test_duplicates_share_out_the_gradient_as_their_moments_do(case, tmp_path):
+    """Keys get 1/m of it, values all of it: what growth does to Adam's moments."""
+    ids = golden_checkpoint(case, tmp_path / "a")["input_ids"]
+    assert grow(tmp_path / "a", tmp_path / "b", "ffn=768", "--growth-init", "duplicate", "--growth-noise", 0) == 0
+    gradients = []
+    for path in ("a", "b"):
+        model = in_float64(load_model(tmp_path / path)).train()
+        model(ids).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.transformer.named_parameters()})
+    old, new = gradients
+    for side, scale in (("key", 1 / 3), ("value", 1)):
+        name = f"layers.0.ffn.{side}_tokens"
+        for copy in new[name].unflatten(0, (3, -1)):
+            torch.testing.assert_close(copy, scale * old[name], rtol=1e-5, atol=1e-7 * float(old[name].abs().max()))
+
+
 def key_gradients(path, ids):
     """Gradients of the ffn keys of the first layer, [copies, N, D]."""
     model = load_model(path).train()
