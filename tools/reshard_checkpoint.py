@@ -138,10 +138,15 @@ def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
             values = yaml.safe_load(args.stage.read_text())
         except yaml.YAMLError as error:
             raise CheckpointError(f"{args.stage}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{args.stage}: expected the keys of a stage, found {type(values).__name__}")
     if args.grow:
         values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", args.grow).items()}
     if args.insert_layers:
-        values["insert_layers"] = [int(layer) for layer in args.insert_layers.split(",")]
+        layers = args.insert_layers.split(",")
+        if not all(layer.strip().isdecimal() for layer in layers):
+            raise CheckpointError(f"--insert-layers {args.insert_layers}: write numbers of layers, such as 0,6,6")
+        values["insert_layers"] = [int(layer) for layer in layers]
     options = {
         "init": args.growth_init,
         "noise": args.growth_noise,
