@@ -94,12 +94,16 @@ class OptimizerConfig:
     """Highest learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay from lr to min_lr."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay from lr to min_lr; WSD (warm up, stable, decay) stays at lr and decays at the end."""
     lr_decay_iters: Count | None = None
     """Step at which min_lr is reached; by default train_iters."""
     lr_warmup_iters: NonNegative = 0
     """Steps of linear warm-up from zero."""
+    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The same as a share of lr_decay_iters, in place of lr_warmup_iters."""
+    lr_wsd_decay_iters: Count | None = None
+    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay of the embedding and of every parameter token; norms have none."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -114,6 +118,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            raise ValueError("lr_warmup_iters and lr_warmup_fraction are two ways to say the same: give one")
+        if self.lr_wsd_decay_iters is not None and self.lr_decay_style != "WSD":
+            raise ValueError(f"lr_wsd_decay_iters is for lr_decay_style: WSD, it is {self.lr_decay_style}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

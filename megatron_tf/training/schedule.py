@@ -7,13 +7,19 @@ from megatron_tf.config import OptimizerConfig
 
 def learning_rate(config: OptimizerConfig, step: int, train_iters: int) -> float:
     """Rate of step `step` (the first is 0): linear warm-up from zero, then decay to min_lr, then min_lr."""
-    if step < config.lr_warmup_iters:
-        return config.lr * (step + 1) / config.lr_warmup_iters
+    end = config.lr_decay_iters or train_iters
+    warmup = config.lr_warmup_iters
+    if config.lr_warmup_fraction is not None:
+        warmup = round(config.lr_warmup_fraction * end)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.lr_decay_style == "constant":
         return config.lr
-    decay_steps = (config.lr_decay_iters or train_iters) - config.lr_warmup_iters
-    progress = min(1.0, (step - config.lr_warmup_iters) / max(1, decay_steps))
-    share = 1.0 - progress if config.lr_decay_style == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    start = warmup
+    if config.lr_decay_style == "WSD":
+        start = max(warmup, end - (config.lr_wsd_decay_iters or round(end / 10)))
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1.0 - progress
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
