@@ -87,6 +87,36 @@ def test_sample_index_equals_the_twin(lengths, seq_length, random):
         assert np.stack([position, offset], 1).tolist() == expected
 
 
+TYPES = list(itertools.product((np.uint32, np.int64), (np.int32, np.int64)))
+
+
+@pytest.mark.parametrize("ids, counts", TYPES)
+@pytest.mark.parametrize("documents", [63, 64, 65, 1000, 600_011])
+def test_sample_index_of_many_documents_equals_numpy(documents, ids, counts):
+    """600,011 are more than a window of two threads."""
+    random = np.random.default_rng(documents)
+    lengths = random.integers(0, 900, documents).astype(counts)
+    order = random.permutation(documents).astype(ids)
+    position, offset = sample_index(order, lengths, 2048)
+    ends = np.cumsum(lengths[order], dtype=np.int64)
+    boundaries = np.arange(0, ends[-1], 2048)
+    expected = np.searchsorted(ends, boundaries, side="right")
+    assert np.array_equal(position, expected)
+    assert np.array_equal(offset, boundaries - (ends[expected] - lengths[order][expected]))
+
+
+@pytest.mark.parametrize("ids, counts", TYPES)
+@pytest.mark.parametrize("place", [0, 15, 16, 131, 199])
+def test_bad_documents_among_many_are_named(place, ids, counts):
+    lengths, order = np.full(200, 7, counts), np.arange(200).astype(ids)
+    order[place] = 200
+    with pytest.raises(IndexError, match="document 200 of 200"):
+        sample_index(order, lengths, 10)
+    order[place], lengths[place] = place, -1
+    with pytest.raises(ValueError, match=f"document {place} has a negative length"):
+        sample_index(order, lengths, 10)
+
+
 @pytest.mark.parametrize(
     "lengths, expected", [([4, 4, 1], [[0, 0], [1, 0], [2, 0]]), ([3, 0, 0, 6], [[0, 0], [3, 1], [3, 5]])]
 )
