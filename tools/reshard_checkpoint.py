@@ -19,7 +19,7 @@ from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheck
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.reshard import BLOCKS_HELD, Target, plan_files, progress_bar, reshard
+from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, kind_of
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
@@ -219,7 +219,7 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
     largest_row = max(spec.row_bytes for plan in plans for spec in plan.specs)
     print(
         f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}; memory beyond the interpreter's: "
-        f"at most {BLOCKS_HELD * max(BLOCK_BYTES, largest_row):,} bytes",
+        f"at most {MEMORY_BLOCKS * max(BLOCK_BYTES, largest_row):,} bytes",
         flush=True,
     )
 
