@@ -47,10 +47,10 @@ class Mesh:
         """All ranks."""
         return None if self.device_mesh is None else dist.group.WORLD
 
-    def new_world(self) -> ProcessGroup | None:
+    def new_world(self, timeout: timedelta) -> ProcessGroup | None:
         """All ranks in a group of its own for objects on the host, for a thread beside the main one. Every rank must
         call it."""
-        return None if self.device_mesh is None else dist.new_group(backend="gloo")
+        return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
     @property
     def is_first_rank(self) -> bool:

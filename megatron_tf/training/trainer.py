@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +61,7 @@ def train(config: RunConfig, mesh: Mesh) -> Progress:
         build_loader(build_dataset(config, "train"), training, mesh, progress.samples) as loader,
         MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank) as log,
         BackgroundSaver(
-            mesh.new_world(),
+            mesh.new_world(timedelta(seconds=config.parallel.distributed_timeout_seconds)),
             lambda path: log.say(f"saved {path}"),
             lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
         ) as saver,
