@@ -91,9 +91,9 @@ TYPES = list(itertools.product((np.uint32, np.int64), (np.int32, np.int64)))
 
 
 @pytest.mark.parametrize("ids, counts", TYPES)
-@pytest.mark.parametrize("documents", [63, 64, 65, 1000, 600_011])
+@pytest.mark.parametrize("documents", [63, 64, 65, 79, 80, 81, 96, 1000, 600_011])
 def test_sample_index_of_many_documents_equals_numpy(documents, ids, counts):
-    """600,011 are more than a window of two threads."""
+    """From 80 on sixteen documents go together where the processor can; 600,011 are more than one window."""
     random = np.random.default_rng(documents)
     lengths = random.integers(0, 900, documents).astype(counts)
     order = random.permutation(documents).astype(ids)
