@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, accumulation_type
+from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 
 T = TypeVar("T")
 
@@ -15,9 +15,7 @@ T = TypeVar("T")
 class CompiledKernels:
     """See PattentionKernels. The first call of each shape compiles, which takes seconds; results are cached on disk."""
 
-    def forward(
-        self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         tau = tau.to(accumulation_type(scores))
         if reduce is None:
@@ -32,7 +30,7 @@ class CompiledKernels:
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,
-        reduce: Callable[[Tensor], Tensor] | None,
+        reduce: Reduce | None,
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         scale = tau.to(factor.dtype) ** -norm.tau_power

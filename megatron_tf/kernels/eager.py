@@ -1,23 +1,20 @@
 """Between a Pattention's products in eager PyTorch: rows go in chunks that a CPU's cache holds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from megatron_tf.kernels.normalisation import Normalisation, accumulation_type
+from megatron_tf.kernels.normalisation import Normalisation, Reduce, accumulation_type
 
-_CACHED_ELEMENTS = (
-    1 << 19
-)  # of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
+# of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
+_CACHED_ELEMENTS = 1 << 19
 
 
 class EagerKernels:
     """See PattentionKernels."""
 
-    def forward(
-        self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         wide = accumulation_type(scores)
         statistic = scores.new_empty(scores.shape[0], dtype=wide)
@@ -40,7 +37,7 @@ class EagerKernels:
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,
-        reduce: Callable[[Tensor], Tensor] | None,
+        reduce: Reduce | None,
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         wide = factor.dtype

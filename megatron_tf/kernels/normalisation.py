@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Reduce = Callable[[Tensor], Tensor]
+"""A row's numbers [R] of this rank -> those of all tensor-parallel ranks together."""
 EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN; a row of ordinary size does not see it
 
 

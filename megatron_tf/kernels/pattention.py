@@ -5,7 +5,6 @@
 """
 
 import importlib.util
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import Normalisation
+from megatron_tf.kernels.normalisation import Normalisation, Reduce
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
-Reduce = Callable[[Tensor], Tensor]
 _TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when more follow; it was seen above 128
 
 

@@ -4,15 +4,13 @@ A row that fits is read once, on the way forward and on the way back; a longer o
 read twice each way. With R rows of n tokens, forward moves at least 2 R n elements and backward 4 R n, which bounds it.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import EPSILON, Normalisation
+from megatron_tf.kernels.normalisation import EPSILON, Normalisation, Reduce
 
 LARGEST_ROW = 16384
 """Tokens of a row that is held in registers; beyond, rows go in blocks."""
@@ -23,9 +21,7 @@ _NORMS = {"l2_norm_gelu": 0, "gelu_l2_norm": 1, "softmax": 2}
 class TritonKernels:
     """See PattentionKernels; fp64 is left to the eager kernels."""
 
-    def forward(
-        self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:
             return EagerKernels().forward(norm, scores, tau, reduce)
@@ -52,7 +48,7 @@ class TritonKernels:
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,
-        reduce: Callable[[Tensor], Tensor] | None,
+        reduce: Reduce | None,
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, accumulation_type
-from megatron_tf.kernels.pattention import PattentionKernels, Reduce, mix_values
+from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
+from megatron_tf.kernels.pattention import PattentionKernels, mix_values
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
 
