@@ -170,6 +170,16 @@ def copied(source: Checkpoint, group: str, name: str) -> Recipe:
     return Recipe(source.dtype(group, name), tuple(columns), [Copy(name, 0, rows)])
 
 
+def with_model(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata with `changes` of the model's configuration, in both places that hold it."""
+    config = metadata["config"]
+    return {
+        **metadata,
+        "model": {**metadata["model"], **changes},
+        "config": {**config, "model": {**config["model"], **changes}},
+    }
+
+
 def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Rows of a tensor that make a block of BLOCK_BYTES, at least one."""
     return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))

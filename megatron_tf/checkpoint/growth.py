@@ -31,6 +31,7 @@ from megatron_tf.checkpoint.derived import (
     Segment,
     Zeros,
     copied,
+    with_model,
 )
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
@@ -187,9 +188,7 @@ class _Growth:
         if stage.moments == "reset":
             training["adam_steps"] = 0
         return {
-            **metadata,
-            "model": {**metadata["model"], **changes},
-            "config": {**metadata["config"], "model": {**metadata["config"]["model"], **changes}},
+            **with_model(metadata, changes),
             "tau": self._tau(),
             "training": training,
             "lineage": [*metadata["lineage"], entry],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
+from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied, with_model
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import parse_name
 
@@ -74,8 +74,6 @@ def _metadata(source: Checkpoint, kept: Kept) -> dict[str, Any]:
         "seed": metadata["config"]["training"]["seed"],
     }
     return {
-        **{key: value for key, value in metadata.items() if key != "after_growth"},
-        "model": {**metadata["model"], **changes},
-        "config": {**metadata["config"], "model": {**metadata["config"]["model"], **changes}},
+        **{key: value for key, value in with_model(metadata, changes).items() if key != "after_growth"},
         "lineage": [*metadata["lineage"], entry],
     }

@@ -2,7 +2,17 @@
 
 import math
 
-from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Normal, Recipe, Segment, Zeros, copied
+from megatron_tf.checkpoint.derived import (
+    Checkpoint,
+    Copy,
+    DerivedCheckpoint,
+    Normal,
+    Recipe,
+    Segment,
+    Zeros,
+    copied,
+    with_model,
+)
 
 _TENSORS = ("embedding.weight", "head.weight")
 
@@ -21,13 +31,7 @@ def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
         }
         for group in source.groups()
     }
-    change = {"make_vocab_size_divisible_by": multiple}
-    config = source.metadata["config"]
-    metadata = {
-        **source.metadata,
-        "model": {**model, **change},
-        "config": {**config, "model": {**config["model"], **change}},
-    }
+    metadata = with_model(source.metadata, {"make_vocab_size_divisible_by": multiple})
     return DerivedCheckpoint(source, recipes, metadata)
 
 

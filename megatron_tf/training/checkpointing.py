@@ -110,10 +110,10 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
         return None
     checkpoint: Checkpoint = CheckpointReader(source)
     _check_same_tokenizer(checkpoint, tokenizer, source)
-    reached = _stage_of_model(checkpoint, config, source)
-    for stage in config.growth[reached : stage_reached(config)]:
+    saved, due = _stages(checkpoint, config, source)
+    for stage in config.growth[saved:due]:
         checkpoint = grow(checkpoint, stage)
-    names = parameter_names(config.at_stage(stage_reached(config)).model)
+    names = parameter_names(config.at_stage(due).model)
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     for moment in MOMENTS:
         load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
@@ -133,12 +133,7 @@ def stage_reached(config: RunConfig) -> int:
     source = checkpoint_to_read(config)
     if source is None:
         return 0
-    checkpoint = CheckpointReader(source)
-    training = checkpoint.metadata["training"]
-    reached = _stage_of_model(checkpoint, config, source)
-    while reached < len(config.growth) and config.growth[reached].is_due(training["step"], training["tokens"]):
-        reached += 1
-    return reached
+    return _stages(CheckpointReader(source), config, source)[1]
 
 
 def checkpoint_to_read(config: RunConfig) -> Path | None:
@@ -147,6 +142,15 @@ def checkpoint_to_read(config: RunConfig) -> Path | None:
     if save is not None and (save / "latest").exists():
         return save
     return load
+
+
+def _stages(checkpoint: Checkpoint, config: RunConfig, source: Path) -> tuple[int, int]:
+    """(stages of growth that the checkpoint has behind it, those and the ones due since)."""
+    saved = due = _stage_of_model(checkpoint, config, source)
+    training = checkpoint.metadata["training"]
+    while due < len(config.growth) and config.growth[due].is_due(training["step"], training["tokens"]):
+        due += 1
+    return saved, due
 
 
 def _stage_of_model(checkpoint: Checkpoint, config: RunConfig, source: Path) -> int:
