@@ -1,5 +1,6 @@
 """The mesh of ranks: (pipeline, data, tensor) as one DeviceMesh, and how a process finds its place in it."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,10 +22,14 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `device_mesh` is None for a run of one process without torch.distributed."""
+    """This rank's place. `device_mesh` is None for a run of one process without torch.distributed.
+
+    `store` is where the ranks found each other, for what else they have to tell.
+    """
 
     device: torch.device
     device_mesh: DeviceMesh | None = None
+    store: dist.Store | None = None
 
     def size(self, axis: Axis) -> int:
         """Ranks along `axis`."""
@@ -92,7 +97,7 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) 
     # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return lay_mesh(device, tensor, pipeline, data)
+    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data), store=store)
 
 
 def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int) -> Mesh:

@@ -21,6 +21,7 @@ from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.training.optimizer import Optimizer
+from megatron_tf.training.phases import Phases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,9 +47,11 @@ class TrainState:
     runner: Runner
     boundaries: Boundaries
     kernels: Kernels
+    phases: Phases
+    """Told what a step is doing."""
 
 
-def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
+def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
     """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
 
     Raises ValueError for a layout that cannot be.
@@ -73,7 +76,7 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
     runner = make_runner(model, mean_token_loss(mesh, count), shapes, mesh, parallel.pipeline_schedule)
     optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
     boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
-    return TrainState(mesh, model, shards, optimizer, runner, boundaries, kernels)
+    return TrainState(mesh, model, shards, optimizer, runner, boundaries, kernels, phases or Phases())
 
 
 def num_micro_batches(config: RunConfig, replicas: int) -> int:
