@@ -77,7 +77,7 @@ class TrainingConfig:
     max_skipped_steps: Count = 5
     """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
     loss_spike_sigmas: Annotated[float, Field(gt=0)] = 8.0
-    """A loss so many standard deviations above the median of the last 100 steps is reported as a spike."""
+    """A loss so many standard deviations of its noise above the last ones is reported as a spike."""
     rewind_after_spikes: Count | None = None
     """After so many spikes in a row go back to the last checkpoint and go on behind the data read since; by default
     spikes are only reported."""

@@ -117,7 +117,8 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer {config.data.tokenizer_model or ''} has "
             f"{tokenizer.vocab_size} ids: set model.vocab_size to that"
         )
-    for prefix in parse_data_path([*config.data.data_path, *(config.data.valid_data_path or [])])[1]:
+    validation = parse_data_path(config.data.valid_data_path or [])[1]
+    for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
         report = Path(f"{prefix}.json")
         if report.exists():
             made_with = json.loads(report.read_text()).get("tokenizer")

@@ -1,19 +1,23 @@
 """What goes wrong in single steps: batches that are not finite, and losses that jump."""
 
+import itertools
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 
-_HISTORY = 100  # losses that a spike is told by
+_HISTORY = 100  # losses that noise is measured by
+_RECENT = 16  # those that tell where the loss is
 _LEAST_HISTORY = 32
-_LEAST_DEVIATION = 0.005  # of the median: a loss that hardly moves makes no spike of every ripple
-_SIGMA_OF_MAD = 1.4826  # of a normal distribution, from its median absolute deviation
+_LEAST_DEVIATION = 0.005  # of the loss: one that hardly moves makes no spike of every ripple
+_SIGMA = 1.4826 / math.sqrt(2)  # of normal noise, from the median of the differences between neighbours
 
 
 class SpikeDetector:
-    """Tells losses that lie far above the median of those before; these do not count for what comes after.
+    """Tells losses that lie far above the last ones; these do not count for what comes after.
 
-    After a restart it takes 32 steps until it tells any.
+    The noise is taken from the differences of successive losses, so that a loss that falls fast does not count as noisy.
+    After a restart it takes 32 steps until any is told.
     """
 
     def __init__(self, sigmas: float) -> None:
@@ -24,13 +28,15 @@ class SpikeDetector:
 
     def is_spike(self, loss: float) -> bool:
         """Take in the loss of a step."""
+        if self.in_a_row == _HISTORY:  # a loss that stays up is no spike any more
+            self.losses.clear()
         if len(self.losses) >= _LEAST_HISTORY:
-            median = statistics.median(self.losses)
-            deviation = _SIGMA_OF_MAD * statistics.median(abs(x - median) for x in self.losses)
-            if loss > median + self.sigmas * max(deviation, _LEAST_DEVIATION * median):
+            losses = list(self.losses)
+            level = statistics.median(losses[-_RECENT:])
+            noise = _SIGMA * statistics.median(abs(b - a) for a, b in itertools.pairwise(losses))
+            if loss > level + self.sigmas * max(noise, _LEAST_DEVIATION * level):
                 self.in_a_row += 1
-                if self.in_a_row < _HISTORY:  # a loss that stays up is no spike any more
-                    return True
+                return True
         self.in_a_row = 0
         self.losses.append(loss)
         return False

@@ -189,7 +189,7 @@ class Loop:
             flops=spent.flops,
             device_seconds=spent.device_seconds,
         )
-        self.spikes = SpikeDetector(self.config.training.loss_spike_sigmas)
+        self.spikes.in_a_row = 0
         self.tools.log.event({"event": "rewind", "step": self.progress.step, "samples": read})
         self.tools.log.say(
             f"step {self.progress.step:>6}  went back to {begun.origin}, and goes on behind sample {read:,}"
