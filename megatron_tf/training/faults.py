@@ -16,7 +16,7 @@ _SIGMA = 1.4826 / math.sqrt(2)  # of normal noise, from the median of the differ
 class SpikeDetector:
     """Tells losses that lie far above the last ones; these do not count for what comes after.
 
-    The noise is taken from the differences of successive losses, so that a loss that falls fast does not count as noisy.
+    The noise is taken from the differences of successive losses, so that a fast fall is no noise.
     After a restart it takes 32 steps until any is told.
     """
 
