@@ -1,6 +1,6 @@
 """A run to be left alone: 3,000 steps under torchrun on two data-parallel ranks, grown once, and killed twice.
 
-Prepares the data, starts one job of torchrun, and sends SIGKILL to one of its ranks after the steps named by --kill-after.
+Prepares the data, starts one job of torchrun, and kills one of its ranks (SIGKILL) after the steps of --kill-after.
 torchrun starts the ranks again, and they go on from the newest checkpoint. The log and the curve are what
 docs/long_run.md shows. Run it from the root of the repository, in the environment that tests/run.sh makes.
 """

@@ -12,6 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_tf.parallel.launch import adopt_launcher
+
 Axis = Literal["pp", "dp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
 
@@ -77,12 +79,12 @@ def data_parallel_size(world_size: int, tensor: int, pipeline: int, asked: int |
 
 
 def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) -> Mesh:
-    """Join the other ranks that torchrun or srun started and lay the mesh over them.
+    """Join the other ranks that torchrun, srun or mpiexec started and lay the mesh over them.
 
     Without a launcher this is one process and torch.distributed stays untouched. Every wait of every group ends
     with an error after `timeout`.
     """
-    _adopt_slurm_environment()
+    adopt_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     data = data_parallel_size(world_size, tensor, pipeline, data)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -103,17 +105,6 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) 
 def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int) -> Mesh:
     """The mesh over an initialized world of pipeline x data x tensor ranks; tensor-parallel ranks are neighbours."""
     return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
-
-
-def _adopt_slurm_environment() -> None:
-    """Let ranks started by srun alone look as those of torchrun; MASTER_ADDR comes from the batch script."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise LayoutError("started by srun without MASTER_ADDR: export it in the batch script (see examples/slurm)")
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({name: os.environ[source] for name, source in names.items()})
-    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def first_and_last_stage_group(mesh: Mesh) -> ProcessGroup | None:
