@@ -42,8 +42,8 @@ class Profiler:
             yield
             return
         on_gpu = self.mesh.device.type == "cuda"
-        kinds = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-        with profile(activities=[ProfilerActivity.CPU, *kinds] if is_traced else kinds) as profiled:
+        kinds = {ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU}  # only a trace needs both
+        with profile(activities=kinds | {ProfilerActivity.CPU} if is_traced else kinds) as profiled:
             yield
         self.communication = _seconds_of_communication(profiled)
         if is_traced:
