@@ -13,6 +13,7 @@ from megatron_tf.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from megatron_tf.config.types import ParameterKind
 
 __all__ = [
     "TOKEN_KINDS",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterKind",
     "RunConfig",
     "TrainingConfig",
     "describe",

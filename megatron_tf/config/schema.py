@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative
+from megatron_tf.config.types import STRICT, Count, NonNegative, ParameterKind
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -101,11 +101,19 @@ class OptimizerConfig:
     lr_warmup_iters: NonNegative = 0
     """Steps of linear warm-up from zero."""
     lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The same as a share of lr_decay_iters, in place of lr_warmup_iters."""
+    """The same as a share of lr_decay_iters or lr_decay_tokens."""
     lr_wsd_decay_iters: Count | None = None
-    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters."""
+    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters or lr_decay_tokens."""
+    lr_decay_tokens: Count | None = None
+    """Tokens trained on when min_lr is reached: the schedule then goes by tokens instead of steps."""
+    lr_warmup_tokens: NonNegative = 0
+    """Tokens of linear warm-up from zero."""
+    lr_wsd_decay_tokens: Count | None = None
+    """Tokens of linear decay at the end of WSD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay of the embedding and of every parameter token; norms have none."""
+    """Decoupled decay of every parameter but those of the final norm."""
+    weight_decay_by_kind: dict[ParameterKind, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Another decay for some kinds of parameters (embedding, qkv, proj, ffn, final_norm, head): {embedding: 0.0}."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -118,10 +126,19 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
-        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
-            raise ValueError("lr_warmup_iters and lr_warmup_fraction are two ways to say the same: give one")
-        if self.lr_wsd_decay_iters is not None and self.lr_decay_style != "WSD":
-            raise ValueError(f"lr_wsd_decay_iters is for lr_decay_style: WSD, it is {self.lr_decay_style}")
+        by_steps, by_tokens = (
+            [key for key in (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}") if getattr(self, key)]
+            for unit in ("iters", "tokens")
+        )
+        if by_tokens and (by_steps or self.lr_decay_tokens is None):
+            raise ValueError(
+                f"a schedule by tokens needs lr_decay_tokens and no key by steps: given are {by_tokens + by_steps}"
+            )
+        if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_tokens):
+            raise ValueError("a warm-up is given twice: as lr_warmup_fraction, and in steps or tokens; give one")
+        decay = self.lr_wsd_decay_iters or self.lr_wsd_decay_tokens
+        if decay is not None and self.lr_decay_style != "WSD":
+            raise ValueError(f"lr_wsd_decay_iters and _tokens are for lr_decay_style: WSD, it is {self.lr_decay_style}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from megatron_tf.config import OptimizerConfig
+from megatron_tf.config import OptimizerConfig, ParameterKind
 from megatron_tf.kernels.adapters import adamw, set_adam_state
+from megatron_tf.model.kinds import parameter_kind
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 
@@ -62,7 +63,7 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         self._trained: list[tuple[int, slice, Tensor]] = []
         for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
-            decay = 0.0 if shard.name.startswith("final_norm.") else self.config.weight_decay
+            decay = self._weight_decay(parameter_kind(shard.name))
             for rows, scale in ((slice(0, old), lr_scale), (slice(old, len(shard.tensor)), 1.0)):
                 if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
                     part = shard.tensor[rows]
@@ -80,6 +81,10 @@ class Optimizer:
             self.config.adam_eps,
         )
         self._fill_state()
+
+    def _weight_decay(self, kind: ParameterKind) -> float:
+        default = 0.0 if kind == "final_norm" else self.config.weight_decay
+        return self.config.weight_decay_by_kind.get(kind, default)
 
     def _fill_state(self) -> None:
         moments = [

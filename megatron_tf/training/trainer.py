@@ -155,7 +155,9 @@ def _save(config: RunConfig, state: TrainState, progress: Progress, root: Path, 
 
 
 def _learning_rate(config: RunConfig, progress: Progress) -> float:
-    lr = learning_rate(config.optimizer, progress.step, config.training.train_iters)
+    training = config.training
+    step_tokens = training.global_batch_size * training.seq_length
+    lr = learning_rate(config.optimizer, progress.step, training.train_iters, progress.tokens, step_tokens)
     growth = progress.after_growth
     return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
 
