@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that check themselves; names follow Megatron-LM's flags."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,11 +69,14 @@ class TrainingConfig:
     """Samples one rank runs at a time."""
     global_batch_size: Count
     """Samples of one optimizer step, over all data-parallel ranks."""
+    rampup_batch_size: tuple[Count, Count, Count] | None = None
+    """[START, INCREMENT, SAMPLES]: steps have START samples at first and grow by INCREMENT at a time, evenly over the
+    first SAMPLES of the run, to global_batch_size."""
     train_iters: Count
     """Optimizer steps the whole run is to last, those before a resume included."""
     seed: NonNegative = 1234
     """Decides initial values and the order of the data."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
     """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
@@ -84,6 +88,64 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; 0 for none."""
     eval_iters: Count = 10
     """Global batches of one evaluation."""
+
+    def batch_size_at(self, consumed_samples: int) -> int:
+        """Samples of the step that begins after so many, as Megatron-LM ramps them up."""
+        if self.rampup_batch_size is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup_batch_size
+        increments = (self.global_batch_size - start) // increment
+        return start + increment * min(increments, consumed_samples * increments // samples)
+
+    def samples_of(self, steps: int) -> int:
+        """Samples of so many steps from the first one on."""
+        samples, ramp = 0, self.rampup_batch_size[2] if self.rampup_batch_size else 0
+        for step in range(steps):
+            if samples >= ramp:
+                return samples + (steps - step) * self.global_batch_size
+            samples += self.batch_size_at(samples)
+        return samples
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Every size a step can have."""
+        start, increment, _ = self.rampup_batch_size or (self.global_batch_size, 1, 0)
+        return range(start, self.global_batch_size + 1, increment)
+
+    def __post_init__(self) -> None:
+        if self.rampup_batch_size is not None:
+            start, increment, _ = self.rampup_batch_size
+            if start >= self.global_batch_size or (self.global_batch_size - start) % increment:
+                raise ValueError(
+                    f"rampup_batch_size cannot go from {start} by {increment} at a time to global_batch_size "
+                    f"({self.global_batch_size}): START must be below it, and what is between divisible by INCREMENT"
+                )
+        for size in self.batch_sizes:
+            if size % self.micro_batch_size:
+                key = "global_batch_size" if size == self.global_batch_size else "a batch of rampup_batch_size"
+                raise ValueError(f"{key} ({size}) must be divisible by micro_batch_size ({self.micro_batch_size})")
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class LossScaleConfig:
+    """Scaling of the loss under training.precision fp16, so that small gradients do not vanish."""
+
+    loss_scale: Annotated[float, Field(gt=0)] | None = None
+    """A constant; by default the scale is dynamic, and the other keys say how."""
+    initial_loss_scale: Annotated[float, Field(gt=0)] = 2.0**32
+    """Scale of the first step."""
+    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Lowest scale: overflows there count as batches that are not finite."""
+    loss_scale_window: Count = 1000
+    """Steps in a row without overflow after which the scale is doubled."""
+    hysteresis: Count = 2
+    """Overflows before the scale is halved; from then on each one halves it, until it is doubled."""
+
+    def __post_init__(self) -> None:
+        if self.initial_loss_scale < self.min_loss_scale:
+            raise ValueError(
+                f"initial_loss_scale ({self.initial_loss_scale}) is below min_loss_scale ({self.min_loss_scale})"
+            )
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -193,6 +255,7 @@ class RunConfig:
     training: TrainingConfig
     optimizer: OptimizerConfig
     data: DataConfig
+    loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -219,16 +282,11 @@ class RunConfig:
             raise ValueError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
             )
-        parallel, training = self.parallel, self.training
+        parallel = self.parallel
         if parallel.pipeline_model_parallel_size > self.model.num_layers:
             raise ValueError(
                 f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}) is more "
                 f"than model.num_layers ({self.model.num_layers}): every stage needs a layer"
-            )
-        if training.global_batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be divisible by "
-                f"training.micro_batch_size ({training.micro_batch_size})"
             )
 
     def _check_tensor_parallel(self) -> None:

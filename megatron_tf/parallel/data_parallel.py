@@ -23,6 +23,8 @@ def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Me
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward communicates gradients or only adds them up."""
+    """Whether the next backward is a step's last, which communicates gradients and lets go of what was gathered."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
+        module.set_reshard_after_backward(enabled)
+        module.set_is_last_backward(enabled)

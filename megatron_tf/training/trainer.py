@@ -97,13 +97,18 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
     """Steps until the run is done or asked to stop, or the next stage of growth is due; in each case all is saved."""
     staged, training, checkpoint = config.at_stage(stage), config.training, config.checkpoint
     following = config.growth[stage : stage + 1]
-    samples, tokens = training.global_batch_size, training.global_batch_size * training.seq_length
     is_due = is_stopped = False
     skipped_in_a_row = 0
     while progress.step < training.train_iters and not (is_due or is_stopped):
         start = time.perf_counter()
+        samples = training.batch_size_at(progress.samples)
+        tokens = samples * training.seq_length
         lr = _learning_rate(staged, progress)
         result = train_step(state, next(tools.loader), lr)
+        if result.is_overflow:
+            progress = progress.after_overflow(samples)
+            _report_overflow(progress, state.scaler.scale, tools.log)
+            continue
         if result.unsound:
             progress, skipped_in_a_row = progress.after_skip(samples), skipped_in_a_row + 1
             _report_skip(progress, result, tools.log)
@@ -113,6 +118,8 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
         skipped_in_a_row = 0
         progress = progress.after_step(samples, tokens)
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr}
+        if state.scaler.is_fp16:
+            values["loss_scale"] = state.scaler.scale
         tools.log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
         is_done = progress.step == training.train_iters
         is_due = any(growth.is_due(progress.step, progress.tokens) for growth in following)
@@ -124,6 +131,14 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
         if checkpoint.save and (is_last or is_interval):
             _save(staged, state, progress, checkpoint.save, tools, waits=is_last)
     return progress
+
+
+def _report_overflow(progress: Progress, loss_scale: float, log: MetricsLog) -> None:
+    log.event({"event": "overflow", "step": progress.step, "samples": progress.samples, "loss_scale": loss_scale})
+    log.say(
+        f"step {progress.step:>6}  gradients overflow in fp16, the loss scale is now {loss_scale:g}; the batch that "
+        f"ends at sample {progress.samples:,} is skipped"
+    )
 
 
 def _report_skip(progress: Progress, result: StepResult, log: MetricsLog) -> None:
@@ -156,7 +171,7 @@ def _save(config: RunConfig, state: TrainState, progress: Progress, root: Path, 
 
 def _learning_rate(config: RunConfig, progress: Progress) -> float:
     training = config.training
-    step_tokens = training.global_batch_size * training.seq_length
+    step_tokens = training.batch_size_at(progress.samples) * training.seq_length
     lr = learning_rate(config.optimizer, progress.step, training.train_iters, progress.tokens, step_tokens)
     growth = progress.after_growth
     return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
@@ -165,7 +180,7 @@ def _learning_rate(config: RunConfig, progress: Progress) -> float:
 def _validate(config: RunConfig, state: TrainState, dataset: Samples) -> float:
     """Mean loss over the first `eval_iters` global batches of the validation split."""
     iters = config.training.eval_iters
-    with build_loader(dataset, config.training, state.mesh, 0) as loader:
+    with build_loader(dataset, config.training, state.mesh, 0, is_training=False) as loader:
         return sum(evaluation_loss(state, next(loader)) for _ in range(iters)) / iters
 
 

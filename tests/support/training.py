@@ -7,7 +7,7 @@ from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.training.state import build_state
-from megatron_tf.training.step import loss_scale, mean_loss, prepare, train_step
+from megatron_tf.training.step import mask_scale, mean_loss, prepare, train_step
 
 VOCAB = 100
 EOD = 48
@@ -65,7 +65,7 @@ def training_run(mesh, config: RunConfig, steps: int = 20):
     """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
     state = build_state(config, mesh, EOD)
     inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
-    loss, scale = state.runner.train(inputs, targets, options), loss_scale(state, targets)
+    loss, scale = state.runner.train(inputs, targets, options), mask_scale(state, targets)
     gradients = whole_gradients(state)
     curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale))]
     for step in range(1, steps):

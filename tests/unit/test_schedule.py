@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tf.config import OptimizerConfig
@@ -83,6 +83,7 @@ def schedules(draw):
     return by_steps, OptimizerConfig(**rates, **in_tokens), step_tokens, end
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_any_schedule_is_continuous_clamped_and_the_same_by_steps_and_by_tokens(case):
     config, in_tokens, step_tokens, end = case
@@ -97,6 +98,7 @@ def test_any_schedule_is_continuous_clamped_and_the_same_by_steps_and_by_tokens(
     assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= steepest * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(1, 7), st.integers(0, 20000))
 def test_a_warm_up_by_tokens_ends_at_the_rate_whatever_a_step_has(case, factor, tokens):
     _, config, step_tokens, _ = case
