@@ -51,6 +51,7 @@ def run(config: RunConfig) -> int:
         parallel.pipeline_model_parallel_size,
         parallel.data_parallel_size,
         timedelta(seconds=parallel.distributed_timeout_seconds),
+        parallel.data_parallel_shard_size,
     )
     progress = train(config, mesh)
     return 0 if progress.step >= config.training.train_iters else EXIT_START_AGAIN

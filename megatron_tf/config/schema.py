@@ -23,6 +23,9 @@ class ParallelConfig:
     """Stages the layers are cut into."""
     data_parallel_size: Count | None = None
     """Replicas that share a batch; by default what is left of the world size."""
+    data_parallel_shard_size: Count | None = None
+    """Replicas that share one copy of parameters, gradients and Adam's moments, each holding a part: all of them by
+    default; 1 for a whole copy on each; between, groups of replicas with a copy each."""
     sequence_parallel: bool = False
     """Shard activations between layers on the sequence over the tensor-parallel ranks."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"

@@ -46,6 +46,14 @@ def random_batch(config: RunConfig, step: int, mesh) -> torch.Tensor:
     return ids.unflatten(0, (-1, mesh.size("dp"), training.micro_batch_size))[:, mesh.rank("dp")]
 
 
+def shard_group(mesh):
+    """The ranks that share one copy of this rank's parameters over the data axis; None where there is only this one."""
+    if mesh.flat_data_mesh is None:
+        return mesh.group("dp")
+    shard = mesh.device_mesh["dp_shard"]
+    return shard.get_group() if shard.size() > 1 else None
+
+
 def whole_gradients(state):
     """Name -> gradient of the logical tensor, for the parameters of this rank's stage, before the optimizer's step.
 
@@ -54,7 +62,7 @@ def whole_gradients(state):
     gradients = {}
     for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
         local = local_tensor(parameter.grad).detach()
-        gathered = all_gather_copy(local, 0, state.mesh.group("dp"))
+        gathered = all_gather_copy(local, 0, shard_group(state.mesh))
         if not is_replicated(shard.name):
             gathered = all_gather_copy(gathered, 0, state.mesh.group("tp"))
         gradients[shard.name] = gathered.numpy().copy()
