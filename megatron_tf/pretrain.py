@@ -59,6 +59,7 @@ def run(config: RunConfig) -> int:
         parallel.pipeline_model_parallel_size,
         parallel.data_parallel_size,
         timedelta(seconds=parallel.distributed_timeout_seconds) + _MARGIN,
+        parallel.data_parallel_shard_size,
     )
     progress = train(config, mesh, _end)
     return 0 if progress.step >= config.training.train_iters else EXIT_START_AGAIN

@@ -101,7 +101,7 @@ def main() -> None:
                 dataset[i]
 
         def loader() -> None:
-            with BatchLoader(dataset, BATCH, 8, 0, 1, 0) as batches:
+            with BatchLoader(dataset, lambda _: BATCH, 8, 0, 1, 0) as batches:
                 for _ in range(SAMPLES // BATCH):
                     next(batches)
 

@@ -8,11 +8,13 @@ from megatron_tf.config.schema import (
     DataConfig,
     KernelsConfig,
     LoggingConfig,
+    LossScaleConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
 )
+from megatron_tf.config.types import ParameterKind
 
 __all__ = [
     "TOKEN_KINDS",
@@ -22,9 +24,11 @@ __all__ = [
     "GrowthStage",
     "KernelsConfig",
     "LoggingConfig",
+    "LossScaleConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterKind",
     "RunConfig",
     "TrainingConfig",
     "describe",

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that check themselves; names follow Megatron-LM's flags."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative
+from megatron_tf.config.types import STRICT, Count, NonNegative, ParameterKind
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -22,6 +23,9 @@ class ParallelConfig:
     """Stages the layers are cut into."""
     data_parallel_size: Count | None = None
     """Replicas that share a batch; by default what is left of the world size."""
+    data_parallel_shard_size: Count | None = None
+    """Replicas that share one copy of parameters, gradients and Adam's moments, each holding a part: all of them by
+    default; 1 for a whole copy on each; between, groups of replicas with a copy each."""
     sequence_parallel: bool = False
     """Shard activations between layers on the sequence over the tensor-parallel ranks."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
@@ -68,11 +72,14 @@ class TrainingConfig:
     """Samples one rank runs at a time."""
     global_batch_size: Count
     """Samples of one optimizer step, over all data-parallel ranks."""
+    rampup_batch_size: tuple[Count, Count, Count] | None = None
+    """[START, INCREMENT, SAMPLES]: steps have START samples at first and grow by INCREMENT at a time, evenly over the
+    first SAMPLES of the run, to global_batch_size."""
     train_iters: Count
     """Optimizer steps the whole run is to last, those before a resume included."""
     seed: NonNegative = 1234
     """Decides initial values and the order of the data."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
     """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
@@ -90,6 +97,64 @@ class TrainingConfig:
     eval_iters: Count = 10
     """Global batches of one evaluation."""
 
+    def batch_size_at(self, consumed_samples: int) -> int:
+        """Samples of the step that begins after so many, as Megatron-LM ramps them up."""
+        if self.rampup_batch_size is None:
+            return self.global_batch_size
+        start, increment, samples = self.rampup_batch_size
+        increments = (self.global_batch_size - start) // increment
+        return start + increment * min(increments, consumed_samples * increments // samples)
+
+    def samples_of(self, steps: int) -> int:
+        """Samples of so many steps from the first one on."""
+        samples, ramp = 0, self.rampup_batch_size[2] if self.rampup_batch_size else 0
+        for step in range(steps):
+            if samples >= ramp:
+                return samples + (steps - step) * self.global_batch_size
+            samples += self.batch_size_at(samples)
+        return samples
+
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """Every size a step can have."""
+        start, increment, _ = self.rampup_batch_size or (self.global_batch_size, 1, 0)
+        return range(start, self.global_batch_size + 1, increment)
+
+    def __post_init__(self) -> None:
+        if self.rampup_batch_size is not None:
+            start, increment, _ = self.rampup_batch_size
+            if start >= self.global_batch_size or (self.global_batch_size - start) % increment:
+                raise ValueError(
+                    f"rampup_batch_size cannot go from {start} by {increment} at a time to global_batch_size "
+                    f"({self.global_batch_size}): START must be below it, and what is between divisible by INCREMENT"
+                )
+        for size in self.batch_sizes:
+            if size % self.micro_batch_size:
+                key = "global_batch_size" if size == self.global_batch_size else "a batch of rampup_batch_size"
+                raise ValueError(f"{key} ({size}) must be divisible by micro_batch_size ({self.micro_batch_size})")
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class LossScaleConfig:
+    """Scaling of the loss under training.precision fp16, so that small gradients do not vanish."""
+
+    loss_scale: Annotated[float, Field(gt=0)] | None = None
+    """A constant; by default the scale is dynamic, and the other keys say how."""
+    initial_loss_scale: Annotated[float, Field(gt=0)] = 2.0**32
+    """Scale of the first step."""
+    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Lowest scale: overflows there count as batches that are not finite."""
+    loss_scale_window: Count = 1000
+    """Steps in a row without overflow after which the scale is doubled."""
+    hysteresis: Count = 2
+    """Overflows before the scale is halved; from then on each one halves it, until it is doubled."""
+
+    def __post_init__(self) -> None:
+        if self.initial_loss_scale < self.min_loss_scale:
+            raise ValueError(
+                f"initial_loss_scale ({self.initial_loss_scale}) is below min_loss_scale ({self.min_loss_scale})"
+            )
+
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class OptimizerConfig:
@@ -106,11 +171,19 @@ class OptimizerConfig:
     lr_warmup_iters: NonNegative = 0
     """Steps of linear warm-up from zero."""
     lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The same as a share of lr_decay_iters, in place of lr_warmup_iters."""
+    """The same as a share of lr_decay_iters or lr_decay_tokens."""
     lr_wsd_decay_iters: Count | None = None
-    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters."""
+    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters or lr_decay_tokens."""
+    lr_decay_tokens: Count | None = None
+    """Tokens trained on when min_lr is reached: the schedule then goes by tokens instead of steps."""
+    lr_warmup_tokens: NonNegative = 0
+    """Tokens of linear warm-up from zero."""
+    lr_wsd_decay_tokens: Count | None = None
+    """Tokens of linear decay at the end of WSD."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay of the embedding and of every parameter token; norms have none."""
+    """Decoupled decay of every parameter but those of the final norm."""
+    weight_decay_by_kind: dict[ParameterKind, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Another decay for some kinds of parameters (embedding, qkv, proj, ffn, final_norm, head): {embedding: 0.0}."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -123,10 +196,19 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
-        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
-            raise ValueError("lr_warmup_iters and lr_warmup_fraction are two ways to say the same: give one")
-        if self.lr_wsd_decay_iters is not None and self.lr_decay_style != "WSD":
-            raise ValueError(f"lr_wsd_decay_iters is for lr_decay_style: WSD, it is {self.lr_decay_style}")
+        by_steps, by_tokens = (
+            [key for key in (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}") if getattr(self, key)]
+            for unit in ("iters", "tokens")
+        )
+        if by_tokens and (by_steps or self.lr_decay_tokens is None):
+            raise ValueError(
+                f"a schedule by tokens needs lr_decay_tokens and no key by steps: given are {by_tokens + by_steps}"
+            )
+        if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_tokens):
+            raise ValueError("a warm-up is given twice: as lr_warmup_fraction, and in steps or tokens; give one")
+        decay = self.lr_wsd_decay_iters or self.lr_wsd_decay_tokens
+        if decay is not None and self.lr_decay_style != "WSD":
+            raise ValueError(f"lr_wsd_decay_iters and _tokens are for lr_decay_style: WSD, it is {self.lr_decay_style}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -206,6 +288,7 @@ class RunConfig:
     training: TrainingConfig
     optimizer: OptimizerConfig
     data: DataConfig
+    loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
@@ -232,16 +315,11 @@ class RunConfig:
             raise ValueError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
             )
-        parallel, training = self.parallel, self.training
+        parallel = self.parallel
         if parallel.pipeline_model_parallel_size > self.model.num_layers:
             raise ValueError(
                 f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}) is more "
                 f"than model.num_layers ({self.model.num_layers}): every stage needs a layer"
-            )
-        if training.global_batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.global_batch_size ({training.global_batch_size}) must be divisible by "
-                f"training.micro_batch_size ({training.micro_batch_size})"
             )
 
     def _check_tensor_parallel(self) -> None:

@@ -1,6 +1,6 @@
 """Types that the sections of a configuration share."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -8,3 +8,5 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 Count = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+
+ParameterKind = Literal["embedding", "qkv", "proj", "ffn", "final_norm", "head"]

@@ -1,12 +1,13 @@
 """Global batches, cut for each replica; the position in the data is a count of global samples."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tf.data.blend import Samples
@@ -18,24 +19,24 @@ class BatchLoader(Iterator[Tensor]):
     """Iterates int64 [count, B, seq_length + 1]: this replica's micro-batches of one global batch after another.
 
     Micro-batch m of all replicas together is one run of samples, so that the same samples meet in a step whatever the
-    number of replicas. The next batch is read while the caller works on this one, until the loader is closed as a
-    context manager. Every PROBE_INTERVAL batches it is looked whether reading has to wait for the disk; where it has,
-    the system is told of a batch's samples before they are read.
+    number of replicas. `batch_size` tells how many samples the global batch has that begins at a position. The next
+    batch is read while the caller works on this one, until the loader is closed as a context manager. Every
+    PROBE_INTERVAL batches it is looked whether reading has to wait for the disk; where it has, the system is told of a
+    batch's samples before they are read.
     """
 
     def __init__(
         self,
         dataset: Samples,
-        global_batch_size: int,
+        batch_size: Callable[[int], int],
         micro_batch_size: int,
         replica: int,
         replicas: int,
         consumed_samples: int,
     ) -> None:
         self.dataset = dataset
-        self.global_batch_size = global_batch_size
-        offsets = np.arange(global_batch_size).reshape(-1, replicas, micro_batch_size)
-        self.offsets = offsets[:, replica]
+        self.batch_size = batch_size
+        self.micro_batch_size, self.replica, self.replicas = micro_batch_size, replica, replicas
         self.consumed_samples = consumed_samples
         self._reads, self._is_cold = 0, False
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
@@ -43,7 +44,7 @@ class BatchLoader(Iterator[Tensor]):
 
     def __next__(self) -> Tensor:
         batch = self.pending.result()
-        self.consumed_samples += self.global_batch_size
+        self.consumed_samples += self.batch_size(self.consumed_samples)
         self.pending = self.reader.submit(self._read, self.consumed_samples)
         return batch
 
@@ -54,7 +55,8 @@ class BatchLoader(Iterator[Tensor]):
         self.reader.shutdown(cancel_futures=True)
 
     def _read(self, first: int) -> Tensor:
-        samples = (first + self.offsets.ravel()).tolist()
+        numbers = sample_numbers(first, self.batch_size(first), self.micro_batch_size, self.replica, self.replicas)
+        samples = numbers.ravel().tolist()
         is_probe = self._reads % PROBE_INTERVAL == 0
         if self._is_cold and not is_probe:
             for sample in samples:
@@ -68,7 +70,15 @@ class BatchLoader(Iterator[Tensor]):
         if is_probe:
             self._is_cold = _major_faults() > faults
         self._reads += 1
-        return torch.from_numpy(rows).unflatten(0, self.offsets.shape)
+        return torch.from_numpy(rows).unflatten(0, numbers.shape)
+
+
+def sample_numbers(
+    first: int, batch_size: int, micro_batch_size: int, replica: int, replicas: int
+) -> NDArray[np.int64]:
+    """[count, B]: which samples of the global batch that begins at `first` a replica's micro-batches hold."""
+    numbers = first + np.arange(batch_size, dtype=np.int64)
+    return numbers.reshape(-1, replicas, micro_batch_size)[:, replica]
 
 
 def _major_faults() -> int:

@@ -72,16 +72,14 @@ def parameter_names(config: ModelConfig) -> list[str]:
 def micro_batch_shapes(
     config: ModelConfig,
     mesh: Mesh,
-    count: int,
     size: int,
     seq_length: int,
     sequence_parallel: bool,
     dtype: torch.dtype,
 ) -> MicroBatches:
-    """Shapes of `count` micro-batches of `size` samples, as they pass between this mesh's stages."""
+    """Shapes of micro-batches of `size` samples, as they pass between this mesh's stages."""
     ranks = mesh.size("tp")
     return MicroBatches(
-        count=count,
         token_shape=(size, seq_length),
         hidden_shape=(seq_length // ranks if sequence_parallel else seq_length, size, config.hidden_size),
         output_shape=(seq_length, size, config.padded_vocab_size // ranks),
@@ -89,15 +87,14 @@ def micro_batch_shapes(
     )
 
 
-def mean_token_loss(mesh: Mesh, num_micro_batches: int) -> LossFunction:
-    """The loss of a micro-batch, so scaled that those of a step add up to the mean over its tokens, where targets that
-    are ignored add nothing."""
+def mean_token_loss(mesh: Mesh) -> LossFunction:
+    """The mean over all tokens of a micro-batch, where targets that are ignored add nothing."""
     group = mesh.group("tp")
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         labels = targets.t().flatten()
         losses = cross_entropy(logits.flatten(0, 1), labels, group).masked_fill(labels == IGNORED_TARGET, 0.0)
-        return losses.mean() / num_micro_batches
+        return losses.mean()
 
     return loss
 

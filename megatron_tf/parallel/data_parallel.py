@@ -1,4 +1,4 @@
-"""Data parallelism: parameters, gradients and optimizer states sharded over replicas, through FSDP2."""
+"""Data parallelism: parameters, gradients and optimizer states sharded over replicas, or copied, through FSDP2."""
 
 from collections.abc import Iterable
 
@@ -9,12 +9,14 @@ from megatron_tf.parallel.mesh import Mesh
 
 
 def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
-    """Shard each block, then what is left of `module`, over the mesh's "dp" axis; nothing to do for one replica.
+    """Spread each block, then what is left of `module`, over the mesh's replicas; nothing to do for one.
+
+    Rows are sharded over the replicas that share a copy; gradients then also go between the copies.
 
     Parameters stay gathered between forward and backward: a pipeline runs many micro-batches over them.
     Gradients are averaged over the replicas, in fp32, once a step.
     """
-    replicas = mesh.submesh("dp")
+    replicas = mesh.replicas()
     if replicas is None:
         return
     for block in blocks:
@@ -23,6 +25,8 @@ def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Me
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward communicates gradients or only adds them up."""
+    """Whether the next backward is a step's last, which communicates gradients and lets go of what was gathered."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
+        module.set_reshard_after_backward(enabled)
+        module.set_is_last_backward(enabled)

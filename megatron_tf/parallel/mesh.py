@@ -1,4 +1,8 @@
-"""The mesh of ranks: (pipeline, data, tensor) as one DeviceMesh, and how a process finds its place in it."""
+"""The mesh of ranks: (pipeline, data, tensor) as one DeviceMesh, and how a process finds its place in it.
+
+Where replicas share their copies of the parameters in groups smaller than all of them, the data axis is two of the
+DeviceMesh: "dp_replicate" over the groups and "dp_shard" within one.
+"""
 
 import dataclasses
 import os
@@ -32,22 +36,34 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh | None = None
     store: dist.Store | None = None
+    flat_data_mesh: DeviceMesh | None = None
+    """The data axis as one, where it is two of `device_mesh`."""
 
     def size(self, axis: Axis) -> int:
         """Ranks along `axis`."""
-        return 1 if self.device_mesh is None else self.device_mesh[axis].size()
+        return 1 if self.device_mesh is None else self._axis(axis).size()
 
     def rank(self, axis: Axis) -> int:
         """This rank's index along `axis`."""
-        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+        return 0 if self.device_mesh is None else self._axis(axis).get_local_rank()
 
     def group(self, axis: Axis) -> ProcessGroup | None:
         """The ranks that differ from this one along `axis` alone; None where there is only this one."""
-        return None if self.device_mesh is None or self.size(axis) == 1 else self.device_mesh.get_group(axis)
+        return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis).get_group()
 
     def submesh(self, axis: Axis) -> DeviceMesh | None:
         """The one-dimensional mesh behind `group`."""
-        return None if self.device_mesh is None or self.size(axis) == 1 else self.device_mesh[axis]
+        return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis)
+
+    def replicas(self) -> DeviceMesh | None:
+        """The data axis as parameters are spread over it: (dp,) or (dp_replicate, dp_shard); None for one replica."""
+        if self.flat_data_mesh is None or self.device_mesh is None:
+            return self.submesh("dp")
+        return self.device_mesh["dp_replicate", "dp_shard"]
+
+    def _axis(self, axis: Axis) -> DeviceMesh:
+        assert self.device_mesh is not None
+        return self.flat_data_mesh if axis == "dp" and self.flat_data_mesh is not None else self.device_mesh[axis]
 
     @property
     def world(self) -> ProcessGroup | None:
@@ -65,8 +81,11 @@ class Mesh:
         return self.device_mesh is None or dist.get_rank() == 0
 
 
-def data_parallel_size(world_size: int, tensor: int, pipeline: int, asked: int | None) -> int:
-    """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it."""
+def data_parallel_size(
+    world_size: int, tensor: int, pipeline: int, asked: int | None, shard_size: int | None = None
+) -> int:
+    """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it, or
+    `shard_size` does not divide the replicas."""
     data, rest = divmod(world_size, tensor * pipeline)
     if rest or data == 0 or (asked is not None and asked != data):
         layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {asked}" if asked else "")
@@ -75,10 +94,12 @@ def data_parallel_size(world_size: int, tensor: int, pipeline: int, asked: int |
             f"the world has {world_size} rank(s), but the layout {layout} needs "
             f"{'' if asked else 'a multiple of '}{need}: start that many, or change the layout"
         )
+    if data % (shard_size or 1):
+        raise LayoutError(f"{data} replica(s) are no multiple of parallel.data_parallel_shard_size ({shard_size})")
     return data
 
 
-def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) -> Mesh:
+def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta, shard_size: int | None = None) -> Mesh:
     """Join the other ranks that torchrun, srun or mpiexec started and lay the mesh over them.
 
     Without a launcher this is one process and torch.distributed stays untouched. Every wait of every group ends
@@ -86,7 +107,7 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) 
     """
     adopt_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    data = data_parallel_size(world_size, tensor, pipeline, data)
+    data = data_parallel_size(world_size, tensor, pipeline, data, shard_size)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -99,12 +120,17 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta) 
     # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data), store=store)
+    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store)
 
 
-def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int) -> Mesh:
-    """The mesh over an initialized world of pipeline x data x tensor ranks; tensor-parallel ranks are neighbours."""
-    return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
+def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:
+    """The mesh over an initialized world of pipeline x data x tensor ranks; tensor-parallel ranks are neighbours, and
+    after them the `shard_size` replicas that share a copy of the parameters (all by default)."""
+    if shard_size is None or shard_size == data:
+        return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
+    sizes, names = (pipeline, data // shard_size, shard_size, tensor), ("pp", "dp_replicate", "dp_shard", "tp")
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    return Mesh(device, mesh, flat_data_mesh=mesh["dp_replicate", "dp_shard"]._flatten("dp"))
 
 
 def first_and_last_stage_group(mesh: Mesh) -> ProcessGroup | None:

@@ -15,8 +15,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from megatron_tf.parallel.data_parallel import set_gradient_sync
 from megatron_tf.parallel.mesh import Mesh
 
+Schedule = Schedule1F1B | ScheduleGPipe
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""(output of the last stage, targets [B, S]) -> loss of one micro-batch, already divided by their number."""
+"""(output of the last stage, targets [B, S]) -> mean loss of one micro-batch."""
 
 
 def partition_layers(costs: Sequence[float], first: float, last: float, num_stages: int) -> list[range]:
@@ -61,8 +62,6 @@ def _extend(
 class MicroBatches:
     """Shapes of one micro-batch: all of a run are alike."""
 
-    count: int
-    """Micro-batches of one optimizer step on each replica."""
     token_shape: tuple[int, ...]
     """Ids entering the first stage: (B, S)."""
     hidden_shape: tuple[int, ...]
@@ -74,12 +73,13 @@ class MicroBatches:
 
 
 class Runner(Protocol):
-    """Runs the micro-batches of one step through this rank's stage."""
+    """Runs the micro-batches of one step, as many as there are, through this rank's stage."""
 
-    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any], loss_scale: float = 1.0) -> Tensor | None:
         """Forward and backward of ids [count * B, S]: mean loss on the last stage, None elsewhere.
 
-        `options`, tensors [count * B, ...], are given to every stage's module by name.
+        Gradients are those of `loss_scale` times that mean. `options`, tensors [count * B, ...], are given to every
+        stage's module by name.
         """
 
     def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
@@ -92,35 +92,35 @@ class LocalRunner:
     def __init__(self, module: nn.Module, loss_function: LossFunction, micro_batches: MicroBatches) -> None:
         self.module = module
         self.loss_function = loss_function
-        self.count = micro_batches.count
+        self.size = micro_batches.token_shape[0]
 
-    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any], loss_scale: float = 1.0) -> Tensor:
         """See Runner."""
-        losses = []
+        losses, count = [], len(inputs) // self.size
         for i, (ids, labels, extra) in enumerate(self._micro_batches(inputs, targets, options)):
-            set_gradient_sync(self.module, i == self.count - 1)
-            loss = self.loss_function(self.module(ids, **extra), labels)
-            loss.backward()
+            set_gradient_sync(self.module, i == count - 1)
+            loss = self.loss_function(self.module(ids, **extra), labels) / count
+            (loss * loss_scale).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         """See Runner."""
-        micro_batches = self._micro_batches(inputs, targets, options)
-        losses = [self.loss_function(self.module(ids, **extra), labels) for ids, labels, extra in micro_batches]
+        micro_batches, count = self._micro_batches(inputs, targets, options), len(inputs) // self.size
+        losses = [self.loss_function(self.module(ids, **extra), labels) / count for ids, labels, extra in micro_batches]
         return torch.stack(losses).sum()
 
     def _micro_batches(
         self, inputs: Tensor, targets: Tensor, options: dict[str, Any]
     ) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-        chunked = {name: option.chunk(self.count) for name, option in options.items()}
-        for i, (ids, labels) in enumerate(zip(inputs.chunk(self.count), targets.chunk(self.count), strict=True)):
-            yield ids, labels, {name: chunks[i] for name, chunks in chunked.items()}
+        split = {name: option.split(self.size) for name, option in options.items()}
+        for i, (ids, labels) in enumerate(zip(inputs.split(self.size), targets.split(self.size), strict=True)):
+            yield ids, labels, {name: parts[i] for name, parts in split.items()}
 
 
 class PipelineRunner:
-    """One stage of several, under a schedule of torch.distributed.pipelining."""
+    """One stage of several, under a schedule of torch.distributed.pipelining; evaluation is under GPipe."""
 
     def __init__(
         self,
@@ -130,59 +130,60 @@ class PipelineRunner:
         mesh: Mesh,
         schedule: Literal["1f1b", "gpipe"],
     ) -> None:
-        kind: type[Schedule1F1B | ScheduleGPipe] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
-        self.schedule = self._make(kind, module, loss_function, micro_batches, mesh)
-        self.evaluation = self._make(ScheduleGPipe, module, loss_function, micro_batches, mesh)
+        self.module = module
+        self.loss_function = loss_function
+        self.micro_batches = micro_batches
+        self.mesh = mesh
+        self.kind: type[Schedule] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
         self.is_first = mesh.rank("pp") == 0
         self.is_last = mesh.rank("pp") == mesh.size("pp") - 1
+        self._loss_scale = 1.0
+        self._made: dict[str, tuple[int, Schedule]] = {}
 
-    @staticmethod
-    def _make(
-        kind: type[Schedule1F1B | ScheduleGPipe],
-        module: nn.Module,
-        loss_function: LossFunction,
-        micro_batches: MicroBatches,
-        mesh: Mesh,
-    ) -> Schedule1F1B | ScheduleGPipe:
-        rank, stages = mesh.rank("pp"), mesh.size("pp")
-        hidden = torch.empty(micro_batches.hidden_shape, dtype=micro_batches.dtype, device="meta", requires_grad=True)
-        ids = torch.empty(micro_batches.token_shape, dtype=torch.int64, device="meta")
-        output = torch.empty(micro_batches.output_shape, dtype=micro_batches.dtype, device="meta", requires_grad=True)
-        stage = PipelineStage(
-            module,
-            rank,
-            stages,
-            mesh.device,
-            input_args=(ids if rank == 0 else hidden,),
-            output_args=(output if rank == stages - 1 else hidden,),
-            group=mesh.group("pp"),
-        )
-        return kind(stage, micro_batches.count, loss_fn=loss_function, scale_grads=False)
-
-    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
+    def train(self, inputs: Tensor, targets: Tensor, options: dict[str, Any], loss_scale: float = 1.0) -> Tensor | None:
         """See Runner."""
-        losses: list[Tensor] = []
-        self.schedule.step(
-            *((inputs,) if self.is_first else ()),
-            target=targets if self.is_last else None,
-            losses=losses,
-            return_outputs=False,
-            **options,
-        )
-        return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
+        self._loss_scale = loss_scale
+        loss = self._run(self._schedule("train", self.kind, inputs).step, inputs, targets, options)
+        return None if loss is None else loss / loss_scale
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
         """See Runner."""
+        self._loss_scale = 1.0
+        return self._run(self._schedule("evaluate", ScheduleGPipe, inputs).eval, inputs, targets, options)
+
+    def _run(self, run: Callable[..., Any], inputs: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor | None:
         losses: list[Tensor] = []
-        self.evaluation.eval(
-            *((inputs,) if self.is_first else ()),
-            target=targets if self.is_last else None,
-            losses=losses,
-            return_outputs=False,
-            **options,
+        target = targets if self.is_last else None
+        run(*((inputs,) if self.is_first else ()), target=target, losses=losses, return_outputs=False, **options)
+        return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
+
+    def _schedule(self, purpose: str, kind: type[Schedule], inputs: Tensor) -> Schedule:
+        """The schedule of as many micro-batches as these are; only the last one is kept, for what it has allocated."""
+        count = len(inputs) // self.micro_batches.token_shape[0]
+        if purpose not in self._made or self._made[purpose][0] != count:
+            self._made[purpose] = count, self._make(kind, count)
+        return self._made[purpose][1]
+
+    def _make(self, kind: type[Schedule], count: int) -> Schedule:
+        rank, stages, shapes = self.mesh.rank("pp"), self.mesh.size("pp"), self.micro_batches
+        hidden = torch.empty(shapes.hidden_shape, dtype=shapes.dtype, device="meta", requires_grad=True)
+        ids = torch.empty(shapes.token_shape, dtype=torch.int64, device="meta")
+        output = torch.empty(shapes.output_shape, dtype=shapes.dtype, device="meta", requires_grad=True)
+        stage = PipelineStage(
+            self.module,
+            rank,
+            stages,
+            self.mesh.device,
+            input_args=(ids if rank == 0 else hidden,),
+            output_args=(output if rank == stages - 1 else hidden,),
+            group=self.mesh.group("pp"),
         )
-        return torch.stack(losses).sum() if self.is_last else None
+
+        def loss_function(output: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(output, targets) / count * self._loss_scale
+
+        return kind(stage, count, loss_fn=loss_function, scale_grads=False)
 
 
 def make_runner(
@@ -192,12 +193,7 @@ def make_runner(
     mesh: Mesh,
     schedule: Literal["1f1b", "gpipe"],
 ) -> Runner:
-    """The runner for this mesh. Raises ValueError where a schedule needs more micro-batches than there are."""
+    """The runner for this mesh; 1f1b needs at least as many micro-batches as there are stages."""
     if mesh.size("pp") == 1:
         return LocalRunner(module, loss_function, micro_batches)
-    if schedule == "1f1b" and micro_batches.count < mesh.size("pp"):
-        raise ValueError(
-            f"the 1f1b schedule over {mesh.size('pp')} stages needs at least as many micro-batches, got "
-            f"{micro_batches.count}: raise global_batch_size, lower micro_batch_size, or choose gpipe"
-        )
     return PipelineRunner(module, loss_function, micro_batches, mesh, schedule)

@@ -44,7 +44,7 @@ def split_rows(rows: int, parts: int, index: int) -> tuple[int, int]:
 def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     """The rows of `parameter` this rank holds.
 
-    Mesh dimensions named "tp" cut first and "dp" cuts what is left, whatever their order in the mesh.
+    Mesh dimensions named "tp" cut first and "dp", or "dp_shard", cuts what is left, whatever their order in the mesh.
     `is_copy` marks a parameter that another pipeline stage owns (a tied embedding's second copy).
     """
     start, stop, writer = 0, parameter.shape[0], not is_copy
@@ -53,7 +53,7 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
         local = local_tensor(parameter.detach())
         mesh = parameter.device_mesh
         names = mesh.mesh_dim_names or ()
-        for dim in sorted(range(mesh.ndim), key=lambda d: names[d] == "dp"):
+        for dim in sorted(range(mesh.ndim), key=lambda d: names[d].startswith("dp")):
             if not parameter.placements[dim].is_replicate():
                 low, high = split_rows(stop - start, mesh.size(dim), mesh.get_local_rank(dim))
                 start, stop = start + low, start + high

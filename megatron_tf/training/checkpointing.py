@@ -37,6 +37,8 @@ class Progress:
     """Steps that Adam's bias correction counts."""
     skipped: int = 0
     """Batches that were read and not trained on, since their loss or gradient was not finite."""
+    overflows: int = 0
+    """Batches that were read and not trained on, since their gradients overflowed at a loss scale too high."""
     lineage: tuple[dict[str, Any], ...] = ()
     """Growth so far, oldest first."""
     after_growth: dict[str, Any] | None = None
@@ -60,6 +62,10 @@ class Progress:
     def after_skip(self, samples: int) -> "Progress":
         """One batch further in the data, and not a step: the schedule stays where it was."""
         return replace(self, samples=self.samples + samples, skipped=self.skipped + 1)
+
+    def after_overflow(self, samples: int) -> "Progress":
+        """As `after_skip`, for no fault of the batch."""
+        return replace(self, samples=self.samples + samples, overflows=self.overflows + 1)
 
 
 def new_progress(config: ModelConfig, tokenizer: dict[str, Any]) -> Progress:
@@ -91,9 +97,12 @@ def save_state(
             "tokens": progress.tokens,
             "adam_steps": progress.adam_steps,
             "skipped": progress.skipped,
+            "overflows": progress.overflows,
         },
         "usage": {"flops": progress.flops, "device_seconds": progress.device_seconds},
     }
+    if (loss_scale := state.scaler.state()) is not None:
+        metadata["loss_scale"] = loss_scale
     if progress.after_growth is not None:
         metadata["after_growth"] = progress.after_growth
     label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
@@ -123,6 +132,7 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     for name, module in state.model.pattentions().items():
         module.tau = tau[name]
     state.optimizer.num_steps = training["adam_steps"]
+    state.scaler.load(checkpoint.metadata.get("loss_scale"))
     after_growth = checkpoint.metadata.get("after_growth")
     if after_growth is not None:
         state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])

@@ -20,11 +20,13 @@ from megatron_tf.parallel.mesh import Mesh
 Split = Literal["train", "validation"]
 
 
-def build_loader(dataset: Samples, training: TrainingConfig, mesh: Mesh, consumed_samples: int) -> BatchLoader:
-    """This replica's batches of a data set from the given position on."""
+def build_loader(
+    dataset: Samples, training: TrainingConfig, mesh: Mesh, consumed_samples: int, is_training: bool = True
+) -> BatchLoader:
+    """This replica's batches of a data set from the given position on; of full size where they are not to train on."""
     return BatchLoader(
         dataset,
-        training.global_batch_size,
+        training.batch_size_at if is_training else lambda _: training.global_batch_size,
         training.micro_batch_size,
         mesh.rank("dp"),
         mesh.size("dp"),
@@ -92,7 +94,7 @@ def _open(config: RunConfig, prefix: str, split: Split, asked: int, cache: Path)
 def samples_of_run(training: TrainingConfig, split: Split) -> int:
     """Samples that Megatron-LM would prepare of a split for the whole run."""
     if split == "train":
-        return training.train_iters * training.global_batch_size
+        return training.samples_of(training.train_iters)
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
     return evaluations * training.eval_iters * training.global_batch_size
 

@@ -54,8 +54,7 @@ class Loop:
         self.state, self.progress = begun.state, begun.progress
         self.tools, self.again = tools, again
         training = config.training
-        self.samples, self.tokens = training.global_batch_size, training.global_batch_size * training.seq_length
-        self.flops = float(self.tokens * training_flops(self.config.model, training.seq_length))
+        self.flops_per_token = float(training_flops(self.config.model, training.seq_length))
         self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
         self.peak_flops = peak_flops(self.config, self.state.mesh.device)
         self.spikes = SpikeDetector(training.loss_spike_sigmas)
@@ -67,6 +66,8 @@ class Loop:
         is_last = False
         while self.progress.step < training.train_iters and not is_last:
             result = self._step()
+            if result.is_overflow:
+                continue
             if result.unsound:
                 self._skip(result)
                 continue
@@ -90,32 +91,39 @@ class Loop:
     def _step(self) -> StepResult:
         phases, profiler, log = self.tools.phases, self.tools.profiler, self.tools.log
         began = time.perf_counter()
-        number = self.progress.step + 1
+        number, training = self.progress.step + 1, self.config.training
+        samples = training.batch_size_at(self.progress.samples)
+        tokens = samples * training.seq_length
         phases.detail = f"of step {number}"
         phases.enter("data")
         batch = next(self.tools.loader)
         phases.enter("forward-backward")
-        lr = self._learning_rate()
+        lr = self._learning_rate(tokens)
         with profiler.step(number):
             result = train_step(self.state, batch, lr)
         phases.enter("report")
         self._account()
         if profiler.written is not None:
             log.say(f"step {number:>6}  traced: {profiler.written}, and one for each other rank")
-        if not result.unsound:
-            self.progress = self.progress.after_step(self.samples, self.tokens, self.flops)
-            self._report(result, lr, time.perf_counter() - began)
+        if result.is_overflow:
+            self.progress = self.progress.after_overflow(samples)
+            self._report_overflow()
+        elif result.unsound:
+            self.progress = self.progress.after_skip(samples)
+        else:
+            self.progress = self.progress.after_step(samples, tokens, tokens * self.flops_per_token)
+            self._report(result, tokens, lr, time.perf_counter() - began)
         return result
 
-    def _report(self, result: StepResult, lr: float, seconds: float) -> None:
+    def _report(self, result: StepResult, tokens: int, lr: float, seconds: float) -> None:
         log, progress, communication = self.tools.log, self.progress, self.tools.profiler.communication
-        flops_per_second = self.flops / seconds / self.world_size
+        flops_per_second = tokens * self.flops_per_token / seconds / self.world_size
         values = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": lr,
             "tokens": progress.tokens,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "teraflops_per_device": flops_per_second / 1e12,
             "flops": progress.flops,
             "device_hours": progress.device_seconds / 3600,
@@ -125,12 +133,14 @@ class Loop:
             values["mfu"] = flops_per_second / self.peak_flops
         if communication is not None:
             values["seconds/communication"] = communication
+        if self.state.scaler.is_fp16:
+            values["loss_scale"] = self.state.scaler.scale
         if not log.is_interval(progress.step):
-            log.step(progress.step, self.tokens, values)
+            log.step(progress.step, tokens, values)
             return
         memory, phases = peak_memory(self.state.mesh), self.tools.phases.take()
         values |= {"memory_bytes": memory, **{f"seconds/{name}": part for name, part in phases.items()}}
-        log.step(progress.step, self.tokens, values)
+        log.step(progress.step, tokens, values)
         notes = [f"{flops_per_second / 1e12:.3g} TFLOP/s a device", f"{memory / 2**30:.2f} GiB"]
         if self.peak_flops is not None:
             notes.insert(1, f"MFU {values['mfu']:.1%}")
@@ -144,14 +154,22 @@ class Loop:
         self.progress = dataclasses.replace(self.progress, device_seconds=held)
         self.tools.accounted = now
 
-    def _learning_rate(self) -> float:
-        lr = learning_rate(self.config.optimizer, self.progress.step, self.config.training.train_iters)
-        growth = self.progress.after_growth
-        return lr * rewarmup(self.progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
+    def _learning_rate(self, step_tokens: int) -> float:
+        progress, iters = self.progress, self.config.training.train_iters
+        lr = learning_rate(self.config.optimizer, progress.step, iters, progress.tokens, step_tokens)
+        growth = progress.after_growth
+        return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
+
+    def _report_overflow(self) -> None:
+        log, step, samples, scale = self.tools.log, self.progress.step, self.progress.samples, self.state.scaler.scale
+        log.event({"event": "overflow", "step": step, "samples": samples, "loss_scale": scale})
+        log.say(
+            f"step {step:>6}  gradients overflow in fp16, the loss scale is now {scale:g}; the batch that ends at "
+            f"sample {samples:,} is skipped"
+        )
 
     def _skip(self, result: StepResult) -> None:
         log = self.tools.log
-        self.progress = self.progress.after_skip(self.samples)
         self.skipped_in_a_row += 1
         step, samples = self.progress.step, self.progress.samples
         log.event({"event": "skipped", "step": step, "samples": samples, "unsound": dict(result.unsound)})
@@ -176,7 +194,7 @@ class Loop:
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint, and go on behind the data read since."""
-        read, spent = self.progress.samples, self.progress
+        spent = self.progress
         self.tools.saver.wait()
         begun = self.again(self.state)
         if begun.origin is None:
@@ -184,15 +202,16 @@ class Loop:
         self.rewinds_in_a_row += 1
         self.progress = dataclasses.replace(
             begun.progress,
-            samples=read,
-            skipped=begun.progress.skipped + (read - begun.progress.samples) // self.samples,
+            samples=spent.samples,
+            skipped=spent.skipped + spent.step - begun.progress.step,
+            overflows=spent.overflows,
             flops=spent.flops,
             device_seconds=spent.device_seconds,
         )
         self.spikes.in_a_row = 0
-        self.tools.log.event({"event": "rewind", "step": self.progress.step, "samples": read})
+        self.tools.log.event({"event": "rewind", "step": self.progress.step, "samples": spent.samples})
         self.tools.log.say(
-            f"step {self.progress.step:>6}  went back to {begun.origin}, and goes on behind sample {read:,}"
+            f"step {self.progress.step:>6}  went back to {begun.origin}, and goes on behind sample {spent.samples:,}"
         )
         if self.rewinds_in_a_row == _REWINDS_IN_A_ROW:
             self._give_up(f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
@@ -211,7 +230,7 @@ class Loop:
         """Mean losses over the first `eval_iters` global batches of each validation set."""
         training, losses = self.config.training, {"": 0.0}
         for part in self.tools.validation:
-            with build_loader(part.samples, training, self.state.mesh, 0) as loader:
+            with build_loader(part.samples, training, self.state.mesh, 0, is_training=False) as loader:
                 total = 0.0
                 for _ in range(training.eval_iters):
                     self.tools.phases.enter("evaluation")

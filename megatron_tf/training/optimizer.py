@@ -9,21 +9,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from megatron_tf.config import OptimizerConfig
+from megatron_tf.config import OptimizerConfig, ParameterKind
 from megatron_tf.kernels.adapters import adamw, set_adam_state
+from megatron_tf.model.kinds import parameter_kind
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def kind_of(name: str) -> str:
-    """embedding, qkv, proj, ffn, final_norm or head: what a parameter belongs to."""
-    parts = name.split(".")
-    if parts[0] != "layers":
-        return parts[0]
-    module = parts[-2] if parts[2] == "attention" else parts[2]
-    return "qkv" if module in ("query", "key", "value") else module
 
 
 class Optimizer:
@@ -74,7 +66,7 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         self._trained: list[tuple[int, slice, Tensor]] = []
         for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
-            decay = 0.0 if shard.name.startswith("final_norm.") else self.config.weight_decay
+            decay = self._weight_decay(parameter_kind(shard.name))
             for rows, scale in ((slice(0, old), lr_scale), (slice(old, len(shard.tensor)), 1.0)):
                 if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
                     part = shard.tensor[rows]
@@ -92,6 +84,10 @@ class Optimizer:
             self.config.adam_eps,
         )
         self._fill_state()
+
+    def _weight_decay(self, kind: ParameterKind) -> float:
+        default = 0.0 if kind == "final_norm" else self.config.weight_decay
+        return self.config.weight_decay_by_kind.get(kind, default)
 
     def _fill_state(self) -> None:
         moments = [
@@ -177,7 +173,7 @@ class Optimizer:
     def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
         sums: dict[str, float] = {}
         for name, square in zip(self.position, squares, strict=True):
-            kind = kind_of(name)
+            kind = parameter_kind(name)
             sums[kind] = sums.get(kind, 0.0) + square
         return {kind: math.sqrt(total) for kind, total in sums.items()}
 

@@ -1,24 +1,29 @@
-"""Learning rate as a function of the step."""
+"""Learning rate as a function of the step, or of the tokens trained on."""
 
 import math
 
 from megatron_tf.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: int, train_iters: int) -> float:
-    """Rate of step `step` (the first is 0): linear warm-up from zero, then decay to min_lr, then min_lr."""
-    end = config.lr_decay_iters or train_iters
-    warmup = config.lr_warmup_iters
+def learning_rate(config: OptimizerConfig, step: int, train_iters: int, tokens: int = 0, step_tokens: int = 1) -> float:
+    """Rate of step `step` (the first is 0): linear warm-up from zero, then decay to min_lr, then min_lr.
+
+    By `lr_decay_tokens` the same over the `tokens` trained on before the step, which itself has `step_tokens`.
+    """
+    by_tokens = config.lr_decay_tokens is not None
+    place, stride = (tokens, step_tokens) if by_tokens else (step, 1)
+    end = config.lr_decay_tokens or config.lr_decay_iters or train_iters
+    warmup = config.lr_warmup_tokens or config.lr_warmup_iters
     if config.lr_warmup_fraction is not None:
         warmup = round(config.lr_warmup_fraction * end)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
+    if place < warmup:
+        return config.lr * min(1.0, (place + stride) / warmup)
     if config.lr_decay_style == "constant":
         return config.lr
     start = warmup
     if config.lr_decay_style == "WSD":
-        start = max(warmup, end - (config.lr_wsd_decay_iters or round(end / 10)))
-    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+        start = max(warmup, end - (config.lr_wsd_decay_tokens or config.lr_wsd_decay_iters or round(end / 10)))
+    progress = min(1.0, max(0.0, (place - start) / max(1, end - start)))
     share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1.0 - progress
     return config.min_lr + (config.lr - config.min_lr) * share
 

@@ -20,10 +20,11 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.training.loss_scale import LossScaler
 from megatron_tf.training.optimizer import Optimizer
 from megatron_tf.training.phases import Phases
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TrainState:
     """The rows of parameters this rank holds."""
     optimizer: Optimizer
     runner: Runner
+    scaler: LossScaler
     boundaries: Boundaries
     kernels: Kernels
     phases: Phases
@@ -58,37 +60,39 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
     """
     training, parallel = config.training, config.parallel
     dtype = DTYPES[training.precision]
-    count = num_micro_batches(config, mesh.size("dp"))
+    check_batch_sizes(config, mesh)
     shapes = micro_batch_shapes(
-        config.model,
-        mesh,
-        count,
-        training.micro_batch_size,
-        training.seq_length,
-        parallel.sequence_parallel,
-        dtype,
+        config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
     )
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     kernels = choose(to_dict(config.kernels), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
-    runner = make_runner(model, mean_token_loss(mesh, count), shapes, mesh, parallel.pipeline_schedule)
+    runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
     optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
     boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
-    return TrainState(mesh, model, shards, optimizer, runner, boundaries, kernels, phases or Phases())
+    scaler = LossScaler(config.loss_scale, training.precision == "fp16")
+    return TrainState(mesh, model, shards, optimizer, runner, scaler, boundaries, kernels, phases or Phases())
 
 
-def num_micro_batches(config: RunConfig, replicas: int) -> int:
-    """Micro-batches of one step on each of `replicas`. Raises ValueError where the global batch does not split."""
-    training = config.training
-    count, rest = divmod(training.global_batch_size, training.micro_batch_size * replicas)
-    if rest:
-        raise ValueError(
-            f"training.global_batch_size ({training.global_batch_size}) must be divisible by "
-            f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
-        )
-    return count
+def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
+    """Raise ValueError, with the numbers, where a batch does not split into micro-batches of every replica, or into too
+    few of them for the pipeline's schedule."""
+    training, stages, replicas = config.training, mesh.size("pp"), mesh.size("dp")
+    for size in training.batch_sizes:
+        key = "global_batch_size" if size == training.global_batch_size else "a batch of rampup_batch_size"
+        count, rest = divmod(size, training.micro_batch_size * replicas)
+        if rest:
+            raise ValueError(
+                f"training.{key} ({size}) must be divisible by "
+                f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
+            )
+        if config.parallel.pipeline_schedule == "1f1b" and stages > 1 and count < stages:
+            raise ValueError(
+                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, training.{key} ({size}) "
+                f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
+            )
 
 
 def _build_optimizer(

@@ -25,26 +25,30 @@ class StepResult:
     """The same by kind of parameter."""
     unsound: Mapping[str, int] = field(default_factory=dict)
     """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then."""
+    is_overflow: bool = False
+    """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
 
 def train_step(state: TrainState, batch: Tensor, lr: float) -> StepResult:
     """Forward, backward and update on this replica's part of the batch: ids [count, B, S + 1]."""
     inputs, targets, options = prepare(state, batch)
-    loss = state.runner.train(inputs, targets, options)
-    scale = loss_scale(state, targets)
+    loss_scale = state.scaler.scale
+    loss = state.runner.train(inputs, targets, options, loss_scale)
+    scale = mask_scale(state, targets)
     value = mean_loss(loss, state.mesh) * scale
     if not math.isfinite(value):
         state.optimizer.discard()
         return StepResult(value, math.nan, unsound={"loss": _first_rank_unsound(loss, state.mesh)})
     state.phases.enter("optimizer")
-    grad_norm = state.optimizer.step(lr, scale)
-    return StepResult(value, grad_norm, state.optimizer.norms, state.optimizer.unsound)
+    grad_norm = state.optimizer.step(lr, scale / loss_scale)
+    is_overflow = state.scaler.update(math.isfinite(grad_norm))
+    return StepResult(value, grad_norm, state.optimizer.norms, state.optimizer.unsound, is_overflow)
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:
     """Mean loss over the tokens of a global batch, of which `batch` [count, B, S + 1] is this replica's part."""
     inputs, targets, options = prepare(state, batch)
-    return mean_loss(state.runner.evaluate(inputs, targets, options), state.mesh) * loss_scale(state, targets)
+    return mean_loss(state.runner.evaluate(inputs, targets, options), state.mesh) * mask_scale(state, targets)
 
 
 def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -59,7 +63,7 @@ def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str,
     return inputs, targets, options
 
 
-def loss_scale(state: TrainState, targets: Tensor) -> float:
+def mask_scale(state: TrainState, targets: Tensor) -> float:
     """What makes a mean over all targets of the global batch one over those that are not ignored."""
     if not state.boundaries.mask_loss:
         return 1.0

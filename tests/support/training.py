@@ -7,7 +7,7 @@ from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.training.state import build_state
-from megatron_tf.training.step import loss_scale, mean_loss, prepare, train_step
+from megatron_tf.training.step import mask_scale, mean_loss, prepare, train_step
 
 VOCAB = 100
 EOD = 48
@@ -46,6 +46,14 @@ def random_batch(config: RunConfig, step: int, mesh) -> torch.Tensor:
     return ids.unflatten(0, (-1, mesh.size("dp"), training.micro_batch_size))[:, mesh.rank("dp")]
 
 
+def shard_group(mesh):
+    """The ranks that share one copy of this rank's parameters over the data axis; None where there is only this one."""
+    if mesh.flat_data_mesh is None:
+        return mesh.group("dp")
+    shard = mesh.device_mesh["dp_shard"]
+    return shard.get_group() if shard.size() > 1 else None
+
+
 def whole_gradients(state):
     """Name -> gradient of the logical tensor, for the parameters of this rank's stage, before the optimizer's step.
 
@@ -54,7 +62,7 @@ def whole_gradients(state):
     gradients = {}
     for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
         local = local_tensor(parameter.grad).detach()
-        gathered = all_gather_copy(local, 0, state.mesh.group("dp"))
+        gathered = all_gather_copy(local, 0, shard_group(state.mesh))
         if not is_replicated(shard.name):
             gathered = all_gather_copy(gathered, 0, state.mesh.group("tp"))
         gradients[shard.name] = gathered.numpy().copy()
@@ -65,7 +73,7 @@ def training_run(mesh, config: RunConfig, steps: int = 20):
     """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
     state = build_state(config, mesh, EOD)
     inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
-    loss, scale = state.runner.train(inputs, targets, options), loss_scale(state, targets)
+    loss, scale = state.runner.train(inputs, targets, options), mask_scale(state, targets)
     gradients = whole_gradients(state)
     curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale))]
     for step in range(1, steps):

@@ -47,6 +47,9 @@ def test_a_world_that_does_not_fit_the_layout():
     for asked in (None, 1):
         with pytest.raises(LayoutError, match="6 rank"):
             data_parallel_size(6, 2, 2, asked)
+    assert data_parallel_size(8, 2, 1, None, 2) == 4
+    with pytest.raises(LayoutError, match=r"4 replica\(s\) are no multiple of parallel.data_parallel_shard_size \(3\)"):
+        data_parallel_size(8, 2, 1, None, 3)
 
 
 def test_stages_are_balanced_with_the_head_counted():

@@ -17,7 +17,7 @@ def test_logits_loss_and_gradients(case):
     model, tensors, facts = golden_model(case)
     logits = model(tensors["input_ids"])
     assert (logits.transpose(0, 1) - tensors["logits"]).abs().max() < 2e-5
-    loss = mean_token_loss(ONE_PROCESS, 1)(logits, tensors["labels"])
+    loss = mean_token_loss(ONE_PROCESS)(logits, tensors["labels"])
     loss.backward()
     assert abs(loss.item() - facts["loss"]) < 1e-6
     for name, parameter in model.named_parameters():
@@ -29,7 +29,7 @@ def test_logits_loss_and_gradients(case):
 @pytest.mark.parametrize("case", CASES)
 def test_float64_loss(case):
     model, tensors, facts = golden_model(case, torch.float64)
-    loss = mean_token_loss(ONE_PROCESS, 1)(model(tensors["input_ids"]), tensors["labels"])
+    loss = mean_token_loss(ONE_PROCESS)(model(tensors["input_ids"]), tensors["labels"])
     assert abs(loss.item() - facts["loss_fp64"]) < 1e-6  # rotary tables are fp32, as in the official code
 
 
@@ -38,7 +38,7 @@ def test_five_adam_steps():
     names = parameter_names(model.config)
     config = OptimizerConfig(lr=facts["optimizer"]["lr"])
     optimizer = Optimizer(list(model.parameters()), parameter_shards(model), names, config, ONE_PROCESS)
-    loss_function = mean_token_loss(ONE_PROCESS, 1)
+    loss_function = mean_token_loss(ONE_PROCESS)
     inputs, labels = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
     for expected_loss, expected_norm in zip(facts["losses_before_each_step"], facts["grad_norms"], strict=True):
         loss = loss_function(model(inputs), labels)

@@ -1,12 +1,15 @@
-"""Old tokens at a learning rate of their own: as two runs of torch's AdamW, and frozen ones untouched."""
+"""Old tokens at a learning rate of their own, as two runs of torch's AdamW; decay by kind of parameter."""
 
 import pytest
 import torch
 
-from megatron_tf.config import OptimizerConfig
+from megatron_tf.config import ConfigError, OptimizerConfig
+from megatron_tf.model.kinds import parameter_kind
+from megatron_tf.model.parallelize import parameter_names
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.training.optimizer import MOMENTS, Optimizer
+from tests.support.training import small_run
 
 NAME, OLD, ROWS = "layers.0.ffn.key_tokens", 4, 7
 LR = 1e-2
@@ -73,3 +76,53 @@ def test_moments_and_steps_go_on_where_they_were():
         other.grad = gradient.clone()
         second.step(LR)
     torch.testing.assert_close(other.detach(), adamw(start, gradients, LR), rtol=1e-5, atol=1e-6)
+
+
+KINDS = {
+    "embedding.weight": "embedding",
+    "layers.0.attention.query.key_tokens": "qkv",
+    "layers.0.attention.key.value_tokens": "qkv",
+    "layers.11.attention.value.weight": "qkv",
+    "layers.0.attention.proj.key_tokens": "proj",
+    "layers.0.ffn.value_tokens": "ffn",
+    "layers.0.ffn.up.weight": "ffn",
+    "final_norm.bias": "final_norm",
+    "head.weight": "head",
+}
+
+
+@pytest.mark.parametrize("layer", ["tokenformer", "transformer"])
+def test_every_parameter_has_a_kind(layer):
+    tokens = {"qkv_tokens": None, "proj_tokens": None} if layer == "transformer" else {}
+    config = small_run(model={"layer": layer, "untie_embeddings_and_output_weights": True, **tokens}).model
+    assert {parameter_kind(name) for name in parameter_names(config)} == set(KINDS.values())
+    assert {name: parameter_kind(name) for name in KINDS} == KINDS
+
+
+@pytest.mark.parametrize(
+    ("by_kind", "expected"),
+    [
+        ({}, dict.fromkeys(KINDS.values(), 0.1) | {"final_norm": 0.0}),
+        (
+            {"embedding": 0.0, "ffn": 0.5, "final_norm": 0.2},
+            {"embedding": 0.0, "qkv": 0.1, "proj": 0.1, "ffn": 0.5, "final_norm": 0.2, "head": 0.1},
+        ),
+    ],
+    ids=["default", "by kind"],
+)
+def test_each_kind_has_its_decay(by_kind, expected):
+    """Without a gradient AdamW leaves a parameter times 1 - lr * decay."""
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in KINDS]
+    shards = [RowShard(name, (2, 3), 0, 2, p.detach(), True) for name, p in zip(KINDS, parameters, strict=True)]
+    config = OptimizerConfig(lr=LR, weight_decay=0.1, weight_decay_by_kind=by_kind)
+    optimizer = Optimizer(parameters, shards, list(KINDS), config, Mesh(torch.device("cpu")))
+    for parameter in parameters:
+        parameter.grad = torch.zeros(2, 3)
+    optimizer.step(LR)
+    for (name, kind), parameter in zip(KINDS.items(), parameters, strict=True):
+        torch.testing.assert_close(parameter.detach(), torch.full((2, 3), 1 - LR * expected[kind]), msg=name)
+
+
+def test_a_kind_that_is_none_is_explained():
+    with pytest.raises(ConfigError, match="'embedding', 'qkv', 'proj', 'ffn', 'final_norm' or 'head'"):
+        small_run(optimizer={"weight_decay_by_kind": {"norms": 0.0}})

@@ -1,6 +1,11 @@
-"""The learning rate at the corners of every schedule."""
+"""The learning rate at the corners of every schedule, and what holds of any of them."""
+
+import itertools
+import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_tf.config import OptimizerConfig
 from megatron_tf.training.schedule import learning_rate, rewarmup
@@ -42,10 +47,62 @@ def test_the_warm_up_after_growth():
     ("options", "message"),
     [
         ({"lr_warmup_fraction": 0.1}, "give one"),
-        ({"lr_wsd_decay_iters": 5}, "is for lr_decay_style: WSD, it is cosine"),
+        ({"lr_wsd_decay_iters": 5}, "are for lr_decay_style: WSD, it is cosine"),
         ({"min_lr": 2.0}, "is above lr"),
     ],
 )
 def test_settings_that_contradict(options, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**(BASE | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_warmup_tokens": 5}, r"needs lr_decay_tokens and no key by steps: given are \['lr_warmup_tokens'\]"),
+        ({"lr_decay_tokens": 50, "lr_warmup_iters": 5}, "no key by steps"),
+        ({"lr_decay_tokens": 50, "lr_warmup_tokens": 5, "lr_warmup_fraction": 0.1}, "given twice"),
+    ],
+)
+def test_tokens_and_steps_are_not_mixed(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(lr=1.0, **options)
+
+
+@st.composite
+def schedules(draw):
+    """(the schedule by steps, the same by tokens, tokens of a step, steps to its end)."""
+    style = draw(st.sampled_from(sorted(CORNERS)))
+    end, step_tokens = draw(st.integers(2, 300)), draw(st.integers(1, 5000))
+    lengths = {"warmup": draw(st.integers(0, end - 1)), "decay": end}
+    if style == "WSD":
+        lengths["wsd_decay"] = draw(st.integers(1, end - lengths["warmup"]))
+    rates = {"lr": 1e-3, "min_lr": draw(st.floats(0, 1e-3)), "lr_decay_style": style}
+    by_steps = OptimizerConfig(**rates, **{f"lr_{key}_iters": length for key, length in lengths.items()})
+    in_tokens = {f"lr_{key}_tokens": length * step_tokens for key, length in lengths.items()}
+    return by_steps, OptimizerConfig(**rates, **in_tokens), step_tokens, end
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_any_schedule_is_continuous_clamped_and_the_same_by_steps_and_by_tokens(case):
+    config, in_tokens, step_tokens, end = case
+    rates = [learning_rate(config, step, 10**6) for step in range(end + 20)]
+    by_tokens = [learning_rate(in_tokens, 0, 10**6, step * step_tokens, step_tokens) for step in range(end + 20)]
+    assert by_tokens == pytest.approx(rates, rel=1e-9)
+    assert all(0 < rate <= config.lr for rate in rates[: config.lr_warmup_iters + 1])
+    assert all(config.min_lr * (1 - 1e-9) <= rate <= config.lr * (1 + 1e-9) for rate in rates[config.lr_warmup_iters :])
+    assert rates[end:] == [config.lr if config.lr_decay_style == "constant" else config.min_lr] * 20
+    decay = config.lr_wsd_decay_iters or end - config.lr_warmup_iters
+    steepest = max(config.lr / max(1, config.lr_warmup_iters), (config.lr - config.min_lr) * math.pi / 2 / decay)
+    assert max(abs(b - a) for a, b in itertools.pairwise(rates)) <= steepest * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(schedules(), st.integers(1, 7), st.integers(0, 20000))
+def test_a_warm_up_by_tokens_ends_at_the_rate_whatever_a_step_has(case, factor, tokens):
+    _, config, step_tokens, _ = case
+    rate = learning_rate(config, 0, 10**6, tokens, step_tokens * factor)
+    assert 0 <= rate <= config.lr * (1 + 1e-9)
+    if tokens < config.lr_warmup_tokens <= tokens + step_tokens * factor:
+        assert rate == config.lr

@@ -20,18 +20,19 @@ def folder(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("faults"), training={"train_iters": 6})
 
 
-def run_with_faults(folder, monkeypatch, name, faults):
-    """Exit code of a run whose batches of these numbers are not finite."""
+def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
+    """Exit code of a run whose batches of these numbers are not finite, or overflow."""
     values = yaml.safe_load((folder / "run.yaml").read_text())
     values["checkpoint"] |= {"save": str(folder / name)}
     values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     original, seen = loop.train_step, iter(range(1000))
 
-    def step(state, batch, lr):
+    def step(*arguments):
         if next(seen) in faults:
-            return StepResult(math.nan, math.nan, unsound={"layers.1.ffn.key_tokens": 0, "head.weight": 3})
-        return original(state, batch, lr)
+            unsound = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
+            return StepResult(math.nan, math.nan, unsound=unsound, is_overflow=is_overflow)
+        return original(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step)
     return pretrain.main([str(folder / f"{name}.yaml")])
@@ -67,3 +68,15 @@ def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch,
     assert CheckpointReader(folder / "many").metadata["training"]["samples"] == 8 * (6 + 5)
     rows = reader.read_rows("model", "embedding.weight", 0, 257)
     assert torch.isfinite(rows).all()
+
+
+def test_overflows_are_no_faults_of_the_data(folder, monkeypatch, capsys):
+    assert run_with_faults(folder, monkeypatch, "overflows", set(range(1, 9)), is_overflow=True) == 0
+    assert "the batch that ends at sample 16 is skipped" in capsys.readouterr().out
+    training = CheckpointReader(folder / "overflows").metadata["training"]
+    assert [training[key] for key in ("step", "skipped", "overflows", "samples")] == [6, 0, 8, 8 * (6 + 8)]
+    lines = [json.loads(line) for line in (folder / "overflows.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates == sorted(rates, reverse=True)
+    assert len(set(rates)) == 6
+    assert [list(stage.steps) for stage in plot_run.read_stages(folder / "overflows.jsonl")] == [[1, 2, 3, 4, 5, 6]]

@@ -187,7 +187,7 @@ def test_blends_keep_their_proportions_beyond_a_block(dataset):
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_replicas(dataset, replicas):
     samples = gpt(dataset)
-    loaders = [BatchLoader(samples, 8, 2, replica, replicas, 16) for replica in range(replicas)]
+    loaders = [BatchLoader(samples, lambda _: 8, 2, replica, replicas, 16) for replica in range(replicas)]
     next(loaders[0]), [next(loader) for loader in loaders[1:]]
     batches = np.stack([next(loader).numpy() for loader in loaders], axis=1)
     expected = [samples[i].tolist() for i in range(24, 32)]

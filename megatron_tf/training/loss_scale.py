@@ -1,0 +1,55 @@
+"""Dynamic loss scaling for fp16 (arXiv 1710.03740), as Megatron-LM does it."""
+
+from collections.abc import Mapping
+
+from megatron_tf.config import LossScaleConfig
+
+
+class LossScaler:
+    """The loss is multiplied by `scale` before backward, gradients are divided by it before they are used.
+
+    A gradient that is not finite halves the scale once `hysteresis` of them came since it was last doubled; it is
+    doubled after `loss_scale_window` steps without one. Every rank sees the same gradients' norm, so all agree.
+    """
+
+    def __init__(self, config: LossScaleConfig, is_fp16: bool) -> None:
+        self.config = config
+        self.is_fp16 = is_fp16
+        self.is_dynamic = is_fp16 and config.loss_scale is None
+        self.scale = (config.loss_scale or config.initial_loss_scale) if is_fp16 else 1.0
+        self.growth_tracker = 0
+        self.hysteresis_tracker = config.hysteresis
+
+    def update(self, is_finite: bool) -> bool:
+        """Learn from a step; whether its gradients were not finite at a scale that could be lowered."""
+        if not self.is_dynamic:
+            return False
+        if is_finite:
+            self.growth_tracker += 1
+            if self.growth_tracker == self.config.loss_scale_window:
+                self.growth_tracker, self.hysteresis_tracker = 0, self.config.hysteresis
+                self.scale *= 2.0
+            return False
+        is_overflow = self.scale > self.config.min_loss_scale
+        self.growth_tracker = 0
+        self.hysteresis_tracker -= 1
+        if self.hysteresis_tracker <= 0:
+            self.scale = max(self.scale / 2.0, self.config.min_loss_scale)
+        return is_overflow
+
+    def state(self) -> dict[str, float] | None:
+        """What a checkpoint keeps of it; None where there is nothing to keep."""
+        if not self.is_dynamic:
+            return None
+        return {
+            "scale": self.scale,
+            "growth_tracker": self.growth_tracker,
+            "hysteresis_tracker": self.hysteresis_tracker,
+        }
+
+    def load(self, state: Mapping[str, float] | None) -> None:
+        """Go on from what a checkpoint kept; from the configuration where it kept nothing."""
+        if self.is_dynamic and state is not None:
+            self.scale = state["scale"]
+            self.growth_tracker = int(state["growth_tracker"])
+            self.hysteresis_tracker = int(state["hysteresis_tracker"])
