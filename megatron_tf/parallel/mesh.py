@@ -6,6 +6,7 @@ DeviceMesh: "dp_replicate" over the groups and "dp_shard" within one.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -36,6 +37,8 @@ class Mesh:
     device: torch.device
     device_mesh: DeviceMesh | None = None
     store: dist.Store | None = None
+    local_rank: int = 0
+    """This rank's index among those of its host."""
     flat_data_mesh: DeviceMesh | None = None
     """The data axis as one, where it is two of `device_mesh`."""
 
@@ -74,6 +77,14 @@ class Mesh:
         """All ranks in a group of its own for objects on the host, for a thread beside the main one. Every rank must
         call it."""
         return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
+
+    def first_on_host_first(self, action: Callable[[], None]) -> None:
+        """Do something on one rank of each host, and then on the others, which find what it left there."""
+        for is_first in (True, False):
+            if is_first == (self.local_rank == 0):
+                action()
+            if self.world is not None:
+                dist.barrier(self.world)
 
     @property
     def is_first_rank(self) -> bool:
@@ -120,7 +131,7 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta, 
     # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store)
+    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store, local_rank=local_rank)
 
 
 def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:

@@ -15,6 +15,7 @@ from megatron_tf.model.parallelize import (
     micro_batch_shapes,
     parameter_names,
     parameter_shards,
+    warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
@@ -67,6 +68,7 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     kernels = choose(to_dict(config.kernels), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
+    warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
     runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
