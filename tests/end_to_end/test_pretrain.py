@@ -76,6 +76,12 @@ def test_data_made_with_another_tokenizer(folder):
     assert "another tokenizer" in done.stderr
 
 
+def test_a_full_disk_under_the_metrics_does_not_end_the_run(folder):
+    done = run("megatron_tf.pretrain", folder / "run.yaml", "--logging.metrics_file=/dev/full")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: /dev/full: [Errno 28] No space left on device; training goes on") == 1
+
+
 def test_truncated_data(folder):
     path = folder / "data_text_document.bin"
     original = path.read_bytes()
