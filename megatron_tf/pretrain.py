@@ -43,8 +43,11 @@ def run(config: RunConfig) -> int:
     """Join the other ranks and train; returns the exit code."""
     # after the configuration is known to be sound: it takes seconds
     from megatron_tf.training.checkpointing import stage_reached
+    from megatron_tf.training.determinism import use_deterministic_algorithms
     from megatron_tf.training.trainer import train
 
+    if config.training.deterministic:
+        use_deterministic_algorithms()
     parallel = config.at_stage(stage_reached(config)).parallel
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,

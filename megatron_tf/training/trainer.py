@@ -104,7 +104,7 @@ def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progr
         samples = training.batch_size_at(progress.samples)
         tokens = samples * training.seq_length
         lr = _learning_rate(staged, progress)
-        result = train_step(state, next(tools.loader), lr)
+        result = train_step(state, next(tools.loader), lr, progress.samples)
         if result.is_overflow:
             progress = progress.after_overflow(samples)
             _report_overflow(progress, state.scaler.scale, tools.log)
