@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 
 
 def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
-    """(exit code, position of each batch in the data) of a run whose batches of these numbers are not finite, or overflow."""
+    """(exit code, position of each batch) of a run whose batches of these numbers are not finite, or overflow."""
     values = yaml.safe_load((folder / "run.yaml").read_text())
     values["checkpoint"] |= {"save": str(folder / name)}
     values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
