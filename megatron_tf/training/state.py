@@ -82,16 +82,17 @@ def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     few of them for the pipeline's schedule."""
     training, stages, replicas = config.training, mesh.size("pp"), mesh.size("dp")
     for size in training.batch_sizes:
-        key = "global_batch_size" if size == training.global_batch_size else "a batch of rampup_batch_size"
+        whole = size == training.global_batch_size
+        key = "training.global_batch_size" if whole else "a batch of training.rampup_batch_size"
         count, rest = divmod(size, training.micro_batch_size * replicas)
         if rest:
             raise ValueError(
-                f"training.{key} ({size}) must be divisible by "
+                f"{key} ({size}) must be divisible by "
                 f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
             )
         if config.parallel.pipeline_schedule == "1f1b" and stages > 1 and count < stages:
             raise ValueError(
-                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, training.{key} ({size}) "
+                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, {key} ({size}) "
                 f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
             )
 

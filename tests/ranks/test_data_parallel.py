@@ -76,11 +76,13 @@ def exchanges(mesh, config):
 
 
 def counting(collective, kind, seen):
-    """`collective`, counted with the elements of its larger side."""
+    """`collective`, counted with the elements of its larger side; what is exchanged must be fp32."""
 
     def counted(*args, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        assert all(tensor.dtype == torch.float32 for tensor in tensors)
         seen[kind, "calls"] += 1
-        seen[kind, "elements"] += max(t.numel() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        seen[kind, "elements"] += max(tensor.numel() for tensor in tensors)
         return collective(*args, **kwargs)
 
     return counted
@@ -88,9 +90,10 @@ def counting(collective, kind, seen):
 
 @pytest.mark.parametrize(("layout", "shard_size"), [((1, 1, 2), 2), ((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 2)])
 def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
-    """And parameters are gathered once, however many micro-batches there are."""
+    """And parameters are gathered once, however many micro-batches there are; in fp32, whatever activations are."""
     for micro_batches in (2, 4):
-        config = layout_config(layout, training={"global_batch_size": micro_batches * layout[2]})
+        training = {"global_batch_size": micro_batches * layout[2], "precision": "bf16"}
+        config = layout_config(layout, training=training)
         for seen, units, parameters in rank_pool.run(in_layout, *layout, exchanges, layout, shard_size, config):
             expected = {}
             for name in ("all-gather", "reduce-scatter") if shard_size > 1 else ():
