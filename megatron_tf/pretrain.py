@@ -10,6 +10,7 @@ from megatron_tf.config import RunConfig, describe, load_config
 from megatron_tf.parallel.mesh import init_mesh
 
 EXIT_START_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+_MARGIN = timedelta(seconds=30)  # that collectives wait longer than the watch, which has more to say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,24 +40,31 @@ def _say(message: str) -> None:
     print(f"{where}{message}", file=sys.stderr, flush=True)
 
 
+def _end(reason: str | None) -> None:
+    """End this process although its main thread waits."""
+    if reason is not None:
+        _say(f"error: {reason}")
+    os._exit(1)
+
+
 def run(config: RunConfig) -> int:
     """Join the other ranks and train; returns the exit code."""
     # after the configuration is known to be sound: it takes seconds
-    from megatron_tf.training.checkpointing import stage_reached
     from megatron_tf.training.determinism import use_deterministic_algorithms
+    from megatron_tf.training.resume import first_stage
     from megatron_tf.training.trainer import train
 
     if config.training.deterministic:
         use_deterministic_algorithms()
-    parallel = config.at_stage(stage_reached(config)).parallel
+    parallel = config.at_stage(first_stage(config)).parallel
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.data_parallel_size,
-        timedelta(seconds=parallel.distributed_timeout_seconds),
+        timedelta(seconds=parallel.distributed_timeout_seconds) + _MARGIN,
         parallel.data_parallel_shard_size,
     )
-    progress = train(config, mesh)
+    progress = train(config, mesh, _end)
     return 0 if progress.step >= config.training.train_iters else EXIT_START_AGAIN
 
 

@@ -15,7 +15,7 @@ from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.training.datasets import Split, build_dataset, samples_of_run
+from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,16 +25,22 @@ def main(arguments: list[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(known.config, overrides)
-        splits: list[Split] = ["train", "validation"] if config.training.eval_interval else ["train"]
-        for split in splits:
-            started = time.perf_counter()
-            samples = samples_of_run(config.training, split)
-            build(build_dataset(config, split), samples)
-            print(f"{split}: {samples:,} samples, {time.perf_counter() - started:.1f} s")
+        training = config.training
+        report("train", build_dataset(config), samples_of_run(training, "train"))
+        if training.eval_interval:
+            for part in build_validation(config):
+                report(f"validation {part.name}", part.samples, training.eval_iters * training.global_batch_size)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def report(name: str, dataset: Samples, samples: int) -> None:
+    """Build, and say how long it took."""
+    started = time.perf_counter()
+    build(dataset, samples)
+    print(f"{name}: {samples:,} samples, {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def build(dataset: Samples, samples: int) -> None:

@@ -1,4 +1,7 @@
-"""Draw the loss of a run from its metrics files, stage after stage, with growth marked, and sum it up in a table."""
+"""Draw losses from the metrics files of runs, stage after stage, with growth marked, and sum them up in a table.
+
+A file that goes on where the one before ended is a stage of the same run; others are runs beside it.
+"""
 
 import argparse
 import itertools
@@ -13,6 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SMOOTHING_STEPS = 10
+AXES = {
+    "tokens": "tokens",
+    "flops": "floating-point operations of the model",
+    "device_hours": "hours of devices",
+    "step": "steps",
+}
 
 
 @dataclass
@@ -32,15 +41,18 @@ class Stage:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when the picture is written, 1 after an error."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics files (logging.metrics_file), oldest first")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "metrics", nargs="+", type=Path, help="metrics files (logging.metrics_file), of a run oldest first"
+    )
+    parser.add_argument("--x", choices=AXES, default="tokens", help="what losses are drawn against")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--summary", type=Path, help="Markdown file for the table")
     parser.add_argument("--title", default="")
     args = parser.parse_args(arguments)
     try:
         stages = [stage for path in args.metrics for stage in read_stages(path)]
-        draw(stages, args.output, args.title)
+        draw(stages, args.output, args.title, args.x)
         table = summarize(stages)
         print(table)
         if args.summary:
@@ -75,32 +87,35 @@ def read_stages(path: Path) -> list[Stage]:
     return stages
 
 
-def draw(stages: list[Stage], output: Path, title: str) -> None:
-    """Loss against tokens, a colour for each stage, a line at each growth."""
+def draw(stages: list[Stage], output: Path, title: str, x: str = "tokens") -> None:
+    """Loss against `x`, a colour for each stage, a line at each growth. Raises ValueError for metrics without it."""
+    if missing := [stage for stage in stages if any(x not in values for values in stage.steps.values())]:
+        raise ValueError(f"there are steps without {x!r} in the stage of {missing[0].parameters:,} parameters")
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for number, stage in enumerate(stages):
         layout = ", ".join(f"{axis} {size}" for axis, size in stage.layout.items() if size > 1) or "one rank"
         colour = f"C{number}"
-        tokens, loss = stage.series("tokens"), stage.series("loss")
-        axes.plot(tokens, loss, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(tokens, smooth(loss), color=colour, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
-        points = [(stage.steps[step]["tokens"], loss) for step, loss in stage.validation.items() if step in stage.steps]
-        axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, s=24, zorder=3)
+        place, loss = stage.series(x), stage.series("loss")
+        axes.plot(place, loss, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(place, smooth(loss), color=colour, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
+        points = [(stage.steps[step][x], loss) for step, loss in stage.validation.items() if step in stage.steps]
+        axes.scatter([at for at, _ in points], [loss for _, loss in points], color=colour, s=24, zorder=3)
     axes.scatter([], [], color="0.4", s=24, label="held-out text")
     for before, after in itertools.pairwise(stages):
-        if before.parameters != after.parameters:
-            mark_growth(axes, before, after)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+        goes_on = min(after.series("tokens")) > max(before.series("tokens"))
+        if before.parameters != after.parameters and goes_on:
+            mark_growth(axes, before, after, x)
+    axes.set(xlabel=AXES[x], ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
 
-def mark_growth(axes: Axes, before: Stage, after: Stage) -> None:
+def mark_growth(axes: Axes, before: Stage, after: Stage, x: str) -> None:
     """A vertical line where the model grew."""
-    position = before.series("tokens")[-1]
+    position = before.series(x)[-1]
     axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
     text = f" grown: {before.parameters / 1e6:.1f} M to {after.parameters / 1e6:.1f} M"
     axes.text(position, 0.72, text, transform=axes.get_xaxis_transform(), va="top")

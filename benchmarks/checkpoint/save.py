@@ -56,7 +56,7 @@ def main() -> None:
 
     for turn in range(args.turns):
         note("steps without a save", steps(state, batch))
-        step = progress.after_step(turn + 1, 0)
+        step = progress.after_step(turn + 1, 0, 0.0)
         start = time.perf_counter()
         save_state(state, config, step, args.directory / "waiting")
         note("a save that training waits for", time.perf_counter() - start)

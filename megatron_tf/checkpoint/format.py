@@ -32,6 +32,14 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there, damaged, or of something else: the message names the file or tensor."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not what was written: another one may be sound."""
+
+
+class FormatVersionError(CheckpointError):
+    """A checkpoint that another version of this program wrote."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows [start, stop) of a logical tensor, and the file that holds them."""
@@ -105,7 +113,7 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+        raise FormatVersionError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
     if checksum != _checksum_of(body):
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return _parse_manifest(body, path)

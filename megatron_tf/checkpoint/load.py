@@ -17,6 +17,8 @@ from megatron_tf.checkpoint.format import (
     MANIFEST,
     METADATA,
     CheckpointError,
+    DamagedCheckpointError,
+    FormatVersionError,
     TensorEntry,
     file_checksum,
     read_manifest,
@@ -142,8 +144,10 @@ class CheckpointReader:
         """Errors found within also name the newest sound checkpoint, if the one to read was not the user's choice."""
         try:
             yield
+        except FormatVersionError:
+            raise
         except CheckpointError as error:
-            raise CheckpointError(f"{error}{self._another() if self._is_newest else ''}") from error
+            raise DamagedCheckpointError(f"{error}{self._another() if self._is_newest else ''}") from error
 
     def _another(self) -> str:
         for candidate in reversed(complete_checkpoints(self.directory.parent)):

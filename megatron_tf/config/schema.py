@@ -85,6 +85,11 @@ class TrainingConfig:
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
     """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
+    loss_spike_sigmas: Annotated[float, Field(gt=0)] = 8.0
+    """A loss so many standard deviations of its noise above the last ones is reported as a spike."""
+    rewind_after_spikes: Count | None = None
+    """After so many spikes in a row go back to the last checkpoint and go on behind the data read since; by default
+    spikes are only reported."""
     exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = None
     """Save and end with exit code 75 at the first step after so many minutes of this job."""
     hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -254,6 +259,31 @@ class LoggingConfig:
     """Directory for TensorBoard event files."""
     metrics_file: Path | None = None
     """File for one JSON object per step; a resumed run appends."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that gets the metrics too."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; started again under the same name it goes on."""
+    wandb_save_dir: Path | None = None
+    """Directory for the files of Weights & Biases."""
+    peak_teraflops: Annotated[float, Field(gt=0)] | None = None
+    """Rate of one device's matrix products in 1e12 operations a second, to tell the model FLOP utilisation (MFU) by;
+    known for common GPUs in 16 bits."""
+    communication_interval: NonNegative = 100
+    """Steps between those that are profiled for the time ranks spend communicating; 0 for none."""
+    profile_dir: Path | None = None
+    """Directory for traces of steps, one a rank: of those between profile_step_start and _end, and of the step after
+    SIGUSR2."""
+    profile_step_start: Count | None = None
+    """First step to trace."""
+    profile_step_end: Count | None = None
+    """Last step to trace."""
+
+    def __post_init__(self) -> None:
+        ends = self.profile_step_start, self.profile_step_end
+        if (None in ends) != (ends == (None, None)):
+            raise ValueError("profile_step_start and profile_step_end belong together: give both, or neither")
+        if ends != (None, None) and self.profile_dir is None:
+            raise ValueError("profile_step_start needs profile_dir: a directory for the traces")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -336,5 +366,7 @@ class RunConfig:
                 raise ValueError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
 
     def _check_stopping(self) -> None:
+        if self.training.rewind_after_spikes is not None and self.checkpoint.save is None:
+            raise ValueError("training.rewind_after_spikes needs checkpoint.save: there is nothing to go back to")
         if self.training.exit_duration_in_mins is not None and self.checkpoint.save is None:
             raise ValueError("training.exit_duration_in_mins needs checkpoint.save: the run is saved before it ends")

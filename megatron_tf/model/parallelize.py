@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from megatron_tf.config import ModelConfig
 from megatron_tf.data.boundaries import IGNORED_TARGET
 from megatron_tf.kernels.dispatch import Kernels
+from megatron_tf.kernels.warm_up import needs_warm_up, warm_up
 from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.norm import FinalNorm
@@ -16,7 +17,7 @@ from megatron_tf.model.tokenformer import Block, TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
-from megatron_tf.parallel.sharding import RowShard, row_shard
+from megatron_tf.parallel.sharding import RowShard, local_tensor, row_shard
 
 
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
@@ -53,6 +54,20 @@ def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granulari
             module.attend = kernels.attend
         elif isinstance(module, (Block, FinalNorm)):
             module.normalise = kernels.normalise
+
+
+def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mesh) -> None:
+    """Compile what `rows` tokens of a micro-batch need, on one rank of each host first; every rank calls it."""
+    projections = model.pattentions()
+    if not projections or not needs_warm_up(next(iter(projections.values())).kernels):
+        return
+    first = next(iter(projections.values()))
+    # query, key and value run together
+    together = {name: 3 if name.endswith("query") else 1 for name in projections if not name.endswith(("key", "value"))}
+    shapes = {(g * rows, len(local_tensor(projections[name].key_tokens))): None for name, g in together.items()}
+    mesh.first_on_host_first(
+        lambda: warm_up(first.kernels, first.norm, shapes, dtype, mesh.device, mesh.group("tp") is not None)
+    )
 
 
 def parameter_shards(model: TokenFormer) -> list[RowShard]:

@@ -4,7 +4,9 @@ Where replicas share their copies of the parameters in groups smaller than all o
 DeviceMesh: "dp_replicate" over the groups and "dp_shard" within one.
 """
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
+
+from megatron_tf.parallel.launch import adopt_launcher
 
 Axis = Literal["pp", "dp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
@@ -25,10 +29,16 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `device_mesh` is None for a run of one process without torch.distributed."""
+    """This rank's place. `device_mesh` is None for a run of one process without torch.distributed.
+
+    `store` is where the ranks found each other, for what else they have to tell.
+    """
 
     device: torch.device
     device_mesh: DeviceMesh | None = None
+    store: dist.Store | None = None
+    local_rank: int = 0
+    """This rank's index among those of its host."""
     flat_data_mesh: DeviceMesh | None = None
     """The data axis as one, where it is two of `device_mesh`."""
 
@@ -68,6 +78,14 @@ class Mesh:
         call it."""
         return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
+    def first_on_host_first(self, action: Callable[[], None]) -> None:
+        """Do something on one rank of each host, and then on the others, which find what it left there."""
+        for is_first in (True, False):
+            if is_first == (self.local_rank == 0):
+                action()
+            if self.world is not None:
+                dist.barrier(self.world)
+
     @property
     def is_first_rank(self) -> bool:
         """Whether this rank speaks for the run."""
@@ -93,12 +111,12 @@ def data_parallel_size(
 
 
 def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta, shard_size: int | None = None) -> Mesh:
-    """Join the other ranks that torchrun or srun started and lay the mesh over them.
+    """Join the other ranks that torchrun, srun or mpiexec started and lay the mesh over them.
 
     Without a launcher this is one process and torch.distributed stays untouched. Every wait of every group ends
     with an error after `timeout`.
     """
-    _adopt_slurm_environment()
+    adopt_launcher()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     data = data_parallel_size(world_size, tensor, pipeline, data, shard_size)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -113,7 +131,7 @@ def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta, 
     # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return lay_mesh(device, tensor, pipeline, data, shard_size)
+    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store, local_rank=local_rank)
 
 
 def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:
@@ -123,18 +141,7 @@ def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int, shard_
         return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
     sizes, names = (pipeline, data // shard_size, shard_size, tensor), ("pp", "dp_replicate", "dp_shard", "tp")
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    return Mesh(device, mesh, mesh["dp_replicate", "dp_shard"]._flatten("dp"))
-
-
-def _adopt_slurm_environment() -> None:
-    """Let ranks started by srun alone look as those of torchrun; MASTER_ADDR comes from the batch script."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1 or "SLURM_PROCID" not in os.environ:
-        return
-    if "MASTER_ADDR" not in os.environ:
-        raise LayoutError("started by srun without MASTER_ADDR: export it in the batch script (see examples/slurm)")
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({name: os.environ[source] for name, source in names.items()})
-    os.environ.setdefault("MASTER_PORT", "29500")
+    return Mesh(device, mesh, flat_data_mesh=mesh["dp_replicate", "dp_shard"]._flatten("dp"))
 
 
 def first_and_last_stage_group(mesh: Mesh) -> ProcessGroup | None:

@@ -43,8 +43,12 @@ class Progress:
     """Growth so far, oldest first."""
     after_growth: dict[str, Any] | None = None
     """How training goes on after the last growth, as docs/checkpoint_format.md has it."""
+    flops: float = 0.0
+    """Operations of the model in all steps, over all stages of growth."""
+    device_seconds: float = 0.0
+    """Time that devices were held by the run, over all its jobs and ranks."""
 
-    def after_step(self, samples: int, tokens: int) -> "Progress":
+    def after_step(self, samples: int, tokens: int, flops: float) -> "Progress":
         """One optimizer step further."""
         return replace(
             self,
@@ -52,6 +56,7 @@ class Progress:
             samples=self.samples + samples,
             tokens=self.tokens + tokens,
             adam_steps=self.adam_steps + 1,
+            flops=self.flops + flops,
         )
 
     def after_skip(self, samples: int) -> "Progress":
@@ -94,6 +99,7 @@ def save_state(
             "skipped": progress.skipped,
             "overflows": progress.overflows,
         },
+        "usage": {"flops": progress.flops, "device_seconds": progress.device_seconds},
     }
     if (loss_scale := state.scaler.state()) is not None:
         metadata["loss_scale"] = loss_scale
@@ -107,16 +113,12 @@ def save_state(
     return None
 
 
-def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any]) -> Progress | None:
-    """Fill the state from the newest checkpoint in `checkpoint.save`, or from `checkpoint.load` before there is one,
-    grown if a stage of `growth` is due.
+def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any], source: Path) -> Progress:
+    """Fill the state from the checkpoint `source`, grown if a stage of `growth` is due.
 
-    `state` is built for the stage that `stage_reached` tells. None where there is no checkpoint to read. Raises
-    CheckpointError where it is of another model or tokenizer, or damaged.
+    `state` is built for the stage that `stage_reached` tells. Raises CheckpointError where the checkpoint is of another
+    model or tokenizer, DamagedCheckpointError where it is not what was written.
     """
-    source = checkpoint_to_read(config)
-    if source is None:
-        return None
     checkpoint: Checkpoint = CheckpointReader(source)
     _check_same_tokenizer(checkpoint, tokenizer, source)
     saved, due = _stages(checkpoint, config, source)
@@ -134,24 +136,14 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     after_growth = checkpoint.metadata.get("after_growth")
     if after_growth is not None:
         state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])
-    lineage = tuple(checkpoint.metadata["lineage"])
-    return Progress(tau, tokenizer, **training, lineage=lineage, after_growth=after_growth)
+    lineage, usage = tuple(checkpoint.metadata["lineage"]), checkpoint.metadata.get("usage", {})
+    return Progress(tau, tokenizer, **training, lineage=lineage, after_growth=after_growth, **usage)
 
 
-def stage_reached(config: RunConfig) -> int:
-    """Stages of `config.growth` that the run is to have behind it: those in its checkpoint, and those due since."""
-    source = checkpoint_to_read(config)
-    if source is None:
-        return 0
+def stage_reached(config: RunConfig, source: Path) -> int:
+    """Stages of `config.growth` that a run from the checkpoint `source` is to have behind it: those in the checkpoint,
+    and those due since."""
     return _stages(CheckpointReader(source), config, source)[1]
-
-
-def checkpoint_to_read(config: RunConfig) -> Path | None:
-    """Where this run goes on from, if anywhere."""
-    save, load = config.checkpoint.save, config.checkpoint.load
-    if save is not None and (save / "latest").exists():
-        return save
-    return load
 
 
 def _stages(checkpoint: Checkpoint, config: RunConfig, source: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -33,27 +34,61 @@ def build_loader(
     )
 
 
-def build_dataset(config: RunConfig, split: Split) -> Samples:
-    """One data set, or the blend of several. Raises DataError or ConfigError for data that can't be used."""
-    whole = split == "validation" and config.data.valid_data_path is not None
-    weights, prefixes = parse_data_path(config.data.valid_data_path or [] if whole else config.data.data_path)
-    cache = config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
-    samples, training = samples_of_run(config.training, split), config.training
-    datasets = []
-    for weight, prefix in zip(weights, prefixes, strict=True):
-        indexed = IndexedDataset(prefix)
-        parts = split_documents(len(indexed), config.data.split)
-        documents = range(len(indexed)) if whole else parts[0 if split == "train" else 1]
-        lengths = indexed.document_lengths[documents.start : documents.stop]
-        name = f"{Path(prefix).name}:{split}"
-        order: Order
-        if config.data.order == "megatron":
-            asked = samples if len(prefixes) == 1 else samples_of_part(samples, weight, sum(weights))
-            order = MegatronOrder(lengths, training.seq_length, training.seed, name, cache, asked)
-        else:
-            order = SampleOrder(lengths, training.seq_length, training.seed, name, cache)
-        datasets.append(GPTDataset(indexed, documents, order))
+def build_dataset(config: RunConfig) -> Samples:
+    """What is trained on: a data set or a blend. Raises DataError or ConfigError for data that can't be used."""
+    weights, prefixes = parse_data_path(config.data.data_path)
+    asked = samples_of_run(config.training, "train")
+    shares = [asked if len(prefixes) == 1 else samples_of_part(asked, weight, sum(weights)) for weight in weights]
+    cache = _cache(config, prefixes)
+    datasets = [_open(config, prefix, "train", share, cache) for prefix, share in zip(prefixes, shares, strict=True)]
     return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """One data set of those to evaluate on."""
+
+    name: str
+    weight: float
+    """Its share in the loss of all."""
+    samples: Samples
+
+
+def build_validation(config: RunConfig) -> list[ValidationSet]:
+    """The data sets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
+    weights, prefixes = parse_data_path(config.data.valid_data_path or config.data.data_path)
+    asked = samples_of_run(config.training, "validation")
+    cache, names = _cache(config, prefixes), [Path(prefix).name for prefix in prefixes]
+    return [
+        ValidationSet(
+            name if names.count(name) == 1 else prefix,
+            weight / sum(weights),
+            _open(config, prefix, "validation", asked, cache),
+        )
+        for name, prefix, weight in zip(names, prefixes, weights, strict=True)
+    ]
+
+
+def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
+    return config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
+
+
+def _open(config: RunConfig, prefix: str, split: Split, asked: int, cache: Path) -> GPTDataset:
+    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare."""
+    training = config.training
+    indexed = IndexedDataset(prefix)
+    if split == "validation" and config.data.valid_data_path is not None:
+        documents = range(len(indexed))
+    else:
+        documents = split_documents(len(indexed), config.data.split)[0 if split == "train" else 1]
+    lengths = indexed.document_lengths[documents.start : documents.stop]
+    name = f"{Path(prefix).name}:{split}"
+    order: Order
+    if config.data.order == "megatron":
+        order = MegatronOrder(lengths, training.seq_length, training.seed, name, cache, asked)
+    else:
+        order = SampleOrder(lengths, training.seq_length, training.seed, name, cache)
+    return GPTDataset(indexed, documents, order)
 
 
 def samples_of_run(training: TrainingConfig, split: Split) -> int:
@@ -84,7 +119,8 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size is {config.model.vocab_size}, the tokenizer {config.data.tokenizer_model or ''} has "
             f"{tokenizer.vocab_size} ids: set model.vocab_size to that"
         )
-    for prefix in parse_data_path([*config.data.data_path, *(config.data.valid_data_path or [])])[1]:
+    validation = parse_data_path(config.data.valid_data_path or [])[1]
+    for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
         report = Path(f"{prefix}.json")
         if report.exists():
             made_with = json.loads(report.read_text()).get("tokenizer")

@@ -1,27 +1,28 @@
-"""What a run says: a progress bar on a terminal or plain lines in a log, JSON lines, TensorBoard."""
+"""What a run says: a progress bar on a terminal or plain lines in a log, and its metrics to the configured sinks."""
 
-import json
+import contextlib
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from megatron_tf.config import LoggingConfig
+from megatron_tf.training.sinks import Guarded, open_sinks
 
 
 class MetricsLog:
-    """Reports from one rank; the others' (`enabled` false) say nothing. Raises OSError for an unwritable file."""
+    """Reports from one rank; the others' (`enabled` false) say nothing.
+
+    Raises OSError for a path that can't be written when it begins. What fails later is warned of and does not end the
+    run.
+    """
 
     def __init__(self, config: LoggingConfig, first_step: int, train_iters: int, enabled: bool) -> None:
-        self.config = config
-        self.enabled = enabled
-        self.train_iters = train_iters
-        self.file = self._open(config.metrics_file) if enabled and config.metrics_file else None
-        self.board = _tensorboard(config.tensorboard_dir) if enabled and config.tensorboard_dir else None
+        self.config, self.enabled, self.train_iters = config, enabled, train_iters
+        self.sinks: Sequence[Guarded] = open_sinks(config, self._warn) if enabled else ()
         self.bar = tqdm(
             initial=first_step,
             total=train_iters,
@@ -29,73 +30,63 @@ class MetricsLog:
             disable=not enabled or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self.interval_start, self.interval_tokens = time.perf_counter(), 0
+        self._interval_start, self._interval_tokens = time.perf_counter(), 0
 
-    def __enter__(self) -> "MetricsLog":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for sink in self.sinks:
+            sink.close()
 
     def say(self, text: str) -> None:
         """A line for people."""
-        if self.enabled:
+        if not self.enabled:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except OSError as error:
+            self._warn(f"the log takes no more lines: {error}")
 
     def event(self, values: Mapping[str, Any]) -> None:
-        """A line for programs."""
-        if self.file is not None:
-            self.file.write(json.dumps(values) + "\n")
-            self.file.flush()
+        """Something that happened, for programs."""
+        for sink in self.sinks:
+            sink.event(values)
 
-    def mark(self, step: int, parameters: int, text: str) -> None:
-        """A start or a growth of the model, on TensorBoard."""
-        if self.board is not None:
-            self.board.add_scalar("parameters", parameters, step)
-            self.board.add_text("stages", text, step)
+    def is_interval(self, step: int) -> bool:
+        """Whether a line is due after `step` steps."""
+        return step % self.config.log_interval == 0 or step == self.train_iters
 
-    def step(self, step: int, tokens: int, step_tokens: int, seconds: float, values: Mapping[str, float]) -> None:
-        """Metrics of the step that made `step` of them; `tokens` is the run's total."""
-        self.interval_tokens += step_tokens
-        rate = step_tokens / seconds
-        self.event({"step": step, "tokens": tokens, "tokens_per_second": rate, **values})
-        self._to_board({**values, "tokens_per_second": rate}, step)
+    def step(self, step: int, step_tokens: int, values: Mapping[str, float]) -> None:
+        """Metrics of the step that made `step` of them."""
+        self._interval_tokens += step_tokens
+        for sink in self.sinks:
+            sink.scalars(values, step)
         self.bar.update()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if step % self.config.log_interval == 0 or step == self.train_iters:
-            now = time.perf_counter()
-            rate = self.interval_tokens / (now - self.interval_start)
-            self.interval_start, self.interval_tokens = now, 0
-            shown = "  ".join(
-                f"{name} {value:.4g}" if name != "loss" else f"loss {value:.4f}" for name, value in values.items()
-            )
-            self.say(f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s")
 
-    def validation(self, step: int, loss: float) -> None:
-        """Loss on the validation split after `step` steps."""
-        self.event({"step": step, "validation_loss": loss})
-        self._to_board({"validation_loss": loss}, step)
-        self.say(f"step {step:>6}/{self.train_iters}  validation loss {loss:.4f}")
+    def interval(self, step: int, values: Mapping[str, float], phases: Mapping[str, float], notes: str) -> None:
+        """The line of an interval: `values` and rate of its last step, shares of time in its phases, and notes."""
+        now = time.perf_counter()
+        seconds = now - self._interval_start
+        rate = self._interval_tokens / seconds
+        self._interval_start, self._interval_tokens = now, 0
+        shown = f"loss {values['loss']:.4f}  grad_norm {values['grad_norm']:.4g}  lr {values['learning_rate']:.4g}"
+        shares = ", ".join(f"{name} {part / seconds:.0%}" for name, part in phases.items() if part >= 0.005 * seconds)
+        self.say(f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s  {notes}  ({shares})")
 
-    def _to_board(self, values: Mapping[str, float], step: int) -> None:
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+    def validation(self, step: int, losses: Mapping[str, float]) -> None:
+        """Losses on the validation split after `step` steps: of the blend under "", of its data sets by name."""
+        values = {f"validation_loss/{name}" if name else "validation_loss": loss for name, loss in losses.items()}
+        for sink in self.sinks:
+            sink.scalars(values, step)
+        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name)
+        self.say(f"step {step:>6}/{self.train_iters}  validation loss {losses['']:.4f}{f'  ({each})' if each else ''}")
 
-    @staticmethod
-    def _open(path: Path) -> Any:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a")
-
-
-def _tensorboard(directory: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
-
-    return SummaryWriter(str(directory))
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # there is nowhere left to say it
+            print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -46,8 +46,11 @@ class Optimizer:
         self.position = {name: i for i, name in enumerate(canonical_names)}
         self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
         self._num_steps = 0
-        self.unsound: list[str] = []
-        """Parameters whose gradient was not finite at the last step; the same on every rank."""
+        self.unsound: dict[str, int] = {}
+        """Parameters whose gradient was not finite at the last step, and the first rank that holds such rows; the same
+        on every rank."""
+        self.norms: dict[str, float] = {}
+        """The gradients' norm at the last step by kind: embedding, qkv, proj, ffn, final_norm, head."""
         self.scale_old_rows({}, 1.0)
 
     def scale_old_rows(self, old_rows: Mapping[str, int], lr_scale: float) -> None:
@@ -148,7 +151,7 @@ class Optimizer:
             parameter.grad = None
         return gradients
 
-    def _global_norm(self, gradients: Iterable[Tensor]) -> float:
+    def _global_norm(self, gradients: Sequence[Tensor]) -> float:
         """Root of the sum of squares over all logical parameters, each counted once, summed in canonical order.
 
         One axis is summed after the other, each over the same ranks whatever the size of "pp", whose sum only adds
@@ -162,6 +165,25 @@ class Optimizer:
             group = self.mesh.group(axis)
             if group is not None:
                 dist.all_reduce(squares, group=group)
-        names = list(self.position)
-        self.unsound = [names[i] for i in torch.nonzero(~squares.isfinite()).flatten().tolist()]
-        return float(squares.sum().sqrt())
+        total = float(squares.sum().sqrt())
+        self.norms = self._by_kind(squares.tolist())
+        self.unsound = {} if math.isfinite(total) else self._find_unsound(gradients)
+        return total
+
+    def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for name, square in zip(self.position, squares, strict=True):
+            kind = parameter_kind(name)
+            sums[kind] = sums.get(kind, 0.0) + square
+        return {kind: math.sqrt(total) for kind, total in sums.items()}
+
+    def _find_unsound(self, gradients: Iterable[Tensor]) -> dict[str, int]:
+        size = self.mesh.world.size() if self.mesh.world is not None else 1
+        rank = self.mesh.world.rank() if self.mesh.world is not None else 0
+        first = torch.full((len(self.position),), size, device=self.mesh.device)
+        for shard, gradient in zip(self.shards, gradients, strict=True):
+            if not math.isfinite(float(torch.linalg.vector_norm(gradient))):
+                first[self.position[shard.name]] = rank
+        if self.mesh.world is not None:
+            dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.mesh.world)
+        return {name: where for name, where in zip(self.position, first.tolist(), strict=True) if where < size}

@@ -17,6 +17,7 @@ from megatron_tf.model.parallelize import (
     micro_batch_shapes,
     parameter_names,
     parameter_shards,
+    warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
@@ -24,6 +25,7 @@ from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.training.loss_scale import LossScaler
 from megatron_tf.training.optimizer import Optimizer
+from megatron_tf.training.phases import Phases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,9 +52,11 @@ class TrainState:
     scaler: LossScaler
     boundaries: Boundaries
     kernels: Kernels
+    phases: Phases
+    """Told what a step is doing."""
 
 
-def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
+def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
     """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
 
     Raises ValueError for a layout that cannot be.
@@ -68,13 +72,14 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int) -> TrainState:
         model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
     kernels = choose(_asked_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
+    warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
     runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
     optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
     boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
     scaler = LossScaler(config.loss_scale, training.precision == "fp16")
-    return TrainState(mesh, model, shards, optimizer, runner, scaler, boundaries, kernels)
+    return TrainState(mesh, model, shards, optimizer, runner, scaler, boundaries, kernels, phases or Phases())
 
 
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:

@@ -1,7 +1,8 @@
 """One optimizer step, and one evaluation, on any layout."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ class StepResult:
     """Mean over the tokens of the global batch, before the update."""
     grad_norm: float
     """Global L2 norm before clipping."""
-    unsound: tuple[str, ...] = ()
-    """What was not finite: "loss", parameters. Nothing was updated then."""
+    norms: Mapping[str, float] = field(default_factory=dict)
+    """The same by kind of parameter."""
+    unsound: Mapping[str, int] = field(default_factory=dict)
+    """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then."""
     is_overflow: bool = False
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
@@ -44,10 +47,11 @@ def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: in
     value = mean_loss(loss, state.mesh) * scale
     if not math.isfinite(value):
         state.optimizer.discard()
-        return StepResult(value, math.nan, ("loss",))
+        return StepResult(value, math.nan, unsound={"loss": _first_rank_unsound(loss, state.mesh)})
+    state.phases.enter("optimizer")
     grad_norm = state.optimizer.step(lr, scale / loss_scale)
     is_overflow = state.scaler.update(math.isfinite(grad_norm))
-    return StepResult(value, grad_norm, tuple(state.optimizer.unsound), is_overflow)
+    return StepResult(value, grad_norm, state.optimizer.norms, state.optimizer.unsound, is_overflow)
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:
@@ -78,6 +82,16 @@ def mask_scale(state: TrainState, targets: Tensor) -> float:
         dist.all_reduce(counts, group=group)
     every, counted = counts.tolist()
     return every / max(counted, 1)
+
+
+def _first_rank_unsound(loss: Tensor | None, mesh: Mesh) -> int:
+    """The first rank whose own loss is not finite."""
+    if mesh.world is None:
+        return 0
+    is_sound = loss is None or math.isfinite(float(loss))
+    first = torch.tensor(mesh.world.size() if is_sound else mesh.world.rank(), device=mesh.device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.world)
+    return int(first)
 
 
 def mean_loss(loss: Tensor | None, mesh: Mesh) -> float:

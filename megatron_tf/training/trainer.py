@@ -1,192 +1,89 @@
-"""The training loop: restore, step, report, evaluate, save, grow."""
+"""A run from its start to its end: restore, train stage after stage of growth, stop."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_tf.checkpoint.background import BackgroundSaver
-from megatron_tf.config import ParallelConfig, RunConfig, to_dict
-from megatron_tf.data.blend import Samples
-from megatron_tf.data.loader import BatchLoader
+from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import (
-    Progress,
-    checkpoint_to_read,
-    new_progress,
-    restore_state,
-    save_state,
-    stage_reached,
-)
-from megatron_tf.training.datasets import build_dataset, build_loader, check_tokenizer
+from megatron_tf.parallel.watch import Watch
+from megatron_tf.training.checkpointing import Progress, stage_reached
+from megatron_tf.training.datasets import build_dataset, build_loader, build_validation, check_tokenizer
+from megatron_tf.training.loop import Loop, Tools
 from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.schedule import learning_rate, rewarmup
+from megatron_tf.training.phases import Phases
+from megatron_tf.training.preflight import preflight
+from megatron_tf.training.profiling import Profiler
+from megatron_tf.training.resume import begin, has_layout
 from megatron_tf.training.state import TrainState, build_state
-from megatron_tf.training.step import StepResult, evaluation_loss, train_step
 from megatron_tf.training.stopping import Stopping
 
 
-@dataclass(frozen=True)
-class _Tools:
-    """What a run works with, whatever its stage of growth."""
-
-    loader: BatchLoader
-    validation: Samples | None
-    log: MetricsLog
-    saver: BackgroundSaver
-    stopping: Stopping
-
-
-def train(config: RunConfig, mesh: Mesh) -> Progress:
+def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> Progress:
     """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
 
     Ends before, with all saved, on SIGTERM, on SIGUSR1, when its time is up, and where a stage of growth has another
-    layout: the run is then to be started again. Raises ValueError (ConfigError, DataError, CheckpointError among them)
-    for what a user can mend.
+    layout: the run is then to be started again. `end` ends the process when ranks wait for each other too long, with
+    the reason. Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can mend,
+    ConnectionError where a rank is lost, ArithmeticError where the model does not train any more.
     """
     began = time.monotonic()
-    tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    check_tokenizer(config, tokenizer)
-    stage = stage_reached(config)
-    state = build_state(config.at_stage(stage), mesh, tokenizer.eod)
-    origin = checkpoint_to_read(config)
-    progress = restore_state(state, config, tokenizer.identity)
-    progress = progress or new_progress(config.model, tokenizer.identity)
-    training = config.training
-    validation = build_dataset(config, "validation") if training.eval_interval else None
-    with (
-        build_loader(build_dataset(config, "train"), training, mesh, progress.samples) as loader,
-        MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank) as log,
-        BackgroundSaver(
-            mesh.new_world(timedelta(seconds=config.parallel.distributed_timeout_seconds)),
-            lambda path: log.say(f"saved {path}"),
-            lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
-        ) as saver,
-        Stopping(mesh, training.exit_duration_in_mins, began) as stopping,
-    ):
-        tools = _Tools(loader, validation, log, saver, stopping)
-        if state.kernels.taken:
-            log.say(f"kernels: auto took {state.kernels.taken}")
-        _announce("start", config.at_stage(stage), mesh, progress, log, origin)
+    phases = Phases()
+    training, limit = config.training, config.parallel.distributed_timeout_seconds
+    with ExitStack() as open_:
+        # handles SIGTERM until the last, as launchers send it to the ranks that are left when one is lost
+        stopping = open_.enter_context(Stopping(mesh, training.exit_duration_in_mins, began))
+        open_.enter_context(Watch(mesh.store, phases.now, limit, end))
+        tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        check_tokenizer(config, tokenizer)
+
+        def build(staged: RunConfig) -> TrainState:
+            return build_state(staged, mesh, tokenizer.eod, phases)
+
+        begun = begin(config, mesh, tokenizer.identity, build)
+        progress = begun.progress
+        validation = build_validation(config) if training.eval_interval else []
+        warnings = preflight(config.at_stage(begun.stage), mesh)
+        log = open_.enter_context(MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank))
+        for warning in (*begun.damaged, *warnings):
+            log.say(f"warning: {warning}")
+        saver = open_.enter_context(
+            BackgroundSaver(
+                mesh.new_world(timedelta(seconds=limit)),
+                lambda path: log.say(f"saved {path}"),
+                lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
+            )
+        )
+        loader = open_.enter_context(build_loader(build_dataset(config), training, mesh, progress.samples))
+        tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
+        if begun.state.kernels.taken:
+            log.say(f"kernels: auto took {begun.state.kernels.taken}")
+        _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)
         while True:
-            progress = _run_stage(config, stage, state, progress, tools)
+            loop = Loop(config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state))
+            progress = loop.run()
             if progress.step == training.train_iters:
                 return progress
             if stopping.reason:
-                saved = (
-                    f"saved in {config.checkpoint.save}" if config.checkpoint.save else "not saved: no checkpoint.save"
-                )
-                log.say(f"step {progress.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
+                _say_stopped(config, progress, stopping, log)
                 return progress
-            del state  # the larger one needs its memory
-            stage = stage_reached(config)
-            if not _has_layout(config.at_stage(stage).parallel, mesh):
+            del loop, begun  # the larger model needs their memory
+            assert config.checkpoint.save is not None
+            if not has_layout(config.at_stage(stage_reached(config, config.checkpoint.save)).parallel, mesh):
                 log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
                 return progress
-            state = build_state(config.at_stage(stage), mesh, tokenizer.eod)
-            grown = restore_state(state, config, tokenizer.identity)
-            assert grown is not None
-            progress = grown
-            _announce("growth", config.at_stage(stage), mesh, progress, log, config.checkpoint.save)
+            begun = begin(config, mesh, tokenizer.identity, build)
+            _announce("growth", config.at_stage(begun.stage), mesh, begun.progress, log, config.checkpoint.save)
 
 
-def _run_stage(config: RunConfig, stage: int, state: TrainState, progress: Progress, tools: _Tools) -> Progress:
-    """Steps until the run is done or asked to stop, or the next stage of growth is due; in each case all is saved."""
-    staged, training, checkpoint = config.at_stage(stage), config.training, config.checkpoint
-    following = config.growth[stage : stage + 1]
-    is_due = is_stopped = False
-    skipped_in_a_row = 0
-    while progress.step < training.train_iters and not (is_due or is_stopped):
-        start = time.perf_counter()
-        samples = training.batch_size_at(progress.samples)
-        tokens = samples * training.seq_length
-        lr = _learning_rate(staged, progress)
-        result = train_step(state, next(tools.loader), lr, progress.samples)
-        if result.is_overflow:
-            progress = progress.after_overflow(samples)
-            _report_overflow(progress, state.scaler.scale, tools.log)
-            continue
-        if result.unsound:
-            progress, skipped_in_a_row = progress.after_skip(samples), skipped_in_a_row + 1
-            _report_skip(progress, result, tools.log)
-            if skipped_in_a_row == training.max_skipped_steps:
-                _give_up(staged, state, progress, result, tools)
-            continue
-        skipped_in_a_row = 0
-        progress = progress.after_step(samples, tokens)
-        values = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": lr}
-        if state.scaler.is_fp16:
-            values["loss_scale"] = state.scaler.scale
-        tools.log.step(progress.step, progress.tokens, tokens, time.perf_counter() - start, values)
-        is_done = progress.step == training.train_iters
-        is_due = any(growth.is_due(progress.step, progress.tokens) for growth in following)
-        is_stopped = tools.stopping.agreed()
-        if tools.validation is not None and not is_stopped and (progress.step % training.eval_interval == 0 or is_done):
-            tools.log.validation(progress.step, _validate(staged, state, tools.validation))
-        is_interval = checkpoint.save_interval and progress.step % checkpoint.save_interval == 0
-        is_last = is_done or is_due or is_stopped
-        if checkpoint.save and (is_last or is_interval):
-            _save(staged, state, progress, checkpoint.save, tools, waits=is_last)
-    return progress
-
-
-def _report_overflow(progress: Progress, loss_scale: float, log: MetricsLog) -> None:
-    log.event({"event": "overflow", "step": progress.step, "samples": progress.samples, "loss_scale": loss_scale})
-    log.say(
-        f"step {progress.step:>6}  gradients overflow in fp16, the loss scale is now {loss_scale:g}; the batch that "
-        f"ends at sample {progress.samples:,} is skipped"
-    )
-
-
-def _report_skip(progress: Progress, result: StepResult, log: MetricsLog) -> None:
-    names, more = ", ".join(result.unsound[:3]), len(result.unsound) - 3
-    what = f"{names}{f' and {more} more' if more > 0 else ''}"
-    log.event({"event": "skipped", "step": progress.step, "samples": progress.samples, "unsound": list(result.unsound)})
-    log.say(
-        f"step {progress.step:>6}  warning: not finite: {what}; the batch that ends at sample {progress.samples:,} is "
-        f"skipped, {progress.skipped} so far"
-    )
-
-
-def _give_up(config: RunConfig, state: TrainState, progress: Progress, result: StepResult, tools: _Tools) -> NoReturn:
-    """Save the state, which is the one before the batches that were skipped, and raise ArithmeticError."""
-    saved = ""
-    if config.checkpoint.save:
-        _save(config, state, progress, config.checkpoint.save, tools, waits=True)
-        saved = f"; {config.checkpoint.save} holds the state before them, started again the run goes on behind them"
-    raise ArithmeticError(
-        f"{config.training.max_skipped_steps} batches in a row were not finite in {result.unsound[0]} after step "
-        f"{progress.step}{saved}: lower optimizer.lr, or look at the data"
-    )
-
-
-def _save(config: RunConfig, state: TrainState, progress: Progress, root: Path, tools: _Tools, waits: bool) -> None:
-    save_state(state, config, progress, root, tools.saver)
-    if waits or not config.checkpoint.async_save:
-        tools.saver.wait()
-
-
-def _learning_rate(config: RunConfig, progress: Progress) -> float:
-    training = config.training
-    step_tokens = training.batch_size_at(progress.samples) * training.seq_length
-    lr = learning_rate(config.optimizer, progress.step, training.train_iters, progress.tokens, step_tokens)
-    growth = progress.after_growth
-    return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
-
-
-def _validate(config: RunConfig, state: TrainState, dataset: Samples) -> float:
-    """Mean loss over the first `eval_iters` global batches of the validation split."""
-    iters = config.training.eval_iters
-    with build_loader(dataset, config.training, state.mesh, 0, is_training=False) as loader:
-        return sum(evaluation_loss(state, next(loader)) for _ in range(iters)) / iters
-
-
-def _has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
-    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    return sizes == (mesh.size("tp"), mesh.size("pp"))
+def _say_stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> None:
+    saved = f"saved in {config.checkpoint.save}" if config.checkpoint.save else "not saved: no checkpoint.save"
+    log.say(f"step {progress.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
 
 
 def _announce(
@@ -199,13 +96,14 @@ def _announce(
             "event": event,
             "step": progress.step,
             "tokens": progress.tokens,
+            "flops": progress.flops,
+            "device_hours": progress.device_seconds / 3600,
             "parameters": parameters,
             "layout": layout,
             "lineage": list(progress.lineage),
             "config": to_dict(config),
         }
     )
-    log.mark(progress.step, parameters, f"{event}: {parameters:,} parameters; lineage {list(progress.lineage)}")
     places = " x ".join(f"{axis} {size}" for axis, size in layout.items())
     if event == "growth":
         log.say(f"step {progress.step:>6}  grown to {parameters:,} parameters")

@@ -91,6 +91,6 @@ def test_a_run_finds_every_index_it_needs_built(tmp_path, monkeypatch, order):
 
     monkeypatch.setattr(order_cache, "_write", fail)
     run = load_config(path, [])
-    dataset = build_dataset(run, "train")
+    dataset = build_dataset(run)
     for sample in range(run.training.train_iters * run.training.global_batch_size):
         assert len(dataset[sample]) == run.training.seq_length + 1

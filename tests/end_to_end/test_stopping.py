@@ -30,19 +30,19 @@ def straight(folder):
     return folder / "straight"
 
 
-def configure(folder, name, **training):
+def configure(folder, name, logging=None, **training):
     values = yaml.safe_load((folder / "run.yaml").read_text())
     values["training"] |= training
     values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 100}
+    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 100} | (logging or {})
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def start(folder, name, ranks=1):
+def start(folder, name, ranks=1, **logging):
     """A run in the background, once it has done some steps."""
-    module = ["-m", "megatron_tf.pretrain", str(configure(folder, name))]
+    module = ["-m", "megatron_tf.pretrain", str(configure(folder, name, logging))]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, *module]
     process = subprocess.Popen(

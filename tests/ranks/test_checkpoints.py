@@ -10,7 +10,8 @@ from safetensors import safe_open
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.inference.model import load_model
-from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
+from megatron_tf.training.checkpointing import restore_state, save_state
+from megatron_tf.training.resume import begin
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
@@ -22,12 +23,11 @@ TOKENIZER = {"type": "none"}
 
 def train_and_save(mesh, config, steps, root):
     """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
-    state = build_state(config, mesh, EOD)
-    progress = restore_state(state, config, TOKENIZER) or new_progress(config.model, TOKENIZER)
-    losses = []
+    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
+    state, progress, losses = begun.state, begun.progress, []
     while progress.step < steps:
         losses.append(train_step(state, random_batch(config, progress.step, mesh), 1e-3).loss)
-        progress = progress.after_step(8, 8 * 16)
+        progress = progress.after_step(8, 8 * 16, 0.0)
     save_state(state, config, progress, Path(root))
     return losses
 
@@ -220,7 +220,7 @@ def test_the_tool_explains_mistakes_and_writes_nothing(trained, tmp_path, capsys
 def test_a_checkpoint_of_another_model_is_refused(trained):
     config = layout_config((1, 1, 1), model={"num_layers": 2}, checkpoint={"load": trained})
     with pytest.raises(CheckpointError, match="num_layers is 3 in the checkpoint, 2 in the configuration"):
-        restore_state(None, config, TOKENIZER)
+        restore_state(None, config, TOKENIZER, trained)
 
 
 def damage(path, kind):
@@ -248,3 +248,36 @@ def test_damage_is_found_and_named(trained, tmp_path, pattern, kind):
     with pytest.raises(CheckpointError) as caught:
         CheckpointReader(copy).verify()
     assert victim.name in str(caught.value)
+
+
+def begin_again(mesh, config):
+    """(step, what was found damaged, whether this rank's rows are those of the sound checkpoint)."""
+    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
+    sound = CheckpointReader(begun.origin)
+    same = all(
+        torch.equal(sound.read_rows("model", shard.name, shard.start, shard.stop), shard.tensor)
+        for shard in begun.state.shards
+    )
+    return begun.progress.step, begun.damaged, same
+
+
+@pytest.mark.parametrize("victim", ["model-pp01-tp00-dp00.safetensors", "manifest.json", "latest"])
+def test_where_the_newest_is_damaged_all_ranks_take_the_one_before(rank_pool, tmp_path, victim):
+    """Of tensors only the rank that reads the file sees the damage."""
+    config = layout_config((1, 2, 1), checkpoint={"save": tmp_path})
+    for steps in (1, 2, 3):
+        rank_pool.run(train_and_save, 1, 2, 1, config, steps, tmp_path)
+    damage(tmp_path / victim if victim == "latest" else tmp_path / "step_00000003" / victim, "flipped bit")
+    expected = 3 if victim == "latest" else 2
+    for step, damaged, same in rank_pool.run(begin_again, 1, 2, 1, config):
+        assert (step, same) == (expected, True)
+        assert victim == "latest" or (len(damaged) == 1 and victim in damaged[0])
+
+
+def test_without_a_sound_checkpoint_no_run_begins_anew(rank_pool, tmp_path):
+    config = layout_config((1, 1, 1), checkpoint={"save": tmp_path})
+    rank_pool.run(train_and_save, 1, 1, 1, config, 1, tmp_path)
+    damage(tmp_path / "step_00000001" / "metadata.json", "flipped bit")
+    (tmp_path / "latest").unlink()
+    with pytest.raises(AssertionError, match=r"no sound checkpoint is left: .*metadata.json"):
+        rank_pool.run(begin_again, 1, 1, 1, config)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.parallel.mesh import lay_mesh
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
 from megatron_tf.training.optimizer import MOMENTS
@@ -24,11 +23,6 @@ LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
 """(tensor, pipeline, data), replicas that share a copy."""
 
 
-def in_layout(mesh, function, layout, shard_size, *args):
-    """function(mesh, *args) on a mesh of that layout."""
-    return function(lay_mesh(mesh.device, *layout, shard_size) if mesh.device_mesh else mesh, *args)
-
-
 def curve_and_checkpoint(mesh, config, root):
     """As training_run; and a checkpoint of a new state, which is read again."""
     answer = training_run(mesh, config, 6)
@@ -37,7 +31,7 @@ def curve_and_checkpoint(mesh, config, root):
     before = [shard.tensor.clone() for shard in again.shards]
     for shard in again.shards:
         shard.tensor.zero_()
-    restore_state(again, layout_config((1, 1, 1), checkpoint={"load": root}), TOKENIZER)
+    restore_state(again, layout_config((1, 1, 1)), TOKENIZER, root)
     assert all(torch.equal(a, shard.tensor) for a, shard in zip(before, again.shards, strict=True))
     return answer
 
@@ -46,7 +40,7 @@ def curve_and_checkpoint(mesh, config, root):
 def test_any_sharing_trains_the_same(rank_pool, tmp_path, layout, shard_size):
     reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1)), 6)[0]
     config = layout_config(layout, layout[0] > 1)
-    answers = rank_pool.run(in_layout, *layout, curve_and_checkpoint, layout, shard_size, config, tmp_path)
+    answers = rank_pool.run(curve_and_checkpoint, *layout, config, tmp_path, shard_size=shard_size)
     assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree"
     np.testing.assert_allclose(answers[0][0], reference, rtol=1e-5)
     for name, gradient in whole_model(layout, False, [gradients for _, gradients in answers]).items():
@@ -94,7 +88,7 @@ def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
     for micro_batches in (2, 4):
         training = {"global_batch_size": micro_batches * layout[2], "precision": "bf16"}
         config = layout_config(layout, training=training)
-        for seen, units, parameters in rank_pool.run(in_layout, *layout, exchanges, layout, shard_size, config):
+        for seen, units, parameters in rank_pool.run(exchanges, *layout, config, shard_size=shard_size):
             expected = {}
             for name in ("all-gather", "reduce-scatter") if shard_size > 1 else ():
                 expected |= {(name, "calls"): units, (name, "elements"): parameters}
@@ -152,7 +146,7 @@ def formula(config, layout, shard_size, stage):
 def test_memory_is_what_the_formula_says(rank_pool, layout, shard_size):
     config = layout_config(layout, layout[0] > 1)
     per_stage = layout[0] * layout[2]
-    answers = rank_pool.run(in_layout, *layout, measured_bytes, layout, shard_size, config)
+    answers = rank_pool.run(measured_bytes, *layout, config, shard_size=shard_size)
     for rank, (held, gathered, gradients) in enumerate(answers):
         holds, computes = formula(config, layout, shard_size, rank // per_stage)
         assert held == 16 * holds

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
+from megatron_tf.training.checkpointing import save_state
+from megatron_tf.training.resume import begin
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import layout_config
@@ -23,9 +24,8 @@ def fp16_config(layout, **sections):
 
 def fp16_run(mesh, config, steps, root=None):
     """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    state = build_state(config, mesh, EOD)
-    progress = restore_state(state, config, TOKENIZER) or new_progress(config.model, TOKENIZER)
-    seen = []
+    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
+    state, progress, seen = begun.state, begun.progress, []
     while progress.step < steps:
         before = [shard.tensor.clone() for shard in state.shards]
         result = train_step(state, random_batch(config, progress.step, mesh), 1e-3)
@@ -34,7 +34,7 @@ def fp16_run(mesh, config, steps, root=None):
             assert all((a == shard.tensor).all() for a, shard in zip(before, state.shards, strict=True))
             progress = progress.after_overflow(8)
         else:
-            progress = progress.after_step(8, 8 * 16)
+            progress = progress.after_step(8, 8 * 16, 0.0)
         seen.append((result.loss, result.grad_norm, state.scaler.scale, result.is_overflow))
     if root is not None:
         save_state(state, config, progress, Path(root))

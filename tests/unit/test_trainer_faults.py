@@ -9,7 +9,7 @@ import yaml
 
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.training import trainer
+from megatron_tf.training import loop
 from megatron_tf.training.step import StepResult
 from tests.support.commands import make_run
 from tools import plot_run
@@ -26,15 +26,16 @@ def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
     values["checkpoint"] |= {"save": str(folder / name)}
     values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    original, seen, positions = trainer.train_step, iter(range(1000)), []
+    original, seen, positions = loop.train_step, iter(range(1000)), []
 
     def step(*arguments):
         positions.append(arguments[3])
         if next(seen) in faults:
-            return StepResult(math.nan, math.nan, ("layers.1.ffn.key_tokens", "head.weight"), is_overflow)
+            unsound = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
+            return StepResult(math.nan, math.nan, unsound=unsound, is_overflow=is_overflow)
         return original(*arguments)
 
-    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     return pretrain.main([str(folder / f"{name}.yaml")]), positions
 
 
@@ -42,7 +43,8 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "some", {1, 2, 4}) == (0, list(range(0, 72, 8)))
     out = capsys.readouterr().out
     assert (
-        "not finite: layers.1.ffn.key_tokens, head.weight; the batch that ends at sample 16 is skipped, 1 so far" in out
+        "not finite: layers.1.ffn.key_tokens (rank 0), head.weight (rank 3); the batch that ends at sample 16 is "
+        "skipped, 1 so far" in out
     )
     training = CheckpointReader(folder / "some").metadata["training"]
     assert (training["step"], training["skipped"], training["samples"], training["tokens"]) == (6, 3, 72, 6 * 8 * 16)
@@ -57,7 +59,8 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
 def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8)))[0] == 1
     error = capsys.readouterr().err
-    assert "5 batches in a row were not finite in layers.1.ffn.key_tokens after step 3" in error
+    assert "5 batches in a row were not finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
+    assert "after step 3" in error
     assert run_with_faults(folder, monkeypatch, "straight", set())[0] == 0
     reader = CheckpointReader(folder / "many")
     assert reader.metadata["training"]["step"] == 3

@@ -1,0 +1,34 @@
+"""Compiling before the first step, so that one rank of a host fills the compiler's cache for the others."""
+
+from collections.abc import Iterable
+
+import torch
+
+from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.normalisation import Normalisation, accumulation_type
+from megatron_tf.kernels.pattention import PattentionKernels
+
+
+def needs_warm_up(kernels: PattentionKernels) -> bool:
+    """Whether these are compiled when they are called first."""
+    return not isinstance(kernels, EagerKernels)
+
+
+def warm_up(
+    kernels: PattentionKernels,
+    norm: Normalisation,
+    shapes: Iterable[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    is_shared: bool,
+) -> None:
+    """Run the kernels once for each shape of scores [rows, n] of a step; `is_shared` where ranks have a part of a row.
+
+    Every process must give the same shapes in the same order, by which compilers tell what they know already.
+    """
+    reduce = (lambda values: values * 1) if is_shared else None
+    for rows, tokens in shapes:
+        scores = torch.ones(rows, tokens, dtype=dtype, device=device)
+        taus = torch.ones(rows, dtype=accumulation_type(scores), device=device)
+        factor, weights = kernels.forward(norm, scores, taus, reduce)
+        kernels.backward(norm, scores, factor, weights, taus, reduce)

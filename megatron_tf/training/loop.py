@@ -1,0 +1,248 @@
+"""The training loop of one stage of growth: step, report, evaluate, save; skip and rewind where steps go wrong."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.config import RunConfig
+from megatron_tf.data.loader import BatchLoader
+from megatron_tf.model.sizes import training_flops
+from megatron_tf.training.checkpointing import Progress, save_state
+from megatron_tf.training.datasets import ValidationSet, build_loader
+from megatron_tf.training.faults import SpikeDetector, name_unsound
+from megatron_tf.training.metrics import MetricsLog
+from megatron_tf.training.phases import Phases
+from megatron_tf.training.profiling import Profiler
+from megatron_tf.training.resume import Begun
+from megatron_tf.training.schedule import learning_rate, rewarmup
+from megatron_tf.training.state import TrainState
+from megatron_tf.training.step import StepResult, evaluation_loss, train_step
+from megatron_tf.training.stopping import Stopping
+from megatron_tf.training.throughput import peak_flops, peak_memory
+
+_REWINDS_IN_A_ROW = 3
+
+
+@dataclass
+class Tools:
+    """What a run works with, whatever its stage of growth."""
+
+    loader: BatchLoader
+    validation: Sequence[ValidationSet]
+    log: MetricsLog
+    saver: BackgroundSaver
+    stopping: Stopping
+    phases: Phases
+    profiler: Profiler
+    accounted: float
+    """Up to when, by time.monotonic, the time of devices is in the progress."""
+
+
+class Loop:
+    """Steps until the run is done or asked to stop, or the next stage of growth is due; in each case all is saved.
+
+    `again` restores the newest checkpoint into the state.
+    """
+
+    def __init__(self, config: RunConfig, begun: Begun, tools: Tools, again: Callable[[TrainState], Begun]) -> None:
+        self.config = config.at_stage(begun.stage)
+        self.following = config.growth[begun.stage : begun.stage + 1]
+        self.state, self.progress = begun.state, begun.progress
+        self.tools, self.again = tools, again
+        training = config.training
+        self.flops_per_token = float(training_flops(self.config.model, training.seq_length))
+        self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
+        self.peak_flops = peak_flops(self.config, self.state.mesh.device)
+        self.spikes = SpikeDetector(training.loss_spike_sigmas)
+        self.skipped_in_a_row = self.rewinds_in_a_row = 0
+
+    def run(self) -> Progress:
+        """How far the run has come."""
+        training, checkpoint, stopping = self.config.training, self.config.checkpoint, self.tools.stopping
+        is_last = False
+        while self.progress.step < training.train_iters and not is_last:
+            result = self._step()
+            if result.is_overflow:
+                continue
+            if result.unsound:
+                self._skip(result)
+                continue
+            self.skipped_in_a_row = 0
+            step = self.progress.step
+            is_done = step == training.train_iters
+            is_due = any(growth.is_due(step, self.progress.tokens) for growth in self.following)
+            is_stopped = stopping.agreed()
+            self.tools.profiler.is_asked = stopping.take_trace_asked()
+            if self._has_spiked(result) and not is_stopped:
+                self._rewind()
+                continue
+            if self.tools.validation and not is_stopped and (step % training.eval_interval == 0 or is_done):
+                self._evaluate()
+            is_last = is_done or is_due or is_stopped
+            if checkpoint.save and (is_last or (checkpoint.save_interval and step % checkpoint.save_interval == 0)):
+                self._save(checkpoint.save, waits=is_last)
+                self.rewinds_in_a_row = 0
+        return self.progress
+
+    def _step(self) -> StepResult:
+        phases, profiler, log = self.tools.phases, self.tools.profiler, self.tools.log
+        began = time.perf_counter()
+        number, training = self.progress.step + 1, self.config.training
+        samples = training.batch_size_at(self.progress.samples)
+        tokens = samples * training.seq_length
+        phases.detail = f"of step {number}"
+        phases.enter("data")
+        batch = next(self.tools.loader)
+        phases.enter("forward-backward")
+        lr = self._learning_rate(tokens)
+        with profiler.step(number):
+            result = train_step(self.state, batch, lr, self.progress.samples)
+        phases.enter("report")
+        self._account()
+        if profiler.written is not None:
+            log.say(f"step {number:>6}  traced: {profiler.written}, and one for each other rank")
+        if result.is_overflow:
+            self.progress = self.progress.after_overflow(samples)
+            self._report_overflow()
+        elif result.unsound:
+            self.progress = self.progress.after_skip(samples)
+        else:
+            self.progress = self.progress.after_step(samples, tokens, tokens * self.flops_per_token)
+            self._report(result, tokens, lr, time.perf_counter() - began)
+        return result
+
+    def _report(self, result: StepResult, tokens: int, lr: float, seconds: float) -> None:
+        log, progress, communication = self.tools.log, self.progress, self.tools.profiler.communication
+        flops_per_second = tokens * self.flops_per_token / seconds / self.world_size
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": lr,
+            "tokens": progress.tokens,
+            "tokens_per_second": tokens / seconds,
+            "teraflops_per_device": flops_per_second / 1e12,
+            "flops": progress.flops,
+            "device_hours": progress.device_seconds / 3600,
+            **{f"grad_norm/{kind}": norm for kind, norm in result.norms.items()},
+        }
+        if self.peak_flops is not None:
+            values["mfu"] = flops_per_second / self.peak_flops
+        if communication is not None:
+            values["seconds/communication"] = communication
+        if self.state.scaler.is_fp16:
+            values["loss_scale"] = self.state.scaler.scale
+        if not log.is_interval(progress.step):
+            log.step(progress.step, tokens, values)
+            return
+        memory, phases = peak_memory(self.state.mesh), self.tools.phases.take()
+        values |= {"memory_bytes": memory, **{f"seconds/{name}": part for name, part in phases.items()}}
+        log.step(progress.step, tokens, values)
+        notes = [f"{flops_per_second / 1e12:.3g} TFLOP/s a device", f"{memory / 2**30:.2f} GiB"]
+        if self.peak_flops is not None:
+            notes.insert(1, f"MFU {values['mfu']:.1%}")
+        if communication is not None:
+            notes.append(f"communicating {communication / seconds:.0%} of the step")
+        log.interval(progress.step, values, phases, "  ".join(notes))
+
+    def _account(self) -> None:
+        now = time.monotonic()
+        held = self.progress.device_seconds + (now - self.tools.accounted) * self.world_size
+        self.progress = dataclasses.replace(self.progress, device_seconds=held)
+        self.tools.accounted = now
+
+    def _learning_rate(self, step_tokens: int) -> float:
+        progress, iters = self.progress, self.config.training.train_iters
+        lr = learning_rate(self.config.optimizer, progress.step, iters, progress.tokens, step_tokens)
+        growth = progress.after_growth
+        return lr * rewarmup(progress.step, growth["step"], growth["rewarmup_iters"]) if growth else lr
+
+    def _report_overflow(self) -> None:
+        log, step, samples, scale = self.tools.log, self.progress.step, self.progress.samples, self.state.scaler.scale
+        log.event({"event": "overflow", "step": step, "samples": samples, "loss_scale": scale})
+        log.say(
+            f"step {step:>6}  gradients overflow in fp16, the loss scale is now {scale:g}; the batch that ends at "
+            f"sample {samples:,} is skipped"
+        )
+
+    def _skip(self, result: StepResult) -> None:
+        log = self.tools.log
+        self.skipped_in_a_row += 1
+        step, samples = self.progress.step, self.progress.samples
+        log.event({"event": "skipped", "step": step, "samples": samples, "unsound": dict(result.unsound)})
+        log.say(
+            f"step {step:>6}  warning: not finite: {name_unsound(result.unsound)}; the batch that ends at sample "
+            f"{samples:,} is skipped, {self.progress.skipped} so far"
+        )
+        if self.skipped_in_a_row == self.config.training.max_skipped_steps:
+            self._give_up(f"{self.skipped_in_a_row} batches in a row were not finite in {name_unsound(result.unsound)}")
+
+    def _has_spiked(self, result: StepResult) -> bool:
+        """Report a spike; whether it is time to rewind."""
+        if not self.spikes.is_spike(result.loss):
+            return False
+        step, in_a_row = self.progress.step, self.spikes.in_a_row
+        self.tools.log.event({"event": "spike", "step": step, "loss": result.loss, "samples": self.progress.samples})
+        self.tools.log.say(
+            f"step {step:>6}  warning: the loss jumped to {result.loss:.4f}, {in_a_row} step(s) in a row; the batch "
+            f"ends at sample {self.progress.samples:,}"
+        )
+        return in_a_row == self.config.training.rewind_after_spikes
+
+    def _rewind(self) -> None:
+        """Go back to the last checkpoint, and go on behind the data read since."""
+        spent = self.progress
+        self.tools.saver.wait()
+        begun = self.again(self.state)
+        if begun.origin is None:
+            self._give_up("the loss jumped before there was a checkpoint to go back to")
+        self.rewinds_in_a_row += 1
+        self.progress = dataclasses.replace(
+            begun.progress,
+            samples=spent.samples,
+            skipped=spent.skipped + spent.step - begun.progress.step,
+            overflows=spent.overflows,
+            flops=spent.flops,
+            device_seconds=spent.device_seconds,
+        )
+        self.spikes.in_a_row = 0
+        self.tools.log.event({"event": "rewind", "step": self.progress.step, "samples": spent.samples})
+        self.tools.log.say(
+            f"step {self.progress.step:>6}  went back to {begun.origin}, and goes on behind sample {spent.samples:,}"
+        )
+        if self.rewinds_in_a_row == _REWINDS_IN_A_ROW:
+            self._give_up(f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """Save the state, which is the one before what went wrong, and raise ArithmeticError."""
+        saved, root = "", self.config.checkpoint.save
+        if root:
+            self._save(root, waits=True)
+            saved = f"; {root} holds the state before them, started again the run goes on behind them"
+        raise ArithmeticError(
+            f"{reason} after step {self.progress.step}{saved}: lower optimizer.lr, or look at the data"
+        )
+
+    def _evaluate(self) -> None:
+        """Mean losses over the first `eval_iters` global batches of each validation set."""
+        training, losses = self.config.training, {"": 0.0}
+        for part in self.tools.validation:
+            with build_loader(part.samples, training, self.state.mesh, 0, is_training=False) as loader:
+                total = 0.0
+                for _ in range(training.eval_iters):
+                    self.tools.phases.enter("evaluation")
+                    total += evaluation_loss(self.state, next(loader))
+            losses[""] += part.weight * total / training.eval_iters
+            if len(self.tools.validation) > 1:
+                losses[part.name] = total / training.eval_iters
+        self.tools.log.validation(self.progress.step, losses)
+
+    def _save(self, root: Path, waits: bool) -> None:
+        self.tools.phases.enter("saving")
+        self._account()
+        save_state(self.state, self.config, self.progress, root, self.tools.saver)
+        if waits or not self.config.checkpoint.async_save:
+            self.tools.saver.wait()

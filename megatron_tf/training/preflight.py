@@ -1,0 +1,125 @@
+"""Before the first step: what would else fail hours later, or on one rank of many."""
+
+import platform
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import megatron_tf
+from megatron_tf.config import ConfigError, RunConfig
+from megatron_tf.model.sizes import parameter_count
+from megatron_tf.parallel.mesh import AXES, Mesh
+
+_CLOCK_SECONDS = 60.0  # by how much clocks may differ, the wait for the slowest rank included
+_CHECKPOINTS_AHEAD = 2
+_BYTES_PER_PARAMETER = 12  # fp32 values and two moments
+
+
+def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
+    """Warnings, the same on every rank, which all call it; `config` is the one of the present stage of growth.
+
+    Raises ConfigError on every rank, naming rank and host, where one can't write what it is to write, where versions
+    differ, or where a collective over an axis of the mesh gives a wrong sum.
+    """
+    mine = {
+        "host": socket.gethostname(),
+        "errors": [*_unwritable(config, mesh.is_first_rank), *_wrong_sums(mesh)],
+        "warnings": list(_short_of_disk(config)) if mesh.is_first_rank else [],
+        "versions": _versions(),
+        "clock": time.time(),
+    }
+    reports: list[Any] = [mine]
+    if mesh.world is not None:
+        reports = [None] * mesh.world.size()
+        dist.all_gather_object(reports, mine, group=mesh.world)
+    errors = [
+        f"rank {rank} (host {report['host']}): {error}"
+        for rank, report in enumerate(reports)
+        for error in [*report["errors"], *_differences(reports[0], report)]
+    ]
+    if errors:
+        more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
+        raise ConfigError("; ".join(errors[:3]) + more)
+    warnings: list[str] = reports[0]["warnings"]
+    return [*warnings, *_clocks(reports)]
+
+
+def _unwritable(config: RunConfig, is_first_rank: bool) -> Iterator[str]:
+    """Directories that this rank is to write into, and can't."""
+    places = [("checkpoint.save", config.checkpoint.save), ("logging.profile_dir", config.logging.profile_dir)]
+    if is_first_rank:
+        file = config.logging.metrics_file
+        places += [("logging.metrics_file", file and file.parent)]
+        places += [(f"logging.{key}", getattr(config.logging, key)) for key in ("tensorboard_dir", "wandb_save_dir")]
+    for key, directory in places:
+        if directory is None:
+            continue
+        probe = directory / f".writable-{uuid.uuid4().hex}"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            yield f"{key} can't be written: {error}"
+
+
+def _wrong_sums(mesh: Mesh) -> Iterator[str]:
+    """Axes along which an all-reduce does not give what it should."""
+    for axis in AXES:
+        group = mesh.group(axis)
+        if group is not None:
+            total = torch.tensor([1.0, float(mesh.rank(axis))], device=mesh.device)
+            dist.all_reduce(total, group=group)
+            size = mesh.size(axis)
+            if total.tolist() != [size, size * (size - 1) / 2]:
+                yield f"an all-reduce over the {size} ranks of {axis} gives {total.tolist()}"
+
+
+def _short_of_disk(config: RunConfig) -> Iterator[str]:
+    root = config.checkpoint.save
+    if root is not None:
+        needed = _CHECKPOINTS_AHEAD * _BYTES_PER_PARAMETER * parameter_count(config.model)
+        free = shutil.disk_usage(_existing(root)).free
+        if free < needed:
+            yield (
+                f"{root} has {free / 1e9:,.1f} GB free, the next {_CHECKPOINTS_AHEAD} checkpoints take "
+                f"{needed / 1e9:,.1f} GB: make room, or set checkpoint.keep_last"
+            )
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "megatron_tf": megatron_tf.__version__,
+    }
+
+
+def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    for package, version in other["versions"].items():
+        if version != first["versions"][package]:
+            yield f"{package} is {version}, and {first['versions'][package]} on rank 0"
+
+
+def _clocks(reports: list[Any]) -> Iterator[str]:
+    clocks = [report["clock"] for report in reports]
+    apart = max(clocks) - min(clocks)
+    if apart > _CLOCK_SECONDS:
+        late, early = clocks.index(min(clocks)), clocks.index(max(clocks))
+        yield (
+            f"clocks differ by {apart:.0f} s between rank {early} (host {reports[early]['host']}) and rank {late} "
+            f"(host {reports[late]['host']}): logs and limits of time are not to be trusted"
+        )

@@ -1,0 +1,104 @@
+"""Where a run goes on from: its newest sound checkpoint, at the stage of growth that is due."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
+from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
+from megatron_tf.config import ParallelConfig, RunConfig
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.checkpointing import Progress, new_progress, restore_state, stage_reached
+from megatron_tf.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that can take its next step."""
+
+    stage: int
+    """Stages of growth it has behind it."""
+    state: TrainState
+    progress: Progress
+    origin: Path | None
+    """The checkpoint it comes from; None for a new run."""
+    damaged: tuple[str, ...]
+    """Newer checkpoints that could not be used, and why."""
+
+
+def begin(config: RunConfig, mesh: Mesh, tokenizer: dict[str, Any], build: Callable[[RunConfig], TrainState]) -> Begun:
+    """Restore the newest checkpoint that is sound on every rank, which all call this, or begin a new run.
+
+    `build` makes the state of a stage's configuration. Raises CheckpointError where there are checkpoints and none is
+    sound, or where the one to restore is of another model, tokenizer or layout.
+    """
+    damaged: list[str] = []
+    for source in sources(config):
+        outcome = _restore(config, mesh, tokenizer, build, source)
+        if reason := _first_reason(outcome if isinstance(outcome, str) else None, mesh):
+            damaged.append(reason)
+            continue
+        assert not isinstance(outcome, str)
+        stage, state, progress = outcome
+        return Begun(stage, state, progress, source, tuple(damaged))
+    if damaged:
+        raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
+    return Begun(0, build(config.at_stage(0)), new_progress(config.model, tokenizer), None, ())
+
+
+def sources(config: RunConfig) -> list[Path]:
+    """Checkpoints to go on from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
+    save, load = config.checkpoint.save, config.checkpoint.load
+    if save is None or not ((save / LATEST).exists() or complete_checkpoints(save)):
+        return [] if load is None else [load]
+    older = complete_checkpoints(save)[::-1]
+    try:
+        newest = newest_checkpoint(save)
+    except (CheckpointError, OSError):  # `latest` itself is damaged or gone
+        return older
+    return [*filter(Path.exists, [newest]), *(path for path in older if path != newest)]
+
+
+def first_stage(config: RunConfig) -> int:
+    """Stages of growth that a run is to have behind it when it begins, as far as can be told without its tensors."""
+    for source in sources(config):
+        try:
+            return stage_reached(config, source)
+        except DamagedCheckpointError:
+            continue
+    return 0
+
+
+def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
+    """Whether the mesh is the one that is asked for."""
+    sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return sizes == (mesh.size("tp"), mesh.size("pp"))
+
+
+def _restore(
+    config: RunConfig, mesh: Mesh, tokenizer: dict[str, Any], build: Callable[[RunConfig], TrainState], source: Path
+) -> tuple[int, TrainState, Progress] | str:
+    """(stage, state, progress), or why the checkpoint can't be used."""
+    try:
+        stage = stage_reached(config, source)
+        if not has_layout(config.at_stage(stage).parallel, mesh):
+            raise CheckpointError(
+                f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
+                f"checkpoint beside it and start again"
+            )
+        state = build(config.at_stage(stage))
+        return stage, state, restore_state(state, config, tokenizer, source)
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def _first_reason(reason: str | None, mesh: Mesh) -> str | None:
+    """Why the first rank that failed did so; None if none did. The same on every rank."""
+    reasons: list[str | None] = [reason]
+    if mesh.world is not None:
+        reasons = [None] * mesh.world.size()
+        dist.all_gather_object(reasons, reason, group=mesh.world)
+    return next((each for each in reasons if each is not None), None)

@@ -1,0 +1,148 @@
+"""Where metrics go: JSON lines, TensorBoard, Weights & Biases. None of them can end a run."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tf.config import ConfigError, LoggingConfig
+
+
+class Sink(Protocol):
+    """Takes what a run measures."""
+
+    name: str
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Metrics after `step` steps."""
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """Something that happened: a start, a growth, a skipped batch."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+
+
+class JsonLines:
+    """One object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab", buffering=0)  # no half line waits in memory for a disk that is full
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See Sink."""
+        self.event({"step": step, **values})
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """See Sink."""
+        line = json.dumps(values).encode() + b"\n"
+        start = self.file.tell()
+        if self.file.write(line) != len(line):
+            self.file.truncate(start)
+            raise OSError("the disk is full")
+
+    def close(self) -> None:
+        """See Sink."""
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars by step; starts and growths as text, with the number of parameters as a scalar."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
+
+        self.name = str(directory)
+        self.writer = SummaryWriter(str(directory))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See Sink."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """See Sink."""
+        if "parameters" in values:
+            text = f"{values['event']}: {values['parameters']:,} parameters; lineage {values['lineage']}"
+            self.writer.add_scalar("parameters", values["parameters"], values["step"])
+            self.writer.add_text("stages", text, values["step"])
+
+    def close(self) -> None:
+        """See Sink."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a project; of the same name, it is the same run after a restart."""
+
+    def __init__(self, project: str, name: str | None, directory: Path | None) -> None:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ConfigError(
+                "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the key out"
+            ) from None
+        self.name = f"Weights & Biases project {project}"
+        self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See Sink."""
+        self.run.log(dict(values), step=step)
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """See Sink."""
+        if "config" in values:
+            self.run.config.update(values["config"], allow_val_change=True)
+        if "parameters" in values:
+            self.run.log({"parameters": values["parameters"]}, step=values["step"])
+
+    def close(self) -> None:
+        """See Sink."""
+        self.run.finish()
+
+
+class Guarded:
+    """A sink whose failures are told to `warn` when they begin and when they end, and counted in between."""
+
+    def __init__(self, sink: Sink, warn: Callable[[str], None]) -> None:
+        self.sink, self.warn = sink, warn
+        self.lost = 0
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See Sink."""
+        self._try(lambda: self.sink.scalars(values, step))
+
+    def event(self, values: Mapping[str, Any]) -> None:
+        """See Sink."""
+        self._try(lambda: self.sink.event(values))
+
+    def close(self) -> None:
+        """See Sink."""
+        self._try(self.sink.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a service or a disk has: a month of training is worth more than its log
+            self.lost += 1
+            if self.lost == 1:
+                self.warn(f"{self.sink.name}: {error}; training goes on without it until it takes metrics again")
+        else:
+            if self.lost:
+                self.warn(f"{self.sink.name} takes metrics again, {self.lost} were lost")
+            self.lost = 0
+
+
+def open_sinks(config: LoggingConfig, warn: Callable[[str], None]) -> list[Guarded]:
+    """The configured sinks. Raises OSError for a path that can't be written, ConfigError for a missing package."""
+    sinks: list[Sink] = []
+    if config.metrics_file:
+        sinks.append(JsonLines(config.metrics_file))
+    if config.tensorboard_dir:
+        sinks.append(TensorBoard(config.tensorboard_dir))
+    if config.wandb_project:
+        sinks.append(WeightsAndBiases(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir))
+    return [Guarded(sink, warn) for sink in sinks]

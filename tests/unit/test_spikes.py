@@ -1,0 +1,46 @@
+"""Losses that jump are told from losses that wander."""
+
+import math
+import random
+
+from megatron_tf.training.faults import SpikeDetector
+
+
+def wandering(steps, seed=0):
+    generator = random.Random(seed)
+    return [5.0 - 0.01 * i + generator.gauss(0.0, 0.05) for i in range(steps)]
+
+
+def test_a_falling_noisy_loss_has_no_spikes():
+    for seed in range(20):
+        detector = SpikeDetector(8.0)
+        assert not any(detector.is_spike(loss) for loss in wandering(200, seed))
+
+
+def test_a_jump_is_told_and_does_not_move_the_scale():
+    detector = SpikeDetector(8.0)
+    for loss in wandering(100):
+        detector.is_spike(loss)
+    assert [detector.is_spike(loss) for loss in (7.0, 7.0, 4.0, 7.0)] == [True, True, False, True]
+    assert detector.in_a_row == 1
+
+
+def test_a_level_loss_makes_no_spike_of_a_ripple():
+    detector = SpikeDetector(8.0)
+    assert not any(detector.is_spike(2.0) for _ in range(50))
+    assert not detector.is_spike(2.05)
+    assert detector.is_spike(2.2)
+
+
+def test_a_loss_that_stays_up_is_no_spike_for_ever():
+    detector = SpikeDetector(8.0)
+    for loss in wandering(100):
+        detector.is_spike(loss)
+    told = [detector.is_spike(9.0) for _ in range(400)]
+    assert all(told[:100])
+    assert not told[100]
+    assert not any(told[-50:])
+
+
+def test_the_first_losses_are_no_spikes():
+    assert not any(SpikeDetector(8.0).is_spike(math.exp(i)) for i in range(31))
