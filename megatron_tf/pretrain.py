@@ -50,9 +50,12 @@ def _end(reason: str | None) -> None:
 def run(config: RunConfig) -> int:
     """Join the other ranks and train; returns the exit code."""
     # after the configuration is known to be sound: it takes seconds
+    from megatron_tf.training.determinism import use_deterministic_algorithms
     from megatron_tf.training.resume import first_stage
     from megatron_tf.training.trainer import train
 
+    if config.training.deterministic:
+        use_deterministic_algorithms()
     parallel = config.at_stage(first_stage(config)).parallel
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,

@@ -78,7 +78,9 @@ class TrainingConfig:
     train_iters: Count
     """Optimizer steps the whole run is to last, those before a resume included."""
     seed: NonNegative = 1234
-    """Decides initial values and the order of the data."""
+    """Decides initial values, the order of the data and what is dropped."""
+    deterministic: bool = False
+    """Take only algorithms that repeat every bit on the same layout and machine; one that cannot is an error."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
@@ -90,6 +92,10 @@ class TrainingConfig:
     spikes are only reported."""
     exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = None
     """Save and end with exit code 75 at the first step after so many minutes of this job."""
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the embedding's, each attention's and each ffn's output that is dropped."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the weights of attention over tokens that is dropped; it needs kernels.attention sdpa."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is made again in backward instead of kept: nothing; the scores of each Pattention; all of each layer."""
     eval_interval: NonNegative = 0
@@ -311,6 +317,7 @@ class RunConfig:
         self._check_tensor_parallel()
         self._check_growth()
         self._check_stopping()
+        self._check_attention()
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
             raise ValueError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
@@ -352,6 +359,11 @@ class RunConfig:
                 raise ValueError(f"growth: {key} must increase from stage to stage, it is {times}")
         if self.growth and self.checkpoint.save is None:
             raise ValueError("growth needs checkpoint.save: the model is saved before it grows")
+
+    def _check_attention(self) -> None:
+        for key in ("attention_dropout", "deterministic"):
+            if getattr(self.training, key) and self.kernels.attention not in ("auto", "sdpa"):
+                raise ValueError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
 
     def _check_stopping(self) -> None:
         if self.training.rewind_after_spikes is not None and self.checkpoint.save is None:

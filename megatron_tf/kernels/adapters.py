@@ -37,10 +37,10 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention."""
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).permute(2, 0, 1, 3)
 
 
 def flash_attention(version_4: bool) -> Attend:

@@ -14,7 +14,9 @@ Shapes: S sequence, B batch, D hidden, R ranks; s = S / R under sequence paralle
 | reduce-scatter sequence  | [s, B, D]            | D (R-1)/R                |
 """
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.adapters import Attend, sdpa
+from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.pattention import Pattention, pattend
 from megatron_tf.layers.rotary import apply_rotary
@@ -73,10 +76,12 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KeyValueCache | None = None,
         documents: Sequence[Sequence[int]] | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
 
-        `documents` are the lengths of each sample's documents, which then do not see each other.
+        `documents` are the lengths of each sample's documents, which then do not see each other. `dropout` of the
+        weights is by scaled_dot_product_attention, whatever else is chosen.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in self.project_in(x))
@@ -84,19 +89,13 @@ class Attention(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None:
             k, v = cache.append(k, v)
-        if documents is not None:
-            out = self._attend_within(q, k, v, documents)
-        else:
-            out = _attend_with_past(q, k, v, past) if past else self.attend(q, k, v)
+        with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
+            attend = functools.partial(sdpa, dropout_p=rate) if rate else self.attend
+            if documents is not None:
+                out = _attend_within(attend, q, k, v, documents)
+            else:
+                out = _attend_with_past(q, k, v, past) if past else attend(q, k, v)
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
-
-    def _attend_within(self, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
-        """Attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
-        samples = []
-        for b, lengths in enumerate(documents):
-            queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
-            samples.append(torch.cat([self.attend(*piece) for piece in zip(queries, keys, values, strict=True)]))
-        return torch.cat(samples, 1)
 
 
 class PattentionAttention(Attention):
@@ -147,6 +146,15 @@ class LinearAttention(Attention):
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
         return x @ self.proj.of_type(x)
+
+
+def _attend_within(attend: Attend, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
+    """Attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
+    samples = []
+    for b, lengths in enumerate(documents):
+        queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
+        samples.append(torch.cat([attend(*piece) for piece in zip(queries, keys, values, strict=True)]))
+    return torch.cat(samples, 1)
 
 
 def _attend_with_past(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:

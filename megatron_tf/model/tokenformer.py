@@ -5,6 +5,7 @@ device; a pipeline stage is the same class with fewer layers.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.kernels.adapters import Normalise, torch_norm
 from megatron_tf.layers.attention import Attention, KeyValueCache, LinearAttention, PattentionAttention
+from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.embedding import VocabularyWeight
 from megatron_tf.layers.linear import MLP
 from megatron_tf.layers.norm import FinalNorm
@@ -49,12 +51,16 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cache: KeyValueCache | None = None,
         documents: Sequence[Sequence[int]] | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
-        x = x + self.attention(self.normalise(x, None, None, self.epsilon), rotary, cache, documents)
+        sequence_group = self.group if self.sequence_parallel else None
+        out = self.attention(self.normalise(x, None, None, self.epsilon), rotary, cache, documents, dropout)
+        x = x + (out if dropout is None else dropout.hidden(out, "attention", sequence_group))
         hidden = enter_tensor_parallel(self.normalise(x, None, None, self.epsilon), self.group, self.sequence_parallel)
         out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
-        return x + leave_tensor_parallel(out, self.group, self.sequence_parallel)
+        out = leave_tensor_parallel(out, self.group, self.sequence_parallel)
+        return x + (out if dropout is None else dropout.hidden(out, "ffn", sequence_group))
 
 
 class TokenFormer(nn.Module):
@@ -80,6 +86,7 @@ class TokenFormer(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.recompute_blocks = False
+        self.dropout: Dropout | None = None
         self.is_first = layers.start == 0
         self.is_last = layers.stop == config.num_layers
         self.is_tied = not config.untie_embeddings_and_output_weights
@@ -93,17 +100,28 @@ class TokenFormer(nn.Module):
                 self.head = self._vocabulary_weight()
 
     def forward(
-        self, x: Tensor, caches: Sequence[KeyValueCache] | None = None, document_starts: Tensor | None = None
+        self,
+        x: Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
+        document_starts: Tensor | None = None,
+        sample_numbers: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
         hidden states [s, B, D]. `caches`, one a layer, hold the tokens that came before these. `document_starts`
-        [B, S] is where each token's document begins: documents do not see each other, and count positions anew."""
+        [B, S] is where each token's document begins: documents do not see each other, and count positions anew.
+        `sample_numbers` [B] are those of the samples in the data of the run; without them nothing is dropped."""
+        dropout = None
+        if self.dropout is not None and sample_numbers is not None:
+            dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
         if self.is_first:
             x = self.embedding.embed(x).to(self.dtype)
+            if dropout is not None:
+                x = dropout.hidden(x, "embedding", self.group if self.sequence_parallel else None)
         rotary = self._rotary(x, caches[0].length if caches else 0, document_starts)
         documents = None if document_starts is None else _document_lengths(document_starts)
-        for i, block in enumerate(self.layers.values()):
-            arguments = (x, rotary, caches[i] if caches else None, documents)
+        for i, (layer, block) in enumerate(self.layers.items()):
+            dropped = None if dropout is None else replace(dropout, layer=int(layer))
+            arguments = (x, rotary, caches[i] if caches else None, documents, dropped)
             recompute = self.recompute_blocks and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         if self.is_last:

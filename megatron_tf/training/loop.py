@@ -100,7 +100,7 @@ class Loop:
         phases.enter("forward-backward")
         lr = self._learning_rate(tokens)
         with profiler.step(number):
-            result = train_step(self.state, batch, lr)
+            result = train_step(self.state, batch, lr, self.progress.samples)
         phases.enter("report")
         self._account()
         if profiler.written is not None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig, to_dict
 from megatron_tf.kernels.dispatch import Kernels, choose
+from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.init import initialize
 from megatron_tf.model.parallelize import (
     build_stage,
@@ -66,7 +68,9 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
         config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
     )
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
-    kernels = choose(to_dict(config.kernels), mesh.device, dtype)
+    if training.hidden_dropout or training.attention_dropout:
+        model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
+    kernels = choose(_asked_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
     warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
     shards = parameter_shards(model)
@@ -83,18 +87,26 @@ def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     few of them for the pipeline's schedule."""
     training, stages, replicas = config.training, mesh.size("pp"), mesh.size("dp")
     for size in training.batch_sizes:
-        key = "global_batch_size" if size == training.global_batch_size else "a batch of rampup_batch_size"
+        whole = size == training.global_batch_size
+        key = "training.global_batch_size" if whole else "a batch of training.rampup_batch_size"
         count, rest = divmod(size, training.micro_batch_size * replicas)
         if rest:
             raise ValueError(
-                f"training.{key} ({size}) must be divisible by "
+                f"{key} ({size}) must be divisible by "
                 f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
             )
         if config.parallel.pipeline_schedule == "1f1b" and stages > 1 and count < stages:
             raise ValueError(
-                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, training.{key} ({size}) "
+                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, {key} ({size}) "
                 f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
             )
+
+
+def _asked_kernels(config: RunConfig) -> dict[str, Any]:
+    """The configured kernels, without what `auto` would take and cannot drop or repeat every bit."""
+    asked = to_dict(config.kernels)
+    needs_sdpa = config.training.attention_dropout or config.training.deterministic
+    return asked | {"attention": "sdpa"} if needs_sdpa else asked
 
 
 def _build_optimizer(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
+from megatron_tf.data.loader import sample_numbers
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.state import TrainState
 
@@ -29,9 +30,17 @@ class StepResult:
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
 
-def train_step(state: TrainState, batch: Tensor, lr: float) -> StepResult:
-    """Forward, backward and update on this replica's part of the batch: ids [count, B, S + 1]."""
+def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: int = 0) -> StepResult:
+    """Forward, backward and update on this replica's part of the batch: ids [count, B, S + 1].
+
+    What is dropped follows from `consumed_samples`, the position of the global batch in the data.
+    """
     inputs, targets, options = prepare(state, batch)
+    if state.model.dropout is not None:
+        count, size, _ = batch.shape
+        replica, replicas = state.mesh.rank("dp"), state.mesh.size("dp")
+        numbers = sample_numbers(consumed_samples, count * size * replicas, size, replica, replicas)
+        options["sample_numbers"] = torch.from_numpy(numbers).flatten()
     loss_scale = state.scaler.scale
     loss = state.runner.train(inputs, targets, options, loss_scale)
     scale = mask_scale(state, targets)

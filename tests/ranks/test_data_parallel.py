@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.parallel.mesh import lay_mesh
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
 from megatron_tf.training.optimizer import MOMENTS
@@ -22,11 +21,6 @@ from tests.support.training import EOD, random_batch, training_run
 TOKENIZER = {"type": "none"}
 LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
 """(tensor, pipeline, data), replicas that share a copy."""
-
-
-def in_layout(mesh, function, layout, shard_size, *args):
-    """function(mesh, *args) on a mesh of that layout."""
-    return function(lay_mesh(mesh.device, *layout, shard_size) if mesh.device_mesh else mesh, *args)
 
 
 def curve_and_checkpoint(mesh, config, root):
@@ -46,7 +40,7 @@ def curve_and_checkpoint(mesh, config, root):
 def test_any_sharing_trains_the_same(rank_pool, tmp_path, layout, shard_size):
     reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1)), 6)[0]
     config = layout_config(layout, layout[0] > 1)
-    answers = rank_pool.run(in_layout, *layout, curve_and_checkpoint, layout, shard_size, config, tmp_path)
+    answers = rank_pool.run(curve_and_checkpoint, *layout, config, tmp_path, shard_size=shard_size)
     assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree"
     np.testing.assert_allclose(answers[0][0], reference, rtol=1e-5)
     for name, gradient in whole_model(layout, False, [gradients for _, gradients in answers]).items():
@@ -76,11 +70,13 @@ def exchanges(mesh, config):
 
 
 def counting(collective, kind, seen):
-    """`collective`, counted with the elements of its larger side."""
+    """`collective`, counted with the elements of its larger side; what is exchanged must be fp32."""
 
     def counted(*args, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        assert all(tensor.dtype == torch.float32 for tensor in tensors)
         seen[kind, "calls"] += 1
-        seen[kind, "elements"] += max(t.numel() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        seen[kind, "elements"] += max(tensor.numel() for tensor in tensors)
         return collective(*args, **kwargs)
 
     return counted
@@ -88,10 +84,11 @@ def counting(collective, kind, seen):
 
 @pytest.mark.parametrize(("layout", "shard_size"), [((1, 1, 2), 2), ((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 2)])
 def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
-    """And parameters are gathered once, however many micro-batches there are."""
+    """And parameters are gathered once, however many micro-batches there are; in fp32, whatever activations are."""
     for micro_batches in (2, 4):
-        config = layout_config(layout, training={"global_batch_size": micro_batches * layout[2]})
-        for seen, units, parameters in rank_pool.run(in_layout, *layout, exchanges, layout, shard_size, config):
+        training = {"global_batch_size": micro_batches * layout[2], "precision": "bf16"}
+        config = layout_config(layout, training=training)
+        for seen, units, parameters in rank_pool.run(exchanges, *layout, config, shard_size=shard_size):
             expected = {}
             for name in ("all-gather", "reduce-scatter") if shard_size > 1 else ():
                 expected |= {(name, "calls"): units, (name, "elements"): parameters}
@@ -149,7 +146,7 @@ def formula(config, layout, shard_size, stage):
 def test_memory_is_what_the_formula_says(rank_pool, layout, shard_size):
     config = layout_config(layout, layout[0] > 1)
     per_stage = layout[0] * layout[2]
-    answers = rank_pool.run(in_layout, *layout, measured_bytes, layout, shard_size, config)
+    answers = rank_pool.run(measured_bytes, *layout, config, shard_size=shard_size)
     for rank, (held, gathered, gradients) in enumerate(answers):
         holds, computes = formula(config, layout, shard_size, rank // per_stage)
         assert held == 16 * holds

@@ -10,6 +10,7 @@ from queue import Empty
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megatron_tf.parallel.mesh import Mesh, lay_mesh
 
@@ -17,7 +18,8 @@ TIMEOUT = timedelta(seconds=30)
 
 
 class RankPool:
-    """`run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that layout."""
+    """`run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that layout, of which
+    `shard_size` replicas share a copy of the parameters."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -34,13 +36,13 @@ class RankPool:
         for process in self.processes:
             process.start()
 
-    def run(self, function, tensor, pipeline, data, *args):
+    def run(self, function, tensor, pipeline, data, *args, shard_size=None):
         """Results in rank order; a rank's exception is raised here with its traceback."""
         world = tensor * pipeline * data
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(world):
-                self.tasks[rank].put((function, (tensor, pipeline, data), store, args))
+                self.tasks[rank].put((function, (tensor, pipeline, data, shard_size), store, args))
             answers = {}
             for _ in range(world):
                 rank, error, result = self._next_answer()
@@ -69,7 +71,7 @@ def _serve(rank, tasks, results):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
-        function, (tensor, pipeline, data), store, args = tasks.get()
+        function, (tensor, pipeline, data, shard_size), store, args = tasks.get()
         world = tensor * pipeline * data
         try:
             mesh = Mesh(torch.device("cpu"))
@@ -77,10 +79,11 @@ def _serve(rank, tasks, results):
                 dist.init_process_group(
                     "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
                 )
-                mesh = lay_mesh(torch.device("cpu"), tensor, pipeline, data)
+                mesh = lay_mesh(torch.device("cpu"), tensor, pipeline, data, shard_size)
             result, error = function(mesh, *args), None
         except BaseException:
             result, error = None, traceback.format_exc()
         results.put((rank, error, result))
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            _clear_sharding_prop_cache()  # it gives meshes of a world before, with groups that are no more

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_tf.config import ConfigError, TrainingConfig
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.datasets import samples_of_run
 from megatron_tf.training.state import check_batch_sizes
 from tests.support.training import small_run
 
@@ -54,6 +55,7 @@ def test_any_ramp_rises_from_its_start_to_the_whole_size(values):
         consumed.append(consumed[-1] + config.batch_size_at(consumed[-1]))
     for steps in (0, 1, len(consumed) // 2, len(consumed) - 1):
         assert config.samples_of(steps) == consumed[steps]
+    assert samples_of_run(config, "train") == config.samples_of(config.train_iters)
 
 
 class Numbers:
@@ -102,8 +104,11 @@ class Layout(Mesh):
     [
         (None, None),
         ([6, 6, 100], None),
-        ([8, 1, 100], r"a batch of rampup_batch_size \(9\) must be divisible by .* x data-parallel size \(2\)"),
-        ([4, 2, 100], r"as many micro-batches, training.a batch of rampup_batch_size \(4\) gives 2 on each of 2"),
+        (
+            [8, 1, 100],
+            r"a batch of training.rampup_batch_size \(9\) must be divisible by .* x data-parallel size \(2\)",
+        ),
+        ([4, 2, 100], r"as many micro-batches, a batch of training.rampup_batch_size \(4\) gives 2 on each of 2"),
     ],
 )
 def test_every_size_must_fit_the_layout(ramp, message):

@@ -21,25 +21,26 @@ def folder(tmp_path_factory):
 
 
 def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
-    """Exit code of a run whose batches of these numbers are not finite, or overflow."""
+    """(exit code, position of each batch) of a run whose batches of these numbers are not finite, or overflow."""
     values = yaml.safe_load((folder / "run.yaml").read_text())
     values["checkpoint"] |= {"save": str(folder / name)}
     values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    original, seen = loop.train_step, iter(range(1000))
+    original, seen, positions = loop.train_step, iter(range(1000)), []
 
     def step(*arguments):
+        positions.append(arguments[3])
         if next(seen) in faults:
             unsound = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
             return StepResult(math.nan, math.nan, unsound=unsound, is_overflow=is_overflow)
         return original(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step)
-    return pretrain.main([str(folder / f"{name}.yaml")])
+    return pretrain.main([str(folder / f"{name}.yaml")]), positions
 
 
 def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
-    assert run_with_faults(folder, monkeypatch, "some", {1, 2, 4}) == 0
+    assert run_with_faults(folder, monkeypatch, "some", {1, 2, 4}) == (0, list(range(0, 72, 8)))
     out = capsys.readouterr().out
     assert (
         "not finite: layers.1.ffn.key_tokens (rank 0), head.weight (rank 3); the batch that ends at sample 16 is "
@@ -56,11 +57,11 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
 
 
 def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch, capsys):
-    assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8))) == 1
+    assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8)))[0] == 1
     error = capsys.readouterr().err
     assert "5 batches in a row were not finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
     assert "after step 3" in error
-    assert run_with_faults(folder, monkeypatch, "straight", set()) == 0
+    assert run_with_faults(folder, monkeypatch, "straight", set())[0] == 0
     reader = CheckpointReader(folder / "many")
     assert reader.metadata["training"]["step"] == 3
     monkeypatch.undo()
@@ -71,7 +72,7 @@ def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch,
 
 
 def test_overflows_are_no_faults_of_the_data(folder, monkeypatch, capsys):
-    assert run_with_faults(folder, monkeypatch, "overflows", set(range(1, 9)), is_overflow=True) == 0
+    assert run_with_faults(folder, monkeypatch, "overflows", set(range(1, 9)), is_overflow=True)[0] == 0
     assert "the batch that ends at sample 16 is skipped" in capsys.readouterr().out
     training = CheckpointReader(folder / "overflows").metadata["training"]
     assert [training[key] for key in ("step", "skipped", "overflows", "samples")] == [6, 0, 8, 8 * (6 + 8)]
