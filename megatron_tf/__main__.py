@@ -26,7 +26,12 @@ def main() -> int:
     if command in COMMANDS:
         module, _ = COMMANDS[command]
         sys.argv = [f"megatron-tf {command}", *sys.argv[2:]]
-        code: int = importlib.import_module(module).main()
+        try:
+            run = importlib.import_module(module).main
+        except ModuleNotFoundError as error:
+            print(f"error: megatron-tf {command} needs {error.name}, which is not installed", file=sys.stderr)
+            return 1
+        code: int = run()
         return code
     lines = [f"  {name:<20}{summary}" for name, (_, summary) in COMMANDS.items()]
     usage = "\n".join(["usage: megatron-tf COMMAND ...", "", *lines, "", "megatron-tf COMMAND --help says more."])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_tf
-from megatron_tf.__main__ import COMMANDS
+from megatron_tf.__main__ import COMMANDS, main
 from tests.support.paths import ROOT
 
 
@@ -45,6 +45,14 @@ def test_the_command_lists_them_and_refuses_others(tmp_path):
         assert done.returncode == code
         assert all(f"  {name} " in done.stdout + done.stderr for name in COMMANDS)
     assert "no command 'preproces-data'" in done.stderr
+
+
+def test_what_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "megatron_tf.tools.plot_run", raising=False)
+    monkeypatch.setattr(sys, "argv", ["megatron-tf", "plot-run", "--help"])
+    assert main() == 1
+    assert capsys.readouterr().err == "error: megatron-tf plot-run needs matplotlib.axes, which is not installed\n"
 
 
 def test_lm_eval_finds_the_model_class():
