@@ -1,6 +1,7 @@
 """Builds the package and its C++ index extension."""
 
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -32,9 +33,16 @@ setup(
     name="megatron_tf",
     version="0.1.0",
     description="A Megatron-style trainer for TokenFormer language models that grow",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["megatron_tf*"]),
+    packages=[*find_packages(include=["megatron_tf*"]), "megatron_tf.tools"],
+    package_dir={"megatron_tf.tools": "tools"},
     package_data={"megatron_tf": ["py.typed", "*.pyi"]},
+    entry_points={
+        "console_scripts": ["megatron-tf = megatron_tf.__main__:main"],
+        "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -53,8 +61,12 @@ setup(
     extras_require={
         "plot": ["matplotlib", "tensorboard"],
         "mpi": ["mpi4py"],
+        "eval": ["lm-eval>=0.4.13"],
+        "hf": ["transformers"],
+        "gpu": ["flash-attn", "transformer_engine[pytorch]", "triton"],
         "dev": [
             "hypothesis",
+            "lm-eval>=0.4.13",
             "matplotlib",
             "mpi4py",
             "mpich",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.preprocess import concatenate, write_json
 
@@ -43,10 +44,19 @@ def merge(prefixes: list[str], output: str) -> None:
     write_index(index, datasets[0].dtype, lambda: blocks(datasets))
     if report:
         write_json(Path(f"{output}.json"), report)
+    merge_sets(datasets, output)
     data.replace(f"{output}.bin")
     index.replace(f"{output}.idx")
     merged = IndexedDataset(output)
     print(f"{output}: {len(merged):,} documents, {len(merged.tokens):,} tokens")
+
+
+def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
+    """Write the sets of all documents, where all are known."""
+    known = [read_document_sets(dataset.prefix, len(dataset)) for dataset in datasets]
+    parts = [part for part in known if part is not None]
+    if len(parts) == len(known):
+        joined_sets(parts).write(sets_path(output))
 
 
 def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:

@@ -5,6 +5,7 @@ What a commit covers survives anything; what comes after it is cut off when the 
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tf.data.document_sets import ROW, DocumentSets
 from megatron_tf.data.documents import BadLines
 
 
@@ -78,7 +80,8 @@ class Journal:
 
 
 class Part:
-    """The files `stem`-OUTPUT.bin and .lengths (int32 a document) and their journal, open for appending.
+    """The files `stem`-OUTPUT.bin, .lengths (int32 a document) and .sets (ROW a document) and their journal, open for
+    appending.
 
     A part of another identity, or one that does not hold what its journal says, is started anew.
     """
@@ -89,15 +92,23 @@ class Part:
         journal = Journal.read(self._path)
         is_usable = journal is not None and journal.identity == identity and self._holds(journal)
         self.journal = journal if journal is not None and is_usable else Journal(identity)
-        self._files: dict[str, tuple[BinaryIO, BinaryIO]] = {}
+        self._files: dict[str, list[BinaryIO]] = {}
 
-    def append(self, output: str, ids: NDArray[np.generic], lengths: NDArray[np.int32]) -> None:
-        """Documents of one output, end to end. The caller counts them in the journal."""
+    def append(self, output: str, ids: NDArray[np.generic], documents: Sequence[tuple[str, int, int]]) -> None:
+        """Documents of one output, ids end to end, and (set, ids, bytes of text) of each; counted in the journal."""
         if output not in self._files:
             self._files[output] = self._open(output)
-        data, index = self._files[output]
-        data.write(ids.astype(self.dtype, copy=False).tobytes())
-        index.write(lengths.astype("<i4", copy=False).tobytes())
+        for name, length, text_bytes in documents:
+            self.journal.count(output, name).add(1, length, text_bytes)
+        places = {name: place for place, name in enumerate(self.journal.counts[output])}
+        rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
+        lengths = np.array([length for _, length, _ in documents], "<i4")
+        for file, values in zip(self._files[output], (ids.astype(self.dtype, copy=False), lengths, rows), strict=True):
+            file.write(values.tobytes())
+
+    def document_sets(self, output: str) -> DocumentSets:
+        """The sets of an output's documents, as far as they are committed."""
+        return DocumentSets(list(self.journal.counts[output]), np.fromfile(self.paths(output)[2], ROW))
 
     def commit(self, is_complete: bool = False) -> None:
         """Make everything so far last."""
@@ -109,8 +120,8 @@ class Part:
         self.journal.write(self._path)
 
     def paths(self, output: str) -> tuple[Path, ...]:
-        """The .bin and the .lengths of an output."""
-        return tuple(self.stem.with_name(f"{self.stem.name}-{output}.{kind}") for kind in ("bin", "lengths"))
+        """The .bin, the .lengths and the .sets of an output."""
+        return tuple(self.stem.with_name(f"{self.stem.name}-{output}.{kind}") for kind in ("bin", "lengths", "sets"))
 
     def __enter__(self) -> Self:
         return self
@@ -122,9 +133,9 @@ class Part:
             for file in files:
                 file.close()
 
-    def _sizes(self, journal: Journal, output: str) -> tuple[int, int]:
+    def _sizes(self, journal: Journal, output: str) -> tuple[int, int, int]:
         total = journal.total(output)
-        return total.tokens * self.dtype.itemsize, 4 * total.documents
+        return total.tokens * self.dtype.itemsize, 4 * total.documents, ROW.itemsize * total.documents
 
     def _holds(self, journal: Journal) -> bool:
         return all(
@@ -133,10 +144,10 @@ class Part:
             for path, size in zip(self.paths(output), self._sizes(journal, output), strict=True)
         )
 
-    def _open(self, output: str) -> tuple[BinaryIO, BinaryIO]:
-        opened = []
+    def _open(self, output: str) -> list[BinaryIO]:
+        opened: list[BinaryIO] = []
         for path, size in zip(self.paths(output), self._sizes(self.journal, output), strict=True):
             file = path.open("ab")
             file.truncate(size)
             opened.append(file)
-        return opened[0], opened[1]
+        return opened

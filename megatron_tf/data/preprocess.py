@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import megatron_tf
+from megatron_tf.data.document_sets import joined_sets, sets_path
 from megatron_tf.data.documents import BadLines, Batch, read_batches
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.part import Count, Journal, Part
@@ -85,9 +86,9 @@ def _add(part: Part, batch: Batch, settings: Settings, tokenizer: Tokenizer) -> 
             encoded = _with_end(encoded, tokenizer.eod)
         for output, which in _outputs(key, sets, settings).items():
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
-            part.append(output, chosen.ids, chosen.lengths.astype(np.int32))
-            for i, length in zip(which, chosen.lengths.tolist(), strict=True):
-                part.journal.count(output, sets[i]).add(1, length, _utf8_size(texts[i]))
+            lengths = chosen.lengths.tolist()
+            documents = [(sets[i], length, _utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)]
+            part.append(output, chosen.ids, documents)
     part.journal.lines = batch.end_line
     part.journal.bad.merge(batch.bad)
 
@@ -185,7 +186,10 @@ def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
     concatenate([part.paths(output)[0] for part in parts], data)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
+    sets = Path(f"{sets_path(data_set)}.tmp")
+    joined_sets([part.document_sets(output) for part in parts]).write(sets)
     write_json(Path(f"{data_set}.json"), report)
+    sets.replace(sets_path(data_set))
     data.replace(f"{data_set}.bin")
     index.replace(f"{data_set}.idx")
     return report

@@ -8,7 +8,8 @@ import yaml
 
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order_cache
-from megatron_tf.data.indexed_dataset import IndexedDataset, write_index
+from megatron_tf.data.document_sets import ROW, DocumentSets, read_document_sets, sets_path
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.training.datasets import build_dataset
 from tests.support.data import write_data_set
 from tests.support.training import small_run
@@ -38,6 +39,32 @@ def test_merged_documents_are_those_of_the_parts(prefixes, tmp_path, monkeypatch
     assert merged.lengths.tolist() == [3, 1, 2, 1, 2]
     report = json.loads((tmp_path / "m.json").read_text())
     assert report["tokens"] == report["pile_sets"]["Books"]["tokens"] == 9
+
+
+def test_merged_documents_keep_their_sets(prefixes, tmp_path):
+    names = [["Books", "Wiki"], ["Code", "Wiki", "Books"]]
+    for prefix, of_part, sets in zip(prefixes, names, ([0, 1, 0], [2, 0, 1]), strict=True):
+        rows = np.array([(place, 10 + place) for place in sets], ROW)
+        DocumentSets(of_part, rows).write(sets_path(prefix))
+    assert merge_datasets.main(["--input", *prefixes, "--output-prefix", str(tmp_path / "m")]) == 0
+    merged = read_document_sets(tmp_path / "m", 6)
+    found = [(merged.names[place], size) for place, size in merged.rows.tolist()]
+    assert found == [("Books", 10), ("Wiki", 11), ("Books", 10), ("Books", 12), ("Code", 10), ("Wiki", 11)]
+    sets_path(prefixes[0]).unlink()
+    assert merge_datasets.main(["--input", *prefixes, "--output-prefix", str(tmp_path / "n")]) == 0
+    assert read_document_sets(tmp_path / "n", 6) is None
+
+
+def test_sets_that_are_not_of_the_documents_are_refused(tmp_path):
+    path = sets_path(tmp_path / "d")
+    for count, places in ((3, [0, 1]), (2, [0, 2])):
+        DocumentSets(["Books", "Wiki"], np.array([(place, 1) for place in places], ROW)).write(path)
+        with pytest.raises(DataError, match=rf"d\.documents\.npz is not of these {count} documents"):
+            read_document_sets(tmp_path / "d", count)
+    for content in (b"", b"PK\x03\x04", path.read_bytes()[:-40]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"d\.documents\.npz is damaged"):
+            read_document_sets(tmp_path / "d", 2)
 
 
 def test_merging_refuses_what_does_not_fit(prefixes, tmp_path, capsys):

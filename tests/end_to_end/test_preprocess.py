@@ -18,6 +18,7 @@ import pytest
 from backports import zstd
 
 from megatron_tf.data import documents, preprocess
+from megatron_tf.data.document_sets import read_document_sets
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from tests.support.paths import ROOT
 from tools import preprocess_data
@@ -49,6 +50,16 @@ def read(prefix):
     return [dataset.document(i).tolist() for i in range(len(dataset))]
 
 
+def read_sets(prefix, count):
+    """(set, bytes of text) of each document."""
+    sets = read_document_sets(prefix, count)
+    return [(sets.names[place], size) for place, size in sets.rows.tolist()]
+
+
+def sets_of(items, key="text"):
+    return [(item["meta"]["pile_set_name"], len(item[key].encode())) for item in items]
+
+
 def options(inputs, prefix, *more):
     return ["--input", *map(str, inputs), "--output-prefix", str(prefix), "--tokenizer-type", "NullTokenizer", *more]
 
@@ -76,6 +87,7 @@ def test_all_kinds_of_files_and_several_keys(shards, tmp_path):
     assert run([inputs[0], tmp_path / "[b-e].jsonl*"], tmp_path / "out", "--json-keys", "text", "title") == 0
     for key in ("text", "title"):
         assert read(tmp_path / f"out_{key}_document") == twin(items, key)
+        assert read_sets(tmp_path / f"out_{key}_document", 200) == sets_of(items, key)
     report = json.loads((tmp_path / "out.json").read_text())
     counts = report["data_sets"][str(tmp_path / "out_text_document")]
     assert counts["documents"] == 200
@@ -89,8 +101,9 @@ def test_a_data_set_for_each_value_of_meta(shards, tmp_path):
     inputs, items = shards
     assert run(inputs, tmp_path / "out", "--split-by-meta", "pile_set_name") == 0
     for name, stem in (("Books", "Books"), ("Pile-CC", "Pile-CC"), ("A/B c", "A_B_c")):
-        expected = twin([item for item in items if item["meta"]["pile_set_name"] == name])
-        assert read(tmp_path / f"out_{stem}_text_document") == expected
+        chosen = [item for item in items if item["meta"]["pile_set_name"] == name]
+        assert read(tmp_path / f"out_{stem}_text_document") == twin(chosen)
+        assert read_sets(tmp_path / f"out_{stem}_text_document", len(chosen)) == sets_of(chosen)
 
 
 def test_run_again_it_does_nothing_and_refuses_other_settings(shards, tmp_path, capsys):
@@ -197,7 +210,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(shards, tmp_path, monkeyp
         if code:
             assert "make room and run the same command again" in capsys.readouterr().err
     assert attempts > 5
-    for kind in ("bin", "idx"):
+    for kind in ("bin", "idx", "documents.npz"):
         whole, pieces = (tmp_path / f"{stem}_text_document.{kind}" for stem in ("whole", "pieces"))
         assert whole.read_bytes() == pieces.read_bytes()
     assert read(tmp_path / "pieces_text_document") == twin(items)

@@ -9,7 +9,7 @@ FLOORS = [
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},
-    {"pretrain", "generate"},
+    {"pretrain", "generate", "evaluate", "lm_eval", "__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 

@@ -1,0 +1,65 @@
+"""What a .bin/.idx pair does not say of its documents: PREFIX.documents.npz, the set and the bytes of text of each.
+
+Arrays: `names` [sets]; `set` uint32 [documents], an index into them; `text_bytes` uint32 [documents], in UTF-8.
+"""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf.data.indexed_dataset import DataError
+
+ROW = np.dtype([("set", "<u4"), ("text_bytes", "<u4")])
+
+
+@dataclass(frozen=True)
+class DocumentSets:
+    """The documents of a data set, in order."""
+
+    names: list[str]
+    rows: NDArray[np.void]
+    """ROW [documents]."""
+
+    def write(self, path: Path) -> None:
+        """Write the file; the same content gives the same bytes."""
+        with path.open("wb") as file:
+            np.savez(file, names=np.array(self.names), set=self.rows["set"], text_bytes=self.rows["text_bytes"])
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sets_path(prefix: str | Path) -> Path:
+    """Where the sets of a data set's documents are written."""
+    return Path(f"{prefix}.documents.npz")
+
+
+def read_document_sets(prefix: str | Path, num_documents: int) -> DocumentSets | None:
+    """None where the file is missing. Raises DataError where it is damaged, or of another number of documents."""
+    path = sets_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names, sets, text_bytes = arrays["names"].tolist(), arrays["set"], arrays["text_bytes"]
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is damaged ({error}): preprocess the data again, or remove it") from error
+    if not len(sets) == len(text_bytes) == num_documents or (len(sets) and int(sets.max()) >= len(names)):
+        raise DataError(f"{path} is not of these {num_documents:,} documents: preprocess the data again, or remove it")
+    rows = np.empty(num_documents, ROW)
+    rows["set"], rows["text_bytes"] = sets, text_bytes
+    return DocumentSets(names, rows)
+
+
+def joined_sets(parts: Sequence[DocumentSets]) -> DocumentSets:
+    """The documents of several data sets end to end; names sorted."""
+    names = sorted({name for part in parts for name in part.names})
+    rows = np.concatenate([part.rows for part in parts])
+    place_of = {name: place for place, name in enumerate(names)}
+    places = [np.array([place_of[name] for name in part.names], np.uint32) for part in parts]
+    rows["set"] = np.concatenate([place[part.rows["set"]] for place, part in zip(places, parts, strict=True)])
+    return DocumentSets(names, rows)

@@ -1,0 +1,191 @@
+"""The model class for lm-evaluation-harness, known there as `megatron_tf`: one process, or ranks that share the work.
+
+Texts become ids, and long contexts lose their left end, as in lm-eval's own class for Hugging Face models. What is
+longer than a context even without one, which that class refuses, is scored in windows.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_tf.config import ConfigError
+from megatron_tf.inference.generation import Sampling, generate
+from megatron_tf.inference.model import load_model
+from megatron_tf.inference.scoring import Score, rolling_windows, score
+from megatron_tf.inference.tokenizer import load_tokenizer
+from megatron_tf.parallel.collectives import all_gather_copy
+from megatron_tf.parallel.mesh import Mesh, init_mesh
+
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+"""((context, continuation), their ids): what TemplateLM makes of a request."""
+
+
+class Text(NamedTuple):
+    """Ids of a text that is to be scored from one on."""
+
+    ids: list[int]
+    first: int
+
+
+class MegatronTF(TemplateLM):
+    """A checkpoint of any layout, whole on each rank; ranks started by torchrun are replicas.
+
+    `batch_size` is lm-eval's: a number of sequences, or "auto" for as many as suits their length. `max_length` is the
+    length of contexts, by default the one the model was trained with. Every wait for another rank ends with an error
+    after `distributed_timeout_seconds`. Raises ValueError for what a user can mend.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        tokenizer_model: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        distributed_timeout_seconds: int = 3600,
+    ) -> None:
+        super().__init__()
+        self._batch_size = _parse_batch_size(batch_size)
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"max_length is {max_length}: it must be 2 or more")
+        self._mesh = init_mesh(1, 1, None, timedelta(seconds=distributed_timeout_seconds))
+        self._rank, self._world_size = self._mesh.rank("dp"), self._mesh.size("dp")
+        self._device = _choose_device(device, self._mesh)
+        self._model = load_model(checkpoint, str(self._device))
+        self._tokenizer = load_tokenizer(self._model, Path(tokenizer_model) if tokenizer_model else None)
+        self.max_length = max_length or self._model.metadata["config"]["training"]["seq_length"]
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document, and stands before a text without a context."""
+        return self._tokenizer.eod
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells one tokenizer from another in lm-eval's caches."""
+        return "megatron_tf-{type}-{sha256}".format(**self._tokenizer.identity)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; there are no special ones to add."""
+        ids: list[int] = self._tokenizer.encode_batch([string]).ids.tolist() if string else []
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score continuations, each given the end of its context that fits."""
+        texts = [_text(*request) for request in requests]
+        answers = [(0.0, False)] * len(texts)
+        for i, found in self._scores(texts, disable_tqdm):
+            answers[i] = (found.log_likelihood, found.is_greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts after an end of document, each token predicted once."""
+        texts = [Text([self.eot_token_id, *self.tok_encode(request.args[0])], 1) for request in requests]
+        answers = [0.0] * len(texts)
+        for i, found in self._scores(texts, disable_tqdm):
+            answers[i] = found.log_likelihood
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, answers[i])
+        return answers
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context until a stop string, the end of the document or a number of tokens."""
+        texts = []
+        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm or self.rank > 0):
+            context, options = request.args
+            texts.append(self._continue(context, options))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors end to end."""
+        return all_gather_copy(tensor.reshape(-1), 0, self._mesh.group("dp"))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The ranks' objects on rank `dst`."""
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, gathered, dst, self._mesh.group("dp"))
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier(self._mesh.group("dp"))
+
+    def _scores(self, texts: Sequence[Text], disable_tqdm: bool) -> Iterator[tuple[int, Score]]:
+        """(index, score) of each text with something to score, as soon as the last of its windows is."""
+        windows = [list(rolling_windows(ids, self.max_length, self.max_length, first)) for ids, first in texts]
+        owners = [owner for owner, of_text in enumerate(windows) for _ in of_text]
+        missing, totals = [len(of_text) for of_text in windows], [Score(0.0, True)] * len(texts)
+        found = score(self._model, [window for of_text in windows for window in of_text], self._batch_size)
+        interval = 0.1 if sys.stderr.isatty() else 30
+        hidden = disable_tqdm or self.rank > 0
+        for i, (log_likelihood, is_greedy) in tqdm(
+            found, total=len(owners), desc="loglikelihood", mininterval=interval, disable=hidden
+        ):
+            owner = owners[i]
+            so_far = totals[owner]
+            totals[owner] = Score(so_far.log_likelihood + log_likelihood, so_far.is_greedy and is_greedy)
+            missing[owner] -= 1
+            if not missing[owner]:
+                yield owner, totals[owner]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+        stops, num_tokens = handle_stop_sequences(wanted["until"], None), wanted["max_gen_toks"]
+        room = self.max_length - num_tokens
+        if room < 1:
+            raise ConfigError(f"max_gen_toks {num_tokens} leaves no room for a context in max_length {self.max_length}")
+        sampling = Sampling(wanted.get("temperature") or 0.0, wanted.get("top_k") or 0, wanted.get("top_p") or 1.0)
+        prompt = torch.tensor((self.tok_encode(context) or [self.eot_token_id])[-room:], device=self._device)
+        ids: list[int] = []
+        text = ""
+        generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
+        for token in generate(self._model, prompt, num_tokens, sampling, self.eot_token_id, generator):
+            ids.append(token)
+            text = self._tokenizer.decode(ids)
+            if any(stop in text for stop in stops if stop):
+                break
+        return str(postprocess_generated_text(text, stops, None))
+
+
+def _choose_device(asked: str | None, mesh: Mesh) -> torch.device:
+    """lm-eval asks for cuda:0 wherever nobody asked for anything, on every rank and without a GPU too."""
+    if asked is None or not torch.cuda.is_available() or (asked != "cpu" and mesh.size("dp") > 1):
+        return mesh.device
+    return torch.device(asked)
+
+
+def _text(texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Text:
+    if not continuation:
+        raise ConfigError(f"the tokenizer leaves no token to the continuation of {texts}")
+    return Text(context + continuation, len(context))
+
+
+def _parse_batch_size(batch_size: int | str) -> int | None:
+    if batch_size == "auto":
+        return None
+    try:
+        size = int(batch_size)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ConfigError(f'batch_size is {batch_size!r}: give a number of sequences, or "auto"')
+    return size

@@ -1,0 +1,113 @@
+"""How well a model predicts the documents of a data set, for each set they come from: perplexity and bits per byte."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_tf.data.document_sets import read_document_sets
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.inference.model import LanguageModel
+from megatron_tf.inference.scoring import Request, rolling_windows, score
+
+_GROUP = 256  # windows that are put into batches together
+
+
+@dataclass
+class Prediction:
+    """How well documents were predicted."""
+
+    documents: int = 0
+    tokens: int = 0
+    """Predicted ones: all but ends of documents."""
+    text_bytes: int = 0
+    """Of the documents' text, in UTF-8."""
+    nats: float = 0.0
+    """Negative log-likelihood."""
+
+    def add(self, other: "Prediction") -> None:
+        """Count more."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.text_bytes += other.text_bytes
+        self.nats += other.nats
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and what follows from them; None where there is nothing to divide by."""
+        loss = self.nats / self.tokens if self.tokens else None
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "nats_per_token": loss,
+            "perplexity": None if loss is None else _exp(loss),
+            "bits_per_byte": self.nats / math.log(2) / self.text_bytes if self.text_bytes else None,
+        }
+
+
+class Document(NamedTuple):
+    """One document of a data set."""
+
+    set_name: str
+    ids: Sequence[int]
+    """Without the end of the document."""
+    text_bytes: int
+
+
+def read_documents(
+    dataset: IndexedDataset, documents: range, tokenizer: Tokenizer, vocab_size: int
+) -> Iterator[Document]:
+    """Some documents, with their set and bytes. Where nothing tells these (data of other tools), the set is the data
+    set's name, and the bytes are those of the decoded text. Raises DataError for ids that the model has not."""
+    sets = read_document_sets(dataset.prefix, len(dataset))
+    for i in documents:
+        ids = np.asarray(dataset.document(i), dtype=np.int64)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise DataError(
+                f"{dataset.prefix}: document {i} holds ids from {ids.min()} to {ids.max()}, the model has {vocab_size} "
+                f"of them: it was made for another"
+            )
+        kept = ids[: len(ids) - int(len(ids) > 0 and int(ids[-1]) == tokenizer.eod)].tolist()
+        if sets is None:
+            yield Document(dataset.prefix.name, kept, len(tokenizer.decode(kept).encode()))
+        else:
+            yield Document(sets.names[int(sets.rows["set"][i])], kept, int(sets.rows["text_bytes"][i]))
+
+
+def predict_documents(
+    model: LanguageModel,
+    documents: Iterator[Document],
+    eod: int,
+    window: int,
+    stride: int,
+    batch_size: int | None,
+    progress: Callable[[int], object],
+) -> dict[str, Prediction]:
+    """Set -> how well its documents were predicted, each on its own after an end of document; see `rolling_windows`.
+
+    `progress` takes the tokens predicted since it was called before.
+    """
+    predictions: dict[str, Prediction] = {}
+
+    def windows() -> Iterator[tuple[str, Request]]:
+        for document in documents:
+            of_set = predictions.setdefault(document.set_name, Prediction())
+            of_set.add(Prediction(documents=1, text_bytes=document.text_bytes))
+            for request in rolling_windows([eod, *document.ids], window, stride):
+                yield document.set_name, request
+
+    stream = windows()
+    while group := list(itertools.islice(stream, _GROUP)):
+        requests = [request for _, request in group]
+        for i, (log_likelihood, _) in score(model, requests, batch_size):
+            predictions[group[i][0]].add(Prediction(tokens=requests[i].num_scored, nats=-log_likelihood))
+            progress(requests[i].num_scored)
+    return predictions
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,83 @@
+"""What an installation offers: commands, types, and the model class for lm-eval."""
+
+import importlib
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_tf
+from megatron_tf.__main__ import COMMANDS, main
+from tests.support.paths import ROOT
+
+
+def installed(group, name):
+    """What an entry point of the installed package names."""
+    (found,) = importlib.metadata.entry_points(group=group, name=name)
+    return found.load()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["megatron-tf", command, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        installed("console_scripts", "megatron-tf")()
+    assert stop.value.code == 0
+    assert re.match(r"usage: (megatron|lm-eval)", capsys.readouterr().out)
+
+
+def test_every_tool_is_a_command():
+    modules = {module.rpartition(".")[2] for module, _ in COMMANDS.values() if ".tools." in module}
+    assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
+
+
+def test_the_command_lists_them_and_refuses_others(tmp_path):
+    script = Path(sys.executable).with_name("megatron-tf")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for arguments, code in (["--help"], 0), ([], 0), (["preproces-data"], 2):
+        done = subprocess.run(
+            [script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        assert all(f"  {name} " in done.stdout + done.stderr for name in COMMANDS)
+    assert "no command 'preproces-data'" in done.stderr
+
+
+def test_what_is_not_installed_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "megatron_tf.tools.plot_run", raising=False)
+    monkeypatch.setattr(sys, "argv", ["megatron-tf", "plot-run", "--help"])
+    assert main() == 1
+    assert capsys.readouterr().err == "error: megatron-tf plot-run needs matplotlib.axes, which is not installed\n"
+
+
+def test_lm_eval_finds_the_model_class():
+    """As releases after 0.4.13 do, by the entry point, and as `register` has it."""
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import get_model
+
+    from megatron_tf.lm_eval import register
+
+    register()
+    register()
+    found = installed("lm_eval.models", "megatron_tf")
+    assert issubclass(found, LM)
+    assert get_model("megatron_tf") is found
+
+
+def test_types_and_version_come_with_the_package():
+    folder = Path(megatron_tf.__file__).parent
+    assert (folder / "py.typed").is_file()
+    assert (folder / "_index.pyi").is_file()
+    assert importlib.metadata.version("megatron_tf") == megatron_tf.__version__
+
+
+def test_extras_are_those_of_the_documentation():
+    extras = importlib.metadata.metadata("megatron_tf").get_all("Provides-Extra")
+    assert set(extras) == {"dev", "eval", "gpu", "hf", "mpi", "plot"}
+    documented = (ROOT / "docs" / "installation.md").read_text()
+    assert all(f"`{extra}`" in documented for extra in extras)
