@@ -27,6 +27,15 @@ class ForeignTensor:
     """(start, stop) -> these rows, in memory of their own."""
 
 
+def in_memory(tensor: Tensor) -> ForeignTensor:
+    """A tensor that has been loaded."""
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return tensor[start:stop].clone(memory_format=torch.contiguous_format)
+
+    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+
+
 class ForeignCheckpoint:
     """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.derived import Checkpoint
-from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor
+from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
+from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, in_memory
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import bytes_of
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
@@ -60,31 +60,25 @@ def read_official(path: Path) -> dict[str, ForeignTensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointError(f"{path} holds more than tensors: {name!r} is {type(value).__name__}")
-    return {name: _in_file(path, name, value) if is_mapped else _in_memory(value) for name, value in state.items()}
+    return {name: _in_file(path, name, value) if is_mapped else in_memory(value) for name, value in state.items()}
 
 
 def _in_file(path: Path, name: str, tensor: Tensor) -> ForeignTensor:
     """A tensor on the meta device, of which torch knows where its bytes lie."""
-    start = tensor.untyped_storage()._checkpoint_offset
-    assert start is not None
-    start += tensor.storage_offset() * tensor.itemsize
+    storage_start = tensor.untyped_storage()._checkpoint_offset
+    assert storage_start is not None
+    start = storage_start + int(tensor.storage_offset()) * tensor.itemsize
+    row_bytes = math.prod(tensor.shape[1:]) * tensor.itemsize
     if not tensor.is_contiguous():
         raise CheckpointError(f"{path}: {name} is not contiguous: save the file anew, each tensor by clone()")
 
     def read_rows(first: int, stop: int) -> Tensor:
         rows = torch.empty((stop - first, *tensor.shape[1:]), dtype=tensor.dtype)
         with path.open("rb") as file:
-            file.seek(start + first * (rows[:1].nbytes))
+            file.seek(start + first * row_bytes)
             if file.readinto(bytes_of(rows)) != rows.nbytes:
                 raise CheckpointError(f"{path} is damaged: {name} ends early")
         return rows
-
-    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
-
-
-def _in_memory(tensor: Tensor) -> ForeignTensor:
-    def read_rows(start: int, stop: int) -> Tensor:
-        return tensor[start:stop].clone(memory_format=torch.contiguous_format)
 
     return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
 
@@ -185,14 +179,25 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> No
     with torch.serialization.skip_data():
         shapes = {official_name(name, model.num_layers): checkpoint.shape(GROUP, name) for name in names}
         torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, skeleton)
+    whole = torch.empty(
+        max(map(math.prod, shapes.values()))
+    )  # for one after another: to free and to ask anew fragments
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
             if name.startswith("data/"):
-                tensor = names[int(name.removeprefix("data/"))]
-                rows = checkpoint.read_rows(GROUP, tensor, 0, checkpoint.shape(GROUP, tensor)[0])
-                writer.write_record(name, rows.untyped_storage(), rows.nbytes)
+                nbytes = _fill(whole, checkpoint, names[int(name.removeprefix("data/"))])
+                writer.write_record(name, whole.untyped_storage(), nbytes)
             elif name not in _WRITTEN_AT_THE_END:
                 content = records.read(record)
                 writer.write_record(name, content, len(content))
     skeleton.unlink()
+
+
+def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> int:
+    """Read a tensor into the front of `whole`; returns its bytes."""
+    place = 0
+    for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
+        whole[place : place + rows.numel()] = rows.flatten()
+        place += rows.numel()
+    return place * whole.itemsize

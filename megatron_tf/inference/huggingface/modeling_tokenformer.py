@@ -63,11 +63,12 @@ class TokenFormerAttention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        padding_mask: Tensor | None,
+        attention_mask: Tensor | None,
         past_length: int,
         past_key_values: Cache | None,
     ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; `padding_mask` [B, past + S] is true for real tokens, None where all are."""
+        """x [B, S, D] -> [B, S, D]; `attention_mask` [B, past + S] is true for real tokens, None where all are; or it
+        is made already [B or 1, 1, S, K]."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
@@ -75,7 +76,7 @@ class TokenFormerAttention(nn.Module):
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        mask = _attention_mask(q.shape[-2], k.shape[-2], past_length, padding_mask, q.device)
+        mask = _attention_mask(q.shape[-2], k.shape[-2], past_length, attention_mask, q.device)
         is_causal = mask is None and q.shape[-2] > 1
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.proj(out.transpose(1, 2).flatten(-2))
@@ -148,7 +149,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids [B, S] -> last_hidden_state [B, S, D], after the final norm.
 
-        `attention_mask` [B, past + S] is 1 for real tokens.
+        `attention_mask` [B, past + S] is 1 for real tokens; or it is what `generate` makes for a static cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -159,13 +160,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        is_padded = attention_mask is not None and not bool(attention_mask.all())
-        arguments = (
-            _rotary_tables(position_ids, self.config),
-            attention_mask.bool() if is_padded else None,
-            past,
-            past_key_values,
-        )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
+        arguments = (_rotary_tables(position_ids, self.config), attention_mask, past, past_key_values)
         seen = [x]
         for layer in self.layers:
             x = layer(x, *arguments)
@@ -250,15 +247,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _attention_mask(
-    num_queries: int, num_keys: int, past: int, padding_mask: Tensor | None, device: torch.device
+    num_queries: int, num_keys: int, past: int, given: Tensor | None, device: torch.device
 ) -> Tensor | None:
     """Which keys each query sees [B or 1, 1, S, K]; None where plain causal attention, or all keys, is meant."""
-    if padding_mask is None and num_keys == past + num_queries and (past == 0 or num_queries == 1):
+    if given is not None and given.dim() == 4:
+        return given
+    if given is None and num_keys == past + num_queries and (past == 0 or num_queries == 1):
         return None
     queries = past + torch.arange(num_queries, device=device)[:, None]
     keys = torch.arange(num_keys, device=device)
     mask = (keys <= queries)[None, None]
-    if padding_mask is not None:
-        is_real = F.pad(padding_mask, (0, num_keys - padding_mask.shape[1]))[:, None, None]
+    if given is not None:
+        is_real = F.pad(given, (0, num_keys - given.shape[1]))[:, None, None]
         mask = mask & is_real | (keys == queries)  # a query without any key would be NaN
     return mask
