@@ -53,12 +53,14 @@ setup(
     extras_require={
         "plot": ["matplotlib", "tensorboard"],
         "mpi": ["mpi4py"],
+        "hf": ["protobuf", "transformers>=5"],
         "dev": [
             "hypothesis",
             "matplotlib",
             "mpi4py",
             "mpich",
             "mypy",
+            "protobuf",
             "pybind11",
             "pytest",
             "pytest-timeout",
@@ -66,6 +68,7 @@ setup(
             "setuptools",
             "tensorboard",
             "tiktoken",
+            "transformers>=5",
             "types-PyYAML",
             "types-tqdm",
         ],

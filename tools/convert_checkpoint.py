@@ -196,19 +196,24 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
     """Raise ConversionError unless transformers computes the same logits from the directory."""
     import torch
 
-    from megatron_tf.inference.huggingface.check import TOLERANCE, logits_difference, tokenizer_difference
+    from megatron_tf.inference.huggingface import check as compare
 
     for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
-        difference, largest = logits_difference(source.directory, directory, dtype)
+        difference, largest = compare.logits_difference(source.directory, directory, dtype)
         what = f"max |delta logit| between megatron_tf and transformers in {str(dtype).removeprefix('torch.')}"
         print(f"{what}: {difference:.3g} (largest |logit| {largest:.3g})", flush=True)
-        if difference <= TOLERANCE:
+        if difference <= compare.TOLERANCE:
             break
     else:
-        raise ConversionError(f"the exported model's logits differ by {difference:.3g}, more than {TOLERANCE:g}")
+        raise ConversionError(
+            f"the exported model's logits differ by {difference:.3g}, more than {compare.TOLERANCE:g}"
+        )
     if not (directory / "tokenizer_config.json").exists():
         print(f"no tokenizer files: transformers has none for a {tokenizer.identity['type']}")
-    elif (text := tokenizer_difference(directory, tokenizer)) is not None:
+        return
+    if not (directory / "tokenizer.json").exists():
+        compare.convert_tokenizer(directory)
+    if (text := compare.tokenizer_difference(directory, tokenizer)) is not None:
         print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
 
 

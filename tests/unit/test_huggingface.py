@@ -296,6 +296,7 @@ def test_tokenizers_of_both_kinds_encode_as_ours(exported, tmp_path, capsys):
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 0
     assert "encodes otherwise" not in capsys.readouterr().out
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == (tmp_path / "sp.model").read_bytes()
+    assert (tmp_path / "model" / "tokenizer.json").exists()
     assert convert("hf", "megatron_tf", tmp_path / "model", tmp_path / "back") == 0
 
 

@@ -18,8 +18,8 @@ _IDS = (2, 64)
 
 
 def has_transformers() -> bool:
-    """Whether the check can be made."""
-    return importlib.util.find_spec("transformers") is not None
+    """Whether the check can be made; protobuf is what transformers reads SentencePiece models with."""
+    return all(importlib.util.find_spec(package) for package in ("transformers", "google", "google.protobuf"))
 
 
 @torch.no_grad()
@@ -53,3 +53,11 @@ def tokenizer_difference(directory: Path, tokenizer: Tokenizer) -> str | None:
     found: Sequence[list[int]] = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in PROBES]
     pairs = zip(PROBES, expected, found, strict=True)
     return next((text for text, wanted, have in pairs if wanted != have), None)
+
+
+def convert_tokenizer(directory: Path) -> None:
+    """Write tokenizer.json from a SentencePiece model, which not every version of transformers converts alike."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
