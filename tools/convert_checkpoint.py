@@ -121,11 +121,12 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
 
 def export_official(args: argparse.Namespace) -> None:
     """Our checkpoint -> a .bin file."""
+    from megatron_tf.checkpoint.foreign import parameter_bytes
     from megatron_tf.checkpoint.official import FILE, check_representable, write_official
 
     source, model = open_ours(args.load)
     check_representable(source, model)
-    with new_directory(args.save) as directory:
+    with new_directory(args.save, parameter_bytes(source)) as directory:
         write_official(source, model, directory / FILE)
         source.verify()
     print(f"wrote {args.save / FILE}")
@@ -133,7 +134,8 @@ def export_official(args: argparse.Namespace) -> None:
 
 def export_huggingface(args: argparse.Namespace) -> None:
     """Our checkpoint -> a directory for transformers, loaded with it and compared."""
-    from megatron_tf.checkpoint.huggingface import total_bytes, write_tensors
+    from megatron_tf.checkpoint.foreign import parameter_bytes
+    from megatron_tf.checkpoint.huggingface import write_tensors
     from megatron_tf.checkpoint.reshard import progress_bar
     from megatron_tf.inference.huggingface.check import has_transformers
     from megatron_tf.inference.huggingface.export import write_surroundings
@@ -147,9 +149,10 @@ def export_huggingface(args: argparse.Namespace) -> None:
     path = args.tokenizer_model or _path(source.metadata["config"]["data"]["tokenizer_model"])
     tokenizer = the_tokenizer(source, path)
     measured = measure(source, args.data, args.data_tokens) if args.data else None
-    with new_directory(args.save) as directory:
+    nbytes = parameter_bytes(source)
+    with new_directory(args.save, nbytes) as directory:
         write_surroundings(source, directory, tokenizer, path, measured)
-        with progress_bar("writing", total_bytes(source), sys.stderr.isatty()) as bar:
+        with progress_bar("writing", nbytes, sys.stderr.isatty()) as bar:
             write_tensors(source, directory, bar)
         source.verify()
         if args.skip_check:
@@ -218,8 +221,10 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
 
 
 @contextmanager
-def new_directory(save: Path) -> Iterator[Path]:
+def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
     """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
+    from megatron_tf.checkpoint.commit import check_room
+
     if save.exists() and not (save.is_dir() and not any(save.iterdir())):
         raise ConversionError(f"{save} is there already: choose another --save, or remove it")
     workplace = save.with_name(f".{save.name}.tmp")
@@ -227,6 +232,7 @@ def new_directory(save: Path) -> Iterator[Path]:
     directory = workplace / save.name
     directory.mkdir(parents=True)
     try:
+        check_room(directory, bytes_needed)
         yield directory
         directory.replace(save)
     finally:

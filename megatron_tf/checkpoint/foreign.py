@@ -1,5 +1,6 @@
 """Checkpoints of other programs: their tensors under our names, with the metadata ours need."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import ModelConfig, to_dict
 
@@ -71,6 +73,14 @@ class ForeignCheckpoint:
         if group != GROUP or name not in self._tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name!r} in {group!r}")
         return self._tensors[name]
+
+
+def parameter_bytes(checkpoint: Checkpoint) -> int:
+    """Of all parameters."""
+    return sum(
+        math.prod(checkpoint.shape(GROUP, name)) * checkpoint.dtype(GROUP, name).itemsize
+        for name in checkpoint.names(GROUP)
+    )
 
 
 def rename(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
-from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor
+from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
 
@@ -43,13 +43,8 @@ def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
                     writer.write(rows)
                     bar.update(rows.nbytes)
     if len(shards) > 1:
-        content = {"metadata": {"total_size": total_bytes(checkpoint)}, "weight_map": index}
+        content = {"metadata": {"total_size": parameter_bytes(checkpoint)}, "weight_map": index}
         (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def total_bytes(checkpoint: Checkpoint) -> int:
-    """Of all parameters."""
-    return sum(_spec(checkpoint, name).nbytes for name in checkpoint.names(GROUP))
 
 
 def read_tensors(directory: Path) -> dict[str, ForeignTensor]:

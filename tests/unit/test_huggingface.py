@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -80,6 +81,13 @@ def test_greedy_generation_equals_ours_alone_and_in_a_batch_of_different_lengths
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     ids = theirs.generate(padded, attention_mask=mask, **settings)
     assert ids[:, longest:].tolist() == ours
+
+
+def test_every_query_sees_a_key_even_where_all_before_is_padding(exported):
+    code = sys.modules[type(load_export(exported[1])).__module__]
+    padding = torch.tensor([[False, False, True]])
+    mask = code._attention_mask(3, 3, 0, padding, padding.device)
+    assert mask[0, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
 
 
 def test_padded_ids_are_never_generated(tmp_path):
@@ -241,6 +249,7 @@ def cut(export):
         (edit_config(megatron_tf=None), "is not of a model that megatron_tf exported"),
         (edit_config(tau={"layers.0.ffn": 8.0}), "tau is not there for each projection"),
         (edit_config(tau={"layers.0.ffn": "x"}), "is not of a model that megatron_tf exported"),
+        (edit_config(megatron_tf={"config": {}}), "is not of a model that megatron_tf exported: KeyError('model')"),
         (edit_facts(num_layers=3, ffn_tokens=64), "tau is not there for each projection"),
         (edit_facts(ffn_tokens=32), "ffn.key_tokens is [64, 32], expected [32, 32]"),
         (edit_facts(untie_embeddings_and_output_weights=True), "lacks lm_head.weight"),

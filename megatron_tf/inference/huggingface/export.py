@@ -16,6 +16,7 @@ from megatron_tf.inference.huggingface.card import model_card
 from megatron_tf.model.parallelize import parameter_shapes
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
+_TRAINING_KEYS = ("seq_length", "seed")
 _TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
 
 
@@ -45,15 +46,12 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_bytes())
-        facts, tau = config["megatron_tf"], config["tau"]
-        metadata = {**facts, "model": facts["config"]["model"], "tau": {name: float(tau[name]) for name in tau}}
-        values = dict(metadata["model"])
+        metadata = _metadata(json.loads(path.read_bytes()))
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no model: it has no config.json") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not of a model that megatron_tf exported: {error!r}") from error
-    model = parse_config(ModelConfig, values, str(path))
+    model, tau = parse_config(ModelConfig, metadata["model"], str(path)), metadata["tau"]
     shapes = parameter_shapes(model)
     modules = {name.removesuffix(".key_tokens") for name in shapes if name.endswith(".key_tokens")}
     if tau.keys() != modules:
@@ -103,12 +101,33 @@ def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "config": {
             "model": metadata["model"],
-            "training": {key: config["training"][key] for key in ("seq_length", "seed")},
+            "training": {key: config["training"][key] for key in _TRAINING_KEYS},
             "data": {"tokenizer_type": config["data"]["tokenizer_type"], "tokenizer_model": None},
         },
         **{key: metadata[key] for key in ("tokenizer", "lineage", "after_growth") if key in metadata},
-        "training": {**metadata["training"], "adam_steps": 0},  # the moments stay behind
+        "training": {"skipped": 0, **metadata["training"], "adam_steps": 0},  # the moments stay behind
     }
+
+
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_config` was made from. Raises KeyError and the like where something is not there."""
+    facts = config["megatron_tf"]
+    run = facts["config"]
+    metadata = {
+        "model": dict(run["model"]),
+        "config": {
+            "model": dict(run["model"]),
+            "training": {key: int(run["training"][key]) for key in _TRAINING_KEYS},
+            "data": {"tokenizer_type": str(run["data"]["tokenizer_type"]), "tokenizer_model": None},
+        },
+        "tau": {name: float(tau) for name, tau in config["tau"].items()},
+        "tokenizer": dict(facts["tokenizer"]),
+        "lineage": list(facts["lineage"]),
+        "training": {
+            key: int(facts["training"][key]) for key in ("step", "samples", "tokens", "adam_steps", "skipped")
+        },
+    }
+    return metadata | ({"after_growth": facts["after_growth"]} if "after_growth" in facts else {})
 
 
 def _generation_config(model: ModelConfig, eod: int) -> dict[str, Any]:

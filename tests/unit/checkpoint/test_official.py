@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -170,6 +171,15 @@ def test_damage_found_while_writing_leaves_nothing(tmp_path, capsys):
     file.write_bytes(content)
     assert convert("megatron_tf", "official", run, tmp_path / "back") == 1
     assert "damaged" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*back*"))
+
+
+def test_a_disk_that_is_too_small(tmp_path, capsys, monkeypatch):
+    _, run = import_tensors(tmp_path, official_tensors(CASES[0]))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert convert("megatron_tf", "official", run, tmp_path / "back") == 1
+    assert "make room" in capsys.readouterr().err
     assert not list(tmp_path.glob("*back*"))
 
 
