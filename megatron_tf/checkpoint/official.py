@@ -4,6 +4,7 @@ It has no moments and no temperatures: its code takes tau from the number of tok
 """
 
 import math
+import mmap
 import re
 import zipfile
 from collections.abc import Mapping
@@ -178,10 +179,8 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> No
     skeleton = path.with_suffix(".skeleton")  # a sparse file: everything but the bytes of the tensors
     with torch.serialization.skip_data():
         shapes = {official_name(name, model.num_layers): checkpoint.shape(GROUP, name) for name in names}
-        torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, skeleton)
-    whole = torch.empty(
-        max(map(math.prod, shapes.values()))
-    )  # for one after another: to free and to ask anew fragments
+        torch.save({name: _untouched(shape) for name, shape in shapes.items()}, skeleton)
+    whole = torch.empty(max(map(math.prod, shapes.values())))  # for one after another: allocation anew fragments
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
@@ -192,6 +191,11 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> No
                 content = records.read(record)
                 writer.write_record(name, content, len(content))
     skeleton.unlink()
+
+
+def _untouched(shape: tuple[int, ...]) -> Tensor:
+    """A tensor without memory as long as it is not written; from the heap it would leave room that later fills up."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
 
 
 def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> int:

@@ -230,7 +230,7 @@ def edit_facts(**changes):
 
 def write_index(**files):
     def edit(export):
-        (export / "model.safetensors").rename(export / "other.safetensors")
+        (export / "model.safetensors").rename(export.parent / "other.safetensors")
         (export / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
     return edit
