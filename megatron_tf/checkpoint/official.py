@@ -4,7 +4,6 @@ It has no moments and no temperatures: its code takes tau from the number of tok
 """
 
 import math
-import mmap
 import re
 import zipfile
 from collections.abc import Mapping
@@ -179,29 +178,25 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> No
     skeleton = path.with_suffix(".skeleton")  # a sparse file: everything but the bytes of the tensors
     with torch.serialization.skip_data():
         shapes = {official_name(name, model.num_layers): checkpoint.shape(GROUP, name) for name in names}
-        torch.save({name: _untouched(shape) for name, shape in shapes.items()}, skeleton)
-    whole = torch.empty(max(map(math.prod, shapes.values())))  # for one after another: allocation anew fragments
+        torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, skeleton)
+    whole = torch.empty(max(map(math.prod, shapes.values())))  # for one after another
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
             if name.startswith("data/"):
-                nbytes = _fill(whole, checkpoint, names[int(name.removeprefix("data/"))])
-                writer.write_record(name, whole.untyped_storage(), nbytes)
+                last = _fill(whole, checkpoint, names[int(name.removeprefix("data/"))])
+                writer.write_record(name, whole.untyped_storage(), records.getinfo(record).file_size)
+                del last  # held till here, or what the writer remembers would split its room, and the heap grow
             elif name not in _WRITTEN_AT_THE_END:
                 content = records.read(record)
                 writer.write_record(name, content, len(content))
     skeleton.unlink()
 
 
-def _untouched(shape: tuple[int, ...]) -> Tensor:
-    """A tensor without memory as long as it is not written; from the heap it would leave room that later fills up."""
-    return torch.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), dtype=torch.float32).view(shape)
-
-
-def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> int:
-    """Read a tensor into the front of `whole`; returns its bytes."""
-    place = 0
+def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> Tensor | None:
+    """Read a tensor into the front of `whole`; returns the last block of it."""
+    place, rows = 0, None
     for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
         whole[place : place + rows.numel()] = rows.flatten()
         place += rows.numel()
-    return place * whole.itemsize
+    return rows
