@@ -15,6 +15,7 @@ COMMANDS = {
     "build-index": ("megatron_tf.tools.build_index", "build the index files of a run ahead of it"),
     "inspect-checkpoint": ("megatron_tf.tools.inspect_checkpoint", "look into a checkpoint, check or compare it"),
     "reshard-checkpoint": ("megatron_tf.tools.reshard_checkpoint", "grow a checkpoint, or lay it out anew"),
+    "convert-checkpoint": ("megatron_tf.tools.convert_checkpoint", "official weights and Hugging Face, in and out"),
     "plot-run": ("megatron_tf.tools.plot_run", "draw the loss of a run"),
 }
 """Command -> (module, what it does)."""

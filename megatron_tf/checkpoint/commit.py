@@ -57,14 +57,19 @@ def prepare(root: Path, step: int, bytes_needed: int) -> Path:
     """
     root.mkdir(parents=True, exist_ok=True)
     _clear_litter(root)
-    free = shutil.disk_usage(root).free
-    if free < bytes_needed + _RESERVE_BYTES:
-        raise CheckpointError(
-            f"{root}: the checkpoint needs {bytes_needed:,} bytes and the disk has {free:,} free: make room"
-        )
+    check_room(root, bytes_needed)
     temporary = temporary_directory(root, step)
     temporary.mkdir()
     return temporary
+
+
+def check_room(directory: Path, bytes_needed: int) -> None:
+    """Raise CheckpointError where the disk has less room than `bytes_needed` in `directory`."""
+    free = shutil.disk_usage(directory).free
+    if free < bytes_needed + _RESERVE_BYTES:
+        raise CheckpointError(
+            f"{directory}: the checkpoint needs {bytes_needed:,} bytes and the disk has {free:,} free: make room"
+        )
 
 
 def publish(root: Path, step: int, metadata: Mapping[str, Any], written: Iterable[Written]) -> Path:

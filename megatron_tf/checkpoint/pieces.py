@@ -60,22 +60,23 @@ class Written:
 class PieceFileWriter:
     """Writes one safetensors file whose tensors arrive row by row, in the order of `specs`, and hashes it as it goes.
 
-    Used as a context manager: leaving it makes the file durable. Raises OSError as the disk does.
+    Used as a context manager: leaving it makes the file durable. `facts` are the header's metadata, by default which
+    rows are in the file. Raises OSError as the disk does.
     """
 
-    def __init__(self, path: Path, specs: Sequence[PieceSpec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[PieceSpec], facts: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.specs = specs
         self.hash = xxhash.xxh3_128()
         self.bytes = 0
-        header = _safetensors_header(specs)
+        header = _safetensors_header(specs, facts)
         self.total_bytes = 8 + len(header) + sum(spec.nbytes for spec in specs)
         self.file = path.open("xb", buffering=0)
         self._append(len(header).to_bytes(8, "little") + header)
 
     def write(self, rows: Tensor) -> None:
         """Append the next rows."""
-        self._append(_bytes_of(rows.detach().cpu().contiguous()))
+        self._append(bytes_of(rows.detach().cpu().contiguous()))
 
     def written(self, group: str) -> Written:
         """What the file, of tensors of `group`, has become."""
@@ -170,11 +171,20 @@ class PieceFileReader:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
+    def names(self) -> list[str]:
+        """Tensors in the file."""
+        return [name for name in self.tensors if name != "__metadata__"]
+
+    def whole(self, name: str) -> PieceSpec:
+        """A tensor that lies whole in the file, as its header has it."""
+        shape, dtype, _ = self._header_of(name)
+        return PieceSpec(name, dtype, shape, 0, shape[0] if shape else 1)
+
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
         self._check(spec)
         offset = self.tensors[spec.name]["data_offsets"][0] + (start - spec.start) * spec.row_bytes
-        buffer = _bytes_of(out)
+        buffer = bytes_of(out)
         if self._fill(self.data_start + offset, buffer) != len(buffer):
             raise CheckpointError(f"{self.path} is damaged: {spec.name} ends early")
 
@@ -186,18 +196,22 @@ class PieceFileReader:
             return file.readinto(buffer)
 
     def _check(self, spec: PieceSpec) -> None:
-        try:
-            found = self.tensors[spec.name]
-            begin, end = (int(offset) for offset in found["data_offsets"])
-            shape, dtype = tuple(found["shape"]), DTYPES[found["dtype"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path} does not hold {spec.name}") from error
+        shape, dtype, (begin, end) = self._header_of(spec.name)
         expected = (spec.stop - spec.start, *spec.shape[1:])
         if (shape, dtype, end - begin) != (expected, spec.dtype, spec.nbytes) or begin < 0:
             raise CheckpointError(
                 f"{self.path}: {spec.name} is {list(shape)} {dtype} in the file, "
                 f"{list(expected)} {spec.dtype} in the manifest"
             )
+
+    def _header_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
+        """(shape, type, where its bytes lie) of a tensor."""
+        try:
+            found = self.tensors[name]
+            begin, end = (int(offset) for offset in found["data_offsets"])
+            return tuple(found["shape"]), DTYPES[found["dtype"]], (begin, end)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} does not hold {name}") from error
 
 
 def collect_groups(written: Iterable[Written]) -> Groups:
@@ -223,9 +237,9 @@ def _entry(what: str, parts: list[tuple[PieceSpec, Piece]]) -> TensorEntry:
     return entry
 
 
-def _safetensors_header(specs: Sequence[PieceSpec]) -> bytes:
+def _safetensors_header(specs: Sequence[PieceSpec], facts: Mapping[str, str] | None) -> bytes:
     rows = {spec.name: [spec.start, spec.stop] for spec in specs}
-    header: dict[str, Any] = {"__metadata__": {"rows": json.dumps(rows)}}
+    header: dict[str, Any] = {"__metadata__": facts or {"rows": json.dumps(rows)}}
     offset = 0
     for spec in specs:
         header[spec.name] = {
@@ -238,5 +252,6 @@ def _safetensors_header(specs: Sequence[PieceSpec]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
     return tensor.flatten().view(torch.uint8).numpy().data

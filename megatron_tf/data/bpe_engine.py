@@ -26,7 +26,7 @@ _SETTLED = re.compile(
     "\u1e00-\u1e9b\u1ea0-\u1ef9\u2000-\u2063\u20a0-\u20b1\u2100-\u213a\u2190-\u2426\u2460-\u24fe\u2500-\u2b73\u3000-\u303f"
     "\u3041-\u3096\u3099-\u30ff\u3250-\u4db5\u4dc0-\u9fa5\uac00-\ud7a3\ufe0f\uff01-\uffbe\ufffd\U0001f300-\U0001f6d7]"
 )
-_PROBES = [
+PROBES = [
     "",
     " ",
     "The quick brown fox's 12,345 dogs don't; they'll've WE'RE I'M naïve café déjà-vu\n\n\tx  \r\n   end ",
@@ -38,6 +38,7 @@ _PROBES = [
     "<|endoftext|>x<|endoftext|> <|padding|><|endoftext|",
     "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # http://a.b/c?d=e&f=%20\n\tif __name__ == '__main__': pass",
 ]
+"""Texts that are easily encoded wrongly."""
 
 
 def fast_engine(path: Path, reference: "tokenizers.Tokenizer") -> Encode | None:
@@ -85,7 +86,7 @@ def encode_flat(tokenizer: "gigatoken.Tokenizer") -> Encode:
 
 def _difference(encode: Encode, reference: "tokenizers.Tokenizer") -> str | None:
     added = [token.content for token in reference.get_added_tokens_decoder().values()]
-    probes = [*_PROBES, *added, "a" + "b".join(added) + " c"]
+    probes = [*PROBES, *added, "a" + "b".join(added) + " c"]
     ids, lengths = encode(probes)
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     for text, row, expected in zip(

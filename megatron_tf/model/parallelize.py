@@ -80,8 +80,13 @@ def parameter_shards(model: TokenFormer) -> list[RowShard]:
 
 def parameter_names(config: ModelConfig) -> list[str]:
     """Every logical parameter of the whole model, in the one order that sums over parameters follow."""
+    return list(parameter_shapes(config))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The global shapes of `parameter_names`."""
     with torch.device("meta"):
-        return [name for name, _ in TokenFormer(config).named_parameters()]
+        return {name: tuple(parameter.shape) for name, parameter in TokenFormer(config).named_parameters()}
 
 
 def micro_batch_shapes(

@@ -126,9 +126,10 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
         checkpoint = grow(checkpoint, stage)
     names = parameter_names(config.at_stage(due).model)
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
-    for moment in MOMENTS:
-        load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
     training, tau = checkpoint.metadata["training"], checkpoint.metadata["tau"]
+    if training["adam_steps"] or set(MOMENTS) & set(checkpoint.groups()):  # else converted: zeros are its moments
+        for moment in MOMENTS:
+            load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
     for name, module in state.model.pattentions().items():
         module.tau = tau[name]
     state.optimizer.num_steps = training["adam_steps"]

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
 
@@ -17,3 +20,13 @@ def write_data_set(prefix, documents, dtype=np.uint16):
         blocks_of_documents(np.array([len(d) for d in documents], dtype=np.int32)),
     )
     return prefix
+
+
+def write_tokenizer(path, vocab_size):
+    """A tokenizer.json of so many words, `<|endoftext|>` the first; returns the path."""
+    words = ["<|endoftext|>", *(f"w{i}" for i in range(1, vocab_size))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.add_special_tokens(words[:1])
+    tokenizer.save(str(path))
+    return path

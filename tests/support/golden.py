@@ -6,22 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_tf.checkpoint.official import official_name
 from megatron_tf.config import ModelConfig
 from megatron_tf.model.tokenformer import TokenFormer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("A_l2_norm_gelu", "B_gelu_l2_norm", "C_softmax")
-
-
-def official_name(name: str, num_layers: int = 2) -> str:
-    """The name the official implementation gives to our parameter `name`."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        middle = "mlp" if parts[2] == "ffn" else ".".join(parts[2:-1])
-        return f"sequential.{int(parts[1]) + 2}.{middle}.{parts[-1].replace('_tokens', '_param_tokens')}"
-    if parts[0] == "final_norm":
-        return f"sequential.{num_layers + 3}.norm.{parts[1]}"
-    return "sequential.0.word_embeddings.weight"
 
 
 def golden_case(case: str):
@@ -47,5 +37,5 @@ def golden_model(case: str, dtype: torch.dtype = torch.float32):
     model = TokenFormer(config, dtype=dtype).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"param/{official_name(name)}"])
+            parameter.copy_(tensors[f"param/{official_name(name, model.config.num_layers)}"])
     return model, tensors, facts

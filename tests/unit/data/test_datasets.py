@@ -34,6 +34,23 @@ def test_bytes_are_those_of_megatron(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
 
 
+@pytest.mark.parametrize("code, letter", [(8, "H"), (4, "i")])
+@pytest.mark.parametrize("modes", [b"", bytes(4)])
+def test_files_of_megatron_and_gpt_neox_are_read_as_they_are(code, letter, modes, tmp_path):
+    """As both write them: uint16 or int32, a document of two sequences, one of none; Megatron may append modes."""
+    lengths, documents, size = [3, 2, 4, 1], [0, 2, 2, 3, 4], struct.calcsize(letter)
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
+    offsets = [size * sum(lengths[:i]) for i in range(len(lengths))]
+    index += struct.pack("<4i", *lengths) + struct.pack("<4q", *offsets) + struct.pack("<5q", *documents)
+    (tmp_path / "d.idx").write_bytes(index + modes)
+    (tmp_path / "d.bin").write_bytes(struct.pack(f"<10{letter}", *range(10)))
+    dataset = IndexedDataset(tmp_path / "d")
+    assert [dataset.document(i).tolist() for i in range(len(dataset))] == [[0, 1, 2, 3, 4], [], [5, 6, 7, 8], [9]]
+    assert dataset.document_lengths.tolist() == [5, 0, 4, 1]
+    samples = gpt((dataset, tmp_path / "cache"), seq_length=9)
+    assert sorted(samples[0].tolist()) == list(range(10))
+
+
 def test_documents_come_back(tmp_path):
     dataset = IndexedDataset(write_data_set(tmp_path / "d", DOCUMENTS, np.int32))
     assert [dataset.document(i).tolist() for i in range(len(dataset))] == DOCUMENTS

@@ -1,0 +1,138 @@
+"""Checkpoints of other programs: their tensors under our names, with the metadata ours need."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.derived import Checkpoint
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.config import ModelConfig, to_dict
+
+GROUP = "model"
+"""What other programs' files hold; they have no moments."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """A tensor that lies in a file of another program."""
+
+    shape: Shape
+    dtype: torch.dtype
+    read_rows: Callable[[int, int], Tensor]
+    """(start, stop) -> these rows, in memory of their own."""
+
+
+def in_memory(tensor: Tensor) -> ForeignTensor:
+    """A tensor that has been loaded."""
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return tensor[start:stop].clone(memory_format=torch.contiguous_format)
+
+    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+
+
+class ForeignCheckpoint:
+    """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
+
+    def __init__(self, directory: Path, tensors: Mapping[str, ForeignTensor], metadata: dict[str, Any]) -> None:
+        self.directory = directory
+        self.metadata = metadata
+        self._tensors = tensors
+
+    def groups(self) -> list[str]:
+        """Names of the groups of tensors."""
+        return [GROUP]
+
+    def names(self, group: str) -> list[str]:
+        """Logical tensors of a group; none for a group it does not have."""
+        return list(self._tensors) if group == GROUP else []
+
+    def shape(self, group: str, name: str) -> Shape:
+        """Global shape."""
+        return self._tensor(group, name).shape
+
+    def dtype(self, group: str, name: str) -> torch.dtype:
+        """Type."""
+        return self._tensor(group, name).dtype
+
+    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
+        tensor = self._tensor(group, name)
+        if not 0 <= start <= stop <= tensor.shape[0]:
+            raise CheckpointError(f"{name} has {tensor.shape[0]} rows, [{start}, {stop}) are asked for")
+        return tensor.read_rows(start, stop)
+
+    def _tensor(self, group: str, name: str) -> ForeignTensor:
+        if group != GROUP or name not in self._tensors:
+            raise CheckpointError(f"{self.directory} has no tensor {name!r} in {group!r}")
+        return self._tensors[name]
+
+
+def parameter_bytes(checkpoint: Checkpoint) -> int:
+    """Of all parameters."""
+    return sum(
+        math.prod(checkpoint.shape(GROUP, name)) * checkpoint.dtype(GROUP, name).itemsize
+        for name in checkpoint.names(GROUP)
+    )
+
+
+def rename(
+    path: Path, found: Mapping[str, ForeignTensor], expected: Mapping[str, Shape], their_name: Callable[[str], str]
+) -> dict[str, ForeignTensor]:
+    """The tensors in a file under our names, which `expected` has with their shapes, in its order.
+
+    Raises CheckpointError that names the first tensor that is missing, not expected, of another shape or not fp32.
+    """
+    renamed = {}
+    for name, shape in expected.items():
+        theirs = their_name(name)
+        if theirs not in found:
+            raise CheckpointError(f"{path} lacks {theirs}")
+        tensor = found[theirs]
+        if tensor.shape != shape:
+            raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"{path}: {theirs} is {tensor.dtype}, expected fp32: convert the file to it first")
+        renamed[name] = tensor
+    if strangers := found.keys() - {their_name(name) for name in expected}:
+        more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model has not")
+    return renamed
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """As the `data` section of a configuration names it, and what tells it from another."""
+
+    kind: str
+    path: Path | None
+    identity: dict[str, Any]
+
+
+def new_metadata(
+    model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, seq_length: int, seed: int
+) -> dict[str, Any]:
+    """What a checkpoint says of itself that no run of ours wrote; a run that starts from it begins at step 0."""
+    return {
+        "model": to_dict(model),
+        "config": {
+            "model": to_dict(model),
+            "training": {"seq_length": seq_length, "seed": seed},
+            "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path)},
+        },
+        "tau": dict(tau),
+        "tokenizer": tokenizer.identity,
+        "lineage": [],
+        "training": {"step": 0, "samples": 0, "tokens": 0, "adam_steps": 0, "skipped": 0},
+    }
+
+
+def _as_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

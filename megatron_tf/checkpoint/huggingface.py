@@ -1,0 +1,101 @@
+"""The tensors of a Hugging Face directory: safetensors under the names of the model's code there, in files of bounded
+size with an index; streamed both ways."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
+from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
+
+SHARD_BYTES = 5 * 10**9
+"""Files are no larger than this, or a single tensor."""
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PREFIXES = {
+    "embedding.": "model.embed_tokens.",
+    "layers.": "model.layers.",
+    "final_norm.": "model.norm.",
+    "head.": "lm_head.",
+}
+
+
+def huggingface_name(name: str) -> str:
+    """The name of our parameter `name` in the exported model."""
+    ours = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
+    return _PREFIXES[ours] + name.removeprefix(ours)
+
+
+def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
+    """Write the parameters into `directory` in blocks of rows, telling `bar` the bytes."""
+    shards = _shards(checkpoint)
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with PieceFileWriter(directory / file, [_spec(checkpoint, name) for name in names], {"format": "pt"}) as writer:
+            for name in names:
+                index[huggingface_name(name)] = file
+                for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
+                    writer.write(rows)
+                    bar.update(rows.nbytes)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": parameter_bytes(checkpoint)}, "weight_map": index}
+        (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_tensors(directory: Path) -> dict[str, ForeignTensor]:
+    """The tensors of a directory under their own names. Raises CheckpointError naming the file that is not as it
+    should be."""
+    return {
+        name: _foreign(reader, reader.whole(name))
+        for reader in map(PieceFileReader, _files(directory))
+        for name in reader.names()
+    }
+
+
+def _shards(checkpoint: Checkpoint) -> list[list[str]]:
+    """Our names in their order, cut into files."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in checkpoint.names(GROUP):
+        nbytes = _spec(checkpoint, name).nbytes
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def _spec(checkpoint: Checkpoint, name: str) -> PieceSpec:
+    shape = checkpoint.shape(GROUP, name)
+    return PieceSpec(huggingface_name(name), checkpoint.dtype(GROUP, name), shape, 0, shape[0])
+
+
+def _files(directory: Path) -> list[Path]:
+    if (directory / _SINGLE).exists():
+        return [directory / _SINGLE]
+    index = directory / _INDEX
+    if not index.exists():
+        raise CheckpointError(f"{directory} holds no weights: neither {_SINGLE} nor {_INDEX} is in it")
+    try:
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is damaged: {error!r}") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not (directory / file).is_file():
+            raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
+    return [directory / file for file in files]
+
+
+def _foreign(reader: PieceFileReader, spec: PieceSpec) -> ForeignTensor:
+    def read_rows(start: int, stop: int) -> Tensor:
+        rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
+        reader.read(spec, start, rows)
+        return rows
+
+    return ForeignTensor(spec.shape, spec.dtype, read_rows)

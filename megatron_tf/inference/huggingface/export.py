@@ -1,0 +1,166 @@
+"""A checkpoint as a directory for transformers, and back: everything in it but the tensors."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.checkpoint.derived import Checkpoint
+from megatron_tf.checkpoint.foreign import ForeignCheckpoint, rename
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.huggingface import huggingface_name, read_tensors
+from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
+from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.inference.huggingface.card import model_card
+from megatron_tf.model.parallelize import parameter_shapes
+
+_CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
+_TRAINING_KEYS = ("seq_length", "seed")
+_TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
+
+
+def write_surroundings(
+    checkpoint: Checkpoint, directory: Path, tokenizer: Tokenizer, tokenizer_file: Path | None, measured: str | None
+) -> None:
+    """Write the configuration, the code, the tokenizer's files and the model card; `measured` is a loss, in words.
+
+    Raises CheckpointError for a model that the code does not know.
+    """
+    metadata = checkpoint.metadata
+    model = parse_config(ModelConfig, metadata["model"], str(checkpoint.directory))
+    if model.layer != "tokenformer":
+        raise CheckpointError(f"{checkpoint.directory} is a plain transformer: only TokenFormers are exported")
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(name), directory / name)
+    _write_json(directory / "config.json", _config(model, metadata, tokenizer.eod))
+    _write_json(directory / "generation_config.json", _generation_config(model, tokenizer.eod))
+    _write_tokenizer(directory, tokenizer, tokenizer_file, metadata["config"]["training"]["seq_length"])
+    (directory / "README.md").write_text(model_card(model, metadata, directory.name, measured))
+
+
+def read_export(directory: Path) -> ForeignCheckpoint:
+    """A directory written by this module, as a checkpoint without moments.
+
+    Raises CheckpointError or ConfigError naming the file and what is wrong with it.
+    """
+    path = directory / "config.json"
+    try:
+        metadata = _metadata(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} holds no model: it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not of a model that megatron_tf exported: {error!r}") from error
+    model, tau = parse_config(ModelConfig, metadata["model"], str(path)), metadata["tau"]
+    shapes = parameter_shapes(model)
+    modules = {name.removesuffix(".key_tokens") for name in shapes if name.endswith(".key_tokens")}
+    if tau.keys() != modules:
+        raise CheckpointError(f"{path}: tau is not there for each projection: {min(tau.keys() ^ modules)}")
+    return ForeignCheckpoint(directory, rename(directory, read_tensors(directory), shapes, huggingface_name), metadata)
+
+
+def tokenizer_file(directory: Path, kind: str) -> Path | None:
+    """The tokenizer's file in an export, if there is one."""
+    path = directory / _TOKENIZER_FILES.get(kind, "")
+    return path if path.is_file() else None
+
+
+def _config(model: ModelConfig, metadata: Mapping[str, Any], eod: int) -> dict[str, Any]:
+    return {
+        "architectures": ["TokenFormerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_tokenformer.TokenFormerConfig",
+            "AutoModel": "modeling_tokenformer.TokenFormerModel",
+            "AutoModelForCausalLM": "modeling_tokenformer.TokenFormerForCausalLM",
+        },
+        "model_type": "tokenformer",
+        "dtype": "float32",
+        "vocab_size": model.padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "token_counts": {kind: model.token_counts(kind) for kind in TOKEN_KINDS},
+        "norm_activation": model.norm_activation,
+        "rotary_percent": model.rotary_percent,
+        "rotary_base": model.rotary_base,
+        "layer_norm_eps": model.layernorm_epsilon,
+        "initializer_range": model.init_method_std,
+        "max_position_embeddings": metadata["config"]["training"]["seq_length"],
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": eod,
+        "eos_token_id": eod,
+        "tau": metadata["tau"],
+        "megatron_tf": _facts(metadata),
+    }
+
+
+def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of ours knows beyond the model; of the run's configuration only what is used without the run,
+    so that nobody's paths are published."""
+    config = metadata["config"]
+    return {
+        "config": {
+            "model": metadata["model"],
+            "training": {key: config["training"][key] for key in _TRAINING_KEYS},
+            "data": {"tokenizer_type": config["data"]["tokenizer_type"], "tokenizer_model": None},
+        },
+        **{key: metadata[key] for key in ("tokenizer", "lineage", "after_growth") if key in metadata},
+        "training": {"skipped": 0, **metadata["training"], "adam_steps": 0},  # the moments stay behind
+    }
+
+
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_config` was made from. Raises KeyError and the like where something is not there."""
+    facts = config["megatron_tf"]
+    run = facts["config"]
+    metadata = {
+        "model": dict(run["model"]),
+        "config": {
+            "model": dict(run["model"]),
+            "training": {key: int(run["training"][key]) for key in _TRAINING_KEYS},
+            "data": {"tokenizer_type": str(run["data"]["tokenizer_type"]), "tokenizer_model": None},
+        },
+        "tau": {name: float(tau) for name, tau in config["tau"].items()},
+        "tokenizer": dict(facts["tokenizer"]),
+        "lineage": list(facts["lineage"]),
+        "training": {
+            key: int(facts["training"][key]) for key in ("step", "samples", "tokens", "adam_steps", "skipped")
+        },
+    }
+    return metadata | ({"after_growth": facts["after_growth"]} if "after_growth" in facts else {})
+
+
+def _generation_config(model: ModelConfig, eod: int) -> dict[str, Any]:
+    padding = list(range(model.vocab_size, model.padded_vocab_size))
+    config: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+    return config | ({"suppress_tokens": padding} if padding else {})
+
+
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, seq_length: int) -> None:
+    """The tokenizer's own file, and how transformers is to read it; nothing for a kind that transformers has not."""
+    kind = tokenizer.identity["type"]
+    if path is None or kind not in _TOKENIZER_FILES:
+        return
+    shutil.copyfile(path, directory / _TOKENIZER_FILES[kind])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _piece(kind, path, tokenizer.eod),
+        "model_max_length": seq_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(directory / "tokenizer_config.json", config)
+
+
+def _piece(kind: str, path: Path, token_id: int) -> str:
+    """The name of an id; decoding leaves out that of a control piece."""
+    if kind == "HFTokenizer":
+        import tokenizers
+
+        return str(tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id))
+    import sentencepiece
+
+    return str(sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(token_id))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

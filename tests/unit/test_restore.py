@@ -1,0 +1,56 @@
+"""A checkpoint without moments: one that was converted begins with zeros; one of a run lacks something."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.save import save_checkpoint
+from megatron_tf.config import CheckpointConfig, to_dict
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.checkpointing import new_progress, restore_state
+from megatron_tf.training.state import build_state
+from tests.support.training import EOD, small_run
+
+ONE_PROCESS = Mesh(torch.device("cpu"))
+TOKENIZER = {"type": "NullTokenizer"}
+
+
+def save(root, config, adam_steps, moments=()):
+    """A checkpoint of fresh parameters at step 7, with ones for the moments."""
+    state = build_state(config, ONE_PROCESS, EOD)
+    groups = {"model": list(state.shards)}
+    groups |= {m: [shard.with_tensor(torch.ones_like(shard.tensor)) for shard in state.shards] for m in moments}
+    training = {"step": 7, "samples": 56, "tokens": 896, "adam_steps": adam_steps, "skipped": 0}
+    facts = {"model": to_dict(config.model), "config": to_dict(config), "tokenizer": TOKENIZER, "lineage": []}
+    facts |= {"tau": new_progress(config.model, TOKENIZER).tau, "training": training}
+    save_checkpoint(root, 7, groups, facts, "all", None)
+
+
+def restore(root):
+    config = replace(small_run(), checkpoint=CheckpointConfig(load=root))
+    state = build_state(config, ONE_PROCESS, EOD)
+    return state, restore_state(state, config, TOKENIZER)
+
+
+def test_a_converted_checkpoint_begins_with_zero_moments(tmp_path):
+    save(tmp_path, small_run(), adam_steps=0)
+    state, progress = restore(tmp_path)
+    assert (progress.step, state.optimizer.num_steps) == (7, 0)
+    assert all(
+        not shard.tensor.any() for moment in ("exp_avg", "exp_avg_sq") for shard in state.optimizer.moments(moment)
+    )
+
+
+def test_moments_that_are_there_are_read_even_at_no_step(tmp_path):
+    save(tmp_path, small_run(), 0, ("exp_avg", "exp_avg_sq"))
+    state, _ = restore(tmp_path)
+    assert all(bool((shard.tensor == 1).all()) for shard in state.optimizer.moments("exp_avg"))
+
+
+@pytest.mark.parametrize("adam_steps, moments, missing", [(7, (), "exp_avg"), (0, ("exp_avg",), "exp_avg_sq")])
+def test_a_run_that_lost_its_moments_is_refused(adam_steps, moments, missing, tmp_path):
+    save(tmp_path, small_run(), adam_steps, moments)
+    with pytest.raises(CheckpointError, match=f"holds no '{missing}'"):
+        restore(tmp_path)

@@ -1,0 +1,255 @@
+"""Convert checkpoints from and to the official implementation's weights and Hugging Face directories.
+
+One side is always megatron_tf. What is written appears under --save when it is complete; whatever goes wrong before
+leaves nothing there. Tensors keep every bit. Other formats hold no optimizer state: an imported checkpoint begins with
+none, and can be grown, repartitioned and trained on as any other.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.derived import Checkpoint
+    from megatron_tf.checkpoint.load import CheckpointReader
+    from megatron_tf.config import ModelConfig
+    from megatron_tf.data.tokenizer import Tokenizer
+
+FORMATS = ("megatron_tf", "official", "hf")
+
+
+class ConversionError(ValueError):
+    """What a user can mend in the command."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when the result is complete, and for hf checked; 1 after an error, with nothing written."""
+    args = parse_arguments(arguments)
+    try:
+        CONVERSIONS[args.source, args.target](args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
+    parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
+    )
+    parser.add_argument("--save", type=Path, required=True, help="directory to write")
+    parser.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="the tokenizer's file")
+    official = parser.add_argument_group("from official", "what its file does not tell; all but --seq-length needed")
+    official.add_argument("--num-attention-heads", type=int, metavar="H", help="published: 12 (150M), 16 (the others)")
+    official.add_argument(
+        "--norm-activation",
+        choices=["l2_norm_gelu", "gelu_l2_norm", "softmax"],
+        help="norm_activation_type of its configuration; published: l2_norm_gelu",
+    )
+    official.add_argument(
+        "--tokenizer-type", metavar="T", help="with --tokenizer-model; published: HFTokenizer, GPT-NeoX-20B's"
+    )
+    official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
+    hf = parser.add_argument_group("to hf")
+    hf.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
+    hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
+    hf.add_argument(
+        "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
+    )
+    args = parser.parse_args(arguments)
+    if (args.source, args.target) not in CONVERSIONS:
+        parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
+    return args
+
+
+def import_official(args: argparse.Namespace) -> None:
+    """A .bin file -> our checkpoint."""
+    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, new_metadata, rename
+    from megatron_tf.checkpoint.official import birth_tau, infer_model, official_name, read_official
+    from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
+    from megatron_tf.data.tokenizer import build_tokenizer
+    from megatron_tf.model.parallelize import parameter_shapes
+
+    for option in ("num_attention_heads", "norm_activation", "tokenizer_type"):
+        if getattr(args, option) is None:
+            raise ConversionError(f"{args.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
+    tensors = read_official(args.load)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    values = infer_model(args.load, tensors, tokenizer.vocab_size) | {
+        "num_attention_heads": args.num_attention_heads,
+        "norm_activation": args.norm_activation,
+    }
+    model = parse_config(ModelConfig, values, str(args.load))
+    choice = TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
+    metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
+    shapes = parameter_shapes(model)
+    renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
+    write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
+
+
+def import_huggingface(args: argparse.Namespace) -> None:
+    """A directory that `export_huggingface` wrote -> our checkpoint."""
+    from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
+
+    checkpoint = read_export(args.load)
+    data = checkpoint.metadata["config"]["data"]
+    path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
+    data["tokenizer_model"] = None if path is None else str(path)
+    the_tokenizer(checkpoint, path)
+    write_ours(checkpoint, args.save)
+
+
+def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
+    """Stream it to a checkpoint for one rank."""
+    from megatron_tf.checkpoint.reshard import Target, reshard
+    from megatron_tf.model.parallelize import is_replicated
+
+    target = Target(1, 1, lambda name: 0, is_replicated)
+    print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
+
+
+def export_official(args: argparse.Namespace) -> None:
+    """Our checkpoint -> a .bin file."""
+    from megatron_tf.checkpoint.foreign import parameter_bytes
+    from megatron_tf.checkpoint.official import FILE, check_representable, write_official
+
+    source, model = open_ours(args.load)
+    check_representable(source, model)
+    with new_directory(args.save, parameter_bytes(source)) as directory:
+        write_official(source, model, directory / FILE)
+        source.verify()
+    print(f"wrote {args.save / FILE}")
+
+
+def export_huggingface(args: argparse.Namespace) -> None:
+    """Our checkpoint -> a directory for transformers, loaded with it and compared."""
+    from megatron_tf.checkpoint.foreign import parameter_bytes
+    from megatron_tf.checkpoint.huggingface import write_tensors
+    from megatron_tf.checkpoint.reshard import progress_bar
+    from megatron_tf.inference.huggingface.check import has_transformers
+    from megatron_tf.inference.huggingface.export import write_surroundings
+
+    if not (args.skip_check or has_transformers()):
+        raise ConversionError(
+            "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or give "
+            "--skip-check"
+        )
+    source, _ = open_ours(args.load)
+    path = args.tokenizer_model or _path(source.metadata["config"]["data"]["tokenizer_model"])
+    tokenizer = the_tokenizer(source, path)
+    measured = measure(source, args.data, args.data_tokens) if args.data else None
+    nbytes = parameter_bytes(source)
+    with new_directory(args.save, nbytes) as directory:
+        write_surroundings(source, directory, tokenizer, path, measured)
+        with progress_bar("writing", nbytes, sys.stderr.isatty()) as bar:
+            write_tensors(source, directory, bar)
+        source.verify()
+        if args.skip_check:
+            print("the logits are not compared: --skip-check")
+        else:
+            check(source, directory, tokenizer)
+    print(f"wrote {args.save}")
+
+
+def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
+    """A checkpoint that is read once from front to back, and its model."""
+    from megatron_tf.checkpoint.load import CheckpointReader
+    from megatron_tf.config import ModelConfig, parse_config
+
+    source = CheckpointReader(path, check_at_end=True)
+    return source, parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+
+
+def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
+    """The one that the checkpoint was trained with, in the file at `path`. Raises ValueError where it is another."""
+    from megatron_tf.data.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(checkpoint.metadata["config"]["data"]["tokenizer_type"], path)
+    if tokenizer.identity != checkpoint.metadata["tokenizer"]:
+        raise ConversionError(
+            f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"
+        )
+    return tokenizer
+
+
+def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
+    """The mean loss on the front of a data set, in words for the model card."""
+    from megatron_tf.inference.calibration import mean_loss, read_samples
+    from megatron_tf.inference.model import load_model
+
+    model = load_model(source.directory)
+    seq_length = source.metadata["config"]["training"]["seq_length"]
+    samples = read_samples(data, model.config.vocab_size, seq_length, num_tokens)
+    tokens = len(samples) * seq_length
+    return f"{mean_loss(model, samples):.4f} nats a token on the first {tokens:,} tokens of {data.name}."
+
+
+def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -> None:
+    """Raise ConversionError unless transformers computes the same logits from the directory."""
+    import torch
+
+    from megatron_tf.inference.huggingface import check as compare
+
+    for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
+        difference, largest = compare.logits_difference(source.directory, directory, dtype)
+        what = f"max |delta logit| between megatron_tf and transformers in {str(dtype).removeprefix('torch.')}"
+        print(f"{what}: {difference:.3g} (largest |logit| {largest:.3g})", flush=True)
+        if difference <= compare.TOLERANCE:
+            break
+    else:
+        raise ConversionError(
+            f"the exported model's logits differ by {difference:.3g}, more than {compare.TOLERANCE:g}"
+        )
+    if not (directory / "tokenizer_config.json").exists():
+        print(f"no tokenizer files: transformers has none for a {tokenizer.identity['type']}")
+        return
+    if not (directory / "tokenizer.json").exists():
+        compare.convert_tokenizer(directory)
+    if (text := compare.tokenizer_difference(directory, tokenizer)) is not None:
+        print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
+
+
+@contextmanager
+def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
+    """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
+    from megatron_tf.checkpoint.commit import check_room
+
+    if save.exists() and not (save.is_dir() and not any(save.iterdir())):
+        raise ConversionError(f"{save} is there already: choose another --save, or remove it")
+    workplace = save.with_name(f".{save.name}.tmp")
+    shutil.rmtree(workplace, ignore_errors=True)
+    directory = workplace / save.name
+    directory.mkdir(parents=True)
+    try:
+        check_room(directory, bytes_needed)
+        yield directory
+        directory.replace(save)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {
+    ("official", "megatron_tf"): import_official,
+    ("megatron_tf", "official"): export_official,
+    ("hf", "megatron_tf"): import_huggingface,
+    ("megatron_tf", "hf"): export_huggingface,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
