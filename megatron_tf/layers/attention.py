@@ -29,26 +29,6 @@ from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_para
 from megatron_tf.parallel.collectives import all_gather, reduce_scatter
 
 
-class KeyValueCache:
-    """Keys and values of the tokens one attention layer has seen: each [S, B, heads, head_dim]."""
-
-    def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return 0 if self.key is None else self.key.shape[0]
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens and return all."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat((self.key, key)), torch.cat((self.value, value))
-        self.key, self.value = key, value
-        return key, value
-
-
 class Attention(nn.Module):
     """Attention over a hidden state of width D, causal, scaled by 1/sqrt(head_dim); what projects is a subclass's."""
 
@@ -71,23 +51,19 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: KeyValueCache | None = None,
+        attend: Attend | None = None,
         documents: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
 
-        `documents` are the lengths of each sample's documents, which then do not see each other.
+        `attend` takes the place of the layer's own attention, as that over a cache does. `documents` are the lengths of
+        each sample's documents, which then do not see each other.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in self.project_in(x))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        past = 0 if cache is None else cache.length
-        if cache is not None:
-            k, v = cache.append(k, v)
-        if documents is not None:
-            out = self._attend_within(q, k, v, documents)
-        else:
-            out = _attend_with_past(q, k, v, past) if past else self.attend(q, k, v)
+        attend = attend or self.attend
+        out = attend(q, k, v) if documents is None else self._attend_within(q, k, v, documents)
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
 
     def _attend_within(self, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
@@ -147,11 +123,3 @@ class LinearAttention(Attention):
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
         return x @ self.proj.of_type(x)
-
-
-def _attend_with_past(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
-    """q [S, B, h, d] against k, v [past + S, B, h, d]: query i sees keys up to past + i."""
-    length = q.shape[0]
-    mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past) if length > 1 else None
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3)
