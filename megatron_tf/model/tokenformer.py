@@ -138,7 +138,8 @@ class TokenFormer(nn.Module):
         positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
             positions = positions - document_starts.t()
-        return rotary_tables(positions, dim, self.config.rotary_base)
+        cos, sin = rotary_tables(positions, dim, self.config.rotary_base)
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def _document_lengths(document_starts: Tensor) -> list[list[int]]:

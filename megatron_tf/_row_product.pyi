@@ -1,0 +1,6 @@
+def multiply_rows_fp32(
+    x: int, one_x: bool, weights: list[int], out: int, rows: int, outputs: int, columns: int, threads: int, /
+) -> None: ...
+def multiply_rows_bf16(
+    x: int, one_x: bool, weights: list[int], out: int, rows: int, outputs: int, columns: int, threads: int, /
+) -> None: ...

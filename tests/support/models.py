@@ -1,0 +1,43 @@
+"""Small models with random weights, in memory and as checkpoints."""
+
+import dataclasses
+
+import torch
+
+from megatron_tf.checkpoint.save import save_checkpoint
+from megatron_tf.config import ModelConfig, to_dict
+from megatron_tf.data.tokenizer import NullTokenizer
+from megatron_tf.inference.model import LanguageModel
+from megatron_tf.model.parallelize import parameter_shards
+from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.training.checkpointing import new_progress
+from tests.support.training import small_run
+
+VOCAB = 257  # of NullTokenizer
+
+
+def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
+    """A model whose logits are far apart: keywords are keys of its configuration."""
+    config = dataclasses.replace(small_run(model={"vocab_size": VOCAB}).model, **keys)
+    transformer = TokenFormer(config, dtype=dtype).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            scale = 1.0 if name.startswith(("embedding", "final_norm")) else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return LanguageModel(transformer, {}).eval()
+
+
+def write_checkpoint(root, model: LanguageModel):
+    """The model as a checkpoint of a run on bytes; returns its directory."""
+    progress = dataclasses.asdict(new_progress(model.config, {}))
+    config = to_dict(small_run(model=_keys(model.config)))
+    metadata = {"model": to_dict(model.config), "config": config, "tau": progress["tau"], "lineage": []}
+    metadata["training"] = {key: progress[key] for key in ("step", "samples", "tokens", "adam_steps")}
+    metadata["tokenizer"] = NullTokenizer().identity
+    save_checkpoint(root, 0, {"model": parameter_shards(model.transformer)}, metadata, "one", None)
+    return root
+
+
+def _keys(config: ModelConfig):
+    return {key: value for key, value in to_dict(config).items() if value is not None}
