@@ -84,6 +84,8 @@ def generate(args: argparse.Namespace) -> None:
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = load_model(args.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    if mesh.device.type == "cpu":
+        model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, args.tokenizer_model)
 
     def continue_batch(prompts: Sequence[str]) -> Iterator[tuple[int, str, "Continuation"]]:

@@ -61,8 +61,8 @@ def score_keys(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
 
 
 def mix_values(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """P [G, R, n] @ values [n, E] of each -> [G, R, E]; in fp32 and fp64 on a CPU tokens of weight zero change no bit of
-    it, unless the values lie column by column, for decoding."""
+    """P [G, R, n] @ values [n, E] of each -> [G, R, E]. In fp32 and fp64 on a CPU tokens of weight zero change no bit,
+    unless the values lie column by column, for decoding."""
     columns = [value.t() for value in values]
     if is_faster(weights, columns):
         return multiply(weights, columns)

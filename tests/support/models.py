@@ -22,9 +22,8 @@ def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
     transformer = TokenFormer(config, dtype=dtype).to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            scale = 1.0 if name.startswith(("embedding", "final_norm")) else 0.3
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        for parameter in transformer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return LanguageModel(transformer, {}).eval()
 
 
