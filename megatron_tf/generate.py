@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def generate(args: argparse.Namespace) -> None:
     """Read prompts, continue them, write. Raises ValueError for what a user can mend."""
     import torch  # --help need not wait for these
+    from tqdm import tqdm
 
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.sampling import Sampling
@@ -96,7 +97,9 @@ def generate(args: argparse.Namespace) -> None:
         if len(records) == 1 and not args.prompt_file and not args.output:
             _stream(records[0]["prompt"], continue_batch, out)
         else:
-            _write_lines(records, args.batch_size, continue_batch, out)
+            batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
+            progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
+            _write_lines(progress, continue_batch, out)
 
 
 def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
@@ -107,21 +110,13 @@ def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
     print(file=out)
 
 
-def _write_lines(
-    records: Sequence[dict[str, Any]], batch_size: int, continue_batch: "ContinueBatch", out: TextIO
-) -> None:
+def _write_lines(batches: Iterable[Sequence[dict[str, Any]]], continue_batch: "ContinueBatch", out: TextIO) -> None:
     """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(records), unit="prompt", disable=len(records) <= batch_size or out.name == os.devnull) as bar:
-        for start in range(0, len(records), batch_size):
-            batch = records[start : start + batch_size]
-            texts = {i: text for i, _, text in continue_batch([record["prompt"] for record in batch])}
-            for i, record in enumerate(batch):
-                found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens}
-                line = record | found | {"finish_reason": texts[i].finish_reason}
-                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-            bar.update(len(batch))
+    for records in batches:
+        texts = {i: text for i, _, text in continue_batch([record["prompt"] for record in records])}
+        for i, record in enumerate(records):
+            found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
+            print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
