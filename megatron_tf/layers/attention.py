@@ -96,7 +96,11 @@ class PattentionAttention(Attention):
 
     def project_in(self, x: Tensor) -> Sequence[Tensor]:
         """See Attention: tokens of every rank contribute to every head."""
-        qkv = pattend(x, [self.query, self.key, self.value], self.group)
+        projections = [self.query, self.key, self.value]
+        if any(map(_has_hooks, projections)):  # which are for modules that are called, one by one
+            qkv = torch.stack([projection(x, self.group) for projection in projections])
+        else:
+            qkv = pattend(x, projections, self.group)
         return reduce_scatter(qkv, -1, self.group).unbind(0)
 
     def project_out(self, x: Tensor) -> Tensor:
@@ -123,3 +127,8 @@ class LinearAttention(Attention):
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
         return x @ self.proj.of_type(x)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(len, kinds))
