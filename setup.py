@@ -90,7 +90,7 @@ setup(
             "megatron_tf._row_product",
             ["csrc/row_product_bindings.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/row_product.hpp"],
+            depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp"],
             extra_link_args=["-fopenmp"],

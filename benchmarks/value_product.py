@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_tf.kernels.pattention import mix_in_blocks
+from megatron_tf.kernels.pattention import mix_values
 
 SHAPES = [(4096, 3072, 768), (4096, 2048, 512), (2048, 1024, 128), (512, 768, 192)]  # rows, tokens, width
 TURNS = 30
@@ -45,11 +45,11 @@ def main() -> None:
     for rows, tokens, width in SHAPES:
         weights, values, out = torch.randn(rows, tokens), torch.randn(tokens, width), torch.empty(rows, width)
         turns = [
-            (seconds(mix_in_blocks, weights, values, out), seconds(plain, weights, values, out)) for _ in range(TURNS)
+            (seconds(mix_values, weights, values, out), seconds(plain, weights, values, out)) for _ in range(TURNS)
         ]
         ratio = min(blocks for blocks, _ in turns) / min(mm for _, mm in turns)
         part = weights[:, : tokens // 3], values[: tokens // 3]
-        moved = [moved_by_growth(product, *part) for product in (mix_in_blocks, plain)]
+        moved = [moved_by_growth(product, *part) for product in (mix_values, plain)]
         print(f"{rows:>5} x {tokens:>5} x {width:>4}     {ratio:>12.3f}     {moved[0]:>14.1e} {moved[1]:>9.1e}")
 
 

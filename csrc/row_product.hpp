@@ -53,8 +53,8 @@ MEGATRON_TF_INLINE Block load(const BFloat16 *p) {
 }
 
 // x [columns] as floats, in each whole block as `load` orders the columns of a T.
-template <typename T>
-void arrange(const T *x, std::size_t columns, float *out) {
+template <typename T, typename X>
+void arrange(const X *x, std::size_t columns, float *out) {
     const std::size_t whole = columns / kBlock * kBlock;
     for (std::size_t i = 0; i < columns; ++i) {
         const std::size_t in_block = i % kBlock;
@@ -79,71 +79,84 @@ MEGATRON_TF_INLINE float dot(const float *x, const T *weight, std::size_t column
     return sum;
 }
 
-template <typename T>
+template <typename T, typename Out>
 struct Product {
     const float *x;  // [rows, columns], arranged
     const T *weight;  // [outputs, columns]
-    T *out;  // [rows, outputs]
+    Out *out;  // [rows, outputs]
     std::size_t rows, outputs, columns;
+
+    // Outputs [begin, end) of every row; each weight is read from memory once.
+    MEGATRON_TF_INLINE void run(std::size_t begin, std::size_t end) const {
+        for (std::size_t i = begin; i < end; ++i)
+            for (std::size_t row = 0; row < rows; ++row)
+                out[row * outputs + i] = round_to<Out>(dot(x + row * columns, weight + i * columns, columns));
+    }
 };
 
-// Outputs [begin, end) of every row; each weight is read from memory once.
-template <typename T>
-MEGATRON_TF_INLINE void run(const Product<T> &p, std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i)
-        for (std::size_t row = 0; row < p.rows; ++row)
-            p.out[row * p.outputs + i] = round_to<T>(dot(p.x + row * p.columns, p.weight + i * p.columns, p.columns));
-}
-
-template <typename T>
-using Run = void (*)(const Product<T> &, std::size_t, std::size_t);
-
-template <typename T>
-void run_anywhere(const Product<T> &p, std::size_t begin, std::size_t end) {
-    run(p, begin, end);
+// Compiled for each kind of processor; the best one for this is chosen.
+template <typename Work>
+void run_anywhere(const Work &work, std::size_t begin, std::size_t end) {
+    work.run(begin, end);
 }
 
 #if defined(__x86_64__)
-template <typename T>
-__attribute__((target("avx512f"))) void run_avx512(const Product<T> &p, std::size_t begin, std::size_t end) {
-    run(p, begin, end);
+template <typename Work>
+__attribute__((target("avx512f"))) void run_avx512(const Work &work, std::size_t begin, std::size_t end) {
+    work.run(begin, end);
 }
 
-template <typename T>
-__attribute__((target("avx2,fma"))) void run_avx2(const Product<T> &p, std::size_t begin, std::size_t end) {
-    run(p, begin, end);
+template <typename Work>
+__attribute__((target("avx2,fma"))) void run_avx2(const Work &work, std::size_t begin, std::size_t end) {
+    work.run(begin, end);
 }
 
-template <typename T>
-Run<T> best_run() {
-    if (__builtin_cpu_supports("avx512f")) return run_avx512<T>;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? run_avx2<T> : run_anywhere<T>;
+template <typename Work>
+auto best_run() {
+    if (__builtin_cpu_supports("avx512f")) return run_avx512<Work>;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? run_avx2<Work> : run_anywhere<Work>;
 }
 #else
-template <typename T>
-Run<T> best_run() {
-    return run_anywhere<T>;
+template <typename Work>
+auto best_run() {
+    return run_anywhere<Work>;
 }
 #endif
 
-}  // namespace row_product
+template <typename Work>
+void run_best(const Work &work, std::size_t begin, std::size_t end) {
+    static const auto run = best_run<Work>();
+    run(work, begin, end);
+}
 
-// out [rows, outputs] = x [rows, columns] weight^T, with weight [outputs, columns], all contiguous. Sums are made in fp32,
-// in an order that depends on neither rows nor threads; columns whose x is zero, at the end, do not change a bit.
-template <typename T>
-void multiply_rows(const T *x, const T *weight, T *out, std::size_t rows, std::size_t outputs, std::size_t columns,
-                   std::size_t threads) {
+template <typename T, typename Out>
+void multiply(const float *arranged, const T *weight, Out *out, std::size_t rows, std::size_t outputs,
+              std::size_t columns, std::size_t threads) {
     constexpr std::size_t kBytesOfThread = 1 << 18;  // less is not worth waking a thread for
-    static const auto run = row_product::best_run<T>();
-    std::vector<float> arranged(rows * columns);
-    for (std::size_t row = 0; row < rows; ++row)
-        row_product::arrange(x + row * columns, columns, arranged.data() + row * columns);
-    const row_product::Product<T> product{arranged.data(), weight, out, rows, outputs, columns};
+    const Product<T, Out> product{arranged, weight, out, rows, outputs, columns};
     threads = std::clamp<std::size_t>(outputs * columns * sizeof(T) / kBytesOfThread, 1, std::max<std::size_t>(threads, 1));
     const std::size_t part = (outputs + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (std::size_t i = 0; i < threads; ++i)
-        run(product, std::min(outputs, i * part), std::min(outputs, (i + 1) * part));
+        run_best(product, std::min(outputs, i * part), std::min(outputs, (i + 1) * part));
+}
+
+template <typename T, typename X>
+std::vector<float> arrange_rows(const X *x, std::size_t rows, std::size_t columns) {
+    std::vector<float> arranged(rows * columns);
+    for (std::size_t row = 0; row < rows; ++row) arrange<T>(x + row * columns, columns, arranged.data() + row * columns);
+    return arranged;
+}
+
+}  // namespace row_product
+
+// out [rows, outputs] = x [rows, columns] weight^T, with weight [outputs, columns], all contiguous. Sums are made in fp32,
+// in an order that depends on neither rows nor threads.
+template <typename T>
+void multiply_rows(const T *x, const T *weight, T *out, std::size_t rows, std::size_t outputs, std::size_t columns,
+                   std::size_t threads) {
+    const auto arranged = row_product::arrange_rows<T>(x, rows, columns);
+    row_product::multiply(arranged.data(), weight, out, rows, outputs, columns, threads);
 }
 
 }  // namespace megatron_tf

@@ -1,5 +1,7 @@
 """Between a Pattention's products in eager PyTorch: rows go in chunks that a CPU's cache holds."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,6 @@ class EagerKernels:
     def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         wide = accumulation_type(scores)
-        if len(_row_chunks(scores)) == 1:
-            return _forward_at_once(norm, scores, tau.to(wide), reduce)
         statistic = scores.new_empty(scores.shape[0], dtype=wide)
         factor, weights = torch.empty_like(statistic), torch.empty_like(scores)
         tau = tau.to(wide)
@@ -57,15 +57,7 @@ class EagerKernels:
         return weights, grad
 
 
-def _forward_at_once(norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
-    """The forward of one chunk, with fewer calls: of a few rows these would take longer than the arithmetic."""
-    chunk = scores.to(tau.dtype)
-    statistic = norm.statistic(chunk)
-    factor = norm.factor(statistic if reduce is None else reduce(statistic), tau)
-    return factor, norm.weights(chunk, factor[:, None]).to(scores.dtype)
-
-
-def _row_chunks(scores: Tensor) -> list[slice]:
+def _row_chunks(scores: Tensor) -> Iterator[slice]:
     rows, columns = scores.shape
     step = max(1, _CACHED_ELEMENTS // max(columns, 1)) if scores.device.type == "cpu" else max(rows, 1)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return (slice(start, start + step) for start in range(0, rows, step))

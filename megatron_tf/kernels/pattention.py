@@ -5,7 +5,6 @@
 """
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.normalisation import Normalisation, Reduce
-from megatron_tf.kernels.row_product import is_faster, multiply
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
 _TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when more follow; it was seen above 128
@@ -50,31 +48,11 @@ def choose_kernels(choice: Choice, device: torch.device) -> tuple[PattentionKern
     return (CompiledKernels() if name == "compiled" else EagerKernels()), name
 
 
-def score_keys(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """Scores [G, R, n] of x [R, D] with each of G keys [n, D]."""
-    if is_faster(x, keys):
-        return multiply(x, keys)
-    scores = x.new_empty(len(keys), len(x), len(keys[0]))
-    for out, key in zip(scores, keys, strict=True):
-        torch.mm(x, key.t(), out=out)
-    return scores
+def mix_values(weights: Tensor, values: Tensor, out: Tensor) -> None:
+    """out [R, E] = P [R, n] @ values [n, E]; in fp32 and fp64 on a CPU, tokens of weight zero change no bit of it.
 
-
-def mix_values(weights: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """P [G, R, n] @ values [n, E] of each -> [G, R, E]. In fp32 and fp64 on a CPU tokens of weight zero change no bit,
-    unless the values lie column by column, for decoding."""
-    columns = [value.t() for value in values]
-    if is_faster(weights, columns):
-        return multiply(weights, columns)
-    mixed = weights.new_empty(len(values), weights.shape[1], values[0].shape[1])
-    for out, weight, value in zip(mixed, weights, values, strict=True):
-        mix_in_blocks(weight, value, out)
-    return mixed
-
-
-def mix_in_blocks(weights: Tensor, values: Tensor, out: Tensor) -> None:
-    """out [R, E] = P [R, n] @ values [n, E]. In fp32 and fp64 on a CPU blocks of tokens are summed one after another,
-    which growth by zero keys leaves as they are."""
+    There, blocks of tokens are summed one after another, which growth by zero keys leaves as they are.
+    """
     if weights.device.type != "cpu" or weights.dtype not in (torch.float32, torch.float64):
         torch.mm(weights, values, out=out)
         return

@@ -1,6 +1,9 @@
-"""Products of a few rows with a large matrix on a CPU, in the time that reading it takes: decoding is made of them.
+"""Products and Pattentions of a few rows on a CPU, in about the time that reading the weights takes: decoding is made
+of them.
 
-A BLAS takes two to four times as long for them: it is made for many rows.
+A BLAS takes one and a half to four times as long for such products, being made for many rows, and a dozen calls of
+PyTorch between two of them as long again. Sums are made in fp32, each row's in an order that depends neither on the
+other rows nor on the number of threads.
 """
 
 from collections.abc import Sequence
@@ -8,18 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_tf._row_product import multiply_rows_bf16, multiply_rows_fp32
+from megatron_tf import _row_product as native
 
 MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
-_FUNCTIONS = {torch.float32: multiply_rows_fp32, torch.bfloat16: multiply_rows_bf16}
+_MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
+_ATTEND = {torch.float32: native.attend_rows_fp32, torch.bfloat16: native.attend_rows_bf16}
 
 
-def is_faster(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether `multiply` is better than a BLAS for x [..., R, D] and weights [N, D]; and no gradient is asked for."""
+def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether x [R, D] and weights [N, D] are such; and no gradient is asked for."""
     dtype = x.dtype
     return (
-        x.shape[-2] <= MOST_ROWS
-        and dtype in _FUNCTIONS
+        x.shape[0] <= MOST_ROWS
+        and dtype in _MULTIPLY
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.is_contiguous()
@@ -28,18 +32,24 @@ def is_faster(x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def multiply(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x [R, D], or [G, R, D] with one for each of the G weights [N, D] -> x weight^T [G, R, N].
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, D] weight^T, with weight [N, D], of what `is_for_rows` -> [R, N]."""
+    (rows, columns), outputs = x.shape, weight.shape[0]
+    assert weight.shape == (outputs, columns)
+    out = x.new_empty(rows, outputs)
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    _MULTIPLY[x.dtype](*addresses, rows, outputs, columns, torch.get_num_threads())
+    return out
 
-    For what `is_faster` has agreed to. Sums are made in fp32, each row's in an order that depends neither on the other
-    rows nor on the number of threads.
-    """
-    rows, columns = x.shape[-2:]
-    outputs = weights[0].shape[0]
-    assert x.dim() == 2 or len(x) == len(weights)
-    assert all(weight.shape == (outputs, columns) for weight in weights)
-    out = x.new_empty(len(weights), rows, outputs)
-    addresses = [weight.data_ptr() for weight in weights]
-    threads = torch.get_num_threads()
-    _FUNCTIONS[x.dtype](x.data_ptr(), x.dim() == 2, addresses, out.data_ptr(), rows, outputs, columns, threads)
+
+def attend(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float], norm: str) -> Tensor:
+    """Pattentions of one x [R, D], each with keys [N, D] and transposed values [E, N], of what `is_for_rows`, and a tau ->
+    [G, R, E]. `norm` is the name of their normalisation."""
+    (rows, width), (tokens, width_out) = x.shape, values[0].t().shape
+    assert all(key.shape == (tokens, width) for key in keys)
+    assert all(value.shape == (width_out, tokens) for value in values)
+    out = x.new_empty(len(keys), rows, width_out)
+    addresses = [key.data_ptr() for key in keys], [value.data_ptr() for value in values]
+    shape = rows, tokens, width, width_out
+    _ATTEND[x.dtype](x.data_ptr(), *addresses, list(taus), out.data_ptr(), norm, *shape, torch.get_num_threads())
     return out

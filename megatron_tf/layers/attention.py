@@ -39,8 +39,8 @@ class Attention(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.attend: Attend = sdpa
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
-        """x [S, B, D], whole on every rank -> query, key and value, each [S, B, D / R] of this rank's heads."""
+    def project_in(self, x: Tensor) -> Tensor:
+        """x [S, B, D], whole on every rank -> query, key and value [3, S, B, D / R] of this rank's heads."""
         raise NotImplementedError
 
     def project_out(self, x: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class Attention(nn.Module):
         each sample's documents, which then do not see each other.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
-        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in self.project_in(x))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
+        (q, k), v = apply_rotary(qk, *rotary).unbind(0), v.squeeze(0)
         attend = attend or self.attend
         out = attend(q, k, v) if documents is None else self._attend_within(q, k, v, documents)
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
@@ -94,14 +94,14 @@ class PattentionAttention(Attention):
         self.value = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
         self.proj = Pattention(hidden_size, hidden_size, proj_tokens, norm_activation)
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+    def project_in(self, x: Tensor) -> Tensor:
         """See Attention: tokens of every rank contribute to every head."""
         projections = [self.query, self.key, self.value]
         if any(map(_has_hooks, projections)):  # which are for modules that are called, one by one
             qkv = torch.stack([projection(x, self.group) for projection in projections])
         else:
             qkv = pattend(x, projections, self.group)
-        return reduce_scatter(qkv, -1, self.group).unbind(0)
+        return reduce_scatter(qkv, -1, self.group)
 
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
@@ -120,9 +120,9 @@ class LinearAttention(Attention):
         self.value = Weight(hidden_size, hidden_size)
         self.proj = Weight(hidden_size, hidden_size)
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+    def project_in(self, x: Tensor) -> Tensor:
         """See Attention."""
-        return [F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)]
+        return torch.stack([F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)])
 
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""

@@ -23,7 +23,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
-from megatron_tf.kernels.pattention import PattentionKernels, mix_values, score_keys
+from megatron_tf.kernels.pattention import PattentionKernels, mix_values
+from megatron_tf.kernels.row_product import attend, is_for_rows
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
 
@@ -63,13 +64,19 @@ def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | 
     The statistics of all G cost one all-reduce of G scalars a token in each direction, whatever N is.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    keys = [local_tensor(p.key_tokens).to(x.dtype) for p in projections]
-    values = [local_tensor(p.value_tokens).to(x.dtype) for p in projections]
-    if torch.is_grad_enabled():
-        y = _Pattend.apply(tokens, projections, group, *keys, *values)
+    keys = [_of_type(p.key_tokens, x) for p in projections]
+    values = [_of_type(p.value_tokens, x) for p in projections]
+    columns = [value.t() for value in values]
+    if group is None and isinstance(projections[0].kernels, EagerKernels) and is_for_rows(tokens, keys + columns):
+        y = attend(tokens, keys, columns, [p.tau for p in projections], projections[0].norm.name)
     else:
-        y = _attend(tokens, projections, group, keys, values)[0]
+        y = _Pattend.apply(tokens, projections, group, *keys, *values)
     return y.unflatten(1, x.shape[:-1])
+
+
+def _of_type(parameter: Tensor, x: Tensor) -> Tensor:
+    rows = local_tensor(parameter)
+    return rows if rows.dtype == x.dtype else rows.to(x.dtype)
 
 
 def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
@@ -89,24 +96,16 @@ def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce
 
 def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
     """Temperatures of all rows [G * T]."""
-    taus = torch.tensor([p.tau for p in projections], dtype=accumulation_type(x), device=x.device)
-    return taus if x.shape[0] == 1 else taus.repeat_interleave(x.shape[0])
+    taus = torch.tensor([p.tau for p in projections], dtype=torch.float64)
+    return taus.to(accumulation_type(x)).to(x.device).repeat_interleave(x.shape[0])
 
 
-def _attend(
-    x: Tensor,
-    projections: Sequence[Pattention],
-    group: ProcessGroup | None,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [G, T, E] of x [T, D], and what backward needs of the way there: scores and one factor a row."""
-    first = projections[0]
-    scores = score_keys(x, keys)
-    reduce, _ = _reductions(first.norm, group)
-    factor, weights = first.kernels.forward(first.norm, scores.flatten(0, 1), _row_taus(x, projections), reduce)
-    y = mix_values(weights.view_as(scores), values)
-    return y, scores, factor
+def _score(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """Scores [G, T, n] of x [T, D]."""
+    scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
+    for out, key in zip(scores, keys, strict=True):
+        torch.mm(x, key.t(), out=out)
+    return scores
 
 
 class _Pattend(torch.autograd.Function):
@@ -117,8 +116,14 @@ class _Pattend(torch.autograd.Function):
         ctx: Any, x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None, *tokens: Tensor
     ) -> Tensor:
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
-        y, scores, factor = _attend(x, projections, group, keys, values)
-        ctx.save_for_backward(x, factor, *([] if projections[0].recompute_scores else [scores]), *tokens)
+        first = projections[0]
+        scores = _score(x, keys)
+        reduce, _ = _reductions(first.norm, group)
+        factor, weights = first.kernels.forward(first.norm, scores.flatten(0, 1), _row_taus(x, projections), reduce)
+        y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
+        for out, weight, value in zip(y, weights.view_as(scores), values, strict=True):
+            mix_values(weight, value, out)
+        ctx.save_for_backward(x, factor, *([] if first.recompute_scores else [scores]), *tokens)
         ctx.projections, ctx.group = projections, group
         return y
 
@@ -129,7 +134,7 @@ class _Pattend(torch.autograd.Function):
         x, factor, *rest = ctx.saved_tensors
         tokens = rest if first.recompute_scores else rest[1:]
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
-        scores = score_keys(x, keys) if first.recompute_scores else rest[0]
+        scores = _score(x, keys) if first.recompute_scores else rest[0]
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
             torch.mm(dy_g, value.t(), out=out)

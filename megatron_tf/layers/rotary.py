@@ -12,7 +12,7 @@ def rotary_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Ten
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dim dimensions of each head; x [S, B, h, head_dim], tables of its type [S, B or 1, 1, dim]."""
+    """Rotate the first dim dimensions of each head; x [..., S, B, h, d], tables of its type [S, B or 1, 1, dim]."""
     dim = cos.shape[-1]
     rotated, passed = x[..., :dim], x[..., dim:]
     first, second = rotated.chunk(2, dim=-1)
