@@ -99,7 +99,16 @@ setup(
             ],
             cxx_std=17,
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-pthread"],
-        )
+        ),
+        Pybind11Extension(
+            "megatron_tf._row_product",
+            ["csrc/row_product_bindings.cpp"],
+            include_dirs=["csrc"],
+            depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],
+            cxx_std=20,
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+        ),
     ],
     cmdclass={"build_ext": BuildIndex},
 )

@@ -1,58 +1,164 @@
-"""Continue a text: `python -m megatron_tf.generate CHECKPOINT --prompt TEXT`."""
+"""Continue texts: `python -m megatron_tf.generate CHECKPOINT --prompt TEXT`.
+
+One prompt's continuation is printed as its tokens come. Several, or those of a file, give a line of JSON each, in the
+order of the prompts. `torchrun --nproc-per-node N -m megatron_tf.generate ...` shares the model among N ranks.
+"""
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from megatron_tf.config import ConfigError
 
+if TYPE_CHECKING:
+    from megatron_tf.inference.text import Continuation
+    from megatron_tf.parallel.mesh import Mesh
+
+    ContinueBatch: TypeAlias = Callable[[Sequence[str]], Iterator[tuple[int, str, Continuation]]]
+
+TIMEOUT = timedelta(minutes=10)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when the text is written, 1 after an error."""
-    parser = argparse.ArgumentParser(prog="megatron_tf.generate", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's directory of them; of any layout")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest that reach this sum")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file, if it has moved since training")
-    args = parser.parse_args(arguments)
+    """0 when the text is written, 1 after an error, 130 when interrupted."""
+    args = _parser().parse_args(arguments)
     try:
-        write_text(args)
+        generate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
-def write_text(args: argparse.Namespace) -> None:
-    """Generate and print as the tokens come. Raises ValueError for what a user can mend."""
-    import torch  # --help need not wait for it
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron_tf.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint, or a run's directory of them; of any layout")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    source.add_argument(
+        "--prompt-file",
+        type=Path,
+        help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are handed on "
+        "(without this and --prompt: a prompt on each line of the standard input)",
+    )
+    add("--output", type=Path, help="write results here as JSON lines")
+    add("--batch-size", type=int, default=8, help="prompts that are continued together (default 8)")
+    add("--max-new-tokens", type=int, default=100, help="tokens after each prompt, at most (default 100)")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time (default 1)")
+    add("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
+    add("--top-p", type=float, default=1.0, help="of those, choose among the likeliest that reach this sum")
+    add("--stop", action="append", default=[], help="end before this text; may be given several times")
+    add("--seed", type=int, default=0, help="of each prompt's random numbers, whatever else is in the batch")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
+    add("--tokenizer-model", type=Path, help="the tokenizer's file, if it has moved since training")
+    return parser
 
-    from megatron_tf.data.tokenizer import build_tokenizer
-    from megatron_tf.inference.generation import Sampling, generate
+
+def generate(args: argparse.Namespace) -> None:
+    """Read prompts, continue them, write. Raises ValueError for what a user can mend."""
+    import torch  # --help need not wait for these
+    from tqdm import tqdm
+
     from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.sampling import Sampling
+    from megatron_tf.inference.text import Limits, continue_texts
+    from megatron_tf.inference.tokenizer import load_tokenizer
+    from megatron_tf.parallel.mesh import init_mesh
 
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size ({args.batch_size}) must be 1 or more")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    model = load_model(args.checkpoint)
-    data = model.metadata["config"]["data"]
-    trained_with = Path(data["tokenizer_model"]) if data["tokenizer_model"] else None
-    tokenizer = build_tokenizer(data["tokenizer_type"], args.tokenizer_model or trained_with)
-    if tokenizer.identity != model.metadata["tokenizer"]:
-        raise ConfigError("the tokenizer is not the one the model was trained with: give that with --tokenizer-model")
-    ids = tokenizer.encode_batch([args.prompt]).ids.tolist() or [tokenizer.eod]
-    generator = torch.Generator().manual_seed(args.seed)
-    shown = tokenizer.decode(ids)
-    print(shown, end="", flush=True)
-    for token in generate(model, torch.tensor(ids), args.max_new_tokens, sampling, tokenizer.eod, generator):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+    limits = Limits(args.max_new_tokens, args.stop)
+    records = _read_file(args.prompt_file) if args.prompt_file else [{"prompt": text} for text in args.prompt or []]
+    mesh = init_mesh(int(os.environ.get("WORLD_SIZE", "1")), 1, 1, TIMEOUT)
+    records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = load_model(args.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    if mesh.device.type == "cpu":
+        model.arrange_for_decoding()
+    tokenizer = load_tokenizer(model, args.tokenizer_model)
+
+    def continue_batch(prompts: Sequence[str]) -> Iterator[tuple[int, str, "Continuation"]]:
+        return continue_texts(model, tokenizer, prompts, sampling, limits, args.seed)
+
+    # ranks beside the first do the same work, and say nothing
+    with _opened(os.devnull if not mesh.is_first_rank else args.output) as out:
+        if len(records) == 1 and not args.prompt_file and not args.output:
+            _stream(records[0]["prompt"], continue_batch, out)
+        else:
+            batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
+            progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
+            _write_lines(progress, continue_batch, out)
+
+
+def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
+    """The prompt and what follows it, as it comes."""
+    print(prompt, end="", file=out, flush=True)
+    for _, piece, _ in continue_batch([prompt]):
+        print(piece, end="", file=out, flush=True)
+    print(file=out)
+
+
+def _write_lines(batches: Iterable[Sequence[dict[str, Any]]], continue_batch: "ContinueBatch", out: TextIO) -> None:
+    """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
+    for records in batches:
+        texts = {i: text for i, _, text in continue_batch([record["prompt"] for record in records])}
+        for i, record in enumerate(records):
+            found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
+            print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    """Records with a prompt each. Raises ConfigError naming the line that holds none."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if path.suffix != ".jsonl":
+        return _not_empty([{"prompt": line} for line in lines if line], path)
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise ConfigError(f'{path}, line {number} is not an object with a text as its "prompt"')
+            records.append(record)
+    return _not_empty(records, path)
+
+
+def _not_empty(records: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    if not records:
+        raise ConfigError(f"{path} holds no prompt")
+    return records
+
+
+def _read_standard_input(mesh: "Mesh") -> list[str]:
+    """Lines that are not empty, as the first rank reads them. Raises ConfigError where there is none."""
+    import torch
+    import torch.distributed as dist
+
+    lines = [sys.stdin.read().split("\n") if mesh.is_first_rank else None]
+    if mesh.world is not None:
+        dist.broadcast_object_list(lines, 0, mesh.world, torch.device("cpu"))
+    prompts = [line for line in lines[0] or [] if line]
+    if not prompts:
+        raise ConfigError("the standard input holds no prompt: give one there, with --prompt or with --prompt-file")
+    return prompts
+
+
+def _opened(path: str | Path | None) -> AbstractContextManager[TextIO]:
+    return nullcontext(sys.stdout) if path is None else Path(path).open("w", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,16 @@ class ModelConfig:
         counts = getattr(self, f"{kind}_tokens")
         return list(counts) if isinstance(counts, list) else [counts] * self.num_layers
 
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raise ValueError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
+        values = [(key, getattr(self, key)) for key in ("num_attention_heads", "padded_vocab_size")]
+        values += [(f"{kind}_tokens", count) for kind in self.token_kinds for count in self.token_counts(kind)]
+        for key, value in values:
+            if value % size:
+                raise ValueError(
+                    f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
+                )
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""

@@ -331,14 +331,7 @@ class RunConfig:
 
     def _check_tensor_parallel(self) -> None:
         size = self.parallel.tensor_model_parallel_size
-        model = self.model
-        values = [(key, getattr(model, key)) for key in ("num_attention_heads", "padded_vocab_size")]
-        values += [(f"{kind}_tokens", count) for kind in model.token_kinds for count in model.token_counts(kind)]
-        for key, value in values:
-            if value % size:
-                raise ValueError(
-                    f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
-                )
+        self.model.check_tensor_parallel(size)
         if self.parallel.sequence_parallel and self.training.seq_length % size:
             raise ValueError(
                 f"training.seq_length ({self.training.seq_length}) must be divisible by "

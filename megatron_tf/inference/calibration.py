@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.inference.model import LanguageModel, load_model
-from megatron_tf.layers.attention import PattentionAttention
 from megatron_tf.layers.pattention import Pattention
-from megatron_tf.model.tokenformer import Block
 
 _RANDOM_IDS = 64  # of a sample whose logits are compared
 
@@ -23,28 +21,18 @@ _RANDOM_IDS = 64  # of a sample whose logits are compared
 @torch.no_grad()
 def token_importance(model: LanguageModel, samples: Sequence[Tensor]) -> dict[str, Tensor]:
     """Module -> [N], the norm of each token's contribution P_j V_j over all positions of the samples (ids [S])."""
-    squares = {name: torch.zeros(len(p.key_tokens)) for name, p in model.transformer.pattentions().items()}
-    names = {projection: name for name, projection in model.transformer.pattentions().items()}
+    pattentions = model.transformer.pattentions()
+    squares = {name: torch.zeros(len(p.key_tokens)) for name, p in pattentions.items()}
 
-    def record(projections: Sequence[Pattention], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for projection in projections:
-            used = projection.weights(inputs[0]).flatten(0, -2).float().square().sum(0)
-            squares[names[projection]] += used.cpu() * projection.value_tokens.float().square().sum(1).cpu()
+    def record(name: str, projection: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(projection, Pattention)
+        used = projection.weights(inputs[0]).flatten(0, -2).float().square().sum(0)
+        squares[name] += used.cpu() * projection.value_tokens.float().square().sum(1).cpu()
 
-    handles = []
-    for block in model.transformer.layers.values():
-        assert isinstance(block, Block)
-        attention = block.attention
-        assert isinstance(attention, PattentionAttention)
-        assert isinstance(block.ffn, Pattention)
-        handles += [
-            attention.register_forward_pre_hook(partial(record, [attention.query, attention.key, attention.value])),
-            attention.proj.register_forward_pre_hook(partial(record, [attention.proj])),
-            block.ffn.register_forward_pre_hook(partial(record, [block.ffn])),
-        ]
+    handles = [p.register_forward_pre_hook(partial(record, name)) for name, p in pattentions.items()]
     try:
         for ids in samples:
-            model(ids[None])
+            model(ids[None].to(model.device))
     finally:
         for handle in handles:
             handle.remove()

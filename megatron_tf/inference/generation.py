@@ -1,58 +1,74 @@
-"""Sampling text with a key-value cache."""
+"""Continuing a batch of prompts with a key-value cache."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.inference.model import LanguageModel
+from megatron_tf.inference.sampling import Sampling, choose
+
+_PREFILL_TOKENS = 4096  # of prompts, run at a time: bounds the memory of long ones
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Raises ValueError for values without a meaning."""
+class Generation:
+    """Prompts of any lengths, being continued together.
 
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Choose among this many likeliest; 0 for all."""
-    top_p: float = 1.0
-    """Choose among the likeliest whose probabilities reach this sum."""
+    Sample i is what it would be alone, up to rounding: it sees no other, and has random numbers of its own, which
+    start from the seed. Ids that pad the vocabulary never come. With a tensor-parallel model every rank makes the same
+    calls, and gets the tokens that the first rank has chosen.
+    """
 
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("temperature and top-k must not be negative, and top-p must lie in (0, 1]")
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int = 0
+    ) -> None:
+        """`prompts` are ids, at least one in each. Raises ValueError for an empty one."""
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("a prompt is empty: it takes a token to begin with, such as the end of a document")
+        self.active = list(range(len(prompts)))
+        self._model = model
+        self._prompts = prompts
+        self._sampling = sampling
+        self._cache = model.new_cache()
+        self._generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        self._last: Tensor | None = None
 
+    @torch.no_grad()
+    def step(self) -> dict[int, int]:
+        """The next token of every active sample. Raises ValueError where the model gives what is not a number."""
+        hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
+        logits = self._model.score(hidden)[:, 0, : self._model.config.vocab_size]
+        if not logits.sum().isfinite():
+            raise ValueError("the model's logits are not finite: its checkpoint is of a run that had gone astray")
+        uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
+        tokens = choose(logits, self._sampling, uniform.to(logits.device))
+        if self._model.group is not None:
+            dist.broadcast(tokens, group=self._model.group, group_src=0)
+        self._last = tokens[:, None]
+        return dict(zip(self.active, tokens.tolist(), strict=True))
 
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    prompt: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eod: int,
-    generator: torch.Generator,
-) -> Iterator[int]:
-    """Ids that follow the prompt's [S], one at a time, up to the end of the document. Padded ids never come."""
-    caches = model.new_caches()
-    ids = prompt[None]
-    for _ in range(max_new_tokens):
-        logits = model(ids, caches)[0, -1, : model.config.vocab_size]
-        token = choose(logits, sampling, generator)
-        if token == eod:
+    def finish(self, samples: Collection[int]) -> None:
+        """Go on without these."""
+        rows = [row for row, sample in enumerate(self.active) if sample not in samples]
+        if len(rows) == len(self.active):
             return
-        yield token
-        ids = torch.tensor([[token]], device=prompt.device)
+        self.active = [self.active[row] for row in rows]
+        self._generators = [self._generators[row] for row in rows]
+        self._cache.select(rows)
+        if self._last is not None:
+            self._last = self._last[rows]
 
+    def _read_prompts(self) -> Tensor:
+        """Fill the cache -> the hidden states [B, 1, D] of the prompts' last tokens.
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from logits [V]."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = torch.softmax(logits.float() / sampling.temperature, -1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    kept = before < sampling.top_p
-    if sampling.top_k:
-        kept[sampling.top_k :] = False
-    return int(ids[torch.multinomial(probabilities * kept, 1, generator=generator)])
+        Prompts are padded at their ends, which no token before them sees; then the cache forgets the padding.
+        """
+        lengths = [len(prompt) for prompt in self._prompts]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        for row, prompt in zip(ids, self._prompts, strict=True):
+            row[: len(prompt)] = torch.as_tensor(prompt)
+        chunks = ids.to(self._model.device).split(max(1, _PREFILL_TOKENS // len(lengths)), 1)
+        hidden = torch.cat([self._model.hidden_states(chunk, self._cache) for chunk in chunks], 1)
+        self._cache.keep(lengths)
+        return hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1][:, None]

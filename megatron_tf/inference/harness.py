@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tf.config import ConfigError
-from megatron_tf.inference.generation import Sampling, generate
+from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import load_model
+from megatron_tf.inference.sampling import Sampling
 from megatron_tf.inference.scoring import Score, rolling_windows, score
+from megatron_tf.inference.text import Continuation, Limits
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
@@ -154,16 +156,12 @@ class MegatronTF(TemplateLM):
         if room < 1:
             raise ConfigError(f"max_gen_toks {num_tokens} leaves no room for a context in max_length {self.max_length}")
         sampling = Sampling(wanted.get("temperature") or 0.0, wanted.get("top_k") or 0, wanted.get("top_p") or 1.0)
-        prompt = torch.tensor((self.tok_encode(context) or [self.eot_token_id])[-room:], device=self._device)
-        ids: list[int] = []
-        text = ""
-        generator = torch.Generator(self._device).manual_seed(torch.initial_seed())
-        for token in generate(self._model, prompt, num_tokens, sampling, self.eot_token_id, generator):
-            ids.append(token)
-            text = self._tokenizer.decode(ids)
-            if any(stop in text for stop in stops if stop):
-                break
-        return str(postprocess_generated_text(text, stops, None))
+        prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
+        continuation = Continuation(self._tokenizer, prompt, Limits(num_tokens, list(filter(None, stops))))
+        generation = Generation(self._model, [prompt], sampling, torch.initial_seed())
+        while continuation.finish_reason is None:
+            continuation.add(generation.step()[0])
+        return str(postprocess_generated_text(continuation.text, stops, None))
 
 
 def _choose_device(asked: str | None, mesh: Mesh) -> torch.device:

@@ -1,20 +1,28 @@
-"""A checkpoint's model on one device, for evaluation and research."""
+"""A checkpoint's model on one device, or tensor-parallel over the ranks of a group, for evaluation and research."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import ModelConfig, parse_config
-from megatron_tf.layers.attention import KeyValueCache
+from megatron_tf.layers.cache import KeyValueCache
+from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.collectives import all_gather_copy, group_rank, group_size
+from megatron_tf.parallel.sharding import split_rows
 
 
 class LanguageModel(nn.Module):
-    """A TokenFormer on one device: ids [B, S] -> logits [B, S, V], V the padded vocabulary."""
+    """A TokenFormer with all its layers: ids [B, S] -> logits [B, S, V], V the padded vocabulary.
+
+    `config` describes the model, `metadata` is what its checkpoint says. Of the logits the first `config.vocab_size`
+    are of ids that the tokenizer has; the others pad the vocabulary, and no text has them.
+    """
 
     def __init__(self, transformer: TokenFormer, metadata: dict[str, Any]) -> None:
         super().__init__()
@@ -22,26 +30,73 @@ class LanguageModel(nn.Module):
         self.config = transformer.config
         self.metadata = metadata
 
-    def forward(self, token_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
-        """`caches`, one a layer, hold the tokens before these and take these in."""
-        logits: Tensor = self.transformer(token_ids, caches)
-        return logits.transpose(0, 1)
+    def forward(self, token_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """`cache` holds the tokens before these and takes these in."""
+        logits: Tensor = self.transformer(token_ids, cache)
+        return self._gathered(logits).transpose(0, 1)
 
-    def new_caches(self) -> list[KeyValueCache]:
-        """Empty caches for one generation."""
-        return [KeyValueCache() for _ in range(self.config.num_layers)]
+    def hidden_states(self, token_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Ids [B, S] -> the last layer's output [B, S, D], which `score` takes."""
+        return self.transformer.hidden_states(token_ids, cache).transpose(0, 1)
+
+    def score(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, D] -> logits [B, S, V]; costs V x D products a position, so give it those that are needed."""
+        return self._gathered(self.transformer.score(hidden_states.transpose(0, 1))).transpose(0, 1)
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache for one batch."""
+        return KeyValueCache(self.config.num_layers)
+
+    @torch.no_grad()
+    def arrange_for_decoding(self) -> None:
+        """Let value tokens lie column by column in memory, which makes decoding on a CPU faster; no value changes."""
+        for pattention in self.transformer.pattentions().values():
+            pattention.value_tokens.data = pattention.value_tokens.t().contiguous().t()
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks that share the model; None where one process has it all."""
+        return self.transformer.group
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.transformer.embedding.weight.device
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        return all_gather_copy(logits, -1, self.group)
 
 
-def load_model(path: str | Path, device: str = "cpu") -> LanguageModel:
-    """The model of a checkpoint of any layout, in fp32. Raises CheckpointError naming what is wrong with it."""
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    group: ProcessGroup | None = None,
+) -> LanguageModel:
+    """The model of a checkpoint of any layout, with parameters and activations of `dtype`.
+
+    Each rank of `group` reads its own rows of tokens alone. Raises CheckpointError naming what is wrong with the
+    checkpoint, and ValueError where the ranks can't share the model evenly.
+    """
     reader = CheckpointReader(Path(path))
     config = parse_config(ModelConfig, reader.metadata["model"], str(reader.directory))
+    config.check_tensor_parallel(group_size(group))
     with torch.device("meta"):
-        transformer = TokenFormer(config)
-    transformer.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            parameter.copy_(reader.read_rows("model", name, 0, parameter.shape[0]))
-    for name, module in transformer.pattentions().items():
-        module.tau = reader.metadata["tau"][name]
+        transformer = TokenFormer(config, group=group, dtype=dtype)
+    for module_name, module in transformer.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            rows = _read_own_rows(reader, f"{module_name}.{name}", parameter.shape, group)
+            module.register_parameter(name, nn.Parameter(rows.to(device, dtype)))
+    for name, pattention in transformer.pattentions().items():
+        pattention.tau = reader.metadata["tau"][name]
     return LanguageModel(transformer, reader.metadata).eval()
+
+
+def _read_own_rows(reader: CheckpointReader, name: str, shape: torch.Size, group: ProcessGroup | None) -> Tensor:
+    if reader.shape("model", name) != tuple(shape):
+        raise CheckpointError(
+            f"{reader.directory}: {name} is {list(reader.shape('model', name))}, its model has {list(shape)}"
+        )
+    whole = 0, shape[0]
+    start, stop = whole if is_replicated(name) else split_rows(shape[0], group_size(group), group_rank(group))
+    return reader.read_rows("model", name, start, stop)

@@ -32,26 +32,6 @@ from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_para
 from megatron_tf.parallel.collectives import all_gather, reduce_scatter
 
 
-class KeyValueCache:
-    """Keys and values of the tokens one attention layer has seen: each [S, B, heads, head_dim]."""
-
-    def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens seen."""
-        return 0 if self.key is None else self.key.shape[0]
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new tokens and return all."""
-        if self.key is not None and self.value is not None:
-            key, value = torch.cat((self.key, key)), torch.cat((self.value, value))
-        self.key, self.value = key, value
-        return key, value
-
-
 class Attention(nn.Module):
     """Attention over a hidden state of width D, causal, scaled by 1/sqrt(head_dim); what projects is a subclass's."""
 
@@ -62,8 +42,8 @@ class Attention(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.attend: Attend = sdpa
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
-        """x [S, B, D], whole on every rank -> query, key and value, each [S, B, D / R] of this rank's heads."""
+    def project_in(self, x: Tensor) -> Tensor:
+        """x [S, B, D], whole on every rank -> query, key and value [3, S, B, D / R] of this rank's heads."""
         raise NotImplementedError
 
     def project_out(self, x: Tensor) -> Tensor:
@@ -74,27 +54,22 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: KeyValueCache | None = None,
+        attend: Attend | None = None,
         documents: Sequence[Sequence[int]] | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
 
-        `documents` are the lengths of each sample's documents, which then do not see each other. `dropout` of the
-        weights is by scaled_dot_product_attention, whatever else is chosen.
+        `attend` takes the place of the layer's own attention, as that over a cache does. `documents` are the lengths of
+        each sample's documents, which then do not see each other. `dropout` of the weights is by
+        scaled_dot_product_attention, whatever else is chosen.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
-        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in self.project_in(x))
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        past = 0 if cache is None else cache.length
-        if cache is not None:
-            k, v = cache.append(k, v)
+        qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
+        (q, k), v = apply_rotary(qk, *rotary).unbind(0), v.squeeze(0)
         with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
-            attend = functools.partial(sdpa, dropout_p=rate) if rate else self.attend
-            if documents is not None:
-                out = _attend_within(attend, q, k, v, documents)
-            else:
-                out = _attend_with_past(q, k, v, past) if past else attend(q, k, v)
+            attend = functools.partial(sdpa, dropout_p=rate) if rate else attend or self.attend
+            out = attend(q, k, v) if documents is None else _attend_within(attend, q, k, v, documents)
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
 
 
@@ -117,10 +92,14 @@ class PattentionAttention(Attention):
         self.value = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
         self.proj = Pattention(hidden_size, hidden_size, proj_tokens, norm_activation)
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+    def project_in(self, x: Tensor) -> Tensor:
         """See Attention: tokens of every rank contribute to every head."""
-        qkv = pattend(x, [self.query, self.key, self.value], self.group)
-        return reduce_scatter(qkv, -1, self.group).unbind(0)
+        projections = [self.query, self.key, self.value]
+        if any(map(_has_hooks, projections)):  # which are for modules that are called, one by one
+            qkv = torch.stack([projection(x, self.group) for projection in projections])
+        else:
+            qkv = pattend(x, projections, self.group)
+        return reduce_scatter(qkv, -1, self.group)
 
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
@@ -139,9 +118,9 @@ class LinearAttention(Attention):
         self.value = Weight(hidden_size, hidden_size)
         self.proj = Weight(hidden_size, hidden_size)
 
-    def project_in(self, x: Tensor) -> Sequence[Tensor]:
+    def project_in(self, x: Tensor) -> Tensor:
         """See Attention."""
-        return [F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)]
+        return torch.stack([F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)])
 
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
@@ -157,9 +136,6 @@ def _attend_within(attend: Attend, q: Tensor, k: Tensor, v: Tensor, documents: S
     return torch.cat(samples, 1)
 
 
-def _attend_with_past(q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
-    """q [S, B, h, d] against k, v [past + S, B, h, d]: query i sees keys up to past + i."""
-    length = q.shape[0]
-    mask = torch.ones(length, past + length, dtype=torch.bool, device=q.device).tril(past) if length > 1 else None
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).permute(2, 0, 1, 3)
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(len, kinds))

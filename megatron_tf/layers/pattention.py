@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 from megatron_tf.kernels.pattention import PattentionKernels, mix_values
+from megatron_tf.kernels.row_product import attend, is_for_rows
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
 
@@ -63,10 +64,19 @@ def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | 
     The statistics of all G cost one all-reduce of G scalars a token in each direction, whatever N is.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    keys = [local_tensor(p.key_tokens).to(x.dtype) for p in projections]
-    values = [local_tensor(p.value_tokens).to(x.dtype) for p in projections]
-    y = _Pattend.apply(tokens, projections, group, *keys, *values)
+    keys = [_of_type(p.key_tokens, x) for p in projections]
+    values = [_of_type(p.value_tokens, x) for p in projections]
+    columns = [value.t() for value in values]
+    if group is None and isinstance(projections[0].kernels, EagerKernels) and is_for_rows(tokens, keys + columns):
+        y = attend(tokens, keys, columns, [p.tau for p in projections], projections[0].norm.name)
+    else:
+        y = _Pattend.apply(tokens, projections, group, *keys, *values)
     return y.unflatten(1, x.shape[:-1])
+
+
+def _of_type(parameter: Tensor, x: Tensor) -> Tensor:
+    rows = local_tensor(parameter)
+    return rows if rows.dtype == x.dtype else rows.to(x.dtype)
 
 
 def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:

@@ -6,6 +6,7 @@ device; a pipeline stage is the same class with fewer layers.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.kernels.adapters import Normalise, torch_norm
-from megatron_tf.layers.attention import Attention, KeyValueCache, LinearAttention, PattentionAttention
+from megatron_tf.kernels.adapters import Attend, Normalise, torch_norm
+from megatron_tf.layers.attention import Attention, LinearAttention, PattentionAttention
+from megatron_tf.layers.cache import KeyValueCache, Places
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.embedding import VocabularyWeight
 from megatron_tf.layers.linear import MLP
@@ -49,13 +51,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        cache: KeyValueCache | None = None,
+        attend: Attend | None = None,
         documents: Sequence[Sequence[int]] | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
         sequence_group = self.group if self.sequence_parallel else None
-        out = self.attention(self.normalise(x, None, None, self.epsilon), rotary, cache, documents, dropout)
+        out = self.attention(self.normalise(x, None, None, self.epsilon), rotary, attend, documents, dropout)
         x = x + (out if dropout is None else dropout.hidden(out, "attention", sequence_group))
         hidden = enter_tensor_parallel(self.normalise(x, None, None, self.epsilon), self.group, self.sequence_parallel)
         out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
@@ -102,32 +104,49 @@ class TokenFormer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        caches: Sequence[KeyValueCache] | None = None,
+        cache: KeyValueCache | None = None,
         document_starts: Tensor | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
-        hidden states [s, B, D]. `caches`, one a layer, hold the tokens that came before these. `document_starts`
-        [B, S] is where each token's document begins: documents do not see each other, and count positions anew.
-        `sample_numbers` [B] are those of the samples in the data of the run; without them nothing is dropped."""
+        hidden states [s, B, D]; the other arguments are those of `hidden_states`."""
+        x = self.hidden_states(x, cache, document_starts, sample_numbers)
+        return self.score(x) if self.is_last else x
+
+    def hidden_states(
+        self,
+        x: Tensor,
+        cache: KeyValueCache | None = None,
+        document_starts: Tensor | None = None,
+        sample_numbers: Tensor | None = None,
+    ) -> Tensor:
+        """Ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D] after the layers.
+
+        `cache` holds the tokens that came before these, and takes these in. `document_starts` [B, S] is where each
+        token's document begins: documents do not see each other, and count positions anew. `sample_numbers` [B] are
+        those of the samples in the data of the run; without them nothing is dropped."""
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
             dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
+        places = cache.extend(x.shape[0], x.shape[1], x.device) if cache is not None else None
         if self.is_first:
             x = self.embedding.embed(x).to(self.dtype)
             if dropout is not None:
                 x = dropout.hidden(x, "embedding", self.group if self.sequence_parallel else None)
-        rotary = self._rotary(x, caches[0].length if caches else 0, document_starts)
+        rotary = self._rotary(x, places, document_starts)
         documents = None if document_starts is None else _document_lengths(document_starts)
         for i, (layer, block) in enumerate(self.layers.items()):
+            attend = partial(cache.layers[i].attend, places) if cache is not None and places is not None else None
             dropped = None if dropout is None else replace(dropout, layer=int(layer))
-            arguments = (x, rotary, caches[i] if caches else None, documents, dropped)
+            arguments = (x, rotary, attend, documents, dropped)
             recompute = self.recompute_blocks and torch.is_grad_enabled()
             x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-        if self.is_last:
-            x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
-            x = (self.embedding if self.is_tied else self.head).score(x)
         return x
+
+    def score(self, x: Tensor) -> Tensor:
+        """Hidden states [s, B, D] after the last layer -> this rank's logits [S, B, V / R]."""
+        x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
+        return (self.embedding if self.is_tied else self.head).score(x)
 
     def pattentions(self) -> dict[str, Pattention]:
         """Every Pattention by name."""
@@ -137,13 +156,14 @@ class TokenFormer(nn.Module):
         config = self.config
         return VocabularyWeight(config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel)
 
-    def _rotary(self, x: Tensor, past: int, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rotary(self, x: Tensor, places: Places | None, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
         ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
         dim = int(self.config.head_dim * self.config.rotary_percent)
-        positions = torch.arange(past, past + x.shape[0] * ranks, device=x.device)[:, None]
+        positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
             positions = positions - document_starts.t()
-        return rotary_tables(positions, dim, self.config.rotary_base)
+        cos, sin = rotary_tables(positions, dim, self.config.rotary_base)
+        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def _document_lengths(document_starts: Tensor) -> list[list[int]]:

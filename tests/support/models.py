@@ -1,42 +1,42 @@
-"""Checkpoints of small models that no run has trained."""
+"""Small models with random weights, in memory and as checkpoints."""
 
-import sys
+import dataclasses
 
 import torch
 
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, in_memory, new_metadata
-from megatron_tf.checkpoint.reshard import Target, reshard
-from megatron_tf.config import ModelConfig
-from megatron_tf.data.tokenizer import build_tokenizer
-from megatron_tf.model.parallelize import is_replicated
+from megatron_tf.checkpoint.save import save_checkpoint
+from megatron_tf.config import ModelConfig, to_dict
+from megatron_tf.data.tokenizer import NullTokenizer
+from megatron_tf.inference.model import LanguageModel
+from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
-from tests.support.data import write_tokenizer
+from megatron_tf.training.checkpointing import new_progress
+from tests.support.training import small_run
 
-SMALL = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "qkv_tokens": 32,
-    "proj_tokens": 24,
-    "ffn_tokens": 64,
-    "vocab_size": 60,
-    "make_vocab_size_divisible_by": 16,
-}
+VOCAB = 257  # of NullTokenizer
 
 
-def save_small_model(folder, tau_scale=1.0, tokenizer=None, **model):
-    """A checkpoint without moments, of random numbers, whose tau are `tau_scale` times those at birth.
+def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
+    """A model whose logits are far apart: keywords are keys of its configuration."""
+    config = dataclasses.replace(small_run(model={"vocab_size": VOCAB}).model, **keys)
+    transformer = TokenFormer(config, dtype=dtype).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return LanguageModel(transformer, {}).eval()
 
-    `tokenizer` is (type, file); keywords are keys of the model.
-    """
-    config = ModelConfig(**{**SMALL, **model})
-    torch.manual_seed(0)
-    transformer = TokenFormer(config)
-    tensors = {name: in_memory(torch.randn(p.shape) * 0.3) for name, p in transformer.named_parameters()}
-    tau = {name: module.tau * tau_scale for name, module in transformer.pattentions().items()}
-    kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
-    identity = build_tokenizer(kind, path).identity
-    metadata = new_metadata(config, tau, TokenizerChoice(kind, path, identity), 64, 1)
-    target = Target(1, 1, lambda name: 0, is_replicated)
-    source = ForeignCheckpoint(folder, tensors, metadata)
-    return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
+
+def write_checkpoint(root, model: LanguageModel):
+    """The model as a checkpoint of a run on bytes; returns its directory."""
+    progress = dataclasses.asdict(new_progress(model.config, {}))
+    config = to_dict(small_run(model=_keys(model.config)))
+    metadata = {"model": to_dict(model.config), "config": config, "tau": progress["tau"], "lineage": []}
+    metadata["training"] = {key: progress[key] for key in ("step", "samples", "tokens", "adam_steps")}
+    metadata["tokenizer"] = NullTokenizer().identity
+    save_checkpoint(root, 0, {"model": parameter_shards(model.transformer)}, metadata, "one", None)
+    return root
+
+
+def _keys(config: ModelConfig):
+    return {key: value for key, value in to_dict(config).items() if value is not None}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
-    {"config", "parallel", "kernels", "_index"},
+    {"_index", "_row_product"},
+    {"config", "parallel", "kernels"},
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},

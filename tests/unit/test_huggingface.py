@@ -15,8 +15,8 @@ from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.inference.generation import Sampling, generate
 from megatron_tf.inference.huggingface import check
 from megatron_tf.inference.huggingface.check import load_export
+from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
-from tests.support.models import save_small_model
 from tests.unit.checkpoint import toy
 from tools import convert_checkpoint, train_tokenizer
 

@@ -1,0 +1,83 @@
+"""How long decoding a token takes, against reading the model's weights once: python benchmarks/generation.py
+
+The model has the shape of the published 150M one, and random weights; one text of 32 tokens goes on token by token.
+Reading is torch.sum over as many bytes, in the same process with the same threads. Both are taken in turns: the times
+are the fastest, and the ratio is given of these and as the median of all turns, which is steadier where others use the
+memory.
+It is the processor's time with one thread, which leaves out when others have the processor, and else the clock's.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.inference.generation import Generation
+from megatron_tf.inference.model import LanguageModel
+from megatron_tf.inference.sampling import Sampling
+from megatron_tf.model.tokenformer import TokenFormer
+
+PROMPT, TURNS = 32, 60
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def random_150m(dtype: torch.dtype) -> LanguageModel:
+    """The shape of the published model."""
+    tokens = {"qkv_tokens": 768, "proj_tokens": 768, "ffn_tokens": 3072}
+    config = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50277, **tokens)
+    transformer = TokenFormer(config, dtype=dtype).to(dtype)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.normal_(0.0, 0.02)
+    return LanguageModel(transformer, {}).eval()
+
+
+def seconds(act: Callable[[], object]) -> float:
+    """Time of one call."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    act()
+    return clock() - start
+
+
+def measure(precision: str) -> None:
+    """In a process of its own: print a line of the table."""
+    model = random_150m(DTYPES[precision])
+    model.arrange_for_decoding()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = torch.ones(size // 4)
+    generation = Generation(model, [list(range(PROMPT))], Sampling(temperature=0))
+    generation.step()
+    turns = [(seconds(weights.sum), seconds(generation.step)) for _ in range(TURNS)]
+    reading, decoding = (1000 * min(times) for times in zip(*turns, strict=True))
+    median = statistics.median(decode / read for read, decode in turns)
+    figures = [f"{size / 1e6 / reading:.1f} GB/s", f"{reading:.1f} ms", f"{decoding:.1f} ms"]
+    figures += [f"{decoding / reading:.2f}", f"{median:.2f}"]
+    print(f"| {precision} | {torch.get_num_threads()} | {' | '.join(figures)} |", flush=True)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--run", choices=DTYPES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        torch.set_num_threads(args.threads[0])
+        measure(args.run)
+        return
+    columns = ["", "threads", "reading", "weights once", "a token", "ratio", "median ratio"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    for precision in DTYPES:
+        for threads in args.threads:
+            command = [sys.executable, __file__, "--threads", str(threads), "--run", precision]
+            subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

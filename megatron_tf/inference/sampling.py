@@ -1,0 +1,57 @@
+"""How the next token is chosen from logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature and truncation. Raises ValueError for values without a meaning."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest; 0 for all."""
+    top_p: float = 1.0
+    """Of those, choose among the likeliest whose probabilities reach this sum, the one that reaches it included."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature ({self.temperature}) must be 0 or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k ({self.top_k}) must be 0, for all, or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must lie above 0, and at most at 1")
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] -> the ids that may come and their probabilities, each [B, K].
+
+    Those that are cut off have probability 0; the temperature must not be 0.
+    """
+    scaled = logits.float() / sampling.temperature
+    is_cut = sampling.top_k > 0 or sampling.top_p < 1
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    if is_cut:
+        scaled, ids = scaled.topk(count) if count < logits.shape[-1] else scaled.sort(descending=True)
+    else:
+        ids = torch.arange(count, device=logits.device).expand_as(logits)
+    probabilities = torch.softmax(scaled, -1)
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (before < sampling.top_p)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return ids, probabilities
+
+
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """One id for each row of logits [B, V], by numbers drawn uniformly from [0, 1): `uniform` [B], float64."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    ids, probabilities = candidates(logits, sampling)
+    below = probabilities.double().cumsum(-1)
+    # of the last sum, not of 1: rounding must not reach a token of probability 0
+    index = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
+    return ids.gather(-1, index)[:, 0]

@@ -1,0 +1,107 @@
+"""Continuing texts: tokens to text as they come, and where to stop."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.inference.generation import Generation
+from megatron_tf.inference.model import LanguageModel
+from megatron_tf.inference.sampling import Sampling
+
+_INCOMPLETE = "\ufffd"  # what decoders make of a character whose bytes have not all come yet
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a continuation goes on, beside the end of the document."""
+
+    max_new_tokens: int = 100
+    stop: Sequence[str] = field(default_factory=tuple)
+    """A continuation ends before any of these."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens ({self.max_new_tokens}) must be 1 or more")
+        if not all(self.stop):
+            raise ValueError("a stop string is empty: every text would end at once")
+
+
+class Continuation:
+    """The text that follows a prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], limits: Limits) -> None:
+        self.text = ""
+        """What has come for certain."""
+        self.num_tokens = 0
+        """Tokens that have come, without the end of document."""
+        self.finish_reason: Literal["eod", "stop", "length"] | None = None
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._ids = list(prompt)
+        self._shown = (0, len(self._ids))
+        """Ids up to the second are in the text; what follows them is decoded together with those from the first on."""
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """Take in a token; returns what it adds to `text`, and sets `finish_reason` if it is the last."""
+        if token == self._tokenizer.eod:
+            return self._end("eod")
+        self._ids.append(token)
+        self.num_tokens += 1
+        self._held += self._decoded(is_last=False)
+        found = [place for place in map(self._held.find, self._limits.stop) if place >= 0]
+        if found:
+            self._held = self._held[: min(found)]
+            self.finish_reason = "stop"
+            return self._show(len(self._held))
+        if self.num_tokens == self._limits.max_new_tokens:
+            return self._end("length")
+        return self._show(len(self._held) - _start_of_stop(self._held, self._limits.stop))
+
+    def _end(self, reason: Literal["eod", "length"]) -> str:
+        self.finish_reason = reason
+        self._held += self._decoded(is_last=True)
+        return self._show(len(self._held))
+
+    def _show(self, count: int) -> str:
+        piece, self._held = self._held[:count], self._held[count:]
+        self.text += piece
+        return piece
+
+    def _decoded(self, is_last: bool) -> str:
+        """The text of the ids that are not in the text yet; empty while it ends within a character."""
+        start, shown = self._shown
+        before = self._tokenizer.decode(self._ids[start:shown])
+        now = self._tokenizer.decode(self._ids[start:])
+        if not is_last and now.endswith(_INCOMPLETE):
+            return ""
+        self._shown = shown, len(self._ids)
+        return now[len(before) :]
+
+
+def continue_texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    limits: Limits,
+    seed: int = 0,
+) -> Iterator[tuple[int, str, Continuation]]:
+    """(prompt's index, text that has come, all that has come for it) as tokens come, until all prompts are finished.
+
+    An empty prompt begins as a document does: after the end of another.
+    """
+    ids = [row.tolist() or [tokenizer.eod] for row in tokenizer.encode_batch(prompts).rows()]
+    texts = [Continuation(tokenizer, prompt, limits) for prompt in ids]
+    generation = Generation(model, ids, sampling, seed)
+    while generation.active:
+        for sample, token in generation.step().items():
+            yield sample, texts[sample].add(token), texts[sample]
+        generation.finish([sample for sample in generation.active if texts[sample].finish_reason])
+
+
+def _start_of_stop(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of the text that may become one of the stop strings."""
+    lengths = range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)

@@ -1,0 +1,103 @@
+"""The command line of generation: where prompts come from, where texts go, what it says to mistakes."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_tf.generate import main
+from tests.support.commands import ENVIRONMENT, ROOT, run
+from tests.support.models import random_model, write_checkpoint
+
+OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "3"]
+PROMPTS = ["the quick", "a €", "one two three four five six seven"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a model of bytes with random weights."""
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint", random_model())
+
+
+@pytest.fixture
+def generate(capsys, monkeypatch):
+    """The command in this process: (exit code, output, errors)."""
+
+    def call(*arguments, stdin="\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_prompts_from_anywhere_give_the_same_texts(checkpoint, tmp_path, generate):
+    batch = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    code, together, _ = generate(checkpoint, *batch, *OPTIONS)
+    records = [json.loads(line) for line in together.splitlines()]
+    assert code == 0
+    assert [record["prompt"] for record in records] == PROMPTS
+    assert all(record["finish_reason"] in ("length", "eod") and record["text"] for record in records)
+    assert generate(checkpoint, "--prompt", PROMPTS[1], *OPTIONS)[1] == f"{PROMPTS[1]}{records[1]['text']}\n"
+    assert generate(checkpoint, *OPTIONS, stdin="\n".join(PROMPTS) + "\n\n")[1] == together
+
+    lines = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate(PROMPTS)]
+    for name, text in (("prompts.txt", "\n".join(PROMPTS)), ("prompts.jsonl", "\n".join(lines) + "\n")):
+        (tmp_path / name).write_text(text)
+    files = ["--prompt-file", tmp_path / "prompts.txt", "--batch-size", "2"]
+    assert generate(checkpoint, *files, *OPTIONS)[1] == together
+    files = ["--prompt-file", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
+    assert generate(checkpoint, *files, *OPTIONS)[:2] == (0, "")
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert found == [{"id": i} | record for i, record in enumerate(records)]
+
+    stop = records[2]["text"][4:6]
+    stopped = generate(checkpoint, "--prompt", PROMPTS[2], "--stop", stop, *OPTIONS)[1]
+    assert stopped == PROMPTS[2] + records[2]["text"].partition(stop)[0] + "\n"
+
+
+def test_ranks_of_torchrun_give_one_text_that_of_one_process(checkpoint, generate):
+    arguments = [checkpoint, "--prompt", PROMPTS[0], *OPTIONS]
+    shared = run("megatron_tf.generate", *arguments, ranks=2)
+    assert (shared.returncode, shared.stdout) == (0, generate(*arguments)[1]), shared.stderr
+
+
+def test_tokens_are_written_as_they_come(checkpoint):
+    """The prompt is there before the process has ended."""
+    command = [sys.executable, "-m", "megatron_tf.generate", str(checkpoint), "--prompt", "the quick"]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "1000000"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.read(200).startswith(b"the quick")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere", "--prompt", "a"], "nowhere does not exist"),
+        (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p (2.0) must lie above 0"),
+        (["{checkpoint}", "--prompt", "a", "--stop", ""], "a stop string is empty"),
+        (["{checkpoint}", "--prompt", "a", "--batch-size", "0"], "--batch-size (0) must be 1 or more"),
+        (["{checkpoint}", "--prompt-file", "{folder}/none"], "No such file"),
+        (["{checkpoint}", "--prompt-file", "{folder}/empty"], "empty holds no prompt"),
+        (["{checkpoint}", "--prompt-file", "{folder}/a.jsonl"], "a.jsonl, line 2 is not an object with a text"),
+        (["{checkpoint}", "--prompt-file", "{folder}/b.jsonl"], "b.jsonl, line 1 is not JSON"),
+        (["{checkpoint}"], "the standard input holds no prompt"),
+    ],
+)
+def test_a_mistake_ends_with_one_clear_line(checkpoint, tmp_path, generate, arguments, message):
+    files = {"a.jsonl": '{"prompt": "a"}\n{"text": "b"}\n', "b.jsonl": "prompt\n", "empty": "\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, _, errors = generate(*(part.format(checkpoint=checkpoint, folder=tmp_path) for part in arguments))
+    assert code == 1
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert len(errors.splitlines()) == 1

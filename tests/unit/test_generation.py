@@ -1,0 +1,138 @@
+"""Generation with a cache against the model without one, in batches and alone."""
+
+import pytest
+import torch
+
+from megatron_tf.inference.generation import Generation
+from megatron_tf.inference.sampling import Sampling, choose
+from tests.support.models import VOCAB, random_model
+
+PROMPTS = [[5], list(range(40, 57)), [7, 7, 7, 200, 3], list(range(150))]
+GREEDY = Sampling(temperature=0)
+
+
+def generate(model, prompts, sampling=GREEDY, seed=0, count=30):
+    """`count` tokens after each prompt."""
+    generation, found = Generation(model, prompts, sampling, seed), [[] for _ in prompts]
+    for _ in range(count):
+        for i, token in generation.step().items():
+            found[i].append(token)
+    return found
+
+
+@torch.no_grad()
+def uncached(model, prompt, sampling=GREEDY, seed=0, count=30):
+    """The same by running all tokens anew for each."""
+    generator, ids = torch.Generator().manual_seed(seed), list(prompt)
+    for _ in range(count):
+        uniform = torch.rand(1, generator=generator, dtype=torch.float64)
+        logits = model(torch.tensor([ids]))[:, -1, : model.config.vocab_size]
+        ids.append(int(choose(logits, sampling, uniform)))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+@pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_greedy_equals_the_model_without_cache(norm, arranged):
+    model = random_model(norm_activation=norm, untie_embeddings_and_output_weights=True)
+    if arranged:
+        model.arrange_for_decoding()
+    tokens = generate(model, [PROMPTS[1]])[0]
+    assert tokens == uncached(model, PROMPTS[1])
+    assert len(set(tokens)) > 5  # a model that repeats itself would hide mistakes
+
+
+def test_plain_transformer_equals_itself_without_cache():
+    model = random_model(layer="transformer", qkv_tokens=None, proj_tokens=None)
+    assert generate(model, PROMPTS[1:3]) == [uncached(model, prompt) for prompt in PROMPTS[1:3]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.5), Sampling(0.8, 20, 0.9)])
+def test_prompts_of_a_batch_are_continued_as_each_alone(sampling):
+    model = random_model()
+    together = generate(model, PROMPTS, sampling, seed=3)
+    assert together == [generate(model, [prompt], sampling, seed=3)[0] for prompt in PROMPTS]
+    assert together == [uncached(model, prompt, sampling, seed=3) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def test_logits_of_a_batch_of_different_lengths_are_those_of_each_alone():
+    model = random_model(torch.float64)
+    cache = model.new_cache()
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([prompt + [1] * (longest - len(prompt)) for prompt in PROMPTS])
+    model(ids, cache)
+    cache.keep(list(map(len, PROMPTS)))
+    more = torch.tensor([[9, 8, 7]] * len(PROMPTS))
+    found = torch.cat([model(more[:, :2], cache), model(more[:, 2:], cache)], 1)
+    for row, prompt in zip(found, PROMPTS, strict=True):
+        assert torch.allclose(row, model(torch.tensor([[*prompt, 9, 8, 7]]))[0, -3:], atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_text_in_chunks_is_causal():
+    model = random_model(torch.float64)
+    ids = torch.randint(VOCAB, (2, 300), generator=torch.Generator().manual_seed(0))
+    whole = model(ids)
+    for lengths in ([300], [1, 299], [7, 100, 1, 192], [1] * 300):
+        cache = model.new_cache()
+        parts = [model(chunk, cache) for chunk in ids.split(lengths, 1)]
+        assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+    changed = ids.clone()
+    changed[:, 200:] += 1
+    assert torch.equal(model(changed % VOCAB)[:, :200], whole[:, :200])
+
+
+def test_long_prompts_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr("megatron_tf.inference.generation._PREFILL_TOKENS", 50)
+    model = random_model()
+    assert generate(model, PROMPTS, count=5) == [uncached(model, prompt, count=5) for prompt in PROMPTS]
+
+
+def test_finished_samples_leave_and_change_nothing():
+    model = random_model()
+    generation = Generation(model, PROMPTS, Sampling(1.2), seed=5)
+    found = [[] for _ in PROMPTS]
+    for step in range(12):
+        for i, token in generation.step().items():
+            found[i].append(token)
+        generation.finish({3: [1], 6: [0, 3]}.get(step, []))
+    whole = generate(model, PROMPTS, Sampling(1.2), seed=5, count=12)
+    assert found == [whole[0][:7], whole[1][:4], whole[2], whole[3][:7]]
+
+
+def test_a_seed_decides_and_another_gives_another_text():
+    model = random_model()
+    texts = [generate(model, PROMPTS[1:2], Sampling(1.5), seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_ids_that_pad_the_vocabulary_never_come():
+    model = random_model()
+    assert model.config.padded_vocab_size > VOCAB
+    with torch.no_grad():
+        model.transformer.embedding.weight[VOCAB:] *= 100.0
+        assert int(model(torch.tensor([PROMPTS[1]]))[0].argmax(-1).max()) >= VOCAB
+    for sampling in (GREEDY, Sampling(5.0)):
+        assert max(map(max, generate(model, PROMPTS, sampling))) < VOCAB
+
+
+def test_what_is_not_a_number_is_told():
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.final_norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Generation(model, PROMPTS, GREEDY).step()
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        Generation(model, [[1], []], GREEDY)
+
+
+def test_bf16_decodes_near_fp32():
+    """The likeliest token of bf16 is nearly so in fp32."""
+    model, half = random_model(), random_model(torch.bfloat16)
+    half.arrange_for_decoding()
+    ids = generate(half, PROMPTS[1:2])[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[1] + ids]))[0, len(PROMPTS[1]) - 1 : -1, :VOCAB]
+    behind = logits.max(-1).values - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert behind.max() < 0.05 * logits.abs().max()
