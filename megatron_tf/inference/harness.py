@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +27,8 @@ from megatron_tf.inference.text import Continuation, Limits
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
+
+_GENERATED_TOGETHER = 8  # contexts, with batch_size auto
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """((context, continuation), their ids): what TemplateLM makes of a request."""
@@ -107,11 +109,17 @@ class MegatronTF(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context until a stop string, the end of the document or a number of tokens."""
-        texts = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm or self.rank > 0):
-            context, options = request.args
-            texts.append(self._continue(context, options))
-            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(i)
+        texts, size = [""] * len(requests), self._batch_size or _GENERATED_TOGETHER
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank > 0) as bar:
+            for batch in (group[i : i + size] for group in alike.values() for i in range(0, len(group), size)):
+                found = self._continue([requests[i].args[0] for i in batch], requests[batch[0]].args[1])
+                for i, text in zip(batch, found, strict=True):
+                    texts[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                bar.update(len(batch))
         return texts
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -149,19 +157,22 @@ class MegatronTF(TemplateLM):
             if not missing[owner]:
                 yield owner, totals[owner]
 
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
+    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
         wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-        stops, num_tokens = handle_stop_sequences(wanted["until"], None), wanted["max_gen_toks"]
+        num_tokens = wanted["max_gen_toks"]
         room = self.max_length - num_tokens
         if room < 1:
             raise ConfigError(f"max_gen_toks {num_tokens} leaves no room for a context in max_length {self.max_length}")
+        limits = Limits(num_tokens, [stop for stop in wanted["until"] if stop])
         sampling = Sampling(wanted.get("temperature") or 0.0, wanted.get("top_k") or 0, wanted.get("top_p") or 1.0)
-        prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
-        continuation = Continuation(self._tokenizer, prompt, Limits(num_tokens, list(filter(None, stops))))
-        generation = Generation(self._model, [prompt], sampling, torch.initial_seed())
-        while continuation.finish_reason is None:
-            continuation.add(generation.step()[0])
-        return str(postprocess_generated_text(continuation.text, stops, None))
+        prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
+        texts = [Continuation(self._tokenizer, prompt, limits) for prompt in prompts]
+        generation = Generation(self._model, prompts, sampling, torch.initial_seed())
+        while generation.active:
+            for sample, token in generation.step().items():
+                texts[sample].add(token)
+            generation.finish([sample for sample in generation.active if texts[sample].finish_reason])
+        return [text.text for text in texts]
 
 
 def _choose_device(asked: str | None, mesh: Mesh) -> torch.device:
