@@ -1,8 +1,22 @@
 """Fixtures that several folders share."""
 
+import os
+import shutil
+import tempfile
+
 import pytest
 
 from tests.support.ranks import RankPool
+
+# code of exported models goes here, and not into the user's cache; transformers reads it once, when it is imported
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_cache():
+    """Removed at the end."""
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_tf.checkpoint.background import BackgroundSaver
@@ -66,25 +65,21 @@ class Loop:
         is_last = False
         while self.progress.step < training.train_iters and not is_last:
             result = self._step()
-            if result.is_overflow:
+            is_stopped = stopping.agreed()
+            self.tools.profiler.is_asked = stopping.take_trace_asked()
+            if self._set_right(result):
+                is_last = is_stopped
+                if is_last:
+                    self._save(waits=True)
                 continue
-            if result.unsound:
-                self._skip(result)
-                continue
-            self.skipped_in_a_row = 0
             step = self.progress.step
             is_done = step == training.train_iters
             is_due = any(growth.is_due(step, self.progress.tokens) for growth in self.following)
-            is_stopped = stopping.agreed()
-            self.tools.profiler.is_asked = stopping.take_trace_asked()
-            if self._has_spiked(result) and not is_stopped:
-                self._rewind()
-                continue
             if self.tools.validation and not is_stopped and (step % training.eval_interval == 0 or is_done):
                 self._evaluate()
             is_last = is_done or is_due or is_stopped
-            if checkpoint.save and (is_last or (checkpoint.save_interval and step % checkpoint.save_interval == 0)):
-                self._save(checkpoint.save, waits=is_last)
+            if is_last or (checkpoint.save_interval and step % checkpoint.save_interval == 0):
+                self._save(waits=is_last)
                 self.rewinds_in_a_row = 0
         return self.progress
 
@@ -107,7 +102,6 @@ class Loop:
             log.say(f"step {number:>6}  traced: {profiler.written}, and one for each other rank")
         if result.is_overflow:
             self.progress = self.progress.after_overflow(samples)
-            self._report_overflow()
         elif result.unsound:
             self.progress = self.progress.after_skip(samples)
         else:
@@ -168,6 +162,17 @@ class Loop:
             f"sample {samples:,} is skipped"
         )
 
+    def _set_right(self, result: StepResult) -> bool:
+        """Report what is wrong with a step, and mend it; whether anything was."""
+        if result.is_overflow:
+            self._report_overflow()
+        elif result.unsound:
+            self._skip(result)
+        else:
+            self.skipped_in_a_row = 0
+            return self._has_spiked(result) and self._rewind()
+        return True
+
     def _skip(self, result: StepResult) -> None:
         log = self.tools.log
         self.skipped_in_a_row += 1
@@ -192,13 +197,14 @@ class Loop:
         )
         return in_a_row == self.config.training.rewind_after_spikes
 
-    def _rewind(self) -> None:
-        """Go back to the last checkpoint, and go on behind the data read since."""
+    def _rewind(self) -> bool:
+        """Go back to the last checkpoint, and go on behind the data read since; whether there is one."""
         spent = self.progress
         self.tools.saver.wait()
         begun = self.again(self.state)
         if begun.origin is None:
-            self._give_up("the loss jumped before there was a checkpoint to go back to")
+            self.tools.log.say(f"step {spent.step:>6}  there is no checkpoint to go back to: going on")
+            return False
         self.rewinds_in_a_row += 1
         self.progress = dataclasses.replace(
             begun.progress,
@@ -215,13 +221,14 @@ class Loop:
         )
         if self.rewinds_in_a_row == _REWINDS_IN_A_ROW:
             self._give_up(f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
+        return True
 
     def _give_up(self, reason: str) -> NoReturn:
         """Save the state, which is the one before what went wrong, and raise ArithmeticError."""
-        saved, root = "", self.config.checkpoint.save
-        if root:
-            self._save(root, waits=True)
-            saved = f"; {root} holds the state before them, started again the run goes on behind them"
+        saved = ""
+        if self.config.checkpoint.save:
+            self._save(waits=True)
+            saved = f"; {self.config.checkpoint.save} holds the state before them: started again it goes on behind them"
         raise ArithmeticError(
             f"{reason} after step {self.progress.step}{saved}: lower optimizer.lr, or look at the data"
         )
@@ -240,7 +247,10 @@ class Loop:
                 losses[part.name] = total / training.eval_iters
         self.tools.log.validation(self.progress.step, losses)
 
-    def _save(self, root: Path, waits: bool) -> None:
+    def _save(self, waits: bool) -> None:
+        root = self.config.checkpoint.save
+        if root is None:
+            return
         self.tools.phases.enter("saving")
         self._account()
         save_state(self.state, self.config, self.progress, root, self.tools.saver)

@@ -7,7 +7,9 @@ import torch
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.data.tokenizer import NullTokenizer
+from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import LanguageModel
+from megatron_tf.inference.sampling import Sampling
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.training.checkpointing import new_progress
@@ -25,6 +27,13 @@ def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
         for parameter in transformer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return LanguageModel(transformer, {}).eval()
+
+
+def greedy_ids(model: LanguageModel, prompts, num_tokens: int):
+    """What follows each prompt: so many of the likeliest ids, whatever they are."""
+    generation = Generation(model, prompts, Sampling(temperature=0))
+    steps = [generation.step() for _ in range(num_tokens)]
+    return [[step[sample] for step in steps] for sample in range(len(prompts))]
 
 
 def write_checkpoint(root, model: LanguageModel):

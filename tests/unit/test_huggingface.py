@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import megatron_tf
 from megatron_tf.checkpoint import huggingface
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.inference.generation import Sampling, generate
 from megatron_tf.inference.huggingface import check
 from megatron_tf.inference.huggingface.check import load_export
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
+from tests.support.models import greedy_ids
 from tests.unit.checkpoint import toy
 from tools import convert_checkpoint, train_tokenizer
 
@@ -34,20 +34,12 @@ def convert(source, target, load, save, *options):
     )
 
 
-@pytest.fixture(autouse=True)
-def modules_cache(tmp_path_factory, monkeypatch):
-    """Where transformers copies the code of an export to."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """(checkpoint, its export) of a model that grew."""
     folder = tmp_path_factory.mktemp("exported")
     checkpoint = save_small_model(folder, tau_scale=0.7)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder / "modules"))
-        assert convert("megatron_tf", "hf", checkpoint, folder / "model") == 0
+    assert convert("megatron_tf", "hf", checkpoint, folder / "model") == 0
     return checkpoint, folder / "model"
 
 
@@ -70,8 +62,7 @@ def test_greedy_generation_equals_ours_alone_and_in_a_batch_of_different_lengths
     checkpoint, export = exported
     model, theirs = megatron_tf.load(checkpoint), load_export(export)
     prompts = [[5, 9, 2, 33, 7], [12, 50], [40, 41, 42]]
-    options = (12, Sampling(temperature=0), -1, torch.Generator())
-    ours = [list(generate(model, torch.tensor(prompt), *options)) for prompt in prompts]
+    ours = greedy_ids(model, prompts, 12)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for prompt, expected in zip(prompts, ours, strict=True):
         ids = theirs.generate(torch.tensor([prompt]), **settings)

@@ -115,3 +115,11 @@ def test_spikes_again_and_again_end_the_run(folder, monkeypatch, capsys):
     code, _ = train(folder, "hopeless", *LONG, "--training.rewind_after_spikes=2")
     assert code == 1
     assert "the loss jumped again after 3 rewinds" in capsys.readouterr().err
+
+
+def test_spikes_before_the_first_checkpoint_are_reported_only(folder, monkeypatch, capsys):
+    with_spikes(monkeypatch, {34, 35})
+    code, lines = train(folder, "early", "--training.train_iters=40", "--training.rewind_after_spikes=2")
+    assert code == 0
+    assert "there is no checkpoint to go back to: going on" in capsys.readouterr().out
+    assert [line["step"] for line in lines if "loss" in line and "event" not in line] == list(range(1, 41))
