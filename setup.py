@@ -11,6 +11,7 @@ NO_COMPILER = (
     "error: megatron_tf needs a C++17 compiler to build its index extension: "
     "install g++ (on Debian: apt-get install g++) and run the installation again"
 )
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread decodes there
 
 
 class BuildIndex(build_ext):
@@ -106,8 +107,8 @@ setup(
             include_dirs=["csrc"],
             depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],
             cxx_std=20,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp"],
-            extra_link_args=["-fopenmp"],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", *OPENMP],
+            extra_link_args=OPENMP,
         ),
     ],
     cmdclass={"build_ext": BuildIndex},

@@ -43,8 +43,8 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attend(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float], norm: str) -> Tensor:
-    """Pattentions of one x [R, D], each with keys [N, D] and transposed values [E, N], of what `is_for_rows`, and tau:
-    [G, R, E]. `norm` is the name of their normalisation."""
+    """G Pattentions of one x [R, D], each with keys [N, D], transposed values [E, N] and a tau, for what `is_for_rows`
+    -> [G, R, E]. `norm` is the name of their normalisation."""
     (rows, width), (tokens, width_out) = x.shape, values[0].t().shape
     assert all(key.shape == (tokens, width) for key in keys)
     assert all(value.shape == (width_out, tokens) for value in values)
