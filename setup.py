@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.errors import CompileError
 
 NO_COMPILER = (
-    "error: megatron_tf needs a C++17 compiler to build its index extension: "
+    "error: megatron_tf needs a C++20 compiler to build its index extension: "
     "install g++ (on Debian: apt-get install g++) and run the installation again"
 )
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread decodes there

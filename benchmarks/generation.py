@@ -1,17 +1,10 @@
 """How long decoding a token takes, against reading the model's weights once: python benchmarks/generation.py
 
 The model has the shape of the published 150M one, and random weights; one text of 32 tokens goes on token by token.
-<<<<<<< HEAD
-Reading is torch.sum over as many bytes, in the same process with the same threads. Both are taken in turns: the times
-are the fastest, and the ratio is given of these and as the median of all turns, which is steadier where others use the
-memory.
-It is the processor's time with one thread, which leaves out when others have the processor, and else the clock's.
-=======
 Reading is torch.sum over the weights' own bytes as fp32 (memory a process gets elsewhere was up to 1.4 times as fast or
 slow), by the same threads. Both are taken in turns: the times are the fastest, and the ratio is given of these and as
 the median of all turns, which is steadier where others use the memory. It is the processor's time with one thread,
 which leaves out when others have the processor, and else the clock's.
->>>>>>> generation
 """
 
 import argparse

@@ -15,5 +15,5 @@ def test_a_missing_compiler_is_named(tmp_path):
         [str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "needs a C++17 compiler" in done.stderr
+    assert "needs a C++20 compiler" in done.stderr
     assert "Traceback" not in done.stderr
