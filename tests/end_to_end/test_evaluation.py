@@ -18,8 +18,8 @@ from megatron_tf import evaluate, lm_eval
 from megatron_tf.data.document_sets import sets_path
 from megatron_tf.inference.harness import MegatronTF
 from megatron_tf.inference.model import load_model
-from tests.support.checkpoints import SEQ_LENGTH, save_byte_model
 from tests.support.commands import ENVIRONMENT, ROOT
+from tests.support.models import SEQ_LENGTH, random_model, write_checkpoint
 from tools import preprocess_data
 
 EOD = 256
@@ -40,7 +40,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Of a model of bytes."""
-    return save_byte_model(tmp_path_factory.mktemp("checkpoint"))
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), random_model())
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_part_of_data_without_sets_is_one_set_of_the_decoded_bytes(checkpoint,
     "options, message",
     [
         (["--data-path", "nowhere"], "nowhere.idx is missing"),
-        (["--stride", "25"], "windows of 24 tokens can't move by 25"),
+        (["--stride", "25"], "windows of 16 tokens can't move by 25"),
         (["--batch-size", "0"], "--batch-size is 0: it must be 1 or more"),
         (["--split", "1,1"], "write three shares"),
         (["--split", "1,0,0"], "no token to predict"),

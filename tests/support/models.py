@@ -16,6 +16,7 @@ from megatron_tf.training.checkpointing import new_progress
 from tests.support.training import small_run
 
 VOCAB = 257  # of NullTokenizer
+SEQ_LENGTH = 16  # of small_run
 
 
 def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:

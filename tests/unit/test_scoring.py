@@ -7,13 +7,13 @@ import torch
 
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.scoring import Request, rolling_windows, score
-from tests.support.checkpoints import save_byte_model
+from tests.support.models import random_model, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Of bytes, untrained."""
-    return load_model(save_byte_model(tmp_path_factory.mktemp("model")))
+    return load_model(write_checkpoint(tmp_path_factory.mktemp("model"), random_model()))
 
 
 @torch.no_grad()
