@@ -275,8 +275,8 @@ def test_continuations_that_cannot_be_are_named(checkpoint):
     model = MegatronTF(str(checkpoint))
     with pytest.raises(ValueError, match="no token to the continuation of"):
         model.loglikelihood([request("loglikelihood", "A dog", "")])
-    with pytest.raises(ValueError, match="max_gen_toks 24 leaves no room for a context in max_length 24"):
-        model.generate_until([request("generate_until", "A dog", {"max_gen_toks": 24})])
+    with pytest.raises(ValueError, match="max_gen_toks 16 leaves no room for a context in max_length 16"):
+        model.generate_until([request("generate_until", "A dog", {"max_gen_toks": SEQ_LENGTH})])
 
 
 def request(kind, *arguments):
