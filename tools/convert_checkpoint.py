@@ -76,7 +76,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def import_official(args: argparse.Namespace) -> None:
     """A .bin file -> our checkpoint."""
     from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, new_metadata, rename
-    from megatron_tf.checkpoint.official import birth_tau, infer_model, official_name, read_official
+    from megatron_tf.checkpoint.official import (
+        birth_tau,
+        infer_model,
+        official_name,
+        read_official,
+        without_frequencies,
+    )
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
     from megatron_tf.data.tokenizer import build_tokenizer
     from megatron_tf.model.parallelize import parameter_shapes
@@ -94,6 +100,7 @@ def import_official(args: argparse.Namespace) -> None:
     choice = TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
     metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
     shapes = parameter_shapes(model)
+    tensors = without_frequencies(args.load, tensors, model)
     renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
     write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
 

@@ -116,6 +116,30 @@ def _padding(path: Path, rows: int, vocab_size: int) -> int:
     return fitting[0]
 
 
+def without_frequencies(
+    path: Path, tensors: Mapping[str, ForeignTensor], model: ModelConfig
+) -> dict[str, ForeignTensor]:
+    """The tensors but for rotary frequencies, which files of gpt-neox hold as a buffer of each layer.
+
+    Raises CheckpointError where they are others than the model's.
+    """
+    dim = int(model.head_dim * model.rotary_percent)
+    expected = 1.0 / model.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    kept = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(".rotary_emb.inv_freq"):
+            kept[name] = tensor
+            continue
+        found = tensor.read_rows(0, tensor.shape[0]).float() if tensor.shape else torch.empty(0)
+        # of 16 bits, as gpt-neox keeps its buffers under bf16
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=2**-7, atol=0.0):
+            raise CheckpointError(
+                f"{path}: {name} is not of heads of {model.head_dim}, of which {model.rotary_percent:.0%} turn, and "
+                f"base {model.rotary_base:g}: is --num-attention-heads {model.num_attention_heads} right?"
+            )
+    return kept
+
+
 def birth_tau(model: ModelConfig) -> dict[str, float]:
     """The temperatures that the official code takes, by module."""
     norm = NORMALISATIONS[model.norm_activation]

@@ -71,6 +71,19 @@ def test_an_untied_head_comes_along(tmp_path):
     assert torch.equal(megatron_tf.load(run).transformer.head.weight, tensors["sequential.6.final_linear.weight"])
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.05])
+def test_rotary_frequencies_of_gpt_neox_are_left_out_if_they_are_the_models(factor, tmp_path, capsys):
+    tensors = official_tensors(CASES[0])
+    config, _, _ = golden_case(CASES[0])
+    turned = int(0.25 * config.hidden_size / config.num_attention_heads)
+    for layer in (2, 3):
+        frequencies = factor / 10000 ** (torch.arange(0, turned, 2) / turned)
+        tensors[f"sequential.{layer}.attention.rotary_emb.inv_freq"] = frequencies.half()
+    code, _ = import_tensors(tmp_path, tensors)
+    assert code == (0 if factor == 1.0 else 1)
+    assert factor == 1.0 or "sequential.2.attention.rotary_emb.inv_freq is not of heads" in capsys.readouterr().err
+
+
 def test_growth_by_zero_keys_is_refused_and_duplication_that_restores_the_root_is_not(tmp_path, capsys):
     _, run = import_tensors(tmp_path, official_tensors(CASES[0]))
     grow = ["--grow", "qkv=128,proj=128,ffn=512", "--verify"]
