@@ -58,13 +58,13 @@ def test_gradients_equal_those_of_a_mask(monkeypatch):
     starts = document_starts(IDS, EOD)
     allowed = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
 
-    def masked(self, q, k, v, documents):
+    def masked(attend, q, k, v, documents):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).permute(2, 0, 1, 3)
 
     gradients = []
-    for function in (attention.Attention._attend_within, masked):
-        monkeypatch.setattr(attention.Attention, "_attend_within", function)
+    for function in (attention._attend_within, masked):
+        monkeypatch.setattr(attention, "_attend_within", function)
         model = small_model()
         model(IDS, document_starts=starts).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
