@@ -1,13 +1,11 @@
 """A checkpoint without moments: one that was converted begins with zeros; one of a run lacks something."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.save import save_checkpoint
-from megatron_tf.config import CheckpointConfig, to_dict
+from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.checkpointing import new_progress, restore_state
 from megatron_tf.training.state import build_state
@@ -29,9 +27,9 @@ def save(root, config, adam_steps, moments=()):
 
 
 def restore(root):
-    config = replace(small_run(), checkpoint=CheckpointConfig(load=root))
+    config = small_run()
     state = build_state(config, ONE_PROCESS, EOD)
-    return state, restore_state(state, config, TOKENIZER)
+    return state, restore_state(state, config, TOKENIZER, root)
 
 
 def test_a_converted_checkpoint_begins_with_zero_moments(tmp_path):
