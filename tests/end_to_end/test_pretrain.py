@@ -82,6 +82,14 @@ def test_a_full_disk_under_the_metrics_does_not_end_the_run(folder):
     assert done.stderr.count("warning: /dev/full: [Errno 28] No space left on device; training goes on") == 1
 
 
+def test_a_place_that_cannot_be_written_is_named_before_the_first_step(folder):
+    (folder / "in the way").touch()
+    done = run("megatron_tf.pretrain", folder / "run.yaml", f"--checkpoint.save={folder / 'in the way' / 'run'}")
+    assert done.returncode == 1
+    assert "checkpoint.save can't be written: [Errno 20] Not a directory" in done.stderr
+    assert "step" not in done.stdout
+
+
 def test_truncated_data(folder):
     path = folder / "data_text_document.bin"
     original = path.read_bytes()
