@@ -23,27 +23,22 @@ BLEND_SURPLUS = 0.005  # samples that each part of a blend is given beyond its s
 
 
 class MegatronOrder:
-    """The first `samples` samples of a run. Raises DataError where there are too few tokens for one."""
+    """The first `samples` samples of a run, and then from the beginning again. Raises DataError where there are too few
+    tokens for one."""
 
     def __init__(
         self, lengths: NDArray[np.integer], seq_length: int, seed: int, name: str, cache: Path, samples: int
     ) -> None:
         self.lengths, self.seq_length, self.seed, self.samples = aligned(lengths), seq_length, seed, samples
         samples_in(self.lengths, seq_length, name)
-        self.name = name
         content = xxhash.xxh3_128_hexdigest(self.lengths.data)
         key = ("megatron", ORDER_VERSION, content, seq_length, seed, samples)
         self._arrays = open_or_build(cache, key, self._build)
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
-        """(arrays, the sample's place in them). Raises DataError beyond the samples of the run."""
-        if sample >= len(self._arrays.shuffle):
-            raise DataError(
-                f"{self.name}: sample {sample:,} of {len(self._arrays.shuffle):,}: data.order megatron knows the "
-                f"order of {self.samples:,} samples, as many as training.train_iters "
-                f"and global_batch_size ask for"
-            )
-        return self._arrays, int(self._arrays.shuffle[sample])
+        """(arrays, the sample's place in them)."""
+        # a run that skipped batches reads further than Megatron-LM planned, and begins again
+        return self._arrays, int(self._arrays.shuffle[sample % len(self._arrays.shuffle)])
 
     def _build(self) -> OrderArrays:
         tokens, length = int(self.lengths.sum(dtype=np.int64)), self.seq_length
