@@ -13,7 +13,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf._index import sample_index
-from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order import aligned, samples_in
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
