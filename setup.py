@@ -13,6 +13,12 @@ NO_COMPILER = (
 )
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has none: one thread decodes there
 
+PLOT = ["matplotlib>=3.8", "tensorboard>=2.17.1"]
+MPI = ["mpi4py>=4.1"]
+EVAL = ["lm-eval>=0.4.13,<0.5"]  # 0.5 replaces the registry that our model class is entered in
+HF = ["protobuf>=5.26", "transformers>=5.0,<6"]
+TRITON = ["triton>=3.6; sys_platform == 'linux'"]
+
 
 class BuildIndex(build_ext):
     """Says in one sentence that the compiler is missing."""
@@ -45,44 +51,50 @@ setup(
         "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
     },
     python_requires=">=3.11",
+    # Lower bounds are tested: requirements/oldest.txt pins them. An upper bound says that the next major version is known
+    # to break what we use.
     install_requires=[
         "torch>=2.11",
-        "backports.zstd",
-        "gigatoken",
-        "numpy",
-        "orjson",
-        "pydantic>=2.7",
-        "pyyaml",
-        "safetensors",
-        "sentencepiece",
-        "tokenizers",
-        "tqdm",
-        "xxhash",
+        "backports.zstd>=1.0; python_version < '3.14'",
+        "gigatoken>=0.10",
+        "numpy>=1.26.4",
+        "orjson>=3.10",
+        "pydantic>=2.7,<3",
+        "pyyaml>=6.0.1",
+        "sentencepiece>=0.2.0",
+        "tokenizers>=0.22.1",
+        "tqdm>=4.66",
+        "xxhash>=3.4.1",
     ],
     extras_require={
-        "plot": ["matplotlib", "tensorboard"],
-        "mpi": ["mpi4py"],
-        "eval": ["lm-eval>=0.4.13"],
-        "hf": ["protobuf", "transformers>=5"],
-        "gpu": ["flash-attn", "transformer_engine[pytorch]", "triton"],
+        "plot": PLOT,
+        "mpi": MPI,
+        "eval": EVAL,
+        "hf": HF,
+        "wandb": ["wandb>=0.17"],
+        "gpu": ["flash-attn>=2.6", "transformer_engine[pytorch]>=2.0", *TRITON],
+        "bench": ["megatron-core>=0.16"],
         "dev": [
-            "hypothesis",
-            "lm-eval>=0.4.13",
-            "matplotlib",
-            "mpi4py",
-            "mpich",
-            "mypy",
-            "protobuf",
-            "pybind11",
-            "pytest",
-            "pytest-timeout",
-            "ruff",
-            "setuptools",
-            "tensorboard",
-            "tiktoken",
-            "transformers>=5",
-            "types-PyYAML",
-            "types-tqdm",
+            *PLOT,
+            *MPI,
+            *EVAL,
+            *HF,
+            *TRITON,
+            "hypothesis>=6.100",
+            "mpich>=4.2.3; sys_platform != 'win32'",
+            "mypy>=2.0",
+            "packaging>=24",
+            "pip>=24",
+            "pyarrow>=17",
+            "pybind11>=2.12",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3.1",
+            "ruff>=0.17",
+            "safetensors>=0.4.5",
+            "setuptools>=77.0.3",
+            "tiktoken>=0.9",
+            "types-PyYAML>=6.0.12",
+            "types-tqdm>=4.66",
         ],
     },
     ext_modules=[

@@ -3,7 +3,7 @@
 # stages, generate. About nine minutes on two cores after the set-up. Run it again to go on after an interruption;
 # remove runs/quickstart to start over.
 set -euo pipefail
-. "$(dirname "$0")/setup_environment.sh"
+. "$(dirname "$0")/setup_environment.sh" tested
 export OMP_NUM_THREADS=1
 
 run=runs/quickstart

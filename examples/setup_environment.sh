@@ -1,23 +1,187 @@
-# Sourced by examples/quickstart.sh and tests/run.sh: a virtual environment in .venv with the package built in it.
-# Changes to the working directory: the repository's root. Runs again only when what it installs has changed.
+# Sourced by examples/quickstart.sh and tests/run.sh: `. setup_environment.sh NAME [TORCH]` makes the virtual environment
+# NAME with the package in it, puts it first on PATH, and changes to the directory to work in.
+#
+#   tested   .venv          requirements/tested.txt, in the checkout itself
+#   oldest   .venv-oldest   requirements/oldest.txt, with the release TORCH of PyTorch if one is given
+#   newest   .venv-newest   today's newest releases that setup.py allows
+#
+# The last two work in a copy of the checkout, so that their builds do not replace what .venv has built.
+#
+# An environment is complete when it holds requirements.txt, the list it was made from, which is written last. Where that
+# file is missing (a set-up was killed) or is not today's list, the environment is made from scratch.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-
-setup_environment() {
-    local stamp=.venv/installed
-    local wanted
-    wanted=$(cat constraints.txt setup.py pyproject.toml csrc/* | cksum)
-    if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-            { echo "error: Python 3.11 or later is needed, found $(python3 --version)" >&2; return 1; }
-        echo "== setting up .venv (a few minutes the first time: it installs PyTorch)"
-        python3 -m venv .venv &&
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch &&
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" ||
-            { echo "error: the set-up failed; the lines above say why" >&2; return 1; }
-        echo "$wanted" >$stamp
-    fi
-    export PATH="$PWD/.venv/bin:$PATH"
+fail() {
+    echo "error: $*" >&2
+    return 1
 }
 
-setup_environment || exit 1
+# Neutralize what a shell can carry that changes which Python runs, what it imports, or where pip installs.
+clear_leaks() {
+    local active
+    for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+        # to the end of PATH: its Python is used if there is no other, and its compiler may be the only one
+        [ -z "$active" ] || PATH=${PATH//"$active/bin:"/}:$active/bin
+    done
+    unset CDPATH VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV
+    unset PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONPLATLIBDIR
+    unset PIP_TARGET PIP_PREFIX PIP_ROOT PIP_NO_DEPS PIP_DRY_RUN PIP_REQUIRE_VIRTUALENV PIP_NO_BUILD_ISOLATION
+    export PIP_USER=0 # also where a pip.conf has user = true
+}
+
+# The tested Python first, then others that will do.
+find_python() {
+    local candidate
+    for candidate in python3.11 python3 python3.12 python3.13 python3.14; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or later is needed, and python3 is $(python3 --version 2>&1)"
+}
+
+# Find out in a second what would fail after minutes.
+check_tools() {
+    local python=$1 compiler include
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make virtual environments: install its venv module (Debian: apt-get install python3-venv)" ||
+        return 1
+    compiler=${CXX:-$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("CXX") or "c++")')}
+    # CXX may hold options too, so it is split into words.
+    # shellcheck disable=SC2086
+    echo 'int main() { return 0; }' | $compiler -x c++ -std=c++20 -fsyntax-only - 2>/dev/null ||
+        fail "a C++20 compiler is needed, and '$compiler' is none: install g++ (Debian: apt-get install g++) or set CXX" ||
+        return 1
+    include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    # shellcheck disable=SC2086
+    echo '#include <Python.h>' | $compiler -x c++ -std=c++20 -fsyntax-only -I "$include" - 2>/dev/null ||
+        fail "$python has no header files: install them (Debian: apt-get install python3-dev)"
+}
+
+# Say how far pip is: every second on a terminal, else every ten. It ends with the shell that started it.
+report_progress() {
+    local log=$1 directory=$2 packages=$3 every=10 end='\n' seconds=0 state
+    [ ! -t 1 ] || { every=1 end='\r'; }
+    while sleep 1 && kill -0 $$ 2>/dev/null; do
+        [ $((++seconds % every)) = 0 ] || continue
+        if [ -z "$packages" ]; then
+            state=working
+        elif grep -q '^Installing collected packages' "$log"; then
+            state="installed $(find "$directory"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)"
+        else
+            state="collected $(grep -c '^Collecting ' "$log")"
+        fi
+        printf "   %-60s$end" "$state$packages, $seconds s"
+    done
+}
+
+# `pip install` in the environment. Its output goes to a log, of which errors are shown; `packages` is how many are counted.
+pip_install() {
+    local directory=$1 packages=$2 log=$1/setup.log reporter status=0
+    shift 2
+    : >"$log"
+    report_progress "$log" "$directory" "$packages" 9<&- &
+    reporter=$!
+    "$directory/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >"$log" 2>&1 || status=$?
+    { kill $reporter && wait $reporter; } 2>/dev/null || true
+    [ ! -t 1 ] || printf '%70s\r' "" # over the last report
+    [ $status != 0 ] || return 0
+    grep -E '^ *(error|ERROR|fatal)' "$log" | sort -u | head -5 >&2
+    fail "the set-up failed: the lines above say why, and $PWD/$log has all that pip said"
+}
+
+# The sources, without what was built or made from them.
+copy_sources() {
+    rm -rf "$1" && mkdir -p "$1" &&
+        tar -cf - --exclude './.venv*' --exclude './.git' --exclude './runs' --exclude './build' --exclude './.*_cache' \
+            --exclude '*.so' --exclude '*.egg-info' . | tar -xf - -C "$1"
+}
+
+# The environment with all packages but this one.
+make_environment() {
+    local name=$1 directory=$2 wanted=$3 python=$4 packages list
+    if [ -e "$directory" ] && [ ! -e "$directory/wanted.txt" ] && [ ! -e "$directory/requirements.txt" ]; then
+        fail "$PWD/$directory was not made by this version of the script, which would replace it: move or remove it"
+        return 1
+    fi
+    echo "== set-up 1/3: $directory, with $("$python" --version)"
+    rm -rf "$directory" && mkdir "$directory" && echo "$wanted" >"$directory/wanted.txt" &&
+        "$python" -m venv "$directory" || fail "cannot make $PWD/$directory" || return 1
+    echo "== set-up 2/3: packages, PyTorch among them (some minutes, about 2 GB)"
+    if [ "$name" = newest ]; then
+        copy_sources "$directory/source" || return 1
+        packages=" packages" list=("$directory/source[dev]")
+    else
+        packages=" of $(grep -c '^[a-z]' "$directory/wanted.txt") packages" list=(-r "$directory/wanted.txt")
+    fi
+    # pip first: that of the system may be old enough to warn about its own ways
+    pip_install "$directory" "" --upgrade "$(grep '^pip==' "$directory/wanted.txt" || echo pip)" &&
+        pip_install "$directory" "$packages" "${list[@]}" &&
+        mv "$directory/wanted.txt" "$directory/requirements.txt"
+}
+
+# The package and its C++ extension, from `source`.
+build_package() {
+    local directory=$1 source=$2
+    echo "== set-up 3/3: the package and its C++ extension (half a minute)"
+    rm -f "$directory/built"
+    [ "$source" = . ] || copy_sources "$source" || return 1
+    pip_install "$directory" "" --no-deps --no-build-isolation --editable "$source" &&
+        checksum_of_sources >"$directory/built"
+}
+
+checksum_of_sources() {
+    cat setup.py pyproject.toml csrc/* | cksum
+}
+
+# The list that the environment is to be made from. An environment does not work elsewhere, so its place is in the list.
+wanted_packages() {
+    local name=$1 torch=$2
+    echo "# For $PWD."
+    if [ "$name" = newest ]; then
+        echo "# The newest releases of $(date +%F) that setup.py allows ($(cksum <setup.py))."
+    else
+        sed "${torch:+s/^torch==.*/torch==$torch/}" "requirements/$name.txt"
+    fi
+}
+
+has_packages() {
+    local directory=$1 wanted=$2
+    [ -x "$directory/bin/python" ] && [ "$(cat "$directory/requirements.txt" 2>/dev/null)" = "$wanted" ]
+}
+
+has_package() {
+    [ "$(cat "$1/built" 2>/dev/null)" = "$(checksum_of_sources)" ]
+}
+
+# One set-up at a time. pip inherits the lock, so one that outlived its killed shell is waited for too. Where there is no
+# flock (macOS), nothing is locked.
+lock_checkout() {
+    exec 9<setup.py
+    ! command -v flock >/dev/null || flock -n 9 && return
+    echo "== another set-up is running in this checkout: waiting for it, up to 30 minutes"
+    flock -w 1800 9 || fail "the other set-up has not ended: stop it and try again"
+}
+
+set_up() {
+    local name=$1 torch=${2:-} directory=.venv source=. wanted python
+    if [ "$name" != tested ]; then
+        directory=.venv-$name
+        source=$directory/source
+    fi
+    clear_leaks
+    wanted=$(wanted_packages "$name" "$torch") || return 1
+    if [ "$name" != tested ] || ! has_packages $directory "$wanted" || ! has_package $directory; then
+        lock_checkout || return 1
+        if ! has_packages "$directory" "$wanted"; then
+            python=$(find_python) && check_tools "$python" &&
+                make_environment "$name" "$directory" "$wanted" "$python" || return 1
+        fi
+        [ "$name" = tested ] && has_package "$directory" || build_package "$directory" "$source" || return 1
+        exec 9<&-
+    fi
+    export PATH="$PWD/$directory/bin:$PATH"
+    cd "$source" || return 1
+}
+
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && set_up "$@" || exit 1

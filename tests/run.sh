@@ -1,16 +1,38 @@
 #!/usr/bin/env bash
-# Set up, then lint, types and all tests. Arguments go to pytest: `bash tests/run.sh tests/unit -k golden`.
+# Set up, then lint, types and all tests:
+#
+#   bash tests/run.sh                              in .venv, on the versions of requirements/tested.txt
+#   bash tests/run.sh tests/unit -k golden         arguments go to pytest
+#   bash tests/run.sh --with oldest                the fast tests in .venv-oldest, on the lower bounds of setup.py
+#   bash tests/run.sh --with oldest --torch 2.11.0      with another release of PyTorch
+#   bash tests/run.sh --with newest                the fast tests in .venv-newest, on today's newest releases
 set -euo pipefail
-. "$(dirname "$0")/../examples/setup_environment.sh"
-python -c "import triton" 2>/dev/null || python -m pip install --quiet --disable-pip-version-check triton ||
-    echo "triton is not to be had here: its kernels are not tested"
 
-ruff check .
-ruff format --check .
-mypy megatron_tf tools
+environment=tested torch=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --with) environment=${2:-} ;;
+        --torch) torch=${2:-} ;;
+        *) break ;;
+    esac
+    shift 2 || break
+done
+case $environment:$torch in
+    tested: | oldest:* | newest:) ;;
+    *) echo "error: --with takes oldest or newest, and --torch VERSION goes with --with oldest" >&2 && exit 2 ;;
+esac
+. "$(dirname "$0")/../examples/setup_environment.sh" $environment $torch
+
+if [ $environment = tested ]; then
+    ruff check .
+    ruff format --check .
+    mypy megatron_tf tools
+fi
 if [ $# -gt 0 ]; then
     python -m pytest "$@"
-else
+elif [ $environment = tested ]; then
     TRITON_INTERPRET=1 python -m pytest tests/triton
     python -m pytest --ignore tests/triton
+else
+    python -m pytest tests/unit tests/fuzz
 fi

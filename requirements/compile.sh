@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Pin every package that the environments of tests/run.sh install, direct and transitive: tested.txt has the newest
+# releases, for every platform and Python; oldest.txt the lower bounds of setup.py, for Python 3.11 on Linux. Run it after
+# a change to setup.py, or to move on to newer releases. Needs uv (pip install uv).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+compile() {
+    uv pip compile --quiet --upgrade --config-file requirements/uv.toml --no-emit-index-url \
+        --custom-compile-command "bash requirements/compile.sh" --extra dev setup.py \
+        --constraints "requirements/$1.in" --output-file "requirements/$1.txt" --python-version 3.11 "${@:2}"
+}
+
+compile tested --universal --fork-strategy fewest
+compile oldest --resolution lowest-direct --python-platform x86_64-manylinux_2_28

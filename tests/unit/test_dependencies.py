@@ -1,0 +1,133 @@
+"""What the code imports is declared and bounded, and the pinned lists are what setup.py allows."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import distribution, distributions, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.support.paths import ROOT
+
+NOT_INSTALLED = {
+    "flash_attn": "flash-attn",
+    "megatron": "megatron-core",
+    "transformer_engine": "transformer-engine",
+    "wandb": "wandb",
+}
+"""Modules of packages that the tests' environment does without."""
+NO_PACKAGE = {"apex"}
+"""Modules that no package index offers: built from their sources."""
+
+
+def imported_modules(source):
+    """Top-level names of the modules that a text of Python imports, by statement or by a literal name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("import_module", "find_spec"):
+            yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
+
+
+def declared():
+    """Every requirement of the package, extras included."""
+    return [Requirement(line) for line in requires("megatron_tf")]
+
+
+def pins(name):
+    """{package: version} of requirements/NAME.txt, for this platform."""
+    lines = [line for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines() if line[:1].isalnum()]
+    found = map(Requirement, lines)
+    return {
+        canonicalize_name(each.name): str(each.specifier).removeprefix("==")
+        for each in found
+        if each.marker is None or each.marker.evaluate()
+    }
+
+
+def external_modules():
+    """{module: a file that imports it} for all that neither Python nor the repository has."""
+    own = {"megatron_tf", "tools", "tests", "benchmarks"} | NO_PACKAGE
+    found = {}
+    for folder in ("megatron_tf", "tools", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in imported_modules(path.read_text()):
+                found.setdefault(module.split(".")[0], path)
+    return {module: path for module, path in found.items() if module not in own | sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize(
+    "source, module",
+    [
+        ("import a.b as c", "a.b"),
+        ("def f():\n    from a import b", "a"),
+        ("importlib.import_module('a')", "a"),
+        ("importlib.util.find_spec('a.b')", "a.b"),
+    ],
+)
+def test_imports_are_seen(source, module):
+    assert list(imported_modules(source)) == [module]
+
+
+def test_every_import_is_of_a_declared_package():
+    packages = packages_distributions()
+    names = {canonicalize_name(requirement.name) for requirement in declared()}
+    modules = external_modules()
+    assert {"torch", "backports", "megatron", "wandb"} <= modules.keys()
+    for module, path in modules.items():
+        offered_by = {canonicalize_name(name) for name in packages.get(module, [NOT_INSTALLED.get(module, module)])}
+        assert offered_by & names, f"{path} imports {module}, which setup.py does not declare"
+
+
+def test_every_requirement_without_an_extra_is_imported():
+    packages = packages_distributions()
+    imported = {canonicalize_name(name) for module in external_modules() for name in packages.get(module, [])}
+    for requirement in declared():
+        is_plain = requirement.marker is None or "extra" not in str(requirement.marker)
+        assert not is_plain or canonicalize_name(requirement.name) in imported, f"nothing imports {requirement.name}"
+
+
+def test_every_requirement_has_a_lower_bound():
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    for requirement in [*declared(), *map(Requirement, build)]:
+        assert ">=" in {bound.operator for bound in requirement.specifier}, f"{requirement} has no lower bound"
+
+
+@pytest.mark.parametrize("name", ["tested", "oldest"])
+def test_pins_are_what_setup_py_allows(name):
+    pinned = pins(name)
+    for requirement in declared():
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"}):
+            version = pinned[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"requirements/{name}.txt has {version}: {requirement}"
+
+
+def test_the_oldest_pins_are_the_lower_bounds():
+    pinned = pins("oldest")
+    for requirement in declared():
+        name = canonicalize_name(requirement.name)
+        (bound,) = (Version(each.version) for each in requirement.specifier if each.operator == ">=")
+        if name in pinned and name != "torch":
+            assert Version(pinned[name]) == bound, f"{requirement}: run requirements/compile.sh"
+    assert pinned["torch"] == pins("tested")["torch"]
+
+
+def test_what_is_installed_is_what_is_pinned():
+    made_from = Path(sys.prefix) / "requirements.txt"
+    name = re.fullmatch(r"\.venv(?:-(oldest))?", Path(sys.prefix).name)
+    if name is None or not made_from.exists():
+        pytest.skip("only the environments of requirements/tested.txt and oldest.txt are pinned")
+    pinned = pins(name[1] or "tested")
+    if f"torch=={pinned['torch']}\n" not in made_from.read_text():
+        pytest.skip("another PyTorch was asked for")
+    installed = {canonicalize_name(each.name): Version(each.version).public for each in distributions()}
+    assert installed.pop("megatron-tf") == distribution("megatron_tf").version
+    of_cuda = {package for package in installed if package.startswith(("nvidia-", "cuda-"))}
+    assert {package: version for package, version in installed.items() if package not in of_cuda} == pinned
