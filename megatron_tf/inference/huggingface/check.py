@@ -112,16 +112,14 @@ def _blame_for(what: str) -> Iterator[None]:
         from transformers import __version__
 
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(
-            f"transformers {__version__} fails at {what} with the exported model: {reason}"
-        ) from error
+        raise CheckpointError(f"{what} with transformers {__version__} fails: {reason}") from error
 
 
-def load_export(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as its users get it, in evaluation mode."""
+def load_export(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The model as its users get it, in evaluation mode; `options` are those of `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype, **options).eval()
 
 
 def tokenizer_difference(directory: Path, tokenizer: Tokenizer) -> str | None:

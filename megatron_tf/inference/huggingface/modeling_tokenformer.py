@@ -18,6 +18,9 @@ from transformers.utils import can_return_tuple
 
 from .configuration_tokenformer import TokenFormerConfig
 
+if __version__ == "5.3.0":  # leaves the output layer of tied models uninitialized if their code comes with them
+    raise ImportError("transformers 5.3.0 does not tie the embeddings of models like this one: install 5.4 or later")
+
 EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name of the cache in a model's output, where `generate` looks for it: transformers 5.24 renamed it."""
