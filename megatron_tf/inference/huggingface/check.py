@@ -1,11 +1,13 @@
 """Whether an export computes, once transformers has loaded it, what the checkpoint does."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.data.bpe_engine import PROBES
@@ -14,7 +16,26 @@ from megatron_tf.inference.model import load_model
 
 TOLERANCE = 2e-5
 """Largest difference of logits that counts as none."""
+_FORWARD = "a forward pass"
 _IDS = (2, 64)
+_PROMPT_LENGTHS = (7, 3, 5)
+_NUM_NEW_TOKENS = 4
+_WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "greedy generation": (1, {}),
+    "greedy generation without a cache": (1, {"use_cache": False}),
+    "greedy generation of a left-padded batch": (3, {}),
+    "beam search of a left-padded batch": (3, {"num_beams": 2}),
+}
+"""How users generate: with how many of the prompts, and with which settings of `generate`."""
+
+
+class _Logits(NamedTuple):
+    """What transformers computes in some way."""
+
+    way: str
+    ids: Tensor  # [B, S]
+    logits: Tensor  # [B, S', V], of the last tokens but `num_unread`
+    num_unread: int = 0
 
 
 def has_transformers() -> bool:
@@ -23,25 +44,82 @@ def has_transformers() -> bool:
 
 
 @torch.no_grad()
-def logits_difference(checkpoint: Path, export: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """(largest difference of the logits of fixed random ids, largest logit); one model is loaded after the other."""
+def logits_differences(checkpoint: Path, export: Path, dtype: torch.dtype) -> tuple[dict[str, float], float]:
+    """(largest difference of the logits by the way transformers computes them, largest logit).
+
+    Our model reads the ids that transformers generated, so that a near tie between two ids does no harm. One model is
+    loaded after the other. Raises CheckpointError where transformers fails.
+    """
+    theirs = _logits_of_transformers(export, dtype)
     model = load_model(checkpoint).to(dtype)
     model.transformer.dtype = dtype
+    differences = dict.fromkeys((_FORWARD, *_WAYS), 0.0)
+    largest = torch.zeros((), dtype=dtype)
+    for way, ids, logits, num_unread in theirs:
+        ours = model(ids)
+        ours = ours[:, ours.shape[1] - num_unread - logits.shape[1] : ours.shape[1] - num_unread]
+        if ours.shape != logits.shape:
+            raise CheckpointError(f"{export}: logits are {list(logits.shape)}, expected {list(ours.shape)}")
+        difference = (ours.to(logits.dtype) - logits).abs().max()  # `generate` gives fp32 in any case
+        differences[way] = float(difference.maximum(torch.tensor(differences[way])))
+        largest = largest.maximum(ours.abs().max())
+    return differences, float(largest)
+
+
+def _logits_of_transformers(export: Path, dtype: torch.dtype) -> list[_Logits]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, _IDS, generator=generator)
-    ours = model(ids)
-    del model
-    theirs = load_export(export, dtype)(ids, use_cache=False).logits
-    if theirs.shape != ours.shape:
-        raise CheckpointError(f"{export}: logits are {list(theirs.shape)}, expected {list(ours.shape)}")
-    return float((ours - theirs).abs().max()), float(ours.abs().max())
+    with _blame_for("loading"):
+        model = load_export(export, dtype)
+    num_ids = model.config.megatron_tf["config"]["model"]["vocab_size"]
+    ids = torch.randint(num_ids, _IDS, generator=generator)
+    prompts = [torch.randint(num_ids, (length,), generator=generator) for length in _PROMPT_LENGTHS]
+    with _blame_for(_FORWARD):
+        found = [_Logits(_FORWARD, ids, model(ids, use_cache=False).logits)]
+    for way, (num_prompts, settings) in _WAYS.items():
+        with _blame_for(way):
+            found.extend(_generate(model, way, prompts[:num_prompts], settings))
+    return found
 
 
-def load_export(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as its users get it, in evaluation mode."""
+def _generate(model: Any, way: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> Iterator[_Logits]:
+    """The logits before each new token, prompt by prompt."""
+    longest = max(map(len, prompts))
+    padded = torch.stack([torch.nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts])
+    output = model.generate(
+        padded,
+        attention_mask=mask.long(),
+        max_new_tokens=_NUM_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    for sample, prompt in enumerate(prompts):
+        rows = output.beam_indices[sample].tolist() if "num_beams" in settings else [sample] * _NUM_NEW_TOKENS
+        logits = torch.stack([step[row] for step, row in zip(output.logits, rows, strict=True)])
+        ids = output.sequences[sample, longest - len(prompt) :]
+        yield _Logits(way, ids[None], logits[None], num_unread=1)  # nothing has read the last token
+
+
+@contextmanager
+def _blame_for(what: str) -> Iterator[None]:
+    """Whatever transformers raises, as a CheckpointError in one line."""
+    try:
+        yield
+    except Exception as error:
+        from transformers import __version__
+
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{what} with transformers {__version__} fails: {reason}") from error
+
+
+def load_export(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """The model as its users get it, in evaluation mode; `options` are those of `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype, **options).eval()
 
 
 def tokenizer_difference(directory: Path, tokenizer: Tokenizer) -> str | None:

@@ -15,7 +15,7 @@ class TokenFormerConfig(PretrainedConfig):
     """
 
     model_type = "tokenformer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     def __init__(
         self,

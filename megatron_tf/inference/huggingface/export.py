@@ -142,9 +142,12 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, s
     if path is None or kind not in _TOKENIZER_FILES:
         return
     shutil.copyfile(path, directory / _TOKENIZER_FILES[kind])
+    eod = _piece(kind, path, tokenizer.eod)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": _piece(kind, path, tokenizer.eod),
+        "eos_token": eod,
+        "pad_token": eod,  # the attention mask hides it
+        "padding_side": "left",  # where prompts of a batch end together
         "model_max_length": seq_length,
         "clean_up_tokenization_spaces": False,
     }

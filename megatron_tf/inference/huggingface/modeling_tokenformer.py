@@ -1,16 +1,16 @@
 """TokenFormer (arXiv 2410.23168) for transformers: every projection is attention over learnable parameter tokens.
 
 Written by megatron_tf; this file and the configuration stand alone. Shapes: B batch, S tokens, D hidden, N parameter
-tokens, h heads, d head dimension, K keys (tokens before these and these).
+tokens, h heads, d head dimension, K keys (those in the cache and those of these tokens).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, __version__
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -18,7 +18,22 @@ from transformers.utils import can_return_tuple
 
 from .configuration_tokenformer import TokenFormerConfig
 
+if __version__ == "5.3.0":  # leaves the output layer of tied models uninitialized if their code comes with them
+    raise ImportError("transformers 5.3.0 does not tie the embeddings of models like this one: install 5.4 or later")
+
 EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The name of the cache in a model's output, where `generate` looks for it: transformers 5.24 renamed it."""
+
+
+class Shared(NamedTuple):
+    """What a forward pass gives to each of its layers."""
+
+    rotary: tuple[Tensor, Tensor]
+    positions: Tensor  # [S], of these tokens in the cache
+    past_length: int | Tensor  # a tensor with a static cache, whose length only the device knows
+    attention_mask: Tensor | None  # [B, K] is true for real tokens; [B or 1, 1, S, K] is complete; None hides nothing
+    cache: Cache | None
 
 
 class Pattention(nn.Module):
@@ -52,6 +67,7 @@ class TokenFormerAttention(nn.Module):
 
     def __init__(self, config: TokenFormerConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.query = _pattention(config, layer_idx, "attention.query", "qkv")
@@ -59,27 +75,19 @@ class TokenFormerAttention(nn.Module):
         self.value = _pattention(config, layer_idx, "attention.value", "qkv")
         self.proj = _pattention(config, layer_idx, "attention.proj", "proj")
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_length: int,
-        past_key_values: Cache | None,
-    ) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; `attention_mask` [B, past + S] is true for real tokens, None where all are; or it
-        is made already [B or 1, 1, S, K]."""
+    def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, D] -> [B, S, D], and with eager attention its weights [B, h, S, K]."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        mask = _attention_mask(q.shape[-2], k.shape[-2], past_length, attention_mask, q.device)
-        is_causal = mask is None and q.shape[-2] > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.proj(out.transpose(1, 2).flatten(-2))
+        q, k = _rotate(q, *shared.rotary), _rotate(k, *shared.rotary)
+        if shared.cache is not None:
+            # a static cache of transformers 5.0 writes to the start without them; later ones count by themselves
+            k, v = shared.cache.update(k, v, self.layer_idx, {"cache_position": shared.positions})
+        attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
+        out, weights = attend(q, k, v, shared)
+        return self.proj(out.transpose(1, 2).flatten(-2)), weights
 
 
 class TokenFormerLayer(GradientCheckpointingLayer):
@@ -91,10 +99,11 @@ class TokenFormerLayer(GradientCheckpointingLayer):
         self.attention = TokenFormerAttention(config, layer_idx)
         self.ffn = _pattention(config, layer_idx, "ffn", "ffn")
 
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; the other arguments are those of the attention."""
-        x = x + self.attention(self._norm(x), *arguments)
-        return x + self.ffn(self._norm(x))
+    def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        """x [B, S, D] -> [B, S, D] and the attention's weights, as the attention gives them."""
+        attended, weights = self.attention(self._norm(x), shared)
+        x = x + attended
+        return x + self.ffn(self._norm(x)), weights
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=self.epsilon)
@@ -107,8 +116,9 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TokenFormerLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -145,34 +155,58 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids [B, S] -> last_hidden_state [B, S, D], after the final norm.
 
-        `attention_mask` [B, past + S] is 1 for real tokens; or it is what `generate` makes for a static cache.
+        `attention_mask` [B, K] is 1 for real tokens; or it is [B or 1, 1, S, K], as `generate` makes it for a static
+        cache. `cache` and `past_key_values` are two names of one argument. `output_attentions` needs
+        attn_implementation="eager". An argument that is not known is refused unless it is None.
         """
+        positions = kwargs.pop("cache_position", None)  # not declared: generate of 5.24 warns about models that do
+        _check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        output_hidden_states = _flag(output_hidden_states, self.config, "output_hidden_states")
+        output_attentions = _flag(output_attentions, self.config, "output_attentions")
+        _check_attention(self.config, output_attentions)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache()
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = None if bool(attention_mask.all()) else attention_mask.bool()
-        arguments = (_rotary_tables(position_ids, self.config), attention_mask, past, past_key_values)
-        seen = [x]
+        cache = self._choose_cache(cache, past_key_values, use_cache)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        if positions is None:
+            positions = past_length + torch.arange(x.shape[1], device=x.device)
+        shared = Shared(
+            rotary=_rotary_tables(positions[None] if position_ids is None else position_ids, self.config),
+            positions=positions,
+            past_length=past_length,
+            attention_mask=_simplify_mask(attention_mask),
+            cache=cache,
+        )
+        hidden_states, attentions = [x], []
         for layer in self.layers:
-            x = layer(x, *arguments)
-            seen.append(x)
+            x, weights = layer(x, shared)
+            hidden_states.append(x)
+            attentions.append(weights)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*seen[:-1], x) if output_hidden_states or self.config.output_hidden_states else None,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            **{CACHE: cache},
         )
+
+    def _choose_cache(self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The given cache, whatever `use_cache` is, or a new one."""
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        is_recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if is_recomputed and cache is not None:
+            raise ValueError("a cache cannot be used with gradient checkpointing: the backward pass fills it twice")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return DynamicCache() if cache is None and use_cache and not is_recomputed else cache
 
 
 class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
@@ -198,10 +232,15 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        cache: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids [B, S] -> logits [B, S, V], or of the last `logits_to_keep` tokens only, and with labels [B, S]
-        (-100 for none) the mean loss."""
+        (-100 for none) the loss: the mean, or the sum over `num_items_in_batch`. `shift_labels` are labels that are
+        already shifted by one. The other arguments are those of TokenFormerModel."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -210,18 +249,54 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            cache=cache,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+def _check_arguments(unknown: dict[str, Any]) -> None:
+    """Raise TypeError for an argument that nothing here uses: ignoring it could give wrong text without an error."""
+    for name, value in unknown.items():
+        if value is not None:
+            raise TypeError(
+                f"TokenFormer's forward() got an unexpected keyword argument {name!r}. If transformers {__version__} "
+                "passed it, modeling_tokenformer.py is too old for it: install transformers 5.24, or export again"
+            )
+
+
+def _flag(value: bool | None, config: TokenFormerConfig, name: str) -> bool:
+    """`value`, or by default what the configuration says."""
+    value = getattr(config, name) if value is None else value
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")  # noqa: TRY004
+    return value
+
+
+def _check_attention(config: TokenFormerConfig, output_attentions: bool) -> None:
+    if config._attn_implementation not in ("eager", "sdpa"):
+        raise ValueError(f"attn_implementation must be 'sdpa' or 'eager', not {config._attn_implementation!r}")
+    if output_attentions and config._attn_implementation != "eager":
+        raise ValueError("output_attentions=True needs attn_implementation='eager'")
 
 
 def _pattention(config: TokenFormerConfig, layer_idx: int, module: str, kind: str) -> Pattention:
@@ -246,16 +321,37 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated * cos.to(x.dtype) + turned * sin.to(x.dtype), passed), dim=-1)
 
 
-def _attention_mask(
-    num_queries: int, num_keys: int, past: int, given: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which keys each query sees [B or 1, 1, S, K]; None where plain causal attention, or all keys, is meant."""
+def _simplify_mask(mask: Tensor | None) -> Tensor | None:
+    """None instead of a mask [B, K] that hides nothing: attention without a mask is faster."""
+    if mask is None or mask.dim() == 4:
+        return mask
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph cannot depend on the values
+    return None if not is_traced and bool(mask.all()) else mask.bool()
+
+
+def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, None]:
+    num_queries, num_keys, past = q.shape[-2], k.shape[-2], shared.past_length
+    has_all_keys = isinstance(past, int) and num_keys == past + num_queries  # a static cache has empty places
+    if shared.attention_mask is None and has_all_keys and (past == 0 or num_queries == 1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1), None
+    mask = _attention_mask(shared.positions, num_keys, shared.attention_mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+    mask = _attention_mask(shared.positions, k.shape[-2], shared.attention_mask)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    least = torch.finfo(scores.dtype).min  # not -inf: a query without any key would be NaN
+    scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    return weights @ v, weights
+
+
+def _attention_mask(positions: Tensor, num_keys: int, given: Tensor | None) -> Tensor:
+    """Which keys the queries at `positions` [S] see [B or 1, 1, S, K]; `given` as in `Shared`."""
     if given is not None and given.dim() == 4:
         return given
-    if given is None and num_keys == past + num_queries and (past == 0 or num_queries == 1):
-        return None
-    queries = past + torch.arange(num_queries, device=device)[:, None]
-    keys = torch.arange(num_keys, device=device)
+    queries, keys = positions[:, None], torch.arange(num_keys, device=positions.device)
     mask = (keys <= queries)[None, None]
     if given is not None:
         is_real = F.pad(given, (0, num_keys - given.shape[1]))[:, None, None]
