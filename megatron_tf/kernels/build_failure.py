@@ -68,9 +68,11 @@ def _remedy(name: str, cause: Exception, line: str) -> str:
         return f"set {_CACHES[name]} to a writable directory with free space"
     if name == "compiled" and "triton" in line:
         return "install triton on a GPU that it supports"
-    if name == "compiled" and _has_space(torch.__path__[0], sys.base_prefix):
+    if name == "triton" or "No working C++ compiler" in line:
+        return _COMPILERS[name]
+    if _has_space(torch.__path__[0], sys.base_prefix):
         return "move the Python environment to a path without spaces"
-    if name == "compiled" and _has_space(_inductor_cache()):
+    if _has_space(_inductor_cache()):
         return "set TORCHINDUCTOR_CACHE_DIR to a path without spaces"
     return _COMPILERS[name]
 

@@ -50,14 +50,14 @@ def read_only_cache(folder):
 
 
 def full_cache(folder):
-    """A cache directory for `in_small_disk`."""
+    """A cache directory for `with_full_disk`."""
     (folder / "cache").mkdir()
     return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
 
 
-def in_small_disk(folder):
-    """What starts a command that finds a disk of 64 KiB in `folder`/cache."""
-    mount = 'mount -t tmpfs -o size=64k tmpfs "$0" && exec "$@"'
+def with_full_disk(folder):
+    """What starts a command that finds a full disk in `folder`/cache."""
+    mount = 'mount -t tmpfs -o size=64k tmpfs "$0" && { cat /dev/zero >"$0"/all 2>/dev/null; exec "$@"; }'
     users = [] if os.geteuid() == 0 else ["--map-root-user"]
     return ["unshare", *users, "--mount", "sh", "-c", mount, str(folder / "cache")]
 
@@ -103,11 +103,11 @@ def test_a_read_only_cache(config, tmp_path):
 
 
 def test_a_full_cache(config, tmp_path):
-    environment, small = full_cache(tmp_path), in_small_disk(tmp_path)
-    probe = start([*small, "true"], environment)
+    environment, full = full_cache(tmp_path), with_full_disk(tmp_path)
+    probe = start([*full, "true"], environment)
     if probe.returncode != 0:
-        pytest.skip(f"no small disk can be mounted: {probe.stderr.strip()}")
-    done = start([*small, *PRETRAIN, config, COMPILED], environment)
+        pytest.skip(f"no disk can be mounted: {probe.stderr.strip()}")
+    done = start([*full, *PRETRAIN, config, COMPILED], environment)
     assert re.fullmatch(NO_CACHE.format(cause="No space left on device"), done.stderr), done.stderr
     assert done.returncode == 1
 

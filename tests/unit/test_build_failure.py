@@ -57,6 +57,8 @@ def test_a_path_with_a_space_is_the_remedy_where_there_is_one(monkeypatch, tmp_p
     assert describe_build_failure("compiled", error).endswith("install g++ or set CXX")
     monkeypatch.setattr(torch, "__path__", ["/no where/torch"])
     assert describe_build_failure("compiled", error).endswith("move the Python environment to a path without spaces")
+    no_compiler = describe_build_failure("compiled", wrapped(InvalidCxxCompiler()))
+    assert no_compiler.endswith("install g++ or set CXX")
 
 
 @pytest.mark.parametrize(
