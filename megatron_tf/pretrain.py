@@ -50,6 +50,9 @@ def _end(reason: str | None) -> None:
 def run(config: RunConfig) -> int:
     """Join the other ranks and train; returns the exit code."""
     # after the configuration is known to be sound: it takes seconds
+    from megatron_tf.kernels.build_failure import make_compiler_cache
+
+    make_compiler_cache()  # the imports below raise a bare OSError without it
     from megatron_tf.training.determinism import use_deterministic_algorithms
     from megatron_tf.training.resume import first_stage
     from megatron_tf.training.trainer import train

@@ -5,11 +5,23 @@ import shutil
 import tempfile
 
 import pytest
+import torch
+from hypothesis import settings
 
 from tests.support.ranks import RankPool
+from tests.support.seed import SEED
+
+settings.register_profile("derandomized", derandomize=True)
+settings.load_profile("derandomized")
 
 # code of exported models goes here, and not into the user's cache; transformers reads it once, when it is imported
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Seed torch before a test and its fixtures, so that a test draws the same numbers whatever ran before it."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 class CompiledKernels:
     """See PattentionKernels. The first call of each shape compiles, which takes seconds; results are cached on disk."""
+
+    name: ClassVar[str] = "compiled"
 
     def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""

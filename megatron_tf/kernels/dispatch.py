@@ -1,7 +1,7 @@
 """Which implementation computes what: from the configuration to functions, once at the start of a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,15 @@ class Kernels:
     attend: Attend = adapters.sdpa
     normalise: Normalise = adapters.torch_norm
     optimizer: str = "torch"
-    taken: str = ""
-    """What `auto` took, for the log; empty where nothing was left to it."""
+    automatic: Mapping[str, str] = field(default_factory=dict)
+    """What `auto` took, by key."""
+    warning: str = ""
+    """Why `auto` did not take what it takes first; empty where it did."""
+
+    @property
+    def taken(self) -> str:
+        """What `auto` took, for the log; empty where nothing was left to it."""
+        return ", ".join(f"{key} {name}" for key, name in self.automatic.items())
 
 
 def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -29,8 +36,8 @@ def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -
 
     Raises ValueError where one that is asked for can't be had, saying how to get it.
     """
-    pattention, name = choose_kernels(asked["pattention"], device)
-    names = {"pattention": name}
+    pattention = choose_kernels(asked["pattention"], device)
+    names: dict[str, str] = {"pattention": pattention.name}
     for key in ("attention", "norm", "optimizer"):
         adapters.require(key, asked[key], device)
         names[key] = _automatic(key, device, dtype) if asked[key] == "auto" else asked[key]
@@ -38,9 +45,24 @@ def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -
         raise ValueError(
             "kernels.attention=flash_attn computes in 16 bits: set training.precision=bf16, or choose sdpa"
         )
-    taken = ", ".join(f"{key} {name}" for key, name in names.items() if asked[key] == "auto")
+    automatic = {key: name for key, name in names.items() if asked[key] == "auto"}
     attend, normalise = _attend(names["attention"], device), _normalise(names["norm"])
-    return Kernels(pattention, attend, normalise, names["optimizer"], taken)
+    return Kernels(pattention, attend, normalise, names["optimizer"], automatic)
+
+
+def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:
+    """Eager kernels in the place of those that `auto` took between a Pattention's products and that can't be built.
+
+    `failure` says why. Raises ValueError where the configuration names the kernels.
+    """
+    if "pattention" not in kernels.automatic:
+        raise ValueError(f"kernels.pattention: {failure}, or choose eager")
+    return replace(
+        kernels,
+        pattention=EagerKernels(),
+        automatic={**kernels.automatic, "pattention": EagerKernels.name},
+        warning=f"kernels.pattention: {failure}; auto falls back to eager",
+    )
 
 
 def _automatic(key: str, device: torch.device, dtype: torch.dtype) -> str:

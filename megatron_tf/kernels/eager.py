@@ -1,6 +1,7 @@
 """Between a Pattention's products in eager PyTorch: rows go in chunks that a CPU's cache holds."""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ _CACHED_ELEMENTS = 1 << 19
 
 class EagerKernels:
     """See PattentionKernels."""
+
+    name: ClassVar[str] = "eager"
 
     def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""

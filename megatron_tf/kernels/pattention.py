@@ -5,7 +5,7 @@
 """
 
 import importlib.util
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ _TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when mor
 class PattentionKernels(Protocol):
     """Between the products. `reduce` sums a row's number over tensor-parallel ranks; None where there is one."""
 
+    name: ClassVar[str]
+    """The choice that takes them."""
+
     def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """Scores [R, n] and tau [R] -> (factor [R] in accumulation type, weights of the values [R, n])."""
 
@@ -30,8 +33,8 @@ class PattentionKernels(Protocol):
         """(the weights again, gradient of the scores), each [R, n]; `grad`, that of the weights, may be overwritten."""
 
 
-def choose_kernels(choice: Choice, device: torch.device) -> tuple[PattentionKernels, str]:
-    """(kernels, their name) for a device. `auto` is triton on a GPU that has it, compiled on one that has not, eager on
+def choose_kernels(choice: Choice, device: torch.device) -> PattentionKernels:
+    """The kernels for a device. `auto` is triton on a GPU that has it, compiled on one that has not, eager on
     a CPU. Raises ValueError where what is asked for is not there, saying how to get it."""
     has_triton = importlib.util.find_spec("triton") is not None
     name = choice
@@ -44,8 +47,8 @@ def choose_kernels(choice: Choice, device: torch.device) -> tuple[PattentionKern
             raise ValueError("kernels.pattention=triton needs a GPU: choose auto, eager or compiled")
         from megatron_tf.kernels.triton_kernels import TritonKernels
 
-        return TritonKernels(), name
-    return (CompiledKernels() if name == "compiled" else EagerKernels()), name
+        return TritonKernels()
+    return CompiledKernels() if name == "compiled" else EagerKernels()
 
 
 def mix_values(weights: Tensor, values: Tensor, out: Tensor) -> None:

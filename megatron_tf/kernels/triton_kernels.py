@@ -4,6 +4,8 @@ A row that fits is read once, on the way forward and on the way back; a longer o
 read twice each way. With R rows of n tokens, forward moves at least 2 R n elements and backward 4 R n, which bounds it.
 """
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,8 @@ _NORMS = {"l2_norm_gelu": 0, "gelu_l2_norm": 1, "softmax": 2}
 
 class TritonKernels:
     """See PattentionKernels; fp64 is left to the eager kernels."""
+
+    name: ClassVar[str] = "triton"
 
     def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""

@@ -56,16 +56,19 @@ def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granulari
             module.normalise = kernels.normalise
 
 
-def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mesh) -> None:
-    """Compile what `rows` tokens of a micro-batch need, on one rank of each host first; every rank calls it."""
+def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mesh) -> str | None:
+    """Compile what `rows` tokens of a micro-batch need, on one rank of each host first; every rank calls it.
+
+    Returns, on every rank, why one of them can't compile; None where all did.
+    """
     projections = model.pattentions()
     if not projections or not needs_warm_up(next(iter(projections.values())).kernels):
-        return
+        return None
     first = next(iter(projections.values()))
     # query, key and value run together
     together = {name: 3 if name.endswith("query") else 1 for name in projections if not name.endswith(("key", "value"))}
     shapes = {(g * rows, len(local_tensor(projections[name].key_tokens))): None for name, g in together.items()}
-    mesh.first_on_host_first(
+    return mesh.first_on_host_first(
         lambda: warm_up(first.kernels, first.norm, shapes, dtype, mesh.device, mesh.group("tp") is not None)
     )
 

@@ -78,13 +78,25 @@ class Mesh:
         call it."""
         return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
-    def first_on_host_first(self, action: Callable[[], None]) -> None:
-        """Do something on one rank of each host, and then on the others, which find what it left there."""
+    def first_failure(self, failure: str | None) -> str | None:
+        """What the lowest rank that failed says of it; None if none did. The same on every rank, which all call it."""
+        failures: list[str | None] = [failure]
+        if self.world is not None:
+            failures = [None] * self.world.size()
+            dist.all_gather_object(failures, failure, group=self.world)
+        return next((each for each in failures if each is not None), None)
+
+    def first_on_host_first(self, action: Callable[[], str | None]) -> str | None:
+        """Do something on one rank of each host, and then on the others, which find what it left there.
+
+        `action` returns why it failed, or None. Returns the `first_failure`; after one on the first rank of any host
+        the other ranks do not try.
+        """
         for is_first in (True, False):
-            if is_first == (self.local_rank == 0):
-                action()
-            if self.world is not None:
-                dist.barrier(self.world)
+            failure = self.first_failure(action() if is_first == (self.local_rank == 0) else None)
+            if failure is not None:
+                return failure
+        return None
 
     @property
     def is_first_rank(self) -> bool:

@@ -5,7 +5,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,37 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
 
 
 def _unwritable(config: RunConfig, is_first_rank: bool) -> Iterator[str]:
-    """Directories that this rank is to write into, and can't."""
-    places = [("checkpoint.save", config.checkpoint.save), ("logging.profile_dir", config.logging.profile_dir)]
+    """Keys of what this rank is to write, and can't."""
+    logging = config.logging
+    places: list[tuple[str, Path | None, Callable[[Path], None]]] = [
+        ("checkpoint.save", config.checkpoint.save, _write_in),
+        ("logging.profile_dir", logging.profile_dir, _write_in),
+    ]
     if is_first_rank:
-        file = config.logging.metrics_file
-        places += [("logging.metrics_file", file and file.parent)]
-        places += [(f"logging.{key}", getattr(config.logging, key)) for key in ("tensorboard_dir", "wandb_save_dir")]
-    for key, directory in places:
-        if directory is None:
-            continue
-        probe = directory / f".writable-{uuid.uuid4().hex}"
+        places += [
+            ("logging.metrics_file", logging.metrics_file, _append_to),
+            ("logging.tensorboard_dir", logging.tensorboard_dir, _write_in),
+            ("logging.wandb_save_dir", logging.wandb_save_dir, _write_in),
+        ]
+    for key, path, probe in places:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"x")
-            probe.unlink()
+            if path is not None:
+                probe(path)
         except OSError as error:
             yield f"{key} can't be written: {error}"
+
+
+def _write_in(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = directory / f".writable-{uuid.uuid4().hex}"
+    probe.write_bytes(b"x")
+    probe.unlink()
+
+
+def _append_to(file: Path) -> None:
+    """Open it as the run does: a file or a device can take lines although its directory takes no files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.open("ab").close()
 
 
 def _wrong_sums(mesh: Mesh) -> Iterator[str]:

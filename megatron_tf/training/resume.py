@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
 from megatron_tf.config import ParallelConfig, RunConfig
@@ -38,7 +36,7 @@ def begin(config: RunConfig, mesh: Mesh, tokenizer: dict[str, Any], build: Calla
     damaged: list[str] = []
     for source in sources(config):
         outcome = _restore(config, mesh, tokenizer, build, source)
-        if reason := _first_reason(outcome if isinstance(outcome, str) else None, mesh):
+        if reason := mesh.first_failure(outcome if isinstance(outcome, str) else None):
             damaged.append(reason)
             continue
         assert not isinstance(outcome, str)
@@ -93,12 +91,3 @@ def _restore(
         return stage, state, restore_state(state, config, tokenizer, source)
     except DamagedCheckpointError as error:
         return str(error)
-
-
-def _first_reason(reason: str | None, mesh: Mesh) -> str | None:
-    """Why the first rank that failed did so; None if none did. The same on every rank."""
-    reasons: list[str | None] = [reason]
-    if mesh.world is not None:
-        reasons = [None] * mesh.world.size()
-        dist.all_gather_object(reasons, reason, group=mesh.world)
-    return next((each for each in reasons if each is not None), None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig, to_dict
-from megatron_tf.kernels.dispatch import Kernels, choose
+from megatron_tf.kernels.dispatch import Kernels, choose, without_pattention_kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.init import initialize
 from megatron_tf.model.parallelize import (
@@ -59,7 +59,7 @@ class TrainState:
 def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
     """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
 
-    Raises ValueError for a layout that cannot be.
+    Raises ValueError for a layout that cannot be, and for kernels that can't be built.
     """
     training, parallel = config.training, config.parallel
     dtype = DTYPES[training.precision]
@@ -70,9 +70,7 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     if training.hidden_dropout or training.attention_dropout:
         model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
-    kernels = choose(_asked_kernels(config), mesh.device, dtype)
-    choose_computation(model, kernels, training.recompute_granularity)
-    warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
+    kernels = _build_kernels(model, config, mesh, dtype)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
     runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
@@ -100,6 +98,18 @@ def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
                 f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, {key} ({size}) "
                 f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
             )
+
+
+def _build_kernels(model: TokenFormer, config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Kernels:
+    """The kernels that the model computes with from here on; the same on every rank, which all call it."""
+    training = config.training
+    kernels = choose(_asked_kernels(config), mesh.device, dtype)
+    choose_computation(model, kernels, training.recompute_granularity)
+    failure = warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
+    if failure is not None:
+        kernels = without_pattention_kernels(kernels, failure)
+        choose_computation(model, kernels, training.recompute_granularity)
+    return kernels
 
 
 def _asked_kernels(config: RunConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.tokenizer import build_tokenizer
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.watch import Watch
@@ -61,8 +62,7 @@ def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> P
         )
         loader = open_.enter_context(build_loader(build_dataset(config), training, mesh, progress.samples))
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
-        if begun.state.kernels.taken:
-            log.say(f"kernels: auto took {begun.state.kernels.taken}")
+        _say_kernels(begun.state.kernels, log)
         _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)
         while True:
             loop = Loop(config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state))
@@ -78,7 +78,15 @@ def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> P
                 log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
                 return progress
             begun = begin(config, mesh, tokenizer.identity, build)
+            _say_kernels(begun.state.kernels, log)
             _announce("growth", config.at_stage(begun.stage), mesh, begun.progress, log, config.checkpoint.save)
+
+
+def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
+    if kernels.warning:
+        log.say(f"warning: {kernels.warning}")
+    if kernels.taken:
+        log.say(f"kernels: auto took {kernels.taken}")
 
 
 def _say_stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
 from megatron_tf.parallel import launch
-from tests.support.commands import ENVIRONMENT, ROOT, make_run
+from tests.support.commands import ENVIRONMENT, ROOT, free_port, make_run
 
 OPTIONS = ["--parallel.tensor_model_parallel_size=2", "--logging.log_interval=1"]
 
@@ -42,12 +41,6 @@ def start(folder, script, name, *places):
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_torchrun_on_two_nodes(folder, expected):

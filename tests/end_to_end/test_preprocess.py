@@ -147,22 +147,35 @@ def test_bad_lines_are_counted_shown_and_limited(tmp_path, monkeypatch, capsys):
     assert [bad["first"] for bad in report.values()] == [f"{path}:{n}" for n in range(6, 6 + len(expected))]
 
 
-@pytest.mark.parametrize("suffix, damage", [("gz", "cut"), ("zst", "cut"), ("zst", "flip")])
+def compress(suffix, items):
+    """Compressed lines in parts of 100, each of which ends with a checksum."""
+    parts = [to_lines(items[start : start + 100]) for start in range(0, len(items), 100)]
+    if suffix == "gz":
+        return b"".join(map(gzip.compress, parts))
+    options = {zstd.CompressionParameter.checksum_flag: True}
+    return b"".join(zstd.compress(part, options=options) for part in parts)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_damaged_compression_is_counted_and_what_came_before_is_kept(tmp_path, suffix, damage):
-    items = [{"text": os.urandom(2_000).hex()} for _ in range(2_000)]
-    compress = gzip.compress if suffix == "gz" else zstd.compress
-    data = bytearray(compress(to_lines(items)))
+    generator, whole = random.Random(0), 1_400
+    items = [{"text": generator.randbytes(2_000).hex()} for _ in range(2_000)]
+    data = bytearray(compress(suffix, items))
+    place = len(data) * 72 // 100  # within the part after `whole` documents
     if damage == "cut":
-        data = data[: len(data) * 3 // 4]
+        data = data[:place]
     else:
-        data[len(data) * 3 // 4] ^= 0xFF
-        data[len(data) * 3 // 4 + 1] ^= 0xFF
+        data[place] ^= 0xFF
+        data[place + 1] ^= 0xFF
     path = tmp_path / f"damaged.jsonl.{suffix}"
     path.write_bytes(data)
     assert run([path], tmp_path / "out", "--max-bad-lines", "0.1") == 0
     kept = read(tmp_path / "out_text_document")
     assert 1_000 < len(kept) < 2_000
-    assert kept == twin(items[: len(kept)])
+    # a flip can change documents of its part: the checksum at the end of the part tells
+    sound = len(kept) if damage == "cut" else min(len(kept), whole)
+    assert kept[:sound] == twin(items[:sound])
     bad = json.loads((tmp_path / "out.json").read_text())["bad_lines"]
     assert any("damaged or truncated" in kind for kind in bad)
 

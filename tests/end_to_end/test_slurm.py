@@ -13,7 +13,7 @@ import yaml
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import ENVIRONMENT, ROOT, make_run
 
-SRUN = """#!{python}
+SRUN = """#!/usr/bin/env python
 import os, subprocess, sys
 command = [part for part in sys.argv[1:] if not part.startswith("--kill-on-bad-exit")]
 ranks = int(os.environ["SLURM_NTASKS"])
@@ -34,7 +34,7 @@ esac
 def cluster(tmp_path):
     """(environment, configuration, where requeued jobs are written down)."""
     make_run(tmp_path, training={"train_iters": 300})
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,24 @@ def test_what_cannot_be_written_is_named(tmp_path, section, key, below):
     config = small_run(**{section: {key: tmp_path / "file" / "folder" / below}})
     with pytest.raises(ConfigError, match=rf"rank 0 \(host .*\): {section}.{key} can't be written: .*file/folder"):
         preflight.preflight(config, ALONE)
+
+
+def test_a_metrics_file_that_can_be_written_needs_no_directory_that_can(tmp_path):
+    """Nobody can make a file in /proc/self/fd, root included; its entries are links."""
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        config = small_run(logging={"metrics_file": Path(f"/proc/self/fd/{file.fileno()}")})
+        assert preflight.preflight(config, ALONE) == []
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert preflight.preflight(small_run(logging={"metrics_file": Path("/dev/full")}), ALONE) == []
+
+
+def test_a_metrics_file_is_kept_and_a_directory_is_none(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "link").symlink_to(tmp_path / "metrics.jsonl")
+    assert preflight.preflight(small_run(logging={"metrics_file": tmp_path / "link"}), ALONE) == []
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    with pytest.raises(ConfigError, match=r"logging\.metrics_file can't be written: .*Is a directory"):
+        preflight.preflight(small_run(logging={"metrics_file": tmp_path}), ALONE)
 
 
 def test_a_disk_too_small_for_two_checkpoints_is_warned_of(tmp_path, monkeypatch):

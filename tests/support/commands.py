@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,10 @@ def make_run(folder, **sections):
     config = to_dict(small_run(model={"vocab_size": 257}, training=training, data=data, **sections))
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+def free_port():
+    """A port of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

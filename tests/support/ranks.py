@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megatron_tf.parallel.mesh import Mesh, lay_mesh
+from tests.support.seed import SEED
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -73,6 +74,7 @@ def _serve(rank, tasks, results):
     while True:
         function, (tensor, pipeline, data, shard_size), store, args = tasks.get()
         world = tensor * pipeline * data
+        torch.manual_seed(SEED)
         try:
             mesh = Mesh(torch.device("cpu"))
             if world > 1:
