@@ -51,8 +51,7 @@ setup(
         "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
     },
     python_requires=">=3.11",
-    # Lower bounds are tested: requirements/oldest.txt pins them. An upper bound says that the next major version is known
-    # to break what we use.
+    # Lower bounds are tested (requirements/oldest.txt). Upper bounds keep out major versions known to break what we use.
     install_requires=[
         "torch>=2.11",
         "backports.zstd>=1.0; python_version < '3.14'",
