@@ -11,6 +11,7 @@ from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.model.tokenformer import TokenFormer
 from tests.support.data import write_tokenizer
+from tools import convert_checkpoint
 
 SMALL = {
     "num_layers": 2,
@@ -24,15 +25,16 @@ SMALL = {
 }
 
 
-def save_small_model(folder, tau_scale=1.0, tokenizer=None, **model):
-    """A checkpoint without moments, of random numbers, whose tau are `tau_scale` times those at birth.
+def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, **model):
+    """A checkpoint without optimizer state, of normal random numbers times `scale`; tau are `tau_scale` times the
+    initial ones.
 
     `tokenizer` is (type, file); keywords are keys of the model.
     """
     config = ModelConfig(**{**SMALL, **model})
     torch.manual_seed(0)
     transformer = TokenFormer(config)
-    tensors = {name: in_memory(torch.randn(p.shape) * 0.3) for name, p in transformer.named_parameters()}
+    tensors = {name: in_memory(torch.randn(p.shape) * scale) for name, p in transformer.named_parameters()}
     tau = {name: module.tau * tau_scale for name, module in transformer.pattentions().items()}
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
@@ -40,3 +42,10 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, **model):
     target = Target(1, 1, lambda name: 0, is_replicated)
     source = ForeignCheckpoint(folder, tensors, metadata)
     return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
+
+
+def convert(source, target, load, save, *options):
+    """The exit code of tools/convert_checkpoint.py."""
+    return convert_checkpoint.main(
+        ["--from", source, "--to", target, "--load", str(load), "--save", str(save), *map(str, options)]
+    )

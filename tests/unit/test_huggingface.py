@@ -2,23 +2,19 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-import megatron_tf
 from megatron_tf.checkpoint import huggingface
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.inference.huggingface import check
+from megatron_tf.inference.huggingface import check, export
 from megatron_tf.inference.huggingface.check import load_export
-from tests.support.conversion import save_small_model
+from tests.support.conversion import convert, save_small_model
 from tests.support.data import write_data_set
-from tests.support.models import greedy_ids
 from tests.unit.checkpoint import toy
-from tools import convert_checkpoint, train_tokenizer
+from tools import train_tokenizer
 
 MODELS = {
     "l2_norm_gelu": {},
@@ -26,21 +22,6 @@ MODELS = {
     "softmax": {"norm_activation": "softmax", "rotary_percent": 0.5},
     "tokens by layer": {"ffn_tokens": [32, 96], "qkv_tokens": [40, 24]},
 }
-
-
-def convert(source, target, load, save, *options):
-    return convert_checkpoint.main(
-        ["--from", source, "--to", target, "--load", str(load), "--save", str(save), *map(str, options)]
-    )
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """(checkpoint, its export) of a model that grew."""
-    folder = tmp_path_factory.mktemp("exported")
-    checkpoint = save_small_model(folder, tau_scale=0.7)
-    assert convert("megatron_tf", "hf", checkpoint, folder / "model") == 0
-    return checkpoint, folder / "model"
 
 
 @pytest.mark.parametrize("model, is_large", [*((model, False) for model in MODELS), ("tokens by layer", True)])
@@ -56,80 +37,6 @@ def test_export_and_import_keep_every_bit(model, is_large, tmp_path, monkeypatch
     before, after = CheckpointReader(checkpoint).metadata, CheckpointReader(tmp_path / "back").metadata
     after["config"]["data"]["tokenizer_model"] = before["config"]["data"]["tokenizer_model"]
     assert before == after
-
-
-def test_greedy_generation_equals_ours_alone_and_in_a_batch_of_different_lengths(exported):
-    checkpoint, export = exported
-    model, theirs = megatron_tf.load(checkpoint), load_export(export)
-    prompts = [[5, 9, 2, 33, 7], [12, 50], [40, 41, 42]]
-    ours = greedy_ids(model, prompts, 12)
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    for prompt, expected in zip(prompts, ours, strict=True):
-        ids = theirs.generate(torch.tensor([prompt]), **settings)
-        assert ids[0, len(prompt) :].tolist() == expected
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    ids = theirs.generate(padded, attention_mask=mask, **settings)
-    assert ids[:, longest:].tolist() == ours
-
-
-def test_every_query_sees_a_key_even_where_all_before_is_padding(exported):
-    code = sys.modules[type(load_export(exported[1])).__module__]
-    padding = torch.tensor([[False, False, True]])
-    mask = code._attention_mask(3, 3, 0, padding, padding.device)
-    assert mask[0, 0].tolist() == [[True, False, False], [False, True, False], [False, False, True]]
-
-
-def test_padded_ids_are_never_generated(tmp_path):
-    checkpoint = save_small_model(tmp_path, vocab_size=50)
-    assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 0
-    model = load_export(tmp_path / "model")
-    prompt = torch.tensor([[1, 2, 3]])
-    with torch.no_grad():
-        model.model.embed_tokens.weight[50:] = 20 * model.model.embed_tokens.weight[: 64 - 50]
-        assert int(model(prompt).logits[0, -1].argmax()) >= 50
-    assert int(model.generate(prompt, max_new_tokens=20, do_sample=False).max()) < 50
-
-
-def test_a_prompt_in_chunks_is_causal(exported):
-    model = load_export(exported[1])
-    ids = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        whole = model(ids).logits
-        cache, parts = None, []
-        for chunk in ids.split([5, 1, 4, 2], dim=1):
-            outputs = model(chunk, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
-            parts.append(outputs.logits)
-    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
-
-
-def test_a_static_cache_generates_the_same(exported):
-    model = load_export(exported[1])
-    prompt = torch.tensor([[3, 1, 4, 1, 5]])
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "disable_compile": True}
-    assert torch.equal(
-        model.generate(prompt, **settings), model.generate(prompt, cache_implementation="static", **settings)
-    )
-
-
-def test_loss_gradients_and_gradient_checkpointing(exported):
-    checkpoint, export = exported
-    ours, theirs = megatron_tf.load(checkpoint), load_export(export).train()
-    ids = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(2))
-    expected = F.cross_entropy(ours(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    expected.backward()
-    gradients = {huggingface.huggingface_name(name): p.grad for name, p in ours.transformer.named_parameters()}
-    for is_checkpointed in (False, True):
-        if is_checkpointed:
-            theirs.gradient_checkpointing_enable()
-        theirs.zero_grad()
-        loss = theirs(ids, labels=ids).loss
-        loss.backward()
-        assert abs(loss.item() - expected.item()) < 1e-6
-        for name, parameter in theirs.named_parameters():
-            assert (parameter.grad - gradients[name]).norm() < 1e-5 * gradients[name].norm(), name
 
 
 def test_what_transformers_saves_again_is_read(exported, tmp_path):
@@ -181,15 +88,60 @@ def alter_tau(write):
 
 
 def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch, capsys):
-    name = "megatron_tf.inference.huggingface.export.write_surroundings"
-    from megatron_tf.inference.huggingface import export
-
-    monkeypatch.setattr(name, alter_tau(export.write_surroundings))
+    monkeypatch.setattr(export, "write_surroundings", alter_tau(export.write_surroundings))
     assert convert("megatron_tf", "hf", save_small_model(tmp_path), tmp_path / "model") == 1
     said = capsys.readouterr()
     assert "in float64" in said.out
     assert "logits differ by" in said.err
     assert not list(tmp_path.glob("*model*"))
+
+
+def edit_code(write, old, new):
+    """As `write_surroundings`, with a fault in the model's code."""
+
+    def edited(checkpoint, directory, *arguments):
+        write(checkpoint, directory, *arguments)
+        path = directory / "modeling_tokenformer.py"
+        code = path.read_text()
+        assert code.count(old) == 1
+        path.write_text(code.replace(old, new))
+        with (directory / "configuration_tokenformer.py").open("a") as file:
+            file.write(f"# {new}\n")  # a process keeps the model's code as long as the configuration's is the same
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    "old, new, way",
+    [
+        (
+            "cache = self._choose_cache(cache, past_key_values, use_cache)",
+            "cache = DynamicCache()",
+            "greedy generation",
+        ),
+        ("attention_mask=_simplify_mask(attention_mask)", "attention_mask=None", "generation of a left-padded batch"),
+        ("is_causal=num_queries > 1", "is_causal=False", "a forward pass"),
+    ],
+)
+def test_an_export_that_generates_something_else_is_not_left_behind(old, new, way, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "write_surroundings", edit_code(export.write_surroundings, old, new))
+    assert convert("megatron_tf", "hf", save_small_model(tmp_path), tmp_path / "model") == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "logits differ by" in line
+    assert f"{way}, more than" in line
+    assert not list(tmp_path.glob("*model*"))
+
+
+def test_an_export_whose_beams_keep_the_caches_of_others_is_refused(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, beams: None)
+    assert convert("megatron_tf", "hf", exported[0], tmp_path / "model") == 1
+    assert "in beam search of a left-padded batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale, dtype", [(0.0, "float32"), (30.0, "float64")])
+def test_neither_ties_nor_rounding_refuse_an_export(scale, dtype, tmp_path, capsys):
+    assert convert("megatron_tf", "hf", save_small_model(tmp_path, scale=scale), tmp_path / "model") == 0
+    assert f"in {dtype}" in capsys.readouterr().out
 
 
 def test_without_transformers(tmp_path, monkeypatch, capsys):
