@@ -16,7 +16,7 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # Apple's compiler has
 PLOT = ["matplotlib>=3.8", "tensorboard>=2.17.1"]
 MPI = ["mpi4py>=4.1"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]  # 0.5 replaces the registry that our model class is entered in
-HF = ["protobuf>=5.26", "transformers>=5.0,<6"]
+HF = ["protobuf>=5.26", "transformers>=5.4,<6"]  # older ones convert SentencePiece wrongly, or leave weights untied
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 
 
@@ -51,7 +51,7 @@ setup(
         "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
     },
     python_requires=">=3.11",
-    # Lower bounds are tested (requirements/oldest.txt). Upper bounds keep out major versions known to break what we use.
+    # Lower bounds are tested (requirements/oldest.txt). Upper bounds keep out major versions known to break us.
     install_requires=[
         "torch>=2.11",
         "backports.zstd>=1.0; python_version < '3.14'",
@@ -79,6 +79,7 @@ setup(
             *EVAL,
             *HF,
             *TRITON,
+            "accelerate>=1.1",
             "hypothesis>=6.100",
             "mpich>=4.2.3; sys_platform != 'win32'",
             "mypy>=2.0",
