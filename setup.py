@@ -89,6 +89,7 @@ setup(
             "pybind11>=2.12",
             "pytest>=8.0",
             "pytest-timeout>=2.3.1",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.17",
             "safetensors>=0.4.5",
             "setuptools>=77.0.3",

@@ -30,9 +30,10 @@ if [ $environment = tested ]; then
 fi
 if [ $# -gt 0 ]; then
     python -m pytest "$@"
-elif [ $environment = tested ]; then
+    exit
+fi
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 tests/unit tests/fuzz
+if [ $environment = tested ]; then
     TRITON_INTERPRET=1 python -m pytest tests/triton
-    python -m pytest --ignore tests/triton
-else
-    python -m pytest tests/unit tests/fuzz
+    python -m pytest tests/ranks tests/end_to_end
 fi
