@@ -4,10 +4,8 @@ import json
 import subprocess
 import sys
 
-import pytest
-
 from tests.support.commands import ENVIRONMENT, ROOT, make_run
-from tests.support.inductor import why_inductor_fails
+from tests.support.inductor import require_inductor
 
 SCRIPT = """
 import json, os, sys
@@ -23,8 +21,7 @@ sys.exit(code)
 
 
 def test_only_one_rank_compiles(tmp_path):
-    if reason := why_inductor_fails():
-        pytest.skip(reason)  # test_kernel_builds.py holds what a run does then
+    require_inductor()
     make_run(tmp_path, training={"train_iters": 1})
     (tmp_path / "counting.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "counting.py"]

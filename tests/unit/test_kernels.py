@@ -7,6 +7,7 @@ from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.kernels.pattention import choose_kernels
+from tests.support.inductor import require_inductor
 
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}
 
@@ -21,6 +22,7 @@ def compiler():
 @pytest.mark.parametrize("norm", NORMALISATIONS.values(), ids=NORMALISATIONS.keys())
 @pytest.mark.parametrize("shared", [False, True], ids=["one rank", "shared"])
 def test_compiled_equals_eager_in_float64(norm, dtype, shared):
+    require_inductor()
     reduce = (lambda values: values * 1) if shared else None
     torch.manual_seed(0)
     scores, grad = torch.randn(9, 70).to(dtype), torch.randn(9, 70).to(dtype)
