@@ -6,6 +6,7 @@ none, and can be grown, repartitioned and trained on as any other.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -109,6 +110,8 @@ def import_huggingface(args: argparse.Namespace) -> None:
     """A directory that `export_huggingface` wrote -> our checkpoint."""
     from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
 
+    if args.save.resolve().is_relative_to(args.load.resolve()):
+        raise ConversionError(f"--save {args.save} is inside --load {args.load}: choose another directory")
     checkpoint = read_export(args.load)
     data = checkpoint.metadata["config"]["data"]
     path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
@@ -174,7 +177,7 @@ def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
     from megatron_tf.checkpoint.load import CheckpointReader
     from megatron_tf.config import ModelConfig, parse_config
 
-    source = CheckpointReader(path, check_at_end=True)
+    source = CheckpointReader(path, check_at_end=True).complete()
     return source, parse_config(ModelConfig, source.metadata["model"], str(source.directory))
 
 
@@ -194,12 +197,17 @@ def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
     """The mean loss on the front of a data set, in words for the model card."""
     from megatron_tf.inference.calibration import mean_loss, read_samples
     from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.tokenizer import check_made_with
 
+    check_made_with(data, source.metadata["tokenizer"])
     model = load_model(source.directory)
     seq_length = source.metadata["config"]["training"]["seq_length"]
     samples = read_samples(data, model.config.vocab_size, seq_length, num_tokens)
     tokens = len(samples) * seq_length
-    return f"{mean_loss(model, samples):.4f} nats a token on the first {tokens:,} tokens of {data.name}."
+    loss = mean_loss(model, samples)
+    if not math.isfinite(loss):
+        raise ConversionError(f"the loss on {data} is {loss}: the model of {source.directory} cannot be used")
+    return f"{loss:.4f} nats a token on the first {tokens:,} tokens of {data.name}."
 
 
 def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -> None:
@@ -233,7 +241,9 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
 def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
     """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
     from megatron_tf.checkpoint.commit import check_room
+    from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
+    check_outside_checkpoints(save, "--save")
     if save.exists() and not (save.is_dir() and not any(save.iterdir())):
         raise ConversionError(f"{save} is there already: choose another --save, or remove it")
     workplace = save.with_name(f".{save.name}.tmp")

@@ -10,11 +10,13 @@ from typing import Any
 
 import xxhash
 
+from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
 from megatron_tf.checkpoint.pieces import Written, collect_groups
 
 _RESERVE_BYTES = 64 << 20  # left free beside what is about to be written
-_STEP_NAME = re.compile(r"step_\d{8,}")
+_STEP_NAME = re.compile(r"step_[0-9]{8,18}")
+_MOST_LATEST_BYTES = 1 << 12
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -41,7 +43,7 @@ def step_of(path: Path) -> int:
 def newest_checkpoint(root: Path) -> Path:
     """The directory that `latest` names. Raises CheckpointError where it names none."""
     latest = root / LATEST
-    name = latest.read_text(errors="replace").strip()
+    name = read_bounded(latest, _MOST_LATEST_BYTES).decode(errors="replace").strip()
     if not _STEP_NAME.fullmatch(name):
         raise CheckpointError(f"{latest} is damaged: it says {name!r}: write into it the name of a step_* directory")
     target = root / name

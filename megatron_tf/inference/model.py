@@ -78,7 +78,7 @@ def load_model(
     Each rank of `group` reads its own rows of tokens alone. Raises CheckpointError naming what is wrong with the
     checkpoint, and ValueError where the ranks can't share the model evenly.
     """
-    reader = CheckpointReader(Path(path))
+    reader = CheckpointReader(Path(path)).complete()
     config = parse_config(ModelConfig, reader.metadata["model"], str(reader.directory))
     config.check_tensor_parallel(group_size(group))
     with torch.device("meta"):
