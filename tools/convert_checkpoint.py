@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.derived import Checkpoint
+    from megatron_tf.checkpoint.foreign import TokenizerChoice
     from megatron_tf.checkpoint.load import CheckpointReader
     from megatron_tf.config import ModelConfig
     from megatron_tf.data.tokenizer import Tokenizer
@@ -51,7 +52,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
     parser.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="the tokenizer's file")
-    official = parser.add_argument_group("from official", "what its file does not tell; all but --seq-length needed")
+    official = parser.add_argument_group(
+        "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
+    )
     official.add_argument("--num-attention-heads", type=int, metavar="H", help="published: 12 (150M), 16 (the others)")
     official.add_argument(
         "--norm-activation",
@@ -61,6 +64,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     official.add_argument(
         "--tokenizer-type", metavar="T", help="with --tokenizer-model; published: HFTokenizer, GPT-NeoX-20B's"
     )
+    official.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids of the tokenizer, in place of its file; it is not checked then"
+    )
+    official.add_argument("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration (10000)")
+    official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it (0.25)")
+    official.add_argument("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it (1e-5)")
     official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
     hf = parser.add_argument_group("to hf")
     hf.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
@@ -69,6 +78,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
     )
     args = parser.parse_args(arguments)
+    for option in ("seq_length", "data_tokens"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be 1 or more")
     if (args.source, args.target) not in CONVERSIONS:
         parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
     return args
@@ -76,8 +88,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def import_official(args: argparse.Namespace) -> None:
     """A .bin file -> our checkpoint."""
-    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, new_metadata, rename
+    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
     from megatron_tf.checkpoint.official import (
+        PUBLISHED,
         birth_tau,
         infer_model,
         official_name,
@@ -85,25 +98,43 @@ def import_official(args: argparse.Namespace) -> None:
         without_frequencies,
     )
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
-    from megatron_tf.data.tokenizer import build_tokenizer
     from megatron_tf.model.parallelize import parameter_shapes
 
-    for option in ("num_attention_heads", "norm_activation", "tokenizer_type"):
+    needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (args.vocab_size is None)
+    for option in needed:
         if getattr(args, option) is None:
             raise ConversionError(f"{args.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
     tensors = read_official(args.load)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    values = infer_model(args.load, tensors, tokenizer.vocab_size) | {
+    choice = choose_tokenizer(args)
+    values = infer_model(args.load, tensors, choice.identity["vocab_size"]) | {
+        **{
+            key: published if getattr(args, key) is None else getattr(args, key) for key, published in PUBLISHED.items()
+        },
         "num_attention_heads": args.num_attention_heads,
         "norm_activation": args.norm_activation,
     }
     model = parse_config(ModelConfig, values, str(args.load))
-    choice = TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
     metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
     shapes = parameter_shapes(model)
     tensors = without_frequencies(args.load, tensors, model)
     renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
     write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
+
+
+def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
+    """From its file, or from --vocab-size: then any tokenizer of so many ids is accepted later."""
+    from megatron_tf.checkpoint.foreign import TokenizerChoice, unknown_tokenizer
+    from megatron_tf.data.tokenizer import build_tokenizer
+
+    if args.vocab_size is None:
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
+    if args.tokenizer_model is not None:
+        raise ConversionError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
+    if args.vocab_size < 1:
+        raise ConversionError(f"--vocab-size is {args.vocab_size}: it must be 1 or more")
+    kind = args.tokenizer_type or "HFTokenizer"
+    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size))
 
 
 def import_huggingface(args: argparse.Namespace) -> None:
@@ -132,10 +163,11 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
 def export_official(args: argparse.Namespace) -> None:
     """Our checkpoint -> a .bin file."""
     from megatron_tf.checkpoint.foreign import parameter_bytes
-    from megatron_tf.checkpoint.official import FILE, check_representable, write_official
+    from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
 
     source, model = open_ours(args.load)
     check_representable(source, model)
+    check_told(source.directory, model, {key: getattr(args, key) for key in PUBLISHED})
     with new_directory(args.save, parameter_bytes(source)) as directory:
         write_official(source, model, directory / FILE)
         source.verify()
@@ -147,6 +179,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.foreign import parameter_bytes
     from megatron_tf.checkpoint.huggingface import write_tensors
     from megatron_tf.checkpoint.reshard import progress_bar
+    from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
     from megatron_tf.inference.huggingface.check import has_transformers
     from megatron_tf.inference.huggingface.export import write_surroundings
 
@@ -156,7 +189,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
             "--skip-check"
         )
     source, _ = open_ours(args.load)
-    path = args.tokenizer_model or _path(source.metadata["config"]["data"]["tokenizer_model"])
+    path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
     tokenizer = the_tokenizer(source, path)
     measured = measure(source, args.data, args.data_tokens) if args.data else None
     nbytes = parameter_bytes(source)
@@ -183,10 +216,14 @@ def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
 
 def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
     """The one that the checkpoint was trained with, in the file at `path`. Raises ValueError where it is another."""
+    from megatron_tf.checkpoint.metadata import is_same_tokenizer
     from megatron_tf.data.tokenizer import build_tokenizer
+    from megatron_tf.inference.tokenizer import check_found
 
-    tokenizer = build_tokenizer(checkpoint.metadata["config"]["data"]["tokenizer_type"], path)
-    if tokenizer.identity != checkpoint.metadata["tokenizer"]:
+    kind = checkpoint.metadata["config"]["data"]["tokenizer_type"]
+    check_found(kind, path, checkpoint.directory)
+    tokenizer = build_tokenizer(kind, path)
+    if not is_same_tokenizer(checkpoint.metadata["tokenizer"], tokenizer.identity):
         raise ConversionError(
             f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"
         )
@@ -256,10 +293,6 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
         directory.replace(save)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {

@@ -190,6 +190,32 @@ def check_representable(checkpoint: Checkpoint, model: ModelConfig) -> None:
             )
 
 
+PUBLISHED = {"rotary_base": 10000.0, "rotary_percent": 0.25, "layernorm_epsilon": 1e-5}
+"""What no tensor tells, as the published models have it; by the model's keys."""
+_THEIR_KEYS = {
+    "rotary_base": "rotary_emb_base",
+    "rotary_percent": "rotary_pct",
+    "layernorm_epsilon": "layernorm_epsilon",
+}
+
+
+def check_told(where: Path, model: ModelConfig, told: Mapping[str, float | None]) -> None:
+    """Raise CheckpointError where the model differs from the published ones in what an official file can't hold, and
+    the user has not `told` the same value: whoever reads the file would compute something else."""
+    for key, published in PUBLISHED.items():
+        value, given = getattr(model, key), told[key]
+        if value == (published if given is None else given):
+            continue
+        option = f"--{key.replace('_', '-')}"
+        if given is not None:
+            raise CheckpointError(f"{option} is {given:g}, {where} has {value:g}")
+        raise CheckpointError(
+            f"{where} has {key} {value:g}, which an official file can't hold (published: {published:g}): its "
+            f"configuration must say {_THEIR_KEYS[key]} {value:g}, and so must {option} when the file is imported; "
+            f"give {option} {value:g} here to confirm that"
+        )
+
+
 def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> None:
     """Write the parameters to `path` as torch.save does, with no more than one of them in memory.
 

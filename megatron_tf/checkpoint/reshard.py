@@ -88,7 +88,7 @@ def reshard(
                 for part in _write_group(checkpoint, directory, [p for p in plans if p.group == group], bar)
             ]
         check_source()
-        return publish(root, step, checkpoint.metadata, written)
+        return publish(root, step, checkpoint.metadata, written, source=checkpoint.directory)
     except BaseException:
         abandon(root, step)
         raise
