@@ -251,7 +251,9 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
     """Raise ConversionError unless transformers computes the same logits from the directory, and generates by them."""
     import torch
 
+    from megatron_tf.data.bpe_engine import PROBES
     from megatron_tf.inference.huggingface import check as compare
+    from megatron_tf.inference.huggingface.export import texts_with_special_pieces, tokenizer_file
 
     for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
         differences, largest = compare.logits_differences(source.directory, directory, dtype)
@@ -270,8 +272,12 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
         return
     if not (directory / "tokenizer.json").exists():
         compare.convert_tokenizer(directory)
-    if (text := compare.tokenizer_difference(directory, tokenizer)) is not None:
-        print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
+    kind = tokenizer.identity["type"]
+    file = tokenizer_file(directory, kind)
+    special = [] if file is None else texts_with_special_pieces(kind, file)
+    for texts in (PROBES, special):
+        if (text := compare.tokenizer_difference(directory, tokenizer, texts)) is not None:
+            print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
 
 
 @contextmanager

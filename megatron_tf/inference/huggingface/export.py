@@ -174,7 +174,27 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, s
         "model_max_length": seq_length,
         "clean_up_tokenization_spaces": False,
     }
+    if kind == "SentencePieceTokenizer":
+        config["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
     _write_json(directory / "tokenizer_config.json", config)
+
+
+def texts_with_special_pieces(kind: str, path: Path) -> list[str]:
+    """Texts that spell out the pieces that have a meaning of their own, such as ends of documents."""
+    return [f"one {piece} two{piece}" for piece in _special_pieces(kind, path)]
+
+
+def _special_pieces(kind: str, path: Path) -> list[str]:
+    if kind == "HFTokenizer":
+        import tokenizers
+
+        added = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+        return [token.content for token in added.values()]
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    special = (i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i))
+    return [str(model.id_to_piece(i)) for i in special]
 
 
 def _piece(kind: str, path: Path, token_id: int) -> str:
