@@ -123,7 +123,7 @@ def load_export(directory: Path, dtype: torch.dtype = torch.float32, **options: 
 
 
 def tokenizer_difference(directory: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> str | None:
-    """The first text, by default of those easily got wrong, that transformers encodes otherwise; None if there is none."""
+    """The first text, by default of those easily got wrong, that transformers encodes otherwise; None without one."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
