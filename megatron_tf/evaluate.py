@@ -36,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("seq_length", "stride", "batch_size"):
             if (value := getattr(args, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+        if args.output is not None:
+            from megatron_tf.checkpoint.destination import check_outside_checkpoints
+
+            check_outside_checkpoints(args.output, "--output")
         result = evaluate(args)
         print(table(result))
         if args.output:
@@ -55,17 +59,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.perplexity import Prediction, predict_documents, read_documents
-    from megatron_tf.inference.tokenizer import load_tokenizer
+    from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
 
     datasets = [IndexedDataset(prefix) for prefix in args.data_path]
     model = load_model(args.checkpoint, args.device)
+    for dataset in datasets:
+        check_made_with(dataset.prefix, model.metadata["tokenizer"])
     tokenizer = load_tokenizer(model, args.tokenizer_model)
     window = args.seq_length or model.metadata["config"]["training"]["seq_length"]
     stride = args.stride or window
     predictions: dict[str, Prediction] = {}
     for dataset in datasets:
         documents = range(len(dataset))
-        if args.split:
+        if args.split is not None:
             documents = split_documents(len(dataset), args.split)[PARTS.index(args.part)]
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
@@ -84,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "training": model.metadata["training"],
         "data_path": args.data_path,
         "split": args.split,
-        "part": args.part if args.split else None,
+        "part": args.part if args.split is not None else None,
         "seq_length": window,
         "stride": stride,
         "sets": {name: predictions[name].summary() for name in sorted(predictions)},

@@ -76,11 +76,10 @@ def generate(args: argparse.Namespace) -> None:
     from megatron_tf.inference.tokenizer import load_tokenizer
     from megatron_tf.parallel.mesh import init_mesh
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size ({args.batch_size}) must be 1 or more")
+    _check(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     limits = Limits(args.max_new_tokens, args.stop)
-    records = _read_file(args.prompt_file) if args.prompt_file else [{"prompt": text} for text in args.prompt or []]
+    records = _read_records(args)
     mesh = init_mesh(int(os.environ.get("WORLD_SIZE", "1")), 1, 1, TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
@@ -94,12 +93,39 @@ def generate(args: argparse.Namespace) -> None:
 
     # ranks beside the first do the same work, and say nothing
     with _opened(os.devnull if not mesh.is_first_rank else args.output) as out:
-        if len(records) == 1 and not args.prompt_file and not args.output:
+        if len(records) == 1 and args.prompt_file is None and args.output is None:
             _stream(records[0]["prompt"], continue_batch, out)
         else:
             batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
             progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
             _write_lines(progress, continue_batch, out)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can't be, before anything is read."""
+    from megatron_tf.checkpoint.destination import check_outside_checkpoints
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size ({args.batch_size}) must be 1 or more")
+    if not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"--seed ({args.seed}) must lie within 64 bits")
+    if args.output is None and sys.stdout is None:
+        raise ValueError("the standard output is closed: give --output FILE")
+    if args.output is not None:
+        check_outside_checkpoints(args.output, "--output")
+        if args.prompt_file is not None and args.output.resolve() == args.prompt_file.resolve():
+            raise ValueError(f"--output {args.output} would replace --prompt-file: choose another file")
+
+
+def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """From --prompt-file or --prompt; none without either. Raises ValueError naming a prompt that is not text."""
+    from megatron_tf.inference.text import check_text
+
+    if args.prompt_file is not None:
+        return _read_file(args.prompt_file)
+    for number, text in enumerate(args.prompt or [], 1):
+        check_text(text, f"--prompt, number {number}")
+    return [{"prompt": text} for text in args.prompt or []]
 
 
 def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
@@ -121,7 +147,12 @@ def _write_lines(batches: Iterable[Sequence[dict[str, Any]]], continue_batch: "C
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     """Records with a prompt each. Raises ConfigError naming the line that holds none."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    from megatron_tf.inference.text import check_text
+
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 at byte {error.start:,}: {error.reason}") from None
     if path.suffix != ".jsonl":
         return _not_empty([{"prompt": line} for line in lines if line], path)
     records = []
@@ -133,6 +164,8 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise ConfigError(f'{path}, line {number} is not an object with a text as its "prompt"')
+            # the whole record: its other keys are handed on
+            check_text(json.dumps(record, ensure_ascii=False), f"{path}, line {number}")
             records.append(record)
     return _not_empty(records, path)
 
@@ -148,13 +181,23 @@ def _read_standard_input(mesh: "Mesh") -> list[str]:
     import torch
     import torch.distributed as dist
 
-    lines = [sys.stdin.read().split("\n") if mesh.is_first_rank else None]
+    lines = [_lines_of_standard_input() if mesh.is_first_rank else None]
     if mesh.world is not None:
         dist.broadcast_object_list(lines, 0, mesh.world, torch.device("cpu"))
     prompts = [line for line in lines[0] or [] if line]
     if not prompts:
         raise ConfigError("the standard input holds no prompt: give one there, with --prompt or with --prompt-file")
     return prompts
+
+
+def _lines_of_standard_input() -> list[str]:
+    """None of a standard input that is closed."""
+    if sys.stdin is None:
+        return []
+    try:
+        return sys.stdin.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the standard input is not UTF-8 at byte {error.start:,}: {error.reason}") from None
 
 
 def _opened(path: str | Path | None) -> AbstractContextManager[TextIO]:

@@ -6,6 +6,7 @@ none, and can be grown, repartitioned and trained on as any other.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.derived import Checkpoint
+    from megatron_tf.checkpoint.foreign import TokenizerChoice
     from megatron_tf.checkpoint.load import CheckpointReader
     from megatron_tf.config import ModelConfig
     from megatron_tf.data.tokenizer import Tokenizer
@@ -50,7 +52,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save", type=Path, required=True, help="directory to write")
     parser.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="the tokenizer's file")
-    official = parser.add_argument_group("from official", "what its file does not tell; all but --seq-length needed")
+    official = parser.add_argument_group(
+        "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
+    )
     official.add_argument("--num-attention-heads", type=int, metavar="H", help="published: 12 (150M), 16 (the others)")
     official.add_argument(
         "--norm-activation",
@@ -60,6 +64,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     official.add_argument(
         "--tokenizer-type", metavar="T", help="with --tokenizer-model; published: HFTokenizer, GPT-NeoX-20B's"
     )
+    official.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids of the tokenizer, in place of its file; it is not checked then"
+    )
+    official.add_argument("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration (10000)")
+    official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it (0.25)")
+    official.add_argument("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it (1e-5)")
     official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
     hf = parser.add_argument_group("to hf")
     hf.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
@@ -68,6 +78,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
     )
     args = parser.parse_args(arguments)
+    for option in ("seq_length", "data_tokens"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be 1 or more")
     if (args.source, args.target) not in CONVERSIONS:
         parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
     return args
@@ -75,8 +88,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def import_official(args: argparse.Namespace) -> None:
     """A .bin file -> our checkpoint."""
-    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, new_metadata, rename
+    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
     from megatron_tf.checkpoint.official import (
+        PUBLISHED,
         birth_tau,
         infer_model,
         official_name,
@@ -84,20 +98,22 @@ def import_official(args: argparse.Namespace) -> None:
         without_frequencies,
     )
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
-    from megatron_tf.data.tokenizer import build_tokenizer
     from megatron_tf.model.parallelize import parameter_shapes
 
-    for option in ("num_attention_heads", "norm_activation", "tokenizer_type"):
+    needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (args.vocab_size is None)
+    for option in needed:
         if getattr(args, option) is None:
             raise ConversionError(f"{args.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
     tensors = read_official(args.load)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    values = infer_model(args.load, tensors, tokenizer.vocab_size) | {
+    choice = choose_tokenizer(args)
+    values = infer_model(args.load, tensors, choice.identity["vocab_size"]) | {
+        **{
+            key: published if getattr(args, key) is None else getattr(args, key) for key, published in PUBLISHED.items()
+        },
         "num_attention_heads": args.num_attention_heads,
         "norm_activation": args.norm_activation,
     }
     model = parse_config(ModelConfig, values, str(args.load))
-    choice = TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
     metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
     shapes = parameter_shapes(model)
     tensors = without_frequencies(args.load, tensors, model)
@@ -105,10 +121,28 @@ def import_official(args: argparse.Namespace) -> None:
     write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
 
 
+def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
+    """From its file, or from --vocab-size: then any tokenizer of so many ids is accepted later."""
+    from megatron_tf.checkpoint.foreign import TokenizerChoice, unknown_tokenizer
+    from megatron_tf.data.tokenizer import build_tokenizer
+
+    if args.vocab_size is None:
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
+        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
+    if args.tokenizer_model is not None:
+        raise ConversionError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
+    if args.vocab_size < 1:
+        raise ConversionError(f"--vocab-size is {args.vocab_size}: it must be 1 or more")
+    kind = args.tokenizer_type or "HFTokenizer"
+    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size))
+
+
 def import_huggingface(args: argparse.Namespace) -> None:
     """A directory that `export_huggingface` wrote -> our checkpoint."""
     from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
 
+    if args.save.resolve().is_relative_to(args.load.resolve()):
+        raise ConversionError(f"--save {args.save} is inside --load {args.load}: choose another directory")
     checkpoint = read_export(args.load)
     data = checkpoint.metadata["config"]["data"]
     path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
@@ -129,10 +163,11 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
 def export_official(args: argparse.Namespace) -> None:
     """Our checkpoint -> a .bin file."""
     from megatron_tf.checkpoint.foreign import parameter_bytes
-    from megatron_tf.checkpoint.official import FILE, check_representable, write_official
+    from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
 
     source, model = open_ours(args.load)
     check_representable(source, model)
+    check_told(source.directory, model, {key: getattr(args, key) for key in PUBLISHED})
     with new_directory(args.save, parameter_bytes(source)) as directory:
         write_official(source, model, directory / FILE)
         source.verify()
@@ -144,6 +179,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.foreign import parameter_bytes
     from megatron_tf.checkpoint.huggingface import write_tensors
     from megatron_tf.checkpoint.reshard import progress_bar
+    from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
     from megatron_tf.inference.huggingface.check import has_transformers
     from megatron_tf.inference.huggingface.export import write_surroundings
 
@@ -153,7 +189,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
             "--skip-check"
         )
     source, _ = open_ours(args.load)
-    path = args.tokenizer_model or _path(source.metadata["config"]["data"]["tokenizer_model"])
+    path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
     tokenizer = the_tokenizer(source, path)
     measured = measure(source, args.data, args.data_tokens) if args.data else None
     nbytes = parameter_bytes(source)
@@ -174,16 +210,20 @@ def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
     from megatron_tf.checkpoint.load import CheckpointReader
     from megatron_tf.config import ModelConfig, parse_config
 
-    source = CheckpointReader(path, check_at_end=True)
+    source = CheckpointReader(path, check_at_end=True).complete()
     return source, parse_config(ModelConfig, source.metadata["model"], str(source.directory))
 
 
 def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
     """The one that the checkpoint was trained with, in the file at `path`. Raises ValueError where it is another."""
+    from megatron_tf.checkpoint.metadata import is_same_tokenizer
     from megatron_tf.data.tokenizer import build_tokenizer
+    from megatron_tf.inference.tokenizer import check_found
 
-    tokenizer = build_tokenizer(checkpoint.metadata["config"]["data"]["tokenizer_type"], path)
-    if tokenizer.identity != checkpoint.metadata["tokenizer"]:
+    kind = checkpoint.metadata["config"]["data"]["tokenizer_type"]
+    check_found(kind, path, checkpoint.directory)
+    tokenizer = build_tokenizer(kind, path)
+    if not is_same_tokenizer(checkpoint.metadata["tokenizer"], tokenizer.identity):
         raise ConversionError(
             f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"
         )
@@ -194,19 +234,26 @@ def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
     """The mean loss on the front of a data set, in words for the model card."""
     from megatron_tf.inference.calibration import mean_loss, read_samples
     from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.tokenizer import check_made_with
 
+    check_made_with(data, source.metadata["tokenizer"])
     model = load_model(source.directory)
     seq_length = source.metadata["config"]["training"]["seq_length"]
     samples = read_samples(data, model.config.vocab_size, seq_length, num_tokens)
     tokens = len(samples) * seq_length
-    return f"{mean_loss(model, samples):.4f} nats a token on the first {tokens:,} tokens of {data.name}."
+    loss = mean_loss(model, samples)
+    if not math.isfinite(loss):
+        raise ConversionError(f"the loss on {data} is {loss}: the model of {source.directory} cannot be used")
+    return f"{loss:.4f} nats a token on the first {tokens:,} tokens of {data.name}."
 
 
 def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -> None:
     """Raise ConversionError unless transformers computes the same logits from the directory, and generates by them."""
     import torch
 
+    from megatron_tf.data.bpe_engine import PROBES
     from megatron_tf.inference.huggingface import check as compare
+    from megatron_tf.inference.huggingface.export import texts_with_special_pieces, tokenizer_file
 
     for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
         differences, largest = compare.logits_differences(source.directory, directory, dtype)
@@ -225,15 +272,21 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
         return
     if not (directory / "tokenizer.json").exists():
         compare.convert_tokenizer(directory)
-    if (text := compare.tokenizer_difference(directory, tokenizer)) is not None:
-        print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
+    kind = tokenizer.identity["type"]
+    file = tokenizer_file(directory, kind)
+    special = [] if file is None else texts_with_special_pieces(kind, file)
+    for texts in (PROBES, special):
+        if (text := compare.tokenizer_difference(directory, tokenizer, texts)) is not None:
+            print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
 
 
 @contextmanager
 def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
     """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
     from megatron_tf.checkpoint.commit import check_room
+    from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
+    check_outside_checkpoints(save, "--save")
     if save.exists() and not (save.is_dir() and not any(save.iterdir())):
         raise ConversionError(f"{save} is there already: choose another --save, or remove it")
     workplace = save.with_name(f".{save.name}.tmp")
@@ -246,10 +299,6 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
         directory.replace(save)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {

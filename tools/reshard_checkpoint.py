@@ -6,13 +6,13 @@ may be larger than the memory.
 """
 
 import argparse
+import json
 import math
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
@@ -21,7 +21,7 @@ from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
-from megatron_tf.checkpoint.summary import common_shape, kind_of
+from megatron_tf.checkpoint.summary import common_shape, differing_values, kind_of
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
 from megatron_tf.inference.calibration import (
@@ -32,6 +32,7 @@ from megatron_tf.inference.calibration import (
     token_importance,
 )
 from megatron_tf.inference.model import load_model
+from megatron_tf.inference.tokenizer import check_made_with
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.sizes import training_flops
 
@@ -67,6 +68,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--load", type=Path, required=True, help="checkpoint, or a run's directory of them")
     parser.add_argument("--save", type=Path, required=True, help="directory for the new checkpoint")
+    parser.add_argument(
+        "--allow-existing",
+        action="store_true",
+        help="write next to the checkpoints that --save holds already, and replace the one of the same step",
+    )
     parser.add_argument("--target-tensor-parallel-size", type=int, default=1, metavar="T")
     parser.add_argument("--target-pipeline-parallel-size", type=int, default=1, metavar="P")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, metavar="M", help="pad the vocabulary anew")
@@ -99,13 +105,15 @@ def run(args: argparse.Namespace) -> None:
         raise CheckpointError("--save is the same directory as --load: choose another")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
-    source = CheckpointReader(args.load, check_at_end=True)
+    source = CheckpointReader(args.load, check_at_end=True).complete()
     result, is_exact = derive(source, args)
     target = make_target(result, args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
     describe(source, result, target)
     if args.dry_run:
         return
-    path = reshard(result, args.save, target, source.verify, sys.stderr.isatty())
+    if args.data is not None:
+        check_made_with(args.data, source.metadata["tokenizer"])
+    path = reshard(result, args.save, target, source.verify, sys.stderr.isatty(), allow_existing=args.allow_existing)
     print(f"wrote {path}", flush=True)
     if args.verify:
         compare_tensors(result, path)
@@ -119,15 +127,19 @@ def derive(source: CheckpointReader, args: argparse.Namespace) -> tuple[Checkpoi
     """(the checkpoint to write, whether it computes the same)."""
     result: Checkpoint = source
     stage = growth_stage(args)
-    if args.shrink and stage:
+    if args.shrink is not None and stage:
         raise CheckpointError("--shrink and growth are two steps: run the tool twice")
-    if args.shrink:
+    if args.shrink is not None:
         result = shrunk(source, args)
     if stage:
         result = grow(source, stage)
-    if args.make_vocab_size_divisible_by:
+    if args.make_vocab_size_divisible_by is not None:
+        if args.make_vocab_size_divisible_by < 1:
+            raise CheckpointError(
+                f"--make-vocab-size-divisible-by is {args.make_vocab_size_divisible_by}: it must be 1 or more"
+            )
         result = pad_vocabulary(result, args.make_vocab_size_divisible_by)
-    return result, not args.shrink and (stage is None or stage.init != "random")
+    return result, args.shrink is None and (stage is None or stage.init != "random")
 
 
 def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
@@ -140,12 +152,12 @@ def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
             raise CheckpointError(f"{args.stage}: not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{args.stage}: expected the keys of a stage, found {type(values).__name__}")
-    if args.grow:
+    if args.grow is not None:
         values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", args.grow).items()}
-    if args.insert_layers:
+    if args.insert_layers is not None:
         layers = args.insert_layers.split(",")
         if not all(layer.strip().isdecimal() for layer in layers):
-            raise CheckpointError(f"--insert-layers {args.insert_layers}: write numbers of layers, such as 0,6,6")
+            raise CheckpointError(f"--insert-layers {args.insert_layers!r}: write numbers of layers, such as 0,6,6")
         values["insert_layers"] = [int(layer) for layer in layers]
     options = {
         "init": args.growth_init,
@@ -166,6 +178,7 @@ def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpo
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
         raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
     model = load_model(source.directory)
+    check_made_with(args.data, source.metadata["tokenizer"])
     samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
     return shrink(source, keep_most_important(token_importance(model, samples), tokens))  # type: ignore[arg-type]
 
@@ -250,9 +263,11 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
             rows = expected.shape(group, name)[0]
             sides = (read_blocks(checkpoint, group, name, 0, rows) for checkpoint in (expected, found))
             for wanted, have in zip(*sides, strict=True):
-                if not torch.equal(wanted, have):
+                if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
                     raise VerificationError(f"{path}: {group} {name} is not what it should be")
                 bar.update(have.nbytes)
+    if json.dumps(found.metadata, sort_keys=True) != json.dumps(expected.metadata, sort_keys=True):
+        raise VerificationError(f"{path}: its metadata is not what it should be")
     try:
         found.verify()
     except CheckpointError as error:
@@ -269,15 +284,20 @@ def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) 
     samples = None
     if args.data:
         vocab_size = readers[0].metadata["model"]["vocab_size"]
+        check_made_with(args.data, readers[0].metadata["tokenizer"])
         samples = read_samples(args.data, vocab_size, seq_length_of(readers[0]), args.data_tokens)
     found: Comparison = compare_models(before, after, samples)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:
         old, new = found.losses
         print(f"loss on {args.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
+    if found.became_non_finite:
+        raise VerificationError(
+            f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"
+        )
     if not is_exact:
         print("this change does not keep the model's outputs, as said in --help")
-    elif found.difference > EXACT * found.largest:
+    elif not found.difference <= EXACT * found.largest:  # a NaN is neither
         raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
 
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import xxhash
 
+from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
 from megatron_tf.checkpoint.pieces import Written, collect_groups
+from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
 
 _RESERVE_BYTES = 64 << 20  # left free beside what is about to be written
-_STEP_NAME = re.compile(r"step_\d{8,}")
+_STEP_NAME = re.compile(r"step_[0-9]{8,18}")
+_MOST_LATEST_BYTES = 1 << 12
 
 
 def step_directory(root: Path, step: int) -> Path:
@@ -41,7 +44,7 @@ def step_of(path: Path) -> int:
 def newest_checkpoint(root: Path) -> Path:
     """The directory that `latest` names. Raises CheckpointError where it names none."""
     latest = root / LATEST
-    name = latest.read_text(errors="replace").strip()
+    name = read_bounded(latest, _MOST_LATEST_BYTES).decode(errors="replace").strip()
     if not _STEP_NAME.fullmatch(name):
         raise CheckpointError(f"{latest} is damaged: it says {name!r}: write into it the name of a step_* directory")
     target = root / name
@@ -72,9 +75,12 @@ def check_room(directory: Path, bytes_needed: int) -> None:
         )
 
 
-def publish(root: Path, step: int, metadata: Mapping[str, Any], written: Iterable[Written]) -> Path:
+def publish(
+    root: Path, step: int, metadata: Mapping[str, Any], written: Iterable[Written], source: Path | None = None
+) -> Path:
     """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it.
 
+    `source` is the checkpoint it is made from, if it is; the tokenizer's file comes along.
     Raises CheckpointError where what was written lacks rows of a tensor.
     """
     parts = list(written)
@@ -83,6 +89,7 @@ def publish(root: Path, step: int, metadata: Mapping[str, Any], written: Iterabl
     entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
     files = {name: file for part in parts for name, file in part.files.items()} | {METADATA: entry}
     manifest = Manifest(files, collect_groups(parts)).to_json()
+    store_tokenizer(metadata, source, temporary)
     _write_durably(temporary / METADATA, text)
     _write_durably(temporary / MANIFEST, manifest)
     _sync_directory(temporary)

@@ -116,6 +116,11 @@ class TokenizerChoice:
     identity: dict[str, Any]
 
 
+def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
+    """The identity of a tokenizer of which the number of ids alone is known."""
+    return {"type": kind, "vocab_size": vocab_size, "sha256": None, "is_unknown": True}
+
+
 def new_metadata(
     model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, seq_length: int, seed: int
 ) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A tensor is cut by rows only, so a piece of it is a row range, and a file holds 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +13,11 @@ from typing import Any
 
 import torch
 import xxhash
+
+from megatron_tf.checkpoint.errors import CheckpointError as CheckpointError
+from megatron_tf.checkpoint.errors import DamagedCheckpointError as DamagedCheckpointError
+from megatron_tf.checkpoint.errors import FormatVersionError as FormatVersionError
+from megatron_tf.checkpoint.files import read_bounded
 
 FORMAT_VERSION = 1
 MANIFEST, METADATA, LATEST = "manifest.json", "metadata.json", "latest"
@@ -26,18 +32,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # no separators, no leading dot: a manifest from a stranger can't reach out of its directory
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.safetensors")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, damaged, or of something else: the message names the file or tensor."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not what was written: another one may be sound."""
-
-
-class FormatVersionError(CheckpointError):
-    """A checkpoint that another version of this program wrote."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +62,9 @@ class FileEntry:
 
 Groups = Mapping[str, Mapping[str, TensorEntry]]
 """Group ("model", "exp_avg", "exp_avg_sq") -> logical name -> entry."""
+
+_MOST_MANIFEST_BYTES = 1 << 29  # a thousand ranks write less
+_MOST_BYTES = 1 << 60  # of a tensor, where its dimensions count as 1 or more: so no product of them overflows
 
 
 @dataclass(frozen=True)
@@ -105,21 +102,23 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint, itself checked. Raises CheckpointError naming what is wrong with it."""
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_bounded(path, _MOST_MANIFEST_BYTES, directory))
         checksum = body.pop("xxh3_128")
         version = body["format_version"]
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {MANIFEST}") from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise FormatVersionError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
-    if checksum != _checksum_of(body):
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise FormatVersionError(f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}")
+    if checksum != _checksum_of(body, path):
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
-    return _parse_manifest(body, path)
+    return _parse_body(body, path)
 
 
-def _parse_manifest(body: Mapping[str, Any], path: Path) -> Manifest:
+def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
     try:
         files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
         groups = {
@@ -130,9 +129,11 @@ def _parse_manifest(body: Mapping[str, Any], path: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if METADATA not in files:
         raise CheckpointError(f"{path} is damaged: it does not list {METADATA}")
-    for name in files:
+    for name, file in files.items():
         if name != METADATA and not _FILE_NAME.fullmatch(name):
             raise CheckpointError(f"{path} names {name!r}, which is no file of a checkpoint: do not use it")
+        if type(file.bytes) is not int or file.bytes < 0 or not isinstance(file.xxh3_128, str):
+            raise CheckpointError(f"{path}: {name} has {file.bytes!r} bytes or a checksum that cannot be")
     for group, tensors in groups.items():
         for name, entry in tensors.items():
             _check_entry(f"{path}: {group} {name}", entry, files)
@@ -148,10 +149,12 @@ def _check_entry(what: str, entry: TensorEntry, files: Mapping[str, FileEntry]) 
     numbers = [*entry.shape, *(row for piece in entry.pieces for row in (piece.start, piece.stop))]
     if not entry.shape or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{what} has shape {list(entry.shape)} or rows that cannot be")
-    if entry.dtype not in DTYPES:
+    if not isinstance(entry.dtype, str) or entry.dtype not in DTYPES:
         raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(DTYPES)}")
+    if math.prod(max(1, size) for size in entry.shape) * DTYPES[entry.dtype].itemsize > _MOST_BYTES:
+        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which no file can hold")
     for piece in entry.pieces:
-        if piece.file not in files:
+        if not isinstance(piece.file, str) or piece.file not in files:
             raise CheckpointError(f"{what} lies in {piece.file!r}, which is not listed among the files")
     check_tiling(what, entry)
 
@@ -165,5 +168,8 @@ def file_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checksum_of(body: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+def _checksum_of(body: Mapping[str, Any], path: Path | None = None) -> str:
+    try:
+        return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    except (RecursionError, ValueError) as error:  # nested too deeply, or with characters that UTF-8 has not
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error

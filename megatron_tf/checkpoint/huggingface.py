@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
+from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
 
 SHARD_BYTES = 5 * 10**9
 """Files are no larger than this, or a single tensor."""
+MOST_JSON_BYTES = 1 << 26
+"""A configuration, or an index, has no more."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIXES = {
     "embedding.": "model.embed_tokens.",
@@ -52,7 +55,7 @@ def read_tensors(directory: Path) -> dict[str, ForeignTensor]:
     should be."""
     return {
         name: _foreign(reader, reader.whole(name))
-        for reader in map(PieceFileReader, _files(directory))
+        for reader in map(_open, _files(directory))
         for name in reader.names()
     }
 
@@ -76,6 +79,11 @@ def _spec(checkpoint: Checkpoint, name: str) -> PieceSpec:
     return PieceSpec(huggingface_name(name), checkpoint.dtype(GROUP, name), shape, 0, shape[0])
 
 
+def _open(path: Path) -> PieceFileReader:
+    file_size(path)  # a FIFO would wait for its other end
+    return PieceFileReader(path)
+
+
 def _files(directory: Path) -> list[Path]:
     if (directory / _SINGLE).exists():
         return [directory / _SINGLE]
@@ -83,7 +91,9 @@ def _files(directory: Path) -> list[Path]:
     if not index.exists():
         raise CheckpointError(f"{directory} holds no weights: neither {_SINGLE} nor {_INDEX} is in it")
     try:
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        files = sorted(set(json.loads(read_bounded(index, MOST_JSON_BYTES))["weight_map"].values()))
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error
     for file in files:

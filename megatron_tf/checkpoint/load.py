@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
+from megatron_tf.checkpoint.contents import check_complete
 from megatron_tf.checkpoint.derived import Checkpoint
+from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
     DTYPES,
     LATEST,
@@ -23,8 +26,11 @@ from megatron_tf.checkpoint.format import (
     file_checksum,
     read_manifest,
 )
+from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.pieces import HashedFile, PieceFileReader, PieceSpec
 from megatron_tf.parallel.sharding import RowShard, copy_rows
+
+_MOST_METADATA_BYTES = 1 << 26
 
 
 class CheckpointReader:
@@ -46,6 +52,12 @@ class CheckpointReader:
             self.manifest = read_manifest(self.directory)
             self._check_files()
             self.metadata: dict[str, Any] = self._read_metadata()
+
+    def complete(self) -> "CheckpointReader":
+        """The checkpoint itself. Raises CheckpointError unless it holds the whole model of its metadata."""
+        with self._offering_another():
+            check_complete(self)
+        return self
 
     @property
     def step(self) -> int:
@@ -79,12 +91,18 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.directory}: {name} has {entry.shape[0]} rows, [{start}, {stop}) are asked for"
             )
-        rows = torch.empty((stop - start, *entry.shape[1:]), dtype=DTYPES[entry.dtype])
+        dtype = DTYPES[entry.dtype]
+        parts = []
         for piece in entry.pieces:
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
-                spec = PieceSpec(name, rows.dtype, entry.shape, piece.start, piece.stop)
-                self._open(piece.file).read(spec, low, rows[low - start : high - start])
+                spec = PieceSpec(name, dtype, entry.shape, piece.start, piece.stop)
+                file = self._open(piece.file)
+                file.check(spec)  # before memory is taken for rows that the file may not have
+                parts.append((file, spec, low, high))
+        rows = torch.empty((stop - start, *entry.shape[1:]), dtype=dtype)
+        for file, spec, low, high in parts:
+            file.read(spec, low, rows[low - start : high - start])
         return rows
 
     def verify(self) -> None:
@@ -119,7 +137,7 @@ class CheckpointReader:
             path = self.directory / name
             if name not in present:
                 raise CheckpointError(f"{path} is missing")
-            if (size := path.stat().st_size) != entry.bytes:
+            if (size := file_size(path, self.directory)) != entry.bytes:
                 raise CheckpointError(f"{path} is damaged: {size} bytes instead of {entry.bytes}")
         if strangers := present - self.manifest.files.keys() - {MANIFEST}:
             path = self.directory / min(strangers)
@@ -131,12 +149,13 @@ class CheckpointReader:
 
     def _read_metadata(self) -> dict[str, Any]:
         path = self.directory / METADATA
-        self._compare(METADATA, file_checksum(path))
+        text = read_bounded(path, _MOST_METADATA_BYTES, self.directory)
+        self._compare(METADATA, xxhash.xxh3_128_hexdigest(text))
         try:
-            metadata: dict[str, Any] = json.loads(path.read_bytes())
-            int(metadata["training"]["step"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            metadata: dict[str, Any] = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} does not say training.step: {error!r}") from error
+        check_metadata(metadata, path)
         return metadata
 
     @contextmanager
@@ -154,7 +173,7 @@ class CheckpointReader:
             if candidate != self.directory:
                 try:
                     CheckpointReader(candidate).verify()
-                except CheckpointError:
+                except (CheckpointError, OSError):
                     continue
                 return (
                     f"; the newest sound checkpoint is {candidate}: to go on from it, write {candidate.name} into "

@@ -17,15 +17,26 @@ from torch import Tensor
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, in_memory
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import bytes_of
+from megatron_tf.checkpoint.zipped import ZippedTensors
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
 from megatron_tf.kernels.normalisation import NORMALISATIONS
 
 FILE = "pytorch_model.bin"
 EMBEDDING = "sequential.0.word_embeddings.weight"
 _MOST_RANKS = 64
+_LOADING_ERRORS = (
+    UnpicklingError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+)
 _WRITTEN_AT_THE_END = ("version", ".data/serialization_id")  # by torch's own writer
-_LAYER = re.compile(r"sequential\.(\d+)\.(?:attention|mlp)\.")
+_LAYER = re.compile(r"sequential\.([0-9]{1,9})\.(?:attention|mlp)\.")
 
 
 def official_name(name: str, num_layers: int) -> str:
@@ -49,10 +60,14 @@ def read_official(path: Path) -> dict[str, ForeignTensor]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: name the {FILE} to convert")
-    is_mapped = zipfile.is_zipfile(path)  # what torch wrote before 1.6 is loaded whole
+    return ZippedTensors(path).tensors() if zipfile.is_zipfile(path) else _read_old(path)
+
+
+def _read_old(path: Path) -> dict[str, ForeignTensor]:
+    """What torch wrote before 1.6, which is loaded whole."""
     try:
-        state = torch.load(path, map_location="meta" if is_mapped else "cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except _LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(f"{path} can't be read as tensors alone: {reason[0] if reason else error!r}") from error
     if not isinstance(state, dict) or not state:
@@ -60,27 +75,7 @@ def read_official(path: Path) -> dict[str, ForeignTensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise CheckpointError(f"{path} holds more than tensors: {name!r} is {type(value).__name__}")
-    return {name: _in_file(path, name, value) if is_mapped else in_memory(value) for name, value in state.items()}
-
-
-def _in_file(path: Path, name: str, tensor: Tensor) -> ForeignTensor:
-    """A tensor on the meta device, of which torch knows where its bytes lie."""
-    storage_start = tensor.untyped_storage()._checkpoint_offset
-    assert storage_start is not None
-    start = storage_start + int(tensor.storage_offset()) * tensor.itemsize
-    row_bytes = math.prod(tensor.shape[1:]) * tensor.itemsize
-    if not tensor.is_contiguous():
-        raise CheckpointError(f"{path}: {name} is not contiguous: save the file anew, each tensor by clone()")
-
-    def read_rows(first: int, stop: int) -> Tensor:
-        rows = torch.empty((stop - first, *tensor.shape[1:]), dtype=tensor.dtype)
-        with path.open("rb") as file:
-            file.seek(start + first * row_bytes)
-            if file.readinto(bytes_of(rows)) != rows.nbytes:
-                raise CheckpointError(f"{path} is damaged: {name} ends early")
-        return rows
-
-    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+    return {name: in_memory(value) for name, value in state.items()}
 
 
 def infer_model(path: Path, tensors: Mapping[str, ForeignTensor], vocab_size: int) -> dict[str, Any]:
@@ -92,6 +87,9 @@ def infer_model(path: Path, tensors: Mapping[str, ForeignTensor], vocab_size: in
     if not layers:
         raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {official_name(_KIND['qkv'], 0)}")
     num_layers = max(layers) - 1
+    if layers != set(range(2, 2 + len(layers))):  # before anything is made for each of what may be a billion layers
+        first = next(number for number in range(2, 2 + len(layers)) if number not in layers)
+        raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks sequential.{first}")
     shapes = {kind: _matrix_shape(path, tensors, official_name(name, num_layers)) for kind, name in _KIND.items()}
     rows, hidden_size = _matrix_shape(path, tensors, EMBEDDING)
     return {
@@ -190,6 +188,32 @@ def check_representable(checkpoint: Checkpoint, model: ModelConfig) -> None:
                 f"{where}: {module} has tau {tau:.6g}; the official code takes {theirs:.6g} for its number of tokens "
                 f"and computes something else. A model that grew by zero keys can't be represented there: --to hf can"
             )
+
+
+PUBLISHED = {"rotary_base": 10000.0, "rotary_percent": 0.25, "layernorm_epsilon": 1e-5}
+"""What no tensor tells, as the published models have it; by the model's keys."""
+_THEIR_KEYS = {
+    "rotary_base": "rotary_emb_base",
+    "rotary_percent": "rotary_pct",
+    "layernorm_epsilon": "layernorm_epsilon",
+}
+
+
+def check_told(where: Path, model: ModelConfig, told: Mapping[str, float | None]) -> None:
+    """Raise CheckpointError where the model differs from the published ones in what an official file can't hold, and
+    the user has not `told` the same value: whoever reads the file would compute something else."""
+    for key, published in PUBLISHED.items():
+        value, given = getattr(model, key), told[key]
+        if value == (published if given is None else given):
+            continue
+        option = f"--{key.replace('_', '-')}"
+        if given is not None:
+            raise CheckpointError(f"{option} is {given:g}, {where} has {value:g}")
+        raise CheckpointError(
+            f"{where} has {key} {value:g}, which an official file can't hold (published: {published:g}): its "
+            f"configuration must say {_THEIR_KEYS[key]} {value:g}, and so must {option} when the file is imported; "
+            f"give {option} {value:g} here to confirm that"
+        )
 
 
 def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> None:

@@ -170,6 +170,9 @@ class PieceFileReader:
             self.tensors: Mapping[str, Any] = json.loads(header)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+        if not isinstance(self.tensors, dict):
+            raise CheckpointError(f"{path} is not a safetensors file: its header is no object")
+        self._check_layout()
 
     def names(self) -> list[str]:
         """Tensors in the file."""
@@ -182,7 +185,7 @@ class PieceFileReader:
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
-        self._check(spec)
+        self.check(spec)
         offset = self.tensors[spec.name]["data_offsets"][0] + (start - spec.start) * spec.row_bytes
         buffer = bytes_of(out)
         if self._fill(self.data_start + offset, buffer) != len(buffer):
@@ -195,7 +198,8 @@ class PieceFileReader:
             file.seek(offset)
             return file.readinto(buffer)
 
-    def _check(self, spec: PieceSpec) -> None:
+    def check(self, spec: PieceSpec) -> None:
+        """Raise CheckpointError unless the file holds these rows."""
         shape, dtype, (begin, end) = self._header_of(spec.name)
         expected = (spec.stop - spec.start, *spec.shape[1:])
         if (shape, dtype, end - begin) != (expected, spec.dtype, spec.nbytes) or begin < 0:
@@ -204,12 +208,35 @@ class PieceFileReader:
                 f"{list(expected)} {spec.dtype} in the manifest"
             )
 
+    def _check_layout(self) -> None:
+        """Raise CheckpointError unless the tensors fill the file one after another, as safetensors demands."""
+        places = []
+        for name in self.names():
+            try:
+                begin, end = (int(offset) for offset in self.tensors[name]["data_offsets"])
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise CheckpointError(f"{self.path} does not say where {name!r} is stored") from error
+            places.append((begin, end, name))
+        position = 0
+        for begin, end, name in sorted(places):
+            if begin != position or end < begin:
+                raise CheckpointError(
+                    f"{self.path} is not a safetensors file: {name} is said to be stored at [{begin}, {end}), expected "
+                    f"a start at {position}: tensors share bytes, or bytes belong to none"
+                )
+            position = end
+        size = self.path.stat().st_size - self.data_start
+        if places and position > size:
+            raise CheckpointError(f"{self.path} is damaged: {max(places)[2]} ends early")
+        if position < size:
+            raise CheckpointError(f"{self.path} is not a safetensors file: {size - position} bytes belong to no tensor")
+
     def _header_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
         """(shape, type, where its bytes lie) of a tensor."""
         try:
             found = self.tensors[name]
             begin, end = (int(offset) for offset in found["data_offsets"])
-            return tuple(found["shape"]), DTYPES[found["dtype"]], (begin, end)
+            return tuple(int(size) for size in found["shape"]), DTYPES[found["dtype"]], (begin, end)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not hold {name}") from error
 

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
+from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.parallel.sharding import split_rows
 
@@ -54,17 +56,27 @@ class Target:
 
 
 def reshard(
-    checkpoint: Checkpoint, root: Path, target: Target, check_source: Callable[[], None], on_terminal: bool
+    checkpoint: Checkpoint,
+    root: Path,
+    target: Target,
+    check_source: Callable[[], None],
+    on_terminal: bool,
+    allow_existing: bool = False,
 ) -> Path:
     """Write `checkpoint` for `target` under `root`; returns its directory.
 
     Everything in it comes along: parameters, moments, progress, tau, lineage. `check_source` is called when all is
     written, and raises where what was read is damaged: then, as after any error, nothing appears under `root`. Raises
-    CheckpointError where rows don't divide or the disk is too small.
+    CheckpointError where rows don't divide, the disk is too small, `root` is inside a checkpoint, or it holds others,
+    unless `allow_existing`.
     """
-    step = int(checkpoint.metadata["training"]["step"])
+    check_metadata(checkpoint.metadata, checkpoint.directory)
+    step: int = checkpoint.metadata["training"]["step"]
     if step_directory(root, step).resolve() == checkpoint.directory.resolve():
         raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save in")
+    check_outside_checkpoints(root, "--save")
+    if not allow_existing:
+        check_destination(checkpoint, root, step)
     plans = list(plan_files(checkpoint, target))
     total = sum(plan.nbytes for plan in plans)
     directory = prepare(root, step, total)
@@ -76,7 +88,7 @@ def reshard(
                 for part in _write_group(checkpoint, directory, [p for p in plans if p.group == group], bar)
             ]
         check_source()
-        return publish(root, step, checkpoint.metadata, written)
+        return publish(root, step, checkpoint.metadata, written, source=checkpoint.directory)
     except BaseException:
         abandon(root, step)
         raise

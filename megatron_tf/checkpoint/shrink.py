@@ -32,6 +32,8 @@ def keep_most_important(importance: Mapping[str, Tensor], tokens: Mapping[str, i
         count = tokens[token.kind]
         if count >= len(values):
             raise CheckpointError(f"--shrink {token.kind}={count}: {module} has {len(values)} tokens only")
+        if not values.isfinite().all():
+            raise CheckpointError(f"--shrink: {module} contributes infinite or NaN values: its tokens have no order")
         order = torch.argsort(values, descending=True, stable=True)
         kept[module] = sorted(order[:count].tolist())
     return kept

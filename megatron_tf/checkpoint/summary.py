@@ -73,12 +73,13 @@ def _difference(left: Checkpoint, right: Checkpoint, group: str, name: str) -> s
     if (shape, dtype) != (other_shape, other_dtype):
         return f"{list(shape)} {dtype} against {list(other_shape)} {other_dtype}"
     sides = (read_blocks(checkpoint, group, name, 0, shape[0]) for checkpoint in (left, right))
-    count = sum(_differing_values(one, other) for one, other in zip(*sides, strict=True))
+    count = sum(differing_values(one, other) for one, other in zip(*sides, strict=True))
     return f"{count} of {math.prod(shape)} values differ" if count else None
 
 
-def _differing_values(left: Tensor, right: Tensor) -> int:
-    """By their bytes, so that signed zeros and NaNs count as they are stored."""
+def differing_values(left: Tensor, right: Tensor) -> int:
+    """How many values of two tensors of one type differ by their bytes: signed zeros and NaNs count as they are
+    stored."""
     size = left.element_size()
     same_bytes = left.flatten().view(torch.uint8) == right.flatten().view(torch.uint8)
     return int((~same_bytes).view(-1, size).any(dim=1).sum())

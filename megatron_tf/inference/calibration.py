@@ -49,6 +49,8 @@ class Comparison:
     """Largest logit of the first."""
     losses: tuple[float, float] | None
     """Mean in nats, of the first and the second; None without a text."""
+    became_non_finite: int = 0
+    """Logits that are infinite or NaN in the second model only."""
 
 
 def compare_models(first: Path, second: Path, samples: Sequence[Tensor] | None) -> Comparison:
@@ -67,7 +69,11 @@ def compare_models(first: Path, second: Path, samples: Sequence[Tensor] | None) 
         del model
     old, new = logits
     pair = (losses[0], losses[1]) if losses else None
-    return Comparison(float((old - new).abs().max()), float(old.abs().max()), pair)
+    # the same infinity, or NaN in both, is no difference; a NaN in one of them is, and stays one
+    differences = (old - new).abs().masked_fill((old == new) | (old.isnan() & new.isnan()), 0.0)
+    became_non_finite = int((old.isfinite() & ~new.isfinite()).sum())
+    largest = float(old[old.isfinite()].abs().max()) if old.isfinite().any() else 0.0
+    return Comparison(float(differences.max()), largest, pair, became_non_finite)
 
 
 @torch.no_grad()

@@ -21,9 +21,14 @@ class Generation:
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int = 0
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int | Sequence[int] = 0,
     ) -> None:
-        """`prompts` are ids, at least one in each. Raises ValueError for an empty one."""
+        """`prompts` are ids, at least one in each; `seed` is one for all, or one for each. Raises ValueError for an
+        empty prompt."""
         if not all(len(prompt) for prompt in prompts):
             raise ValueError("a prompt is empty: it takes a token to begin with, such as the end of a document")
         self.active = list(range(len(prompts)))
@@ -31,7 +36,8 @@ class Generation:
         self._prompts = prompts
         self._sampling = sampling
         self._cache = model.new_cache()
-        self._generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        self._generators = [torch.Generator().manual_seed(of_prompt) for of_prompt in seeds]
         self._last: Tensor | None = None
 
     @torch.no_grad()

@@ -4,7 +4,10 @@ Texts become ids, and long contexts lose their left end, as in lm-eval's own cla
 longer than a context even without one, which that class refuses, is scored in windows.
 """
 
+import difflib
+import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +26,23 @@ from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.sampling import Sampling
 from megatron_tf.inference.scoring import Score, rolling_windows, score
-from megatron_tf.inference.text import Continuation, Limits
+from megatron_tf.inference.text import Continuation, Limits, check_text
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
 
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, and of no pattern: seeds of repeated requests are far apart
 _GENERATED_TOGETHER = 8  # contexts, with batch_size auto
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "auto": torch.float32,  # what checkpoints hold
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """((context, continuation), their ids): what TemplateLM makes of a request."""
@@ -46,12 +60,13 @@ class MegatronTF(TemplateLM):
 
     `batch_size` is lm-eval's: a number of sequences, or "auto" for as many as suits their length. `max_length` is the
     length of contexts, by default the one the model was trained with. Every wait for another rank ends with an error
-    after `distributed_timeout_seconds`. Raises ValueError for what a user can mend.
+    after `distributed_timeout_seconds`. `dtype` is that of weights and activations, by default fp32. Raises
+    ValueError for what a user can fix.
     """
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str | None = None,
         tokenizer_model: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
@@ -59,16 +74,24 @@ class MegatronTF(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         distributed_timeout_seconds: int = 3600,
+        dtype: str = "float32",
+        **others: Any,
     ) -> None:
         super().__init__()
+        _check_names(others)
+        if checkpoint is None:
+            raise ConfigError("model_args name no checkpoint: write checkpoint=DIR")
         self._batch_size = _parse_batch_size(batch_size)
-        if max_length is not None and max_length < 2:
-            raise ConfigError(f"max_length is {max_length}: it must be 2 or more")
+        _check_number("max_length", max_length, least=2)
+        _check_number("max_gen_toks", max_gen_toks, least=1)
+        _check_number("distributed_timeout_seconds", distributed_timeout_seconds, least=1)
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_DTYPES)}")
         self._mesh = init_mesh(1, 1, None, timedelta(seconds=distributed_timeout_seconds))
         self._rank, self._world_size = self._mesh.rank("dp"), self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
-        self._model = load_model(checkpoint, str(self._device))
-        self._tokenizer = load_tokenizer(self._model, Path(tokenizer_model) if tokenizer_model else None)
+        self._model = load_model(str(checkpoint), str(self._device), _DTYPES[dtype])
+        self._tokenizer = load_tokenizer(self._model, _as_path(tokenizer_model))
         self.max_length = max_length or self._model.metadata["config"]["training"]["seq_length"]
         self.max_gen_toks = max_gen_toks
 
@@ -84,6 +107,7 @@ class MegatronTF(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text; there are no special ones to add."""
+        check_text(string, "a request of the task")
         ids: list[int] = self._tokenizer.encode_batch([string]).ids.tolist() if string else []
         return ids
 
@@ -91,7 +115,7 @@ class MegatronTF(TemplateLM):
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations, each given the end of its context that fits."""
-        texts = [_text(*request) for request in requests]
+        texts = [_text(*request, self.eot_token_id) for request in requests]
         answers = [(0.0, False)] * len(texts)
         for i, found in self._scores(texts, disable_tqdm):
             answers[i] = (found.log_likelihood, found.is_greedy)
@@ -113,9 +137,11 @@ class MegatronTF(TemplateLM):
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
         texts, size = [""] * len(requests), self._batch_size or _GENERATED_TOGETHER
+        seeds = _seeds([repr(request.args) for request in requests])
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank > 0) as bar:
             for batch in (group[i : i + size] for group in alike.values() for i in range(0, len(group), size)):
-                found = self._continue([requests[i].args[0] for i in batch], requests[batch[0]].args[1])
+                contexts = [requests[i].args[0] for i in batch]
+                found = self._continue(contexts, requests[batch[0]].args[1], [seeds[i] for i in batch])
                 for i, text in zip(batch, found, strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -157,7 +183,7 @@ class MegatronTF(TemplateLM):
             if not missing[owner]:
                 yield owner, totals[owner]
 
-    def _continue(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    def _continue(self, contexts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]) -> list[str]:
         wanted = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         num_tokens = wanted["max_gen_toks"]
         room = self.max_length - num_tokens
@@ -167,7 +193,7 @@ class MegatronTF(TemplateLM):
         sampling = Sampling(wanted.get("temperature") or 0.0, wanted.get("top_k") or 0, wanted.get("top_p") or 1.0)
         prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
         texts = [Continuation(self._tokenizer, prompt, limits) for prompt in prompts]
-        generation = Generation(self._model, prompts, sampling, torch.initial_seed())
+        generation = Generation(self._model, prompts, sampling, seeds)
         while generation.active:
             for sample, token in generation.step().items():
                 texts[sample].add(token)
@@ -182,10 +208,44 @@ def _choose_device(asked: str | None, mesh: Mesh) -> torch.device:
     return torch.device(asked)
 
 
-def _text(texts: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Text:
+def _seeds(requests: Sequence[str]) -> list[int]:
+    """A seed for each: that of the process, and others where the same request comes again, whose sample is another."""
+    seen: Counter[str] = Counter()
+    seeds = []
+    for request in requests:
+        seeds.append((torch.initial_seed() + seen[request] * _SEED_STEP) % 2**63)
+        seen[request] += 1
+    return seeds
+
+
+def _text(texts: tuple[str, str] | None, context: list[int], continuation: list[int], eod: int) -> Text:
+    """A context of blanks, which lm-eval gives to the continuation, is an empty one: a document begins."""
     if not continuation:
         raise ConfigError(f"the tokenizer leaves no token to the continuation of {texts}")
+    context = context or [eod]
     return Text(context + continuation, len(context))
+
+
+def _check_names(others: dict[str, Any]) -> None:
+    if not others:
+        return
+    given = next(iter(others))
+    parameters = inspect.signature(MegatronTF.__init__).parameters
+    known = [name for name in parameters if name not in ("self", "others")]
+    near = "checkpoint" if given == "pretrained" else next(iter(difflib.get_close_matches(given, known, n=1)), None)
+    hint = f"did you mean {near}? " if near else ""
+    raise ConfigError(f"model_args name {given!r}, which is not known: {hint}known are {', '.join(known)}")
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    if value is not None and (type(value) is not int or value < least):
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number of {least} or more")
+
+
+def _as_path(tokenizer_model: str | None) -> Path | None:
+    if tokenizer_model == "":
+        raise ConfigError("tokenizer_model is empty: name the tokenizer's file, or leave it out")
+    return None if tokenizer_model is None else Path(tokenizer_model)
 
 
 def _parse_batch_size(batch_size: int | str) -> int | None:

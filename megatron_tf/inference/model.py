@@ -1,7 +1,8 @@
 """A checkpoint's model on one device, or tensor-parallel over the ranks of a group, for evaluation and research."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ class LanguageModel(nn.Module):
         self.transformer = transformer
         self.config = transformer.config
         self.metadata = metadata
+        self.directory: Path | None = None
+        """Of the checkpoint it was loaded from."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and the like call: the computation follows the type of the parameters."""
+        super()._apply(fn, recurse)
+        self.transformer.dtype = self.transformer.embedding.weight.dtype
+        return self
 
     def forward(self, token_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """`cache` holds the tokens before these and takes these in."""
@@ -78,7 +87,7 @@ def load_model(
     Each rank of `group` reads its own rows of tokens alone. Raises CheckpointError naming what is wrong with the
     checkpoint, and ValueError where the ranks can't share the model evenly.
     """
-    reader = CheckpointReader(Path(path))
+    reader = CheckpointReader(Path(path)).complete()
     config = parse_config(ModelConfig, reader.metadata["model"], str(reader.directory))
     config.check_tensor_parallel(group_size(group))
     with torch.device("meta"):
@@ -89,7 +98,9 @@ def load_model(
             module.register_parameter(name, nn.Parameter(rows.to(device, dtype)))
     for name, pattention in transformer.pattentions().items():
         pattention.tau = reader.metadata["tau"][name]
-    return LanguageModel(transformer, reader.metadata).eval()
+    model = LanguageModel(transformer, reader.metadata)
+    model.directory = reader.directory
+    return model.eval()
 
 
 def _read_own_rows(reader: CheckpointReader, name: str, shape: torch.Size, group: ProcessGroup | None) -> Tensor:

@@ -5,17 +5,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LEAST_TEMPERATURE = 1e-20
+"""Below it any difference of logits decides: what is not a tie has probability 1 or 0."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Temperature and truncation. Raises ValueError for values without a meaning."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Logits are divided by it; 0, and what is so small that they would overflow, takes the likeliest token."""
     top_k: int = 0
     """Choose among this many likeliest; 0 for all."""
     top_p: float = 1.0
     """Of those, choose among the likeliest whose probabilities reach this sum, the one that reaches it included."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is certain."""
+        return self.temperature < _LEAST_TEMPERATURE
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -29,7 +37,7 @@ class Sampling:
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Logits [B, V] -> the ids that may come and their probabilities, each [B, K].
 
-    Those that are cut off have probability 0; the temperature must not be 0.
+    Those that are cut off have probability 0; the sampling must not be greedy.
     """
     scaled = logits.float() / sampling.temperature
     is_cut = sampling.top_k > 0 or sampling.top_p < 1
@@ -41,14 +49,16 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     probabilities = torch.softmax(scaled, -1)
     if sampling.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities * (before < sampling.top_p)
+        kept = before < sampling.top_p
+        kept[..., 0] = True  # a sum that is 0 in fp32 keeps the likeliest too
+        probabilities = probabilities * kept
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return ids, probabilities
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """One id for each row of logits [B, V], by numbers drawn uniformly from [0, 1): `uniform` [B], float64."""
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return logits.argmax(-1)
     ids, probabilities = candidates(logits, sampling)
     below = probabilities.double().cumsum(-1)

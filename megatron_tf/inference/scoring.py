@@ -76,5 +76,7 @@ def _score_batch(model: LanguageModel, requests: Sequence[Request]) -> Iterator[
         targets = row[stop - request.num_scored : stop]
         chosen = row_logits[stop - 1 - request.num_scored : stop - 1]
         loss = cross_entropy(chosen, targets, None).double().sum()
+        if loss.isnan():
+            raise ValueError("the model's logits are NaN: its checkpoint cannot be used")
         likeliest = chosen[:, : model.config.vocab_size].argmax(-1)
         yield Score(-float(loss), bool((likeliest == targets).all()))

@@ -50,10 +50,7 @@ class Continuation:
         self._ids.append(token)
         self.num_tokens += 1
         self._held += self._decoded(is_last=False)
-        found = [place for place in map(self._held.find, self._limits.stop) if place >= 0]
-        if found:
-            self._held = self._held[: min(found)]
-            self.finish_reason = "stop"
+        if self._cut_at_stop():
             return self._show(len(self._held))
         if self.num_tokens == self._limits.max_new_tokens:
             return self._end("length")
@@ -62,7 +59,16 @@ class Continuation:
     def _end(self, reason: Literal["eod", "length"]) -> str:
         self.finish_reason = reason
         self._held += self._decoded(is_last=True)
+        self._cut_at_stop()  # what was held back within a character has not been searched
         return self._show(len(self._held))
+
+    def _cut_at_stop(self) -> bool:
+        """Whether a stop string has come; then the text ends before it."""
+        found = [place for place in map(self._held.find, self._limits.stop) if place >= 0]
+        if found:
+            self._held = self._held[: min(found)]
+            self.finish_reason = "stop"
+        return bool(found)
 
     def _show(self, count: int) -> str:
         piece, self._held = self._held[:count], self._held[count:]
@@ -78,6 +84,16 @@ class Continuation:
             return ""
         self._shown = shown, len(self._ids)
         return now[len(before) :]
+
+
+def check_text(text: str, source: str) -> None:
+    """Raise ValueError naming the `source` of a text that is no Unicode text, as of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{source}: character {error.start + 1} is {text[error.start]!a}, which is not text: it must be valid UTF-8"
+        ) from None
 
 
 def continue_texts(

@@ -1,6 +1,6 @@
 """Between a run and its checkpoints: what is written, what must agree before it is read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader, load_shards
+from megatron_tf.checkpoint.metadata import is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import ModelConfig, RunConfig, parse_config, to_dict
 from megatron_tf.model.parallelize import parameter_names
@@ -119,7 +120,7 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     `state` is built for the stage that `stage_reached` tells. Raises CheckpointError where the checkpoint is of another
     model or tokenizer, DamagedCheckpointError where it is not what was written.
     """
-    checkpoint: Checkpoint = CheckpointReader(source)
+    checkpoint: Checkpoint = CheckpointReader(source).complete()
     _check_same_tokenizer(checkpoint, tokenizer, source)
     saved, due = _stages(checkpoint, config, source)
     for stage in config.growth[saved:due]:
@@ -138,13 +139,15 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     if after_growth is not None:
         state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])
     lineage, usage = tuple(checkpoint.metadata["lineage"]), checkpoint.metadata.get("usage", {})
-    return Progress(tau, tokenizer, **training, lineage=lineage, after_growth=after_growth, **usage)
+    known = {field.name for field in fields(Progress)}  # a later writer may add others
+    counters = {key: value for key, value in {**training, **usage}.items() if key in known}
+    return Progress(tau, tokenizer, **counters, lineage=lineage, after_growth=after_growth)
 
 
 def stage_reached(config: RunConfig, source: Path) -> int:
     """Stages of `config.growth` that a run from the checkpoint `source` is to have behind it: those in the checkpoint,
     and those due since."""
-    return _stages(CheckpointReader(source), config, source)[1]
+    return _stages(CheckpointReader(source).complete(), config, source)[1]
 
 
 def _stages(checkpoint: Checkpoint, config: RunConfig, source: Path) -> tuple[int, int]:
@@ -176,7 +179,7 @@ def _stage_of_model(checkpoint: Checkpoint, config: RunConfig, source: Path) -> 
 
 def _check_same_tokenizer(reader: Checkpoint, tokenizer: dict[str, Any], source: Path) -> None:
     saved = reader.metadata["tokenizer"]
-    if saved != tokenizer:
+    if not is_same_tokenizer(saved, tokenizer):
         raise CheckpointError(
             f"{source} was trained with another tokenizer ({saved}) than the configured one ({tokenizer})"
         )

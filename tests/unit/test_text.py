@@ -51,6 +51,20 @@ def test_what_may_become_a_stop_string_is_held_back_and_no_more():
     assert feed("x stone", Limits(stop=["stop"]))[0] == ["x", " ", "", "", "", "ston", "e", ""]
 
 
+def test_what_was_held_back_within_a_character_is_searched_for_stop_strings_at_the_end():
+    class Whole(NullTokenizer):
+        """Several bytes a token, as of byte-level BPE: the last one ends within a character."""
+
+        def decode(self, ids):
+            return b"".join([b"one ", b"STOP two \xe2"][i] for i in ids).decode(errors="replace")
+
+    for limits, last in ((Limits(max_new_tokens=2, stop=["STOP"]), []), (Limits(stop=["STOP"]), [NullTokenizer.eod])):
+        continuation = Continuation(Whole(), [], limits)
+        for token in [0, 1, *last]:
+            continuation.add(token)
+        assert (continuation.text, continuation.finish_reason) == ("one ", "stop")
+
+
 def test_length():
     found = feed("one two", Limits(max_new_tokens=3, stop=["e t"]))[1]
     assert (found.text, found.finish_reason, found.num_tokens) == ("one", "length", 3)

@@ -122,14 +122,14 @@ def load_export(directory: Path, dtype: torch.dtype = torch.float32, **options: 
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype, **options).eval()
 
 
-def tokenizer_difference(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """The first text of those easily got wrong that transformers encodes otherwise; None where there is none."""
+def tokenizer_difference(directory: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> str | None:
+    """The first text, by default of those easily got wrong, that transformers encodes otherwise; None without one."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
-    expected = [row.tolist() for row in tokenizer.encode_batch(PROBES).rows()]
-    found: Sequence[list[int]] = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in PROBES]
-    pairs = zip(PROBES, expected, found, strict=True)
+    expected = [row.tolist() for row in tokenizer.encode_batch(texts).rows()]
+    found: Sequence[list[int]] = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    pairs = zip(texts, expected, found, strict=True)
     return next((text for text, wanted, have in pairs if wanted != have), None)
 
 

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.checkpoint.contents import model_shapes
 from megatron_tf.checkpoint.derived import Checkpoint
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, rename
+from megatron_tf.checkpoint.files import read_bounded
+from megatron_tf.checkpoint.foreign import ForeignCheckpoint, ForeignTensor, rename
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.huggingface import huggingface_name, read_tensors
+from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name, read_tensors
+from megatron_tf.checkpoint.metadata import check_metadata
+from megatron_tf.checkpoint.official import birth_tau
 from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.huggingface.card import model_card
-from megatron_tf.model.parallelize import parameter_shapes
+from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
 _TRAINING_KEYS = ("seq_length", "seed")
@@ -46,17 +50,36 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     """
     path = directory / "config.json"
     try:
-        metadata = _metadata(json.loads(path.read_bytes()))
+        config = json.loads(read_bounded(path, MOST_JSON_BYTES))
+        metadata = _metadata(config)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no model: it has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not of a model that megatron_tf exported: {error!r}") from error
-    model, tau = parse_config(ModelConfig, metadata["model"], str(path)), metadata["tau"]
-    shapes = parameter_shapes(model)
-    modules = {name.removesuffix(".key_tokens") for name in shapes if name.endswith(".key_tokens")}
-    if tau.keys() != modules:
-        raise CheckpointError(f"{path}: tau is not there for each projection: {min(tau.keys() ^ modules)}")
-    return ForeignCheckpoint(directory, rename(directory, read_tensors(directory), shapes, huggingface_name), metadata)
+    check_metadata(metadata, path)
+    tensors = read_tensors(directory)
+    # sizes must be those of the tensors in both places that tell them; in the rest of it transformers' place counts
+    _fitting(directory, tensors, config["megatron_tf"]["config"]["model"], metadata["tau"])
+    model, renamed = _fitting(directory, tensors, metadata["model"], metadata["tau"])
+    check_vocabulary(config, model, path)
+    metadata["tau"] = metadata["tau"] or birth_tau(model)  # as transformers does without them
+    return ForeignCheckpoint(directory, renamed, metadata)
+
+
+def _fitting(
+    directory: Path, tensors: Mapping[str, ForeignTensor], section: dict[str, Any], tau: Mapping[str, float]
+) -> tuple[ModelConfig, dict[str, ForeignTensor]]:
+    """The model of a section, and its tensors by our names. Raises CheckpointError where they are not all there."""
+    path = directory / "config.json"
+    model = parse_config(ModelConfig, section, str(path))
+    if model.num_layers > len(tensors):
+        raise CheckpointError(f"{path}: there are {model.num_layers:,} layers in it, and {len(tensors):,} tensors")
+    differing = tau.keys() ^ birth_tau(model).keys()
+    if tau and differing:
+        raise CheckpointError(f"{path}: tau is not there for each projection: {min(differing)}")
+    return model, rename(directory, tensors, model_shapes(model), huggingface_name)
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path | None:
@@ -113,19 +136,19 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """What `_config` was made from. Raises KeyError and the like where something is not there."""
     facts = config["megatron_tf"]
     run = facts["config"]
+    model = model_section(config, run["model"])
+    seq_length = config.get("max_position_embeddings", MAX_POSITIONS)
     metadata = {
-        "model": dict(run["model"]),
+        "model": model,
         "config": {
-            "model": dict(run["model"]),
-            "training": {key: int(run["training"][key]) for key in _TRAINING_KEYS},
+            "model": dict(model),
+            "training": {"seq_length": seq_length, "seed": run["training"]["seed"]},
             "data": {"tokenizer_type": str(run["data"]["tokenizer_type"]), "tokenizer_model": None},
         },
-        "tau": {name: float(tau) for name, tau in config["tau"].items()},
+        "tau": {name: float(tau) for name, tau in (config.get("tau") or {}).items()},
         "tokenizer": dict(facts["tokenizer"]),
         "lineage": list(facts["lineage"]),
-        "training": {
-            key: int(facts["training"][key]) for key in ("step", "samples", "tokens", "adam_steps", "skipped")
-        },
+        "training": {key: facts["training"][key] for key in ("step", "samples", "tokens", "adam_steps", "skipped")},
     }
     return metadata | ({"after_growth": facts["after_growth"]} if "after_growth" in facts else {})
 
@@ -151,7 +174,27 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, s
         "model_max_length": seq_length,
         "clean_up_tokenization_spaces": False,
     }
+    if kind == "SentencePieceTokenizer":
+        config["split_special_tokens"] = True  # "</s>" in a text is text, as it was in training
     _write_json(directory / "tokenizer_config.json", config)
+
+
+def texts_with_special_pieces(kind: str, path: Path) -> list[str]:
+    """Texts that spell out the pieces that have a meaning of their own, such as ends of documents."""
+    return [f"one {piece} two{piece}" for piece in _special_pieces(kind, path)]
+
+
+def _special_pieces(kind: str, path: Path) -> list[str]:
+    if kind == "HFTokenizer":
+        import tokenizers
+
+        added = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+        return [token.content for token in added.values()]
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    special = (i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i))
+    return [str(model.id_to_piece(i)) for i in special]
 
 
 def _piece(kind: str, path: Path, token_id: int) -> str:

@@ -19,6 +19,7 @@ MODEL = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 6,
     "vocab_size": VOCABULARY,
+    "make_vocab_size_divisible_by": VOCABULARY,
     "norm_activation": "l2_norm_gelu",
     **{f"{kind}_tokens": count for kind, count in TOKENS.items()},
 }

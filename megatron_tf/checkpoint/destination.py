@@ -1,0 +1,46 @@
+"""Where a tool may write: not inside a checkpoint, and not among the checkpoints of another run."""
+
+import json
+from pathlib import Path
+
+from megatron_tf.checkpoint.commit import complete_checkpoints, step_directory
+from megatron_tf.checkpoint.derived import Checkpoint
+from megatron_tf.checkpoint.format import LATEST, MANIFEST, CheckpointError
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.summary import differences
+
+
+def check_outside_checkpoints(path: Path, option: str) -> None:
+    """Raise CheckpointError where `path`, the value of `option`, is a checkpoint's directory or is inside one: whatever
+    is written there makes that checkpoint unreadable."""
+    place = path.resolve()
+    for directory in (place, *place.parents):
+        if (directory / MANIFEST).exists():
+            raise CheckpointError(f"{option} {path} is inside the checkpoint {directory}: choose another directory")
+
+
+def check_destination(checkpoint: Checkpoint, root: Path, step: int) -> None:
+    """Raise CheckpointError where `root` holds checkpoints that the one of `step` would replace, or stand next to.
+
+    What an earlier call wrote of the same checkpoint may be replaced: it holds the same values.
+    """
+    target, found = step_directory(root, step), complete_checkpoints(root)
+    others = [path for path in found if path != target]
+    advice = "choose another directory, or allow it with --allow-existing"
+    if others:
+        raise CheckpointError(f"{root} holds checkpoints already, such as {others[-1].name}: {advice}")
+    if target in found and not _is_same(checkpoint, target):
+        raise CheckpointError(f"{target} is another checkpoint, and would be replaced: {advice}")
+    if not found and (root / LATEST).exists():
+        raise CheckpointError(f"{root / LATEST} exists, as of a run: {advice}")
+
+
+def _is_same(checkpoint: Checkpoint, directory: Path) -> bool:
+    """Whether the checkpoint in `directory` holds the same values; of a damaged one nobody can tell."""
+    try:
+        existing = CheckpointReader(directory)
+        if json.dumps(existing.metadata, sort_keys=True) != json.dumps(checkpoint.metadata, sort_keys=True):
+            return False
+        return next(differences(checkpoint, existing), None) is None
+    except CheckpointError:
+        return False

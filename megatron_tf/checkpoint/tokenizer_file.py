@@ -1,0 +1,48 @@
+"""The tokenizer's file travels with a checkpoint, in a hidden directory that readers of any version leave alone."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STORED = ".tokenizer"
+"""Directory in a checkpoint's; a file in it is used only if it has the hash that the metadata tells."""
+
+
+def find_tokenizer(metadata: Mapping[str, Any], directory: Path | None) -> Path | None:
+    """The file the model was trained with: where the run found it, or else the copy in the checkpoint `directory`.
+
+    Where neither has the right contents it is the path the run used, which may be none.
+    """
+    recorded = _recorded(metadata)
+    if recorded is None:
+        return None
+    stored = [] if directory is None else [directory / STORED / recorded.name]
+    right = (path for path in (recorded, *stored) if _has_hash(path, metadata["tokenizer"].get("sha256")))
+    return next(right, recorded)
+
+
+def store_tokenizer(metadata: Mapping[str, Any], source: Path | None, target: Path) -> None:
+    """Copy the tokenizer's file into the checkpoint at `target`, which is being written; `source` is the checkpoint it
+    is made from, if it is made from one. A file that has moved or changed is not stored."""
+    path = find_tokenizer(metadata, source)
+    if path is None or not _has_hash(path, metadata["tokenizer"].get("sha256")):
+        return
+    (target / STORED).mkdir()
+    with (target / STORED / path.name).open("wb") as file:
+        file.write(path.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _recorded(metadata: Mapping[str, Any]) -> Path | None:
+    name = (metadata["config"].get("data") or {}).get("tokenizer_model")
+    return Path(name) if isinstance(name, str) and name else None
+
+
+def _has_hash(path: Path, sha256: Any) -> bool:
+    try:
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    except OSError:
+        return False
