@@ -47,6 +47,10 @@ class Progress:
     """Operations of the model in all steps, over all stages of growth."""
     device_seconds: float = 0.0
     """Time that devices were held by the run, over all its jobs and ranks."""
+    spikes: dict[str, Any] | None = None
+    """What the spike detector had seen when the run was saved; None for nothing."""
+    evaluation_due: bool = False
+    """Whether a stop left out the evaluation after this step."""
 
     def after_step(self, samples: int, tokens: int, flops: float) -> "Progress":
         """One optimizer step further."""
@@ -100,6 +104,7 @@ def save_state(
             "overflows": progress.overflows,
         },
         "usage": {"flops": progress.flops, "device_seconds": progress.device_seconds},
+        "run": {"spikes": progress.spikes, "evaluation_due": progress.evaluation_due},
     }
     if (loss_scale := state.scaler.state()) is not None:
         metadata["loss_scale"] = loss_scale
@@ -138,7 +143,18 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     if after_growth is not None:
         state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])
     lineage, usage = tuple(checkpoint.metadata["lineage"]), checkpoint.metadata.get("usage", {})
-    return Progress(tau, tokenizer, **training, lineage=lineage, after_growth=after_growth, **usage)
+    run = checkpoint.metadata.get("run", {})
+    has_just_grown = after_growth is not None and after_growth["step"] == training["step"]
+    return Progress(
+        tau,
+        tokenizer,
+        **training,
+        lineage=lineage,
+        after_growth=after_growth,
+        **usage,
+        spikes=None if has_just_grown else run.get("spikes"),  # losses of the model before say nothing of this one
+        evaluation_due=run.get("evaluation_due", False),
+    )
 
 
 def stage_reached(config: RunConfig, source: Path) -> int:
