@@ -65,26 +65,32 @@ def _end(reason: str | None) -> None:
 def run(config: RunConfig, signals: SignalCatcher) -> int:
     """Join the other ranks and train; returns the exit code."""
     signals.end_at_once(partial(exit_code, is_saved=config.checkpoint.save is not None))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors say in a line what its warnings say in forty
     # after the configuration is known to be sound: it takes seconds
     from megatron_tf.kernels.build_failure import make_compiler_cache
 
     make_compiler_cache()  # the imports below raise a bare OSError without it
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.training.determinism import use_deterministic_algorithms
+    from megatron_tf.training.identity import check_same_run, data_identities
     from megatron_tf.training.resume import first_stage
     from megatron_tf.training.trainer import train
 
     if config.training.deterministic:
         use_deterministic_algorithms()
+    data = data_identities(config)
     parallel = config.at_stage(first_stage(config)).parallel
+    limit = timedelta(seconds=parallel.distributed_timeout_seconds)
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.data_parallel_size,
-        timedelta(seconds=parallel.distributed_timeout_seconds) + _MARGIN,
+        limit + _MARGIN,
         parallel.data_parallel_shard_size,
+        limit=limit,
+        check=partial(check_same_run, config, data),
     )
-    return train(config, mesh, signals, _end)
+    return train(config, mesh, signals, data, _end)
 
 
 if __name__ == "__main__":

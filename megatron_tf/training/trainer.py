@@ -1,10 +1,11 @@
 """A run from its start to its end: restore, train stage after stage of growth, stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.lock import LockedError, RunLock
@@ -27,11 +28,18 @@ from megatron_tf.training.state import TrainState, build_state
 from megatron_tf.training.stopping import Stopping
 
 
-def train(config: RunConfig, mesh: Mesh, signals: SignalCatcher, end: Callable[[str | None], None]) -> int:
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    signals: SignalCatcher,
+    data: Sequence[dict[str, Any]],
+    end: Callable[[str | None], None],
+) -> int:
     """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
 
     Ends before, with all saved, on SIGTERM, SIGUSR1 and Ctrl-C, when its time is up, and where a stage of growth has
-    another layout: the run is then to be started again. Returns the exit code. `end` ends the process when ranks wait
+    another layout: the run is then to be started again. Returns the exit code. `data` are the identities of the
+    training sets. `end` ends the process when ranks wait
     for each other too long, with the reason.
 
     Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can fix, ConnectionError
@@ -51,7 +59,7 @@ def train(config: RunConfig, mesh: Mesh, signals: SignalCatcher, end: Callable[[
         def build(staged: RunConfig) -> TrainState:
             return build_state(staged, mesh, tokenizer.eod, phases)
 
-        begun = begin(config, mesh, tokenizer.identity, build)
+        begun = begin(config, mesh, tokenizer.identity, build, data)
         progress = begun.progress
         _check_length(training.train_iters, begun)
         validation = build_validation(config) if training.eval_interval else []
@@ -59,6 +67,8 @@ def train(config: RunConfig, mesh: Mesh, signals: SignalCatcher, end: Callable[[
         log = open_.enter_context(MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank))
         for warning in (*begun.damaged, *warnings):
             log.say(f"warning: {warning}")
+        if begun.changes:
+            log.say(begun.changes)
         saver = open_.enter_context(
             BackgroundSaver(
                 mesh.new_world(timedelta(seconds=limit)),
@@ -73,7 +83,9 @@ def train(config: RunConfig, mesh: Mesh, signals: SignalCatcher, end: Callable[[
         if progress.step == training.train_iters and not progress.evaluation_due:
             log.say(f"nothing is left to do: {begun.origin} is at the last of {progress.step} steps (train_iters)")
         while True:
-            loop = Loop(config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state))
+            loop = Loop(
+                config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state, data)
+            )
             progress = loop.run()
             if progress.step == training.train_iters and not progress.evaluation_due:
                 return 0
@@ -84,7 +96,7 @@ def train(config: RunConfig, mesh: Mesh, signals: SignalCatcher, end: Callable[[
             if not has_layout(config.at_stage(stage_reached(config, config.checkpoint.save)).parallel, mesh):
                 log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
                 return EXIT_START_AGAIN
-            begun = begin(config, mesh, tokenizer.identity, build)
+            begun = begin(config, mesh, tokenizer.identity, build, data)
             _say_kernels(begun.state.kernels, log)
             _announce("growth", config.at_stage(begun.stage), mesh, begun.progress, log, config.checkpoint.save)
 
