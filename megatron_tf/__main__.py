@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from megatron_tf.parallel.signals import catch_from_first_line
+
 COMMANDS = {
     "pretrain": ("megatron_tf.pretrain", "train a model; for several ranks: torchrun ... -m megatron_tf.pretrain"),
     "generate": ("megatron_tf.generate", "continue a text"),
@@ -26,6 +28,8 @@ def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         module, _ = COMMANDS[command]
+        if command == "pretrain":
+            catch_from_first_line()
         sys.argv = [f"megatron-tf {command}", *sys.argv[2:]]
         try:
             run = importlib.import_module(module).main

@@ -4,6 +4,7 @@ from megatron_tf.config.growth import GrowthStage, grown_model, layer_origins, p
 from megatron_tf.config.load import ConfigError, describe, load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.schema import (
+    DATA_CONTENT,
     CheckpointConfig,
     DataConfig,
     KernelsConfig,
@@ -17,6 +18,7 @@ from megatron_tf.config.schema import (
 from megatron_tf.config.types import ParameterKind
 
 __all__ = [
+    "DATA_CONTENT",
     "TOKEN_KINDS",
     "CheckpointConfig",
     "ConfigError",

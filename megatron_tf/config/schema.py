@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses that check themselves; names follow Megatron-LM's flags."""
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,9 @@ from pydantic.dataclasses import dataclass
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative, ParameterKind
+
+DATA_CONTENT = "data.content"
+"""In checkpoint.allow_changes: what is in the files of data.data_path."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -231,6 +235,11 @@ class CheckpointConfig:
     """Older checkpoints are removed beyond this many."""
     keep_every: Count | None = None
     """Checkpoints of steps that are a multiple of this are never removed."""
+    finetune: bool = False
+    """Take only the weights from `load`, and start with them at step 0: with new data, schedule and optimizer state."""
+    allow_changes: list[str] = Field(default_factory=list)
+    """Keys that may differ from the checkpoint's although the data read or the learning rate then silently change, such
+    as [training.seed, data.data_path]; data.content stands for what is in the files."""
     async_save: bool = True
     """Write in the background while training goes on; a save then stalls for the copy to host memory only."""
 
@@ -316,7 +325,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_growth()
-        self._check_stopping()
+        self._check_saving()
         self._check_attention()
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
             raise ValueError(
@@ -358,8 +367,29 @@ class RunConfig:
             if getattr(self.training, key) and self.kernels.attention not in ("auto", "sdpa"):
                 raise ValueError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
 
-    def _check_stopping(self) -> None:
-        if self.training.rewind_after_spikes is not None and self.checkpoint.save is None:
-            raise ValueError("training.rewind_after_spikes needs checkpoint.save: there is nothing to go back to")
-        if self.training.exit_duration_in_mins is not None and self.checkpoint.save is None:
-            raise ValueError("training.exit_duration_in_mins needs checkpoint.save: the run is saved before it ends")
+    def _check_saving(self) -> None:
+        checkpoint = self.checkpoint
+        needed = {
+            "training.rewind_after_spikes": "there is nothing to go back to",
+            "training.exit_duration_in_mins": "the run is saved before it ends",
+            "checkpoint.save_interval": "the run has no place to save in",
+            "checkpoint.keep_last": "the run has no place to save in",
+            "checkpoint.keep_every": "the run has no place to save in",
+        }
+        for key, why in needed.items():
+            section, _, name = key.partition(".")
+            if getattr(getattr(self, section), name) and checkpoint.save is None:
+                raise ValueError(f"{key} needs checkpoint.save: {why}")
+        if checkpoint.finetune and checkpoint.load is None:
+            raise ValueError("checkpoint.finetune needs checkpoint.load: the checkpoint whose weights to take")
+        known = self._keys()
+        for key in checkpoint.allow_changes:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "write section.key"
+                raise ValueError(f"checkpoint.allow_changes: unknown key {key!r}; {hint}")
+
+    def _keys(self) -> list[str]:
+        sections = [field.name for field in dataclasses.fields(self) if field.name != "growth"]
+        keys = [f"{name}.{key.name}" for name in sections for key in dataclasses.fields(getattr(self, name))]
+        return [*keys, DATA_CONTENT]

@@ -3,6 +3,9 @@
 import os
 import socket
 
+FIRST_PORT, NUM_PORTS = 20000, 10000
+"""Ports of jobs under slurm, below those that systems hand out by themselves; examples/slurm counts alike."""
+
 
 class LaunchError(ValueError):
     """The launcher did not say what ranks need to find each other."""
@@ -15,18 +18,51 @@ def adopt_launcher() -> None:
     """
     if "RANK" in os.environ:
         return
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if _slurm_tasks() > 1:
         _adopt_slurm()
-    elif any(int(os.environ.get(name, "1")) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+    elif any(number_of(name) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         _adopt_mpi()
+
+
+def job_name() -> str:
+    """What the scheduler or launcher calls this job; empty outside of any."""
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
+
+
+def number_of(name: str, default: int = 1) -> int:
+    """The number in an environment variable. Raises LaunchError where it holds something else."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"the environment variable {name} is {text!r}, which is no number") from None
+
+
+def _slurm_tasks() -> int:
+    """Tasks of this job step; 1 outside of slurm. Which of the variables there are depends on the cluster."""
+    if "SLURM_PROCID" not in os.environ:
+        return 1
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"):
+        if name in os.environ:
+            return number_of(name)
+    if number_of("SLURM_PROCID") > 0:
+        raise LaunchError(
+            "started by srun as one of several tasks, and nothing says of how many: "
+            "export SLURM_NTASKS in the batch script"
+        )
+    return 1
 
 
 def _adopt_slurm() -> None:
     if "MASTER_ADDR" not in os.environ:
         raise LaunchError("started by srun without MASTER_ADDR: export it in the batch script (see examples/slurm)")
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({name: os.environ[source] for name, source in names.items()})
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(_slurm_tasks())
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    job = os.environ.get("SLURM_JOB_ID", "")
+    port = FIRST_PORT + int(job) % NUM_PORTS if job.isdecimal() else FIRST_PORT  # two jobs can share a node
+    os.environ.setdefault("MASTER_PORT", str(port))
 
 
 def _adopt_mpi() -> None:

@@ -5,7 +5,6 @@ DeviceMesh: "dp_replicate" over the groups and "dp_shard" within one.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from megatron_tf.parallel.launch import adopt_launcher
+from megatron_tf.parallel.launch import adopt_launcher, number_of
+from megatron_tf.parallel.meeting import Check, meet
 
 Axis = Literal["pp", "dp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
@@ -122,27 +121,35 @@ def data_parallel_size(
     return data
 
 
-def init_mesh(tensor: int, pipeline: int, data: int | None, timeout: timedelta, shard_size: int | None = None) -> Mesh:
+def init_mesh(
+    tensor: int,
+    pipeline: int,
+    data: int | None,
+    timeout: timedelta,
+    shard_size: int | None = None,
+    *,
+    limit: timedelta | None = None,
+    check: Check | None = None,
+) -> Mesh:
     """Join the other ranks that torchrun, srun or mpiexec started and lay the mesh over them.
 
     Without a launcher this is one process and torch.distributed stays untouched. Every wait of every group ends
-    with an error after `timeout`.
+    with an error after `timeout`; the ranks have to meet within `limit`, by default the same. `check` is called when
+    they have met, before the layout is looked at.
     """
     adopt_launcher()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    data = data_parallel_size(world_size, tensor, pipeline, data, shard_size)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, local_rank = number_of("WORLD_SIZE"), number_of("LOCAL_RANK", 0)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world_size == 1:
+        data_parallel_size(world_size, tensor, pipeline, data, shard_size)
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one before
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # the layout comes after the check: on a rank of another configuration it would fail alone, and the others wait
+    store = meet(backend, device, timeout, limit or timeout, check)
+    data = data_parallel_size(world_size, tensor, pipeline, data, shard_size)
     return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store, local_rank=local_rank)
 
 

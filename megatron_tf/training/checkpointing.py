@@ -1,5 +1,6 @@
 """Between a run and its checkpoints: what is written, what must agree before it is read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import ModelConfig, RunConfig, parse_config, to_dict
 from megatron_tf.model.parallelize import parameter_names
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.training.changes import check_changes
 from megatron_tf.training.optimizer import MOMENTS
 from megatron_tf.training.state import TrainState
 
@@ -48,6 +50,12 @@ class Progress:
     """Operations of the model in all steps, over all stages of growth."""
     device_seconds: float = 0.0
     """Time that devices were held by the run, over all its jobs and ranks."""
+    spikes: dict[str, Any] | None = None
+    """What the spike detector had seen when the run was saved; None for nothing."""
+    data: tuple[dict[str, Any], ...] = ()
+    """Identity of each training set."""
+    evaluation_due: bool = False
+    """Whether a stop left out the evaluation after this step."""
 
     def after_step(self, samples: int, tokens: int, flops: float) -> "Progress":
         """One optimizer step further."""
@@ -69,11 +77,11 @@ class Progress:
         return replace(self, samples=self.samples + samples, overflows=self.overflows + 1)
 
 
-def new_progress(config: ModelConfig, tokenizer: dict[str, Any]) -> Progress:
+def new_progress(config: ModelConfig, tokenizer: dict[str, Any], data: Sequence[dict[str, Any]] = ()) -> Progress:
     """A run that begins."""
     with torch.device("meta"):
         tau = {name: module.tau for name, module in TokenFormer(config).pattentions().items()}
-    return Progress(tau, tokenizer)
+    return Progress(tau, tokenizer, data=tuple(data))
 
 
 def save_state(
@@ -101,6 +109,11 @@ def save_state(
             "overflows": progress.overflows,
         },
         "usage": {"flops": progress.flops, "device_seconds": progress.device_seconds},
+        "run": {
+            "data": list(progress.data),
+            "spikes": progress.spikes,
+            "evaluation_due": progress.evaluation_due,
+        },
     }
     if (loss_scale := state.scaler.state()) is not None:
         metadata["loss_scale"] = loss_scale
@@ -114,8 +127,15 @@ def save_state(
     return None
 
 
-def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any], source: Path) -> Progress:
-    """Fill the state from the checkpoint `source`, grown if a stage of `growth` is due.
+def restore_state(
+    state: TrainState,
+    config: RunConfig,
+    tokenizer: dict[str, Any],
+    source: Path,
+    data: Sequence[dict[str, Any]] = (),
+) -> Progress:
+    """Fill the state from the checkpoint `source`, grown if a stage of `growth` is due; under `checkpoint.finetune`
+    from the weights of `checkpoint.load` alone.
 
     `state` is built for the stage that `stage_reached` tells. Raises CheckpointError where the checkpoint is of another
     model or tokenizer, DamagedCheckpointError where it is not what was written.
@@ -128,20 +148,33 @@ def restore_state(state: TrainState, config: RunConfig, tokenizer: dict[str, Any
     names = parameter_names(config.at_stage(due).model)
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     training, tau = checkpoint.metadata["training"], checkpoint.metadata["tau"]
+    for name, module in state.model.pattentions().items():
+        module.tau = tau[name]
+    lineage = tuple(checkpoint.metadata["lineage"])
+    if starts_over(config, source):
+        _forget_moments(state)
+        return Progress(tau, tokenizer, lineage=lineage, data=tuple(data))
     if training["adam_steps"] or set(MOMENTS) & set(checkpoint.groups()):  # else converted: zeros are its moments
         for moment in MOMENTS:
             load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
-    for name, module in state.model.pattentions().items():
-        module.tau = tau[name]
     state.optimizer.num_steps = training["adam_steps"]
     state.scaler.load(checkpoint.metadata.get("loss_scale"))
     after_growth = checkpoint.metadata.get("after_growth")
     if after_growth is not None:
         state.optimizer.scale_old_rows(after_growth["old_rows"], after_growth["old_tokens_lr_scale"])
-    lineage, usage = tuple(checkpoint.metadata["lineage"]), checkpoint.metadata.get("usage", {})
-    known = {field.name for field in fields(Progress)}  # a later writer may add others
-    counters = {key: value for key, value in {**training, **usage}.items() if key in known}
-    return Progress(tau, tokenizer, **counters, lineage=lineage, after_growth=after_growth)
+    usage, run = checkpoint.metadata.get("usage", {}), checkpoint.metadata.get("run", {})
+    has_just_grown = after_growth is not None and after_growth["step"] == training["step"]
+    state_of_run = {
+        "tau": tau,
+        "tokenizer": tokenizer,
+        "lineage": lineage,
+        "after_growth": after_growth,
+        "spikes": None if has_just_grown else run.get("spikes"),  # losses of the model before say nothing of this one
+        "data": tuple(data),
+        "evaluation_due": run.get("evaluation_due", False),
+    }
+    counters = {field.name for field in fields(Progress)} - state_of_run.keys()  # a later writer may add others
+    return Progress(**state_of_run, **{key: value for key, value in {**training, **usage}.items() if key in counters})
 
 
 def stage_reached(config: RunConfig, source: Path) -> int:
@@ -150,10 +183,33 @@ def stage_reached(config: RunConfig, source: Path) -> int:
     return _stages(CheckpointReader(source).complete(), config, source)[1]
 
 
+def changes_since(config: RunConfig, data: Sequence[dict[str, Any]], source: Path) -> str:
+    """See `check_changes`; a run that starts over has nothing to compare."""
+    if starts_over(config, source):
+        return ""
+    checkpoint = CheckpointReader(source)
+    saved, _ = _stages(checkpoint, config, source)
+    return check_changes(config.at_stage(saved), data, checkpoint.metadata, source)
+
+
+def starts_over(config: RunConfig, source: Path) -> bool:
+    """Whether only the weights of `source` are taken: it is the one to fine-tune, and not of this run."""
+    return config.checkpoint.finetune and source == config.checkpoint.load
+
+
+def _forget_moments(state: TrainState) -> None:
+    for moment in MOMENTS:
+        for shard in state.optimizer.moments(moment):
+            shard.tensor.zero_()
+    state.optimizer.num_steps = 0
+
+
 def _stages(checkpoint: Checkpoint, config: RunConfig, source: Path) -> tuple[int, int]:
     """(stages of growth that the checkpoint has behind it, those and the ones due since)."""
     saved = due = _stage_of_model(checkpoint, config, source)
     training = checkpoint.metadata["training"]
+    if starts_over(config, source):
+        return saved, due
     while due < len(config.growth) and config.growth[due].is_due(training["step"], training["tokens"]):
         due += 1
     return saved, due

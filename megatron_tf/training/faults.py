@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 _HISTORY = 100  # losses that noise is measured by
 _RECENT = 16  # those that tell where the loss is
@@ -17,14 +18,18 @@ class SpikeDetector:
     """Tells losses that lie far above the last ones; these do not count for what comes after.
 
     The noise is taken from the differences of successive losses, so that a fast fall is no noise.
-    After a restart it takes 32 steps until any is told.
+    A new one takes 32 steps until any is told; one with a `history` judges as the one it was taken from.
     """
 
-    def __init__(self, sigmas: float) -> None:
+    def __init__(self, sigmas: float, history: Mapping[str, Any] | None = None) -> None:
         self.sigmas = sigmas
-        self.losses: deque[float] = deque(maxlen=_HISTORY)
-        self.in_a_row = 0
+        self.losses: deque[float] = deque(history["losses"] if history else (), maxlen=_HISTORY)
+        self.in_a_row: int = history["in_a_row"] if history else 0
         """Spikes up to the last loss."""
+
+    def history(self) -> dict[str, Any]:
+        """What the next loss is judged by, as JSON values."""
+        return {"losses": list(self.losses), "in_a_row": self.in_a_row}
 
     def is_spike(self, loss: float) -> bool:
         """Take in the loss of a step."""

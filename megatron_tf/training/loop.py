@@ -56,14 +56,16 @@ class Loop:
         self.flops_per_token = float(training_flops(self.config.model, training.seq_length))
         self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
         self.peak_flops = peak_flops(self.config, self.state.mesh.device)
-        self.spikes = SpikeDetector(training.loss_spike_sigmas)
+        self.spikes = SpikeDetector(training.loss_spike_sigmas, begun.progress.spikes)
         self.skipped_in_a_row = self.rewinds_in_a_row = 0
 
     def run(self) -> Progress:
         """How far the run has come."""
-        training, checkpoint, stopping = self.config.training, self.config.checkpoint, self.tools.stopping
-        is_last = False
-        while self.progress.step < training.train_iters and not is_last:
+        stopping, train_iters = self.tools.stopping, self.config.training.train_iters
+        if stopping.agreed(by_time=False):  # a limit of time leaves room for a step, or a run could make none for ever
+            return self.progress
+        is_last = self._finish_evaluation()
+        while self.progress.step < train_iters and not is_last:
             result = self._step()
             is_stopped = stopping.agreed()
             self.tools.profiler.is_asked = stopping.take_trace_asked()
@@ -72,16 +74,32 @@ class Loop:
                 if is_last:
                     self._save(waits=True)
                 continue
-            step = self.progress.step
-            is_done = step == training.train_iters
-            is_due = any(growth.is_due(step, self.progress.tokens) for growth in self.following)
-            if self.tools.validation and not is_stopped and (step % training.eval_interval == 0 or is_done):
-                self._evaluate()
-            is_last = is_done or is_due or is_stopped
-            if is_last or (checkpoint.save_interval and step % checkpoint.save_interval == 0):
-                self._save(waits=is_last)
-                self.rewinds_in_a_row = 0
+            is_last = self._finish_step(is_stopped)
         return self.progress
+
+    def _finish_evaluation(self) -> bool:
+        """Make up for an evaluation that the last stop left out; whether a stop was requested in it."""
+        if not (self.progress.evaluation_due and self.tools.validation):
+            return False
+        is_stopped = not self._evaluate()
+        if not is_stopped and self.progress.step >= self.config.training.train_iters:
+            self._save(waits=True)  # or each start of the finished run would evaluate again
+        return is_stopped
+
+    def _finish_step(self, is_stopped: bool) -> bool:
+        """Evaluate and save where it is due; whether the step was the last of this stage or job."""
+        training, step = self.config.training, self.progress.step
+        save_interval = self.config.checkpoint.save_interval
+        is_done = step == training.train_iters
+        is_due = any(growth.is_due(step, self.progress.tokens) for growth in self.following)
+        if self.tools.validation and (step % training.eval_interval == 0 or is_done):
+            self.progress = dataclasses.replace(self.progress, evaluation_due=True)
+            is_stopped = is_stopped or not self._evaluate()
+        is_last = is_done or is_due or is_stopped
+        if is_last or (save_interval and step % save_interval == 0):
+            self._save(waits=is_last)
+            self.rewinds_in_a_row = 0
+        return is_last
 
     def _step(self) -> StepResult:
         phases, profiler, log = self.tools.phases, self.tools.profiler, self.tools.log
@@ -233,19 +251,24 @@ class Loop:
             f"{reason} after step {self.progress.step}{saved}: lower optimizer.lr, or look at the data"
         )
 
-    def _evaluate(self) -> None:
-        """Mean losses over the first `eval_iters` global batches of each validation set."""
+    def _evaluate(self) -> bool:
+        """Mean losses over the first `eval_iters` global batches of each validation set; False where a stop was
+        requested on the way: the evaluation is then due when the run is started again."""
         training, losses = self.config.training, {"": 0.0}
         for part in self.tools.validation:
             with build_loader(part.samples, training, self.state.mesh, 0, is_training=False) as loader:
                 total = 0.0
                 for _ in range(training.eval_iters):
                     self.tools.phases.enter("evaluation")
+                    if self.tools.stopping.agreed():
+                        return False
                     total += evaluation_loss(self.state, next(loader))
             losses[""] += part.weight * total / training.eval_iters
             if len(self.tools.validation) > 1:
                 losses[part.name] = total / training.eval_iters
         self.tools.log.validation(self.progress.step, losses)
+        self.progress = dataclasses.replace(self.progress, evaluation_due=False)
+        return True
 
     def _save(self, waits: bool) -> None:
         root = self.config.checkpoint.save
@@ -253,6 +276,7 @@ class Loop:
             return
         self.tools.phases.enter("saving")
         self._account()
+        self.progress = dataclasses.replace(self.progress, spikes=self.spikes.history())
         save_state(self.state, self.config, self.progress, root, self.tools.saver)
         if waits or not self.config.checkpoint.async_save:
             self.tools.saver.wait()

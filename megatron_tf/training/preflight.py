@@ -1,5 +1,7 @@
 """Before the first step: what would else fail hours later, or on one rank of many."""
 
+import contextlib
+import os
 import platform
 import shutil
 import socket
@@ -19,6 +21,7 @@ from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import AXES, Mesh
 
 _CLOCK_SECONDS = 60.0  # by how much clocks may differ, the wait for the slowest rank included
+_VISIBLE_SECONDS = 5.0  # until a file of one host is seen on another
 _CHECKPOINTS_AHEAD = 2
 _BYTES_PER_PARAMETER = 12  # fp32 values and two moments
 
@@ -29,9 +32,10 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
     Raises ConfigError on every rank, naming rank and host, where one can't write what it is to write, where versions
     differ, or where a collective over an axis of the mesh gives a wrong sum.
     """
+    shared = _SharedDirectory(config.checkpoint.save, mesh)
     mine = {
         "host": socket.gethostname(),
-        "errors": [*_unwritable(config, mesh.is_first_rank), *_wrong_sums(mesh)],
+        "errors": [*_unwritable(config, mesh.is_first_rank), *shared.not_seen(), *_wrong_sums(mesh)],
         "warnings": list(_short_of_disk(config)) if mesh.is_first_rank else [],
         "versions": _versions(),
         "clock": time.time(),
@@ -40,6 +44,7 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
     if mesh.world is not None:
         reports = [None] * mesh.world.size()
         dist.all_gather_object(reports, mine, group=mesh.world)
+    shared.remove()
     errors = [
         f"rank {rank} (host {report['host']}): {error}"
         for rank, report in enumerate(reports)
@@ -78,6 +83,49 @@ def _write_in(directory: Path) -> None:
     probe = directory / f".writable-{uuid.uuid4().hex}"
     probe.write_bytes(b"x")
     probe.unlink()
+
+
+class _SharedDirectory:
+    """A file that rank 0 writes into `checkpoint.save` for all other ranks to see; every rank makes one."""
+
+    def __init__(self, directory: Path | None, mesh: Mesh) -> None:
+        self.directory, self.mesh = directory, mesh
+        self.file: Path | None = None
+        names: list[Any] = [f".shared-{uuid.uuid4().hex}"]
+        if directory is None or mesh.world is None:
+            return
+        if mesh.is_first_rank:
+            with contextlib.suppress(OSError):  # `_unwritable` says so
+                directory.mkdir(parents=True, exist_ok=True)
+                (directory / names[0]).touch()
+            names = [names[0] if (directory / names[0]).exists() else None]
+        dist.broadcast_object_list(names, 0, mesh.world, torch.device("cpu"))
+        if names[0] is not None:
+            self.file = directory / names[0]
+
+    def not_seen(self) -> Iterator[str]:
+        """What is wrong with this rank's view of the directory."""
+        if self.file is None:
+            return
+        deadline = time.monotonic() + _VISIBLE_SECONDS
+        while not self._is_seen(self.file):
+            if time.monotonic() > deadline:
+                yield (
+                    f"checkpoint.save ({self.directory}) is not the directory of that name on rank 0: it has to be on "
+                    f"a file system that all hosts share"
+                )
+                return
+            time.sleep(0.1)
+
+    def _is_seen(self, file: Path) -> bool:
+        with contextlib.suppress(OSError):
+            return file.name in os.listdir(file.parent)  # noqa: PTH208  # asks the server of a network file system
+        return False
+
+    def remove(self) -> None:
+        """Called when all ranks have looked."""
+        if self.file is not None and self.mesh.is_first_rank:
+            self.file.unlink(missing_ok=True)
 
 
 def _append_to(file: Path) -> None:

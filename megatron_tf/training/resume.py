@@ -1,6 +1,6 @@
 """Where a run goes on from: its newest sound checkpoint, at the stage of growth that is due."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoin
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import Progress, new_progress, restore_state, stage_reached
+from megatron_tf.training.checkpointing import Progress, changes_since, new_progress, restore_state, stage_reached
 from megatron_tf.training.state import TrainState
 
 
@@ -25,26 +25,35 @@ class Begun:
     """The checkpoint it comes from; None for a new run."""
     damaged: tuple[str, ...]
     """Newer checkpoints that could not be used, and why."""
+    changes: str = ""
+    """Keys of the configuration that differ from the checkpoint's."""
 
 
-def begin(config: RunConfig, mesh: Mesh, tokenizer: dict[str, Any], build: Callable[[RunConfig], TrainState]) -> Begun:
+def begin(
+    config: RunConfig,
+    mesh: Mesh,
+    tokenizer: dict[str, Any],
+    build: Callable[[RunConfig], TrainState],
+    data: Sequence[dict[str, Any]] = (),
+) -> Begun:
     """Restore the newest checkpoint that is sound on every rank, which all call this, or begin a new run.
 
     `build` makes the state of a stage's configuration. Raises CheckpointError where there are checkpoints and none is
-    sound, or where the one to restore is of another model, tokenizer or layout.
+    sound, or where the one to restore is of another model, tokenizer or layout, or of other `data` or keys that
+    change what it means.
     """
     damaged: list[str] = []
     for source in sources(config):
-        outcome = _restore(config, mesh, tokenizer, build, source)
+        outcome = _restore(config, mesh, tokenizer, build, data, source)
         if reason := mesh.first_failure(outcome if isinstance(outcome, str) else None):
             damaged.append(reason)
             continue
         assert not isinstance(outcome, str)
-        stage, state, progress = outcome
-        return Begun(stage, state, progress, source, tuple(damaged))
+        stage, state, progress, changes = outcome
+        return Begun(stage, state, progress, source, tuple(damaged), changes)
     if damaged:
         raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
-    return Begun(0, build(config.at_stage(0)), new_progress(config.model, tokenizer), None, ())
+    return Begun(0, build(config.at_stage(0)), new_progress(config.model, tokenizer, data), None, ())
 
 
 def sources(config: RunConfig) -> list[Path]:
@@ -77,9 +86,14 @@ def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
 
 
 def _restore(
-    config: RunConfig, mesh: Mesh, tokenizer: dict[str, Any], build: Callable[[RunConfig], TrainState], source: Path
-) -> tuple[int, TrainState, Progress] | str:
-    """(stage, state, progress), or why the checkpoint can't be used."""
+    config: RunConfig,
+    mesh: Mesh,
+    tokenizer: dict[str, Any],
+    build: Callable[[RunConfig], TrainState],
+    data: Sequence[dict[str, Any]],
+    source: Path,
+) -> tuple[int, TrainState, Progress, str] | str:
+    """(stage, state, progress, changes), or why the checkpoint can't be used."""
     try:
         stage = stage_reached(config, source)
         if not has_layout(config.at_stage(stage).parallel, mesh):
@@ -87,7 +101,8 @@ def _restore(
                 f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
                 f"checkpoint beside it and start again"
             )
+        changes = changes_since(config, data, source)
         state = build(config.at_stage(stage))
-        return stage, state, restore_state(state, config, tokenizer, source)
+        return stage, state, restore_state(state, config, tokenizer, source, data), changes
     except DamagedCheckpointError as error:
         return str(error)

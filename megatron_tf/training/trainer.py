@@ -1,17 +1,20 @@
 """A run from its start to its end: restore, train stage after stage of growth, stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from megatron_tf.checkpoint.background import BackgroundSaver
-from megatron_tf.config import RunConfig, to_dict
+from megatron_tf.checkpoint.lock import LockedError, RunLock
+from megatron_tf.config import ConfigError, RunConfig, to_dict
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.parallel.watch import Watch
 from megatron_tf.training.checkpointing import Progress, stage_reached
 from megatron_tf.training.datasets import build_dataset, build_loader, build_validation, check_tokenizer
@@ -20,39 +23,52 @@ from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases
 from megatron_tf.training.preflight import preflight
 from megatron_tf.training.profiling import Profiler
-from megatron_tf.training.resume import begin, has_layout
+from megatron_tf.training.resume import Begun, begin, has_layout
 from megatron_tf.training.state import TrainState, build_state
 from megatron_tf.training.stopping import Stopping
 
 
-def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> Progress:
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    signals: SignalCatcher,
+    data: Sequence[dict[str, Any]],
+    end: Callable[[str | None], None],
+) -> int:
     """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
 
-    Ends before, with all saved, on SIGTERM, on SIGUSR1, when its time is up, and where a stage of growth has another
-    layout: the run is then to be started again. `end` ends the process when ranks wait for each other too long, with
-    the reason. Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can mend,
-    ConnectionError where a rank is lost, ArithmeticError where the model does not train any more.
+    Ends before, with all saved, on SIGTERM, SIGUSR1 and Ctrl-C, when its time is up, and where a stage of growth has
+    another layout: the run is then to be started again. Returns the exit code. `data` are the identities of the
+    training sets. `end` ends the process when ranks wait
+    for each other too long, with the reason.
+
+    Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can fix, ConnectionError
+    where a rank is lost, ArithmeticError where the model does not train any more.
     """
     began = time.monotonic()
     phases = Phases()
     training, limit = config.training, config.parallel.distributed_timeout_seconds
     with ExitStack() as open_:
-        # handles SIGTERM until the last, as launchers send it to the ranks that are left when one is lost
-        stopping = open_.enter_context(Stopping(mesh, training.exit_duration_in_mins, began))
+        signals.stop_at_next_step()
+        stopping = Stopping(mesh, signals, training.exit_duration_in_mins, began)
         open_.enter_context(Watch(mesh.store, phases.now, limit, end))
+        _hold_lock(config, mesh, open_, end)
         tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
         check_tokenizer(config, tokenizer)
 
         def build(staged: RunConfig) -> TrainState:
             return build_state(staged, mesh, tokenizer.eod, phases)
 
-        begun = begin(config, mesh, tokenizer.identity, build)
+        begun = begin(config, mesh, tokenizer.identity, build, data)
         progress = begun.progress
+        _check_length(training.train_iters, begun)
         validation = build_validation(config) if training.eval_interval else []
         warnings = preflight(config.at_stage(begun.stage), mesh)
         log = open_.enter_context(MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank))
         for warning in (*begun.damaged, *warnings):
             log.say(f"warning: {warning}")
+        if begun.changes:
+            log.say(begun.changes)
         saver = open_.enter_context(
             BackgroundSaver(
                 mesh.new_world(timedelta(seconds=limit)),
@@ -64,20 +80,23 @@ def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> P
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
         _say_kernels(begun.state.kernels, log)
         _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)
+        if progress.step == training.train_iters and not progress.evaluation_due:
+            log.say(f"nothing is left to do: {begun.origin} is at the last of {progress.step} steps (train_iters)")
         while True:
-            loop = Loop(config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state))
+            loop = Loop(
+                config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state, data)
+            )
             progress = loop.run()
-            if progress.step == training.train_iters:
-                return progress
+            if progress.step == training.train_iters and not progress.evaluation_due:
+                return 0
             if stopping.reason:
-                _say_stopped(config, progress, stopping, log)
-                return progress
+                return _stopped(config, progress, stopping, log)
             del loop, begun  # the larger model needs their memory
             assert config.checkpoint.save is not None
             if not has_layout(config.at_stage(stage_reached(config, config.checkpoint.save)).parallel, mesh):
                 log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
-                return progress
-            begun = begin(config, mesh, tokenizer.identity, build)
+                return EXIT_START_AGAIN
+            begun = begin(config, mesh, tokenizer.identity, build, data)
             _say_kernels(begun.state.kernels, log)
             _announce("growth", config.at_stage(begun.stage), mesh, begun.progress, log, config.checkpoint.save)
 
@@ -89,9 +108,35 @@ def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
         log.say(f"kernels: auto took {kernels.taken}")
 
 
-def _say_stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> None:
-    saved = f"saved in {config.checkpoint.save}" if config.checkpoint.save else "not saved: no checkpoint.save"
+def _hold_lock(config: RunConfig, mesh: Mesh, open_: ExitStack, end: Callable[[str | None], None]) -> None:
+    """Let no other run write into `checkpoint.save` until the stack is closed. Raises ConfigError on every rank."""
+    refusal = None
+    if mesh.is_first_rank and config.checkpoint.save is not None:
+        try:
+            open_.enter_context(RunLock(config.checkpoint.save, end))
+        except LockedError as error:
+            refusal = str(error)
+        except OSError:
+            pass  # the preflight says what is wrong with the directory, for every rank
+    if reason := mesh.first_failure(refusal):
+        raise ConfigError(reason)
+
+
+def _check_length(train_iters: int, begun: Begun) -> None:
+    step = begun.progress.step
+    if step > train_iters:
+        raise ConfigError(
+            f"{begun.origin} is at step {step} of training.train_iters ({train_iters}): raise train_iters, "
+            f"or choose another checkpoint.save"
+        )
+
+
+def _stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> int:
+    """Say where the run stands; the exit code."""
+    save = config.checkpoint.save
+    saved = f"saved in {save}" if save else "not saved: no checkpoint.save"
     log.say(f"step {progress.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
+    return exit_code(stopping.number, is_saved=save is not None) if stopping.number else EXIT_START_AGAIN
 
 
 def _announce(

@@ -92,3 +92,32 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(folder, expected)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
     assert list(differences(expected, CheckpointReader(folder / "again"))) == []
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"])
+def test_slurm_tasks_know_their_number_by_any_of_its_variables(monkeypatch, name):
+    for other in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "SLURM_NTASKS"):
+        monkeypatch.delenv(other, raising=False)
+    facts = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1230042", "MASTER_ADDR": "here", name: "2"}
+    for key, value in facts.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what is adopted is gone after the test
+    launch.adopt_launcher()
+    places = [os.environ[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+    assert places == ["1", "2", "1", "20042"]
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"SLURM_PROCID": "1"}, "nothing says of how many: export SLURM_NTASKS"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS is '2\(x3\)', which is no number"),
+    ],
+)
+def test_slurm_tasks_of_which_nothing_says_the_number_do_not_train_alone(monkeypatch, facts, message):
+    for other in ("RANK", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"):
+        monkeypatch.delenv(other, raising=False)
+    for key, value in facts.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(launch.LaunchError, match=message):
+        launch.adopt_launcher()

@@ -24,7 +24,8 @@ def test_train_resume_grow_continue_generate(folder):
     first = run("megatron_tf.pretrain", folder / "run.yaml", *options, *parallel, ranks=2)
     assert first.returncode == 0, first.stderr
     assert "validation loss" in first.stdout
-    again = run("megatron_tf.pretrain", folder / "run.yaml", *options, "--training.train_iters=6")
+    longer = "--checkpoint.allow_changes=[training.train_iters]"
+    again = run("megatron_tf.pretrain", folder / "run.yaml", *options, "--training.train_iters=6", longer)
     assert again.returncode == 0, again.stderr
     assert "at step 4" in again.stdout
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -35,7 +36,7 @@ def test_train_resume_grow_continue_generate(folder):
     assert "verified" in grown.stdout
     options = [f"--checkpoint.load={folder / 'grown'}", f"--checkpoint.save={folder / 'after'}"]
     options += ["--model.ffn_tokens=128", "--parallel.pipeline_model_parallel_size=2", "--training.train_iters=8"]
-    after = run("megatron_tf.pretrain", folder / "run.yaml", *options, ranks=2)
+    after = run("megatron_tf.pretrain", folder / "run.yaml", *options, longer, ranks=2)
     assert after.returncode == 0, after.stderr
     text = run("megatron_tf.generate", folder / "after", "--prompt", "the quick", "--max-new-tokens", "5")
     assert text.returncode == 0, text.stderr

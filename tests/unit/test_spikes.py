@@ -1,5 +1,6 @@
 """Losses that jump are told from losses that wander."""
 
+import json
 import math
 import random
 
@@ -44,3 +45,18 @@ def test_a_loss_that_stays_up_is_no_spike_for_ever():
 
 def test_the_first_losses_are_no_spikes():
     assert not any(SpikeDetector(8.0).is_spike(math.exp(i)) for i in range(31))
+
+
+def test_a_restarted_detector_judges_as_the_one_before():
+    def ripple(step):
+        return 3.0 + 0.05 * math.sin(7 * step)
+
+    straight, stopped = SpikeDetector(3.0), SpikeDetector(3.0)
+    for step in range(40):
+        straight.is_spike(ripple(step))
+        stopped.is_spike(ripple(step))
+    history = json.loads(json.dumps(stopped.history()))
+    restarted = SpikeDetector(3.0, history)
+    later = [5.0, 5.0, ripple(42), 5.0]
+    assert [restarted.is_spike(loss) for loss in later] == [straight.is_spike(loss) for loss in later]
+    assert restarted.history() == straight.history()

@@ -1,0 +1,149 @@
+"""Ranks of another run, that never meet, or that see other data are refused, in one line on every rank."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.support.commands import ENVIRONMENT, ROOT, free_port, make_run
+
+LIMIT = 6
+WAIT = 90
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("identity"))
+
+
+def start(folder, rank, port, *options, size=2, **environment):
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    limit = f"--parallel.distributed_timeout_seconds={LIMIT}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_tf.pretrain", str(folder / "run.yaml"), limit, *options],
+        cwd=environment.pop("cwd", ROOT),
+        env={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def outcome(*ranks):
+    """(exit codes, what each rank says on its standard error), which is one line of each."""
+    errors = [rank.communicate(timeout=WAIT)[1] for rank in ranks]
+    for error in errors:
+        assert len(error.splitlines()) == 1, error
+    return [rank.returncode for rank in ranks], errors
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--optimizer.lr=0.1", "optimizer.lr is 0.1, and 0.001 on rank 0"),
+        ("--training.precision=bf16", "training.precision is 'bf16', and 'fp32' on rank 0"),
+        ("--parallel.tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size is 2, and 1 on rank 0"),
+        ("--parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_size is 3, and 1 on rank 0"),
+    ],
+)
+def test_a_rank_with_another_configuration_is_refused_with_the_key(folder, option, message):
+    port = free_port()
+    codes, errors = outcome(start(folder, 0, port), start(folder, 1, port, option))
+    assert codes == [1, 1]
+    for error in errors:
+        assert f"rank 1 (host {socket.gethostname()}): {message}" in error
+
+
+def test_a_rank_of_another_job_is_refused(folder):
+    port = free_port()
+    codes, errors = outcome(start(folder, 0, port, SLURM_JOB_ID="41"), start(folder, 1, port, SLURM_JOB_ID="42"))
+    assert codes == [1, 1]
+    assert all("it is of job 42, and rank 0 of 41" in error for error in errors)
+
+
+def test_a_rank_that_sees_other_data_is_refused(folder, tmp_path):
+    """Relative paths, from another directory."""
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    (prefix,) = values["data"]["data_path"]
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(prefix + suffix, tmp_path / f"copy{suffix}")
+        (folder / f"copy{suffix}").write_bytes((tmp_path / f"copy{suffix}").read_bytes())
+    contents = bytearray((tmp_path / "copy.bin").read_bytes())
+    contents[-1] ^= 1
+    (tmp_path / "copy.bin").write_bytes(contents)
+    port, option = free_port(), "--data.data_path=[copy]"
+    ranks = [
+        start(folder, rank, port, option, cwd=cwd, PYTHONPATH=str(ROOT)) for rank, cwd in enumerate((folder, tmp_path))
+    ]
+    codes, errors = outcome(*ranks)
+    assert codes == [1, 1]
+    assert all("data.data_path 'copy' is other data than on rank 0" in error for error in errors)
+
+
+def test_a_rank_that_does_not_see_the_shared_directory_is_named(folder, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    port, option = free_port(), "--checkpoint.save=saved"
+    ranks = [start(folder, rank, port, option, cwd=cwd, PYTHONPATH=str(ROOT)) for rank, cwd in enumerate((here, there))]
+    codes, errors = outcome(*ranks)
+    assert codes == [1, 1]
+    assert all("rank 1" in error and "checkpoint.save (saved)" in error for error in errors)
+    assert [*here.glob("saved/*"), *there.glob("saved/*")] == []
+
+
+def test_a_port_that_is_taken_is_named_on_every_rank_within_the_limit(folder):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port, began = listener.getsockname()[1], time.monotonic()
+        codes, errors = outcome(start(folder, 0, port), start(folder, 1, port))
+        assert codes == [1, 1]
+        assert f"the port of 127.0.0.1:{port} is taken by another program" in errors[0]
+        assert f"127.0.0.1:{port}" in errors[1]
+        assert time.monotonic() - began < LIMIT + 30  # python and torch start in some of it
+
+
+def test_ranks_that_never_come_are_told_of(folder):
+    port = free_port()
+    codes, (error,) = outcome(start(folder, 0, port))
+    assert codes == [1]
+    assert f"not all of the 2 ranks came to 127.0.0.1:{port} within {LIMIT} s" in error
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({"MASTER_ADDR": "nosuchhost.invalid"}, "MASTER_ADDR nosuchhost.invalid (port "),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT"),
+        ({"RANK": "2"}, "RANK is 2 of WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number"),
+    ],
+)
+def test_an_environment_that_leads_nowhere_is_named(folder, facts, message):
+    codes, (error,) = outcome(start(folder, 0, free_port(), **facts))
+    assert codes == [1]
+    assert message in error
+
+
+def test_the_interface_is_the_one_that_leads_to_the_first_rank(monkeypatch):
+    from megatron_tf.parallel import meeting
+
+    monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "10.77.0.1", "WORLD_SIZE": "2"})
+    monkeypatch.setattr(meeting, "_address_of", lambda host: host if host[0].isdigit() else "127.0.1.1")
+    monkeypatch.setattr(meeting, "_source_towards", lambda target: {"10.77.0.1": "10.77.0.2"}[target])
+    monkeypatch.setattr(meeting, "_interface_of", lambda address: {"10.77.0.2": "veth2"}[address])
+    meeting._choose_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "veth2"
+
+
+def test_the_interface_of_loopback_is_found():
+    from megatron_tf.parallel import meeting
+
+    assert meeting._interface_of("127.0.0.1") == "lo"
+    assert meeting._interface_of("203.0.113.9") is None

@@ -1,0 +1,136 @@
+"""One run at a time in a directory of checkpoints: refused while it lives, taken over when it is dead."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from megatron_tf.checkpoint import lock
+from megatron_tf.checkpoint.lock import LOCK, LockedError, RunLock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_tf.checkpoint.lock import RunLock
+with RunLock(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def elsewhere(path, **changes):
+    """Let the lock be one of another machine."""
+    owner = json.loads(path.read_text()) | {"machine": "another boot", "host": "node7"} | changes
+    path.write_text(json.dumps(owner))
+
+
+def test_a_second_run_is_refused_by_name(tmp_path, holder):
+    message = rf"checkpoint\.save: another run writes into {tmp_path} \(process {holder.pid} on "
+    with pytest.raises(LockedError, match=message), RunLock(tmp_path, print):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=str)
+def test_only_a_dead_run_gives_its_lock_away(tmp_path, holder, number):
+    """Killed, and not even noticed by its parent; or merely frozen."""
+    holder.send_signal(number)
+    time.sleep(0.2)
+    if number == signal.SIGKILL:
+        with RunLock(tmp_path, print):
+            assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with pytest.raises(LockedError), RunLock(tmp_path, print):
+            pass
+
+
+def test_a_process_number_that_is_used_again_is_not_the_owner(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(lock._this_process()) | {"started": "1"}))
+    with RunLock(tmp_path, print):
+        pass
+
+
+def test_a_run_on_another_machine_is_alive_while_it_keeps_its_lock_fresh(tmp_path):
+    with RunLock(tmp_path, print):
+        elsewhere(tmp_path / LOCK)
+        with pytest.raises(LockedError, match="on node7"), RunLock(tmp_path, print):
+            pass
+
+
+@pytest.mark.parametrize("contents", ["a lock of another machine", "", "[1, 2"])
+def test_a_lock_that_nobody_keeps_fresh_is_taken_over(tmp_path, contents):
+    if contents == "a lock of another machine":
+        (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(lock._this_process())))
+        elsewhere(tmp_path / LOCK)
+    else:
+        (tmp_path / LOCK).write_text(contents)
+    with RunLock(tmp_path, print):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+
+
+def test_it_needs_no_links_and_no_flock(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with RunLock(tmp_path, print), pytest.raises(LockedError), RunLock(tmp_path, print):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_lock_was_taken_over_is_told(tmp_path):
+    told = []
+    with RunLock(tmp_path, told.append):
+        elsewhere(tmp_path / LOCK, token="another")
+        limit = time.monotonic() + 30
+        while not told and time.monotonic() < limit:
+            time.sleep(0.05)
+    assert "another run took over" in told[0]
+    assert (tmp_path / LOCK).exists()  # it is not this one's to remove
+
+
+def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(lock._this_process()) | {"started": "1"}))
+    outcomes, together = [], threading.Barrier(8)
+    done = threading.Barrier(8)
+
+    def take():
+        together.wait()
+        try:
+            with RunLock(tmp_path, print):
+                outcomes.append("held")
+                done.wait(timeout=60)
+        except LockedError:
+            outcomes.append("refused")
+            done.wait(timeout=60)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(outcomes) == ["held", *["refused"] * 7]
