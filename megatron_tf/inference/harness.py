@@ -239,7 +239,7 @@ def _check_names(others: dict[str, Any]) -> None:
 
 def _check_number(name: str, value: Any, least: int) -> None:
     if value is not None and (type(value) is not int or value < least):
-        raise ConfigError(f"{name} is {value!r}: it must be a whole number of {least} or more")
+        raise ConfigError(f"{name} is {value!r}: it must be {least} or more")
 
 
 def _as_path(tokenizer_model: str | None) -> Path | None:

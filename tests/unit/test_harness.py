@@ -53,7 +53,7 @@ def test_repeats_are_independent_samples_and_the_first_stays_as_it_was(model):
         ({}, "model_args name no checkpoint: write checkpoint=DIR"),
         ({"checkpoint": "RUN", "dtype": "int8"}, "dtype is 'int8': known are float32"),
         ({"checkpoint": "RUN", "max_length": "abc"}, "max_length is 'abc'"),
-        ({"checkpoint": "RUN", "max_length": 1}, "max_length is 1: it must be a whole number of 2 or more"),
+        ({"checkpoint": "RUN", "max_length": 1}, "max_length is 1: it must be 2 or more"),
         ({"checkpoint": "RUN", "max_gen_toks": 0}, "max_gen_toks is 0"),
         ({"checkpoint": "RUN", "distributed_timeout_seconds": "x"}, "distributed_timeout_seconds is 'x'"),
         ({"checkpoint": "RUN", "tokenizer_model": ""}, "tokenizer_model is empty"),
