@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences, summarize
+from megatron_tf.interrupt import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -109,4 +110,4 @@ def compare(left: CheckpointReader, right: CheckpointReader) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

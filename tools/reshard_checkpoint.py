@@ -32,6 +32,7 @@ from megatron_tf.inference.calibration import (
     token_importance,
 )
 from megatron_tf.inference.model import load_model
+from megatron_tf.interrupt import run_command
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.sizes import training_flops
 
@@ -282,4 +283,4 @@ def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -53,13 +53,6 @@ class ModelConfig:
                 f"hidden_size ({self.hidden_size}) must be divisible by "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
-        rotated = int(self.head_dim * self.rotary_percent)
-        if rotated == 0 or rotated % 2:
-            raise ValueError(
-                f"rotary_percent ({self.rotary_percent}) of heads of hidden_size ({self.hidden_size}) / "
-                f"num_attention_heads ({self.num_attention_heads}) = {self.head_dim} dimensions is {rotated}: "
-                f"it must be an even number above 0"
-            )
         for kind in ("qkv", "proj"):
             is_given = getattr(self, f"{kind}_tokens") is not None
             if is_given != (self.layer == "tokenformer"):
@@ -91,6 +84,17 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
                 )
+
+    def check_rotary(self) -> None:
+        """Raise ValueError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before
+        this was checked can still be read."""
+        rotated = int(self.head_dim * self.rotary_percent)
+        if rotated == 0 or rotated % 2:
+            raise ValueError(
+                f"model.rotary_percent ({self.rotary_percent}) of heads of hidden_size ({self.hidden_size}) / "
+                f"num_attention_heads ({self.num_attention_heads}) = {self.head_dim} dimensions is {rotated}: "
+                f"it must be an even number above 0"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -268,6 +268,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_growth()
+        self.model.check_rotary()
         self._check_saving()
         self._check_data()
         if self.optimizer.lr_decay_iters is None and self.optimizer.lr_decay_tokens is None:
