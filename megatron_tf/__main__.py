@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from megatron_tf.interrupt import run_command
 from megatron_tf.parallel.signals import catch_from_first_line
 
 COMMANDS = {
@@ -48,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config import ConfigError
+from megatron_tf.interrupt import run_command
 
 PARTS = ("train", "validation", "test")
 
@@ -112,4 +113,4 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from megatron_tf.config import ConfigError
+from megatron_tf.interrupt import run_command
 
 if TYPE_CHECKING:
     from megatron_tf.inference.text import Continuation
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted: what was written before stays", file=sys.stderr)
         return 130
     return 0
 
@@ -205,4 +207,4 @@ def _opened(path: str | Path | None) -> AbstractContextManager[TextIO]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

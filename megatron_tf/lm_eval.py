@@ -9,6 +9,8 @@ lm-eval up to 0.4.13 finds no models outside its own tree; later ones read our e
 import importlib
 import sys
 
+from megatron_tf.interrupt import run_command
+
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when lm-eval is done, 1 after an error that a user can mend."""
@@ -44,4 +46,4 @@ def leave_ranks() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,6 +15,7 @@ from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.order import SampleOrder
+from megatron_tf.interrupt import run_command
 from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 
 
@@ -54,4 +55,4 @@ def build(dataset: Samples, samples: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tf.interrupt import run_command
+
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.derived import Checkpoint
     from megatron_tf.checkpoint.foreign import TokenizerChoice
@@ -310,4 +312,4 @@ CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences, summarize
+from megatron_tf.interrupt import run_command
 
 NOT_STATE = {"config", "usage"}
 """Metadata that may differ between two checkpoints that compute and train the same."""
@@ -124,4 +125,4 @@ def _as_text(reader: CheckpointReader, key: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

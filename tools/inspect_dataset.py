@@ -12,6 +12,7 @@ from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
+from megatron_tf.interrupt import run_command
 
 BLOCK_TOKENS = 1 << 24
 SHOWN_IDS = 40
@@ -97,4 +98,4 @@ def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

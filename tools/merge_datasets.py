@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.preprocess import concatenate, write_json
+from megatron_tf.interrupt import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,4 +94,4 @@ def add(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_tf.interrupt import run_command
+
 SMOOTHING_STEPS = 10
 AXES = {
     "tokens": "tokens",
@@ -145,4 +147,4 @@ def summarize(stages: list[Stage]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

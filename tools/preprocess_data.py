@@ -27,6 +27,7 @@ from megatron_tf.data.preprocess import (
     tokenize_input,
 )
 from megatron_tf.data.tokenizer import TYPES, build_tokenizer
+from megatron_tf.interrupt import run_command
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set by mpiexec and srun
 
@@ -179,4 +180,4 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -33,6 +33,7 @@ from megatron_tf.inference.calibration import (
 )
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.tokenizer import check_made_with
+from megatron_tf.interrupt import run_command
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.sizes import training_flops
 
@@ -302,4 +303,4 @@ def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

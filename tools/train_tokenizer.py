@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_tf.data.documents import BadLines, read_documents
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.interrupt import run_command
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
 
@@ -70,4 +71,4 @@ def text_lines(paths: list[Path], key: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

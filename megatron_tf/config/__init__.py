@@ -3,14 +3,13 @@
 from megatron_tf.config.growth import GrowthStage, grown_model, layer_origins, parse_token_option
 from megatron_tf.config.load import ConfigError, describe, load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
+from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
 from megatron_tf.config.schema import (
     DATA_CONTENT,
     CheckpointConfig,
     DataConfig,
     KernelsConfig,
     LoggingConfig,
-    LossScaleConfig,
-    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative
+from megatron_tf.config.types import STRICT, Count, NonNegative, Number
 
 LayerTokens = Count | dict[str, Count]
 
@@ -33,11 +33,11 @@ class GrowthStage:
     init: Literal["zero_key", "duplicate", "random"] = "zero_key"
     """zero_key: new keys are zero, which changes no output. duplicate: tokens are split into equal copies, and what is
     left over has zero keys. random: as the official code grows; changes the output."""
-    noise: Annotated[float, Field(ge=0)] = 0.1
+    noise: Annotated[Number, Field(ge=0)] = 0.1
     """Noise on the values of copies, relative to values at birth; it adds up to zero over the copies of a token."""
     moments: Literal["keep", "reset"] = "keep"
     """Whether Adam's moments of what was there before are kept."""
-    old_tokens_lr_scale: Annotated[float, Field(ge=0)] = 1.0
+    old_tokens_lr_scale: Annotated[Number, Field(ge=0)] = 1.0
     """Learning rate of the old parameter tokens relative to the new ones; 0 freezes them, decay included."""
     rewarmup_iters: NonNegative = 0
     """Steps of linear warm-up after the growth."""

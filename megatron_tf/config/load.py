@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {_in_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections (model:, training:, ...), found {type(values).__name__}")
     for override in overrides:
@@ -42,7 +45,7 @@ def parse_config(kind: type[T], values: dict[str, Any], source: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        faults = [_explain(kind, fault) for fault in error.errors()]
+        faults = [_explain(kind, fault) for fault in _one_of_each(error.errors())]
         raise ConfigError("\n".join(f"{source}: {fault}" for fault in faults)) from None
 
 
@@ -71,13 +74,49 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     section, dot, name = key.partition(".")
     if not (override.startswith("--") and equals and dot and section and name):
         raise ConfigError(f"cannot read {override!r}: overrides are written --section.key=value")
+    if not text.strip():
+        raise ConfigError(f"{override!r} has no value: write null for none (a shell variable that is not set?)")
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
     try:
-        target[name] = yaml.safe_load(text)
+        target[name] = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value of {override!r}: {error}") from error
+        raise ConfigError(f"cannot read the value of {override!r}: {_in_one_line(error)}") from error
+
+
+def _one_of_each(faults: Sequence[Any]) -> list[Any]:
+    """Of the types that a value could have, such as a number or a list of them, the fault in the one it is closest to;
+    without the names that pydantic has for these types."""
+    found: dict[tuple[Any, ...], Any] = {}
+    for fault in faults:
+        place = tuple(part for part in fault["loc"] if not re.search(r"\[|constrained|function-", str(part)))
+        key = place if len(place) == len(fault["loc"]) else place[:2]
+        if key not in found or len(place) > len(found[key]["loc"]):
+            found[key] = fault | {"loc": place}
+    return list(found.values())
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping with a key that is given twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See SafeLoader."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = key_node.value
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice, again in line {line}")
+            seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _explain(kind: Any, fault: Any) -> str:

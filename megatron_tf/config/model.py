@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_tf.config.types import STRICT, Count
+from megatron_tf.config.types import STRICT, Count, Number
 
 NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 TokenCounts = Count | Annotated[list[Count], Field(min_length=1)]
@@ -38,13 +38,13 @@ class ModelConfig:
     """How a Pattention turns scores into weights of its values."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own instead of the embedding's."""
-    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 0.25
+    rotary_percent: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Share of each head's dimensions that are rotated."""
-    rotary_base: Annotated[float, Field(gt=0)] = 10000.0
+    rotary_base: Annotated[Number, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies."""
-    layernorm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    layernorm_epsilon: Annotated[Number, Field(gt=0)] = 1e-5
     """Epsilon of every layer norm."""
-    init_method_std: Annotated[float, Field(gt=0)] = 0.02
+    init_method_std: Annotated[Number, Field(gt=0)] = 0.02
     """Standard deviation of the embedding and of every key token at birth."""
 
     def __post_init__(self) -> None:
@@ -84,6 +84,17 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
                 )
+
+    def check_rotary(self) -> None:
+        """Raise ValueError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before
+        this was checked can still be read."""
+        rotated = int(self.head_dim * self.rotary_percent)
+        if rotated == 0 or rotated % 2:
+            raise ValueError(
+                f"model.rotary_percent ({self.rotary_percent}) of heads of hidden_size ({self.hidden_size}) / "
+                f"num_attention_heads ({self.num_attention_heads}) = {self.head_dim} dimensions is {rotated}: "
+                f"it must be an even number above 0"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,10 +11,26 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative, ParameterKind
+from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
+from megatron_tf.config.types import STRICT, Count, FilePath, NonNegative, Number
 
+_NUMPY_SEEDS = 2**32
 DATA_CONTENT = "data.content"
 """In checkpoint.allow_changes: what is in the files of data.data_path."""
+
+
+def check_weights(key: str, entries: Sequence[str]) -> None:
+    """Raise ValueError, with `key`, for data sets of which some have a weight and others none, or with weights that are
+    no shares of a whole."""
+    fields = [entry.split(maxsplit=1) for entry in entries]
+    if all(len(field) == 1 for field in fields):
+        return
+    try:
+        weights = [float(weight) for weight, _ in fields]
+    except ValueError:
+        raise ValueError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
+    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+        raise ValueError(f"{key}: weights must be finite and not negative, and not all of them zero: {weights}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -52,7 +68,7 @@ class DataConfig:
     """Data sets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
-    tokenizer_model: Path | None = None
+    tokenizer_model: FilePath | None = None
     """The tokenizer's file; its hash must be the one the data was made with."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test."""
@@ -62,7 +78,7 @@ class DataConfig:
     """Take no loss of what follows an end of document."""
     reset_attention_mask: bool = False
     """Let documents of one sample not see each other, and count positions anew in each."""
-    data_cache_path: Path | None = None
+    data_cache_path: FilePath | None = None
     """Where index files are kept; by default beside the first data prefix."""
 
 
@@ -89,16 +105,16 @@ class TrainingConfig:
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
     """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
-    loss_spike_sigmas: Annotated[float, Field(gt=0)] = 8.0
+    loss_spike_sigmas: Annotated[Number, Field(gt=0)] = 8.0
     """A loss so many standard deviations of its noise above the last ones is reported as a spike."""
     rewind_after_spikes: Count | None = None
     """After so many spikes in a row go back to the last checkpoint and go on behind the data read since; by default
     spikes are only reported."""
-    exit_duration_in_mins: Annotated[float, Field(gt=0)] | None = None
+    exit_duration_in_mins: Annotated[Number, Field(gt=0)] | None = None
     """Save and end with exit code 75 at the first step after so many minutes of this job."""
-    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hidden_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the embedding's, each attention's and each ffn's output that is dropped."""
-    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Share of the weights of attention over tokens that is dropped; it needs kernels.attention sdpa."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What is made again in backward instead of kept: nothing; the scores of each Pattention; all of each layer."""
@@ -145,89 +161,12 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class LossScaleConfig:
-    """Scaling of the loss under training.precision fp16, so that small gradients do not vanish."""
-
-    loss_scale: Annotated[float, Field(gt=0)] | None = None
-    """A constant; by default the scale is dynamic, and the other keys say how."""
-    initial_loss_scale: Annotated[float, Field(gt=0)] = 2.0**32
-    """Scale of the first step."""
-    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Lowest scale: overflows there count as batches that are not finite."""
-    loss_scale_window: Count = 1000
-    """Steps in a row without overflow after which the scale is doubled."""
-    hysteresis: Count = 2
-    """Overflows before the scale is halved; from then on each one halves it, until it is doubled."""
-
-    def __post_init__(self) -> None:
-        if self.initial_loss_scale < self.min_loss_scale:
-            raise ValueError(
-                f"initial_loss_scale ({self.initial_loss_scale}) is below min_loss_scale ({self.min_loss_scale})"
-            )
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its schedule."""
-
-    lr: Annotated[float, Field(gt=0)]
-    """Highest learning rate."""
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
-    """Shape of the decay from lr to min_lr; WSD (warm up, stable, decay) stays at lr and decays at the end."""
-    lr_decay_iters: Count | None = None
-    """Step at which min_lr is reached; by default train_iters."""
-    lr_warmup_iters: NonNegative = 0
-    """Steps of linear warm-up from zero."""
-    lr_warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The same as a share of lr_decay_iters or lr_decay_tokens."""
-    lr_wsd_decay_iters: Count | None = None
-    """Steps of linear decay at the end of WSD; by default a tenth of lr_decay_iters or lr_decay_tokens."""
-    lr_decay_tokens: Count | None = None
-    """Tokens trained on when min_lr is reached: the schedule then goes by tokens instead of steps."""
-    lr_warmup_tokens: NonNegative = 0
-    """Tokens of linear warm-up from zero."""
-    lr_wsd_decay_tokens: Count | None = None
-    """Tokens of linear decay at the end of WSD."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay of every parameter but those of the final norm."""
-    weight_decay_by_kind: dict[ParameterKind, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    """Another decay for some kinds of parameters (embedding, qkv, proj, ffn, final_norm, head): {embedding: 0.0}."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the second moment."""
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Term added to the root of the second moment."""
-    clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
-
-    def __post_init__(self) -> None:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
-        by_steps, by_tokens = (
-            [key for key in (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}") if getattr(self, key)]
-            for unit in ("iters", "tokens")
-        )
-        if by_tokens and (by_steps or self.lr_decay_tokens is None):
-            raise ValueError(
-                f"a schedule by tokens needs lr_decay_tokens and no key by steps: given are {by_tokens + by_steps}"
-            )
-        if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_tokens):
-            raise ValueError("a warm-up is given twice: as lr_warmup_fraction, and in steps or tokens; give one")
-        decay = self.lr_wsd_decay_iters or self.lr_wsd_decay_tokens
-        if decay is not None and self.lr_decay_style != "WSD":
-            raise ValueError(f"lr_wsd_decay_iters and _tokens are for lr_decay_style: WSD, it is {self.lr_decay_style}")
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
 class CheckpointConfig:
     """Where the run is kept."""
 
-    save: Path | None = None
+    save: FilePath | None = None
     """Directory of this run's checkpoints; a run started again goes on from the newest one in it."""
-    load: Path | None = None
+    load: FilePath | None = None
     """Checkpoint to start from where `save` holds none yet (a grown one, say)."""
     save_interval: NonNegative = 0
     """Steps between checkpoints; 0 for one at the end only."""
@@ -264,22 +203,22 @@ class LoggingConfig:
 
     log_interval: Count = 10
     """Steps between lines of the log."""
-    tensorboard_dir: Path | None = None
+    tensorboard_dir: FilePath | None = None
     """Directory for TensorBoard event files."""
-    metrics_file: Path | None = None
+    metrics_file: FilePath | None = None
     """File for one JSON object per step; a resumed run appends."""
     wandb_project: str | None = None
     """Project of Weights & Biases that gets the metrics too."""
     wandb_exp_name: str | None = None
     """Name of the run there; started again under the same name it goes on."""
-    wandb_save_dir: Path | None = None
+    wandb_save_dir: FilePath | None = None
     """Directory for the files of Weights & Biases."""
-    peak_teraflops: Annotated[float, Field(gt=0)] | None = None
+    peak_teraflops: Annotated[Number, Field(gt=0)] | None = None
     """Rate of one device's matrix products in 1e12 operations a second, to tell the model FLOP utilisation (MFU) by;
     known for common GPUs in 16 bits."""
     communication_interval: NonNegative = 100
     """Steps between those that are profiled for the time ranks spend communicating; 0 for none."""
-    profile_dir: Path | None = None
+    profile_dir: FilePath | None = None
     """Directory for traces of steps, one a rank: of those between profile_step_start and _end, and of the step after
     SIGUSR2."""
     profile_step_start: Count | None = None
@@ -291,6 +230,10 @@ class LoggingConfig:
         ends = self.profile_step_start, self.profile_step_end
         if (None in ends) != (ends == (None, None)):
             raise ValueError("profile_step_start and profile_step_end belong together: give both, or neither")
+        if self.profile_step_start and self.profile_step_end and self.profile_step_start > self.profile_step_end:
+            raise ValueError(
+                f"profile_step_end ({self.profile_step_end}) is before profile_step_start ({self.profile_step_start})"
+            )
         if ends != (None, None) and self.profile_dir is None:
             raise ValueError("profile_step_start needs profile_dir: a directory for the traces")
 
@@ -325,7 +268,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_tensor_parallel()
         self._check_growth()
+        self.model.check_rotary()
         self._check_saving()
+        self._check_data()
+        if self.optimizer.lr_decay_iters is None and self.optimizer.lr_decay_tokens is None:
+            self.optimizer.check_end("iters", "training.train_iters", self.training.train_iters)
         self._check_attention()
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
             raise ValueError(
@@ -366,6 +313,18 @@ class RunConfig:
         for key in ("attention_dropout", "deterministic"):
             if getattr(self.training, key) and self.kernels.attention not in ("auto", "sdpa"):
                 raise ValueError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
+
+    def _check_data(self) -> None:
+        for key in ("data_path", "valid_data_path"):
+            check_weights(f"data.{key}", getattr(self.data, key) or [])
+        try:
+            shares = [float(share) for share in self.data.split.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+            raise ValueError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
+        if self.data.order == "megatron" and self.training.seed >= _NUMPY_SEEDS:
+            raise ValueError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
 
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint

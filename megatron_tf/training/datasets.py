@@ -74,9 +74,25 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
 
 
 def _open(config: RunConfig, prefix: str, split: Split, asked: int, cache: Path) -> GPTDataset:
-    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare."""
+    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare.
+
+    Raises DataError or OSError with the key of what can't be used.
+    """
+    is_valid = split == "validation" and config.data.valid_data_path is not None
+    try:
+        indexed = IndexedDataset(prefix)
+    except DataError as error:
+        raise DataError(f"data.{'valid_' if is_valid else ''}data_path: {error}") from error
+    try:
+        return _ordered(config, indexed, prefix, split, asked, cache)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"data.data_cache_path {cache} is no directory: {error}") from error
+
+
+def _ordered(
+    config: RunConfig, indexed: IndexedDataset, prefix: str, split: Split, asked: int, cache: Path
+) -> GPTDataset:
     training = config.training
-    indexed = IndexedDataset(prefix)
     if split == "validation" and config.data.valid_data_path is not None:
         documents = range(len(indexed))
     else:

@@ -1,6 +1,7 @@
 """What a run says: a progress bar on a terminal or plain lines in a log, and its metrics to the configured sinks."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ class MetricsLog:
 
     def __init__(self, config: LoggingConfig, first_step: int, train_iters: int, enabled: bool) -> None:
         self.config, self.enabled, self.train_iters = config, enabled, train_iters
-        self.sinks: Sequence[Guarded] = open_sinks(config, self._warn) if enabled else ()
+        self.sinks: Sequence[Guarded] = open_sinks(config, self._warn, first_step) if enabled else ()
         self.bar = tqdm(
             initial=first_step,
             total=train_iters,
@@ -31,6 +32,7 @@ class MetricsLog:
             dynamic_ncols=True,
         )
         self._interval_start, self._interval_tokens = time.perf_counter(), 0
+        self._is_full = False
 
     def __enter__(self) -> Self:
         return self
@@ -49,8 +51,15 @@ class MetricsLog:
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except OSError as error:
+        except BrokenPipeError as error:
             self._warn(f"the log takes no more lines: {error}")
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # the reader is gone for good
+        except OSError as error:
+            if not self._is_full:
+                self._warn(f"the log takes no more lines: {error}")
+            self._is_full = True
+        else:
+            self._is_full = False
 
     def event(self, values: Mapping[str, Any]) -> None:
         """Something that happened, for programs."""
@@ -76,7 +85,8 @@ class MetricsLog:
         rate = self._interval_tokens / seconds
         self._interval_start, self._interval_tokens = now, 0
         shown = f"loss {values['loss']:.4f}  grad_norm {values['grad_norm']:.4g}  lr {values['learning_rate']:.4g}"
-        shares = ", ".join(f"{name} {part / seconds:.0%}" for name, part in phases.items() if part >= 0.005 * seconds)
+        whole = sum(phases.values())  # of the first interval it includes the start
+        shares = ", ".join(f"{name} {part / whole:.0%}" for name, part in phases.items() if part >= 0.005 * whole)
         self.say(f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s  {notes}  ({shares})")
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:

@@ -60,6 +60,8 @@ def sources(config: RunConfig) -> list[Path]:
     """Checkpoints to go on from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
     save, load = config.checkpoint.save, config.checkpoint.load
     if save is None or not ((save / LATEST).exists() or complete_checkpoints(save)):
+        if load is not None and not load.exists():
+            raise CheckpointError(f"checkpoint.load: {load} does not exist")
         return [] if load is None else [load]
     older = complete_checkpoints(save)[::-1]
     try:

@@ -20,6 +20,8 @@ def learning_rate(config: OptimizerConfig, step: int, train_iters: int, tokens: 
         return config.lr * min(1.0, (place + stride) / warmup)
     if config.lr_decay_style == "constant":
         return config.lr
+    if place >= end:
+        return config.min_lr
     start = warmup
     if config.lr_decay_style == "WSD":
         start = max(warmup, end - (config.lr_wsd_decay_tokens or config.lr_wsd_decay_iters or round(end / 10)))

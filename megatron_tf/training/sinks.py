@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,13 +51,17 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars by step; starts and growths as text, with the number of parameters as a scalar."""
+    """Scalars by step; starts and growths as text, with the number of parameters as a scalar.
 
-    def __init__(self, directory: Path) -> None:
+    What was written of steps after `first_step`, by a job that was killed or before a rewind, is no longer shown.
+    """
+
+    def __init__(self, directory: Path, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
 
         self.name = str(directory)
-        self.writer = SummaryWriter(str(directory))
+        self._open = partial(SummaryWriter, str(directory))
+        self.writer = self._open(purge_step=first_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See Sink."""
@@ -65,6 +70,9 @@ class TensorBoard:
 
     def event(self, values: Mapping[str, Any]) -> None:
         """See Sink."""
+        if values["event"] == "rewind":
+            self.writer.close()
+            self.writer = self._open(purge_step=values["step"] + 1)
         if "parameters" in values:
             text = f"{values['event']}: {values['parameters']:,} parameters; lineage {values['lineage']}"
             self.writer.add_scalar("parameters", values["parameters"], values["step"])
@@ -86,7 +94,10 @@ class WeightsAndBiases:
                 "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the key out"
             ) from None
         self.name = f"Weights & Biases project {project}"
-        self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
+        try:
+            self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
+        except Exception as error:  # its own kinds: no key, no network
+            raise ConfigError(f"logging.wandb_project: {' '.join(str(error).split())}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See Sink."""
@@ -136,13 +147,16 @@ class Guarded:
             self.lost = 0
 
 
-def open_sinks(config: LoggingConfig, warn: Callable[[str], None]) -> list[Guarded]:
-    """The configured sinks. Raises OSError for a path that can't be written, ConfigError for a missing package."""
+def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: int = 0) -> list[Guarded]:
+    """The configured sinks of a job that starts after `first_step` steps.
+
+    Raises OSError for a path that can't be written, ConfigError for a missing package.
+    """
     sinks: list[Sink] = []
     if config.metrics_file:
         sinks.append(JsonLines(config.metrics_file))
     if config.tensorboard_dir:
-        sinks.append(TensorBoard(config.tensorboard_dir))
+        sinks.append(TensorBoard(config.tensorboard_dir, first_step))
     if config.wandb_project:
         sinks.append(WeightsAndBiases(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir))
     return [Guarded(sink, warn) for sink in sinks]

@@ -83,7 +83,12 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
     """Raise ValueError, with the numbers, where a batch does not split into micro-batches of every replica, or into too
     few of them for the pipeline's schedule."""
-    training, stages, replicas = config.training, mesh.size("pp"), mesh.size("dp")
+    check_batches(config, mesh.size("pp"), mesh.size("dp"))
+
+
+def check_batches(config: RunConfig, stages: int, replicas: int) -> None:
+    """As `check_batch_sizes`, for a layout that is yet to come."""
+    training = config.training
     for size in training.batch_sizes:
         whole = size == training.global_batch_size
         key = "training.global_batch_size" if whole else "a batch of training.rampup_batch_size"

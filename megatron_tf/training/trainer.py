@@ -10,10 +10,10 @@ from typing import Any
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.config import ConfigError, RunConfig, to_dict
-from megatron_tf.data.tokenizer import build_tokenizer
+from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.model.sizes import parameter_count
-from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.mesh import Mesh, data_parallel_size
 from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.parallel.watch import Watch
 from megatron_tf.training.checkpointing import Progress, stage_reached
@@ -24,7 +24,7 @@ from megatron_tf.training.phases import Phases
 from megatron_tf.training.preflight import preflight
 from megatron_tf.training.profiling import Profiler
 from megatron_tf.training.resume import Begun, begin, has_layout
-from megatron_tf.training.state import TrainState, build_state
+from megatron_tf.training.state import TrainState, build_state, check_batches
 from megatron_tf.training.stopping import Stopping
 
 
@@ -53,7 +53,7 @@ def train(
         stopping = Stopping(mesh, signals, training.exit_duration_in_mins, began)
         open_.enter_context(Watch(mesh.store, phases.now, limit, end))
         _hold_lock(config, mesh, open_, end)
-        tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        tokenizer = _tokenizer(config)
         check_tokenizer(config, tokenizer)
 
         def build(staged: RunConfig) -> TrainState:
@@ -62,9 +62,10 @@ def train(
         begun = begin(config, mesh, tokenizer.identity, build, data)
         progress = begun.progress
         _check_length(training.train_iters, begun)
+        _check_stages(config, mesh, begun.stage)
         validation = build_validation(config) if training.eval_interval else []
         warnings = preflight(config.at_stage(begun.stage), mesh)
-        log = open_.enter_context(MetricsLog(config.logging, progress.step, training.train_iters, mesh.is_first_rank))
+        log = open_.enter_context(_open_log(config, mesh, progress.step))
         for warning in (*begun.damaged, *warnings):
             log.say(f"warning: {warning}")
         if begun.changes:
@@ -108,6 +109,27 @@ def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
         log.say(f"kernels: auto took {kernels.taken}")
 
 
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    key = "tokenizer_model" if config.data.tokenizer_type in TYPES else "tokenizer_type"
+    try:
+        return build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.{key}: {error}") from error
+
+
+def _open_log(config: RunConfig, mesh: Mesh, step: int) -> MetricsLog:
+    """Raises ConfigError on every rank where the first one can't open its sinks."""
+    failure, log = None, None
+    try:
+        log = MetricsLog(config.logging, step, config.training.train_iters, mesh.is_first_rank)
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    if reason := mesh.first_failure(failure):
+        raise ConfigError(reason)
+    assert log is not None
+    return log
+
+
 def _hold_lock(config: RunConfig, mesh: Mesh, open_: ExitStack, end: Callable[[str | None], None]) -> None:
     """Let no other run write into `checkpoint.save` until the stack is closed. Raises ConfigError on every rank."""
     refusal = None
@@ -120,6 +142,22 @@ def _hold_lock(config: RunConfig, mesh: Mesh, open_: ExitStack, end: Callable[[s
             pass  # the preflight says what is wrong with the directory, for every rank
     if reason := mesh.first_failure(refusal):
         raise ConfigError(reason)
+
+
+def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
+    """Raise ConfigError where a stage of growth to come has a layout or batches that do not fit these ranks."""
+    num_ranks = 1 if mesh.world is None else mesh.world.size()
+    for number in range(first, len(config.growth)):
+        staged = config.at_stage(number + 1)
+        parallel = staged.parallel
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        try:
+            replicas = data_parallel_size(
+                num_ranks, tensor, pipeline, parallel.data_parallel_size, parallel.data_parallel_shard_size
+            )
+            check_batches(staged, pipeline, replicas)
+        except ValueError as error:
+            raise ConfigError(f"growth[{number}]: {error}") from None
 
 
 def _check_length(train_iters: int, begun: Begun) -> None:

@@ -118,8 +118,11 @@ def test_the_layout_changes_with_the_growth(folder):
     """The run ends with exit code 75; the same command goes on, in the new layout, and ends as in one layout."""
     stage = {"at_step": 3, "ffn_tokens": 128, "tensor_model_parallel_size": 2}
     config = configure(folder, "moved", [stage])
-    stopped = run("megatron_tf.pretrain", config)
-    assert stopped.returncode == 75, stopped.stderr
+    alone = run("megatron_tf.pretrain", config)
+    assert alone.returncode == 1
+    assert "growth[0]: the world has 1 rank(s), but the layout" in alone.stderr  # before the first step
+    stopped = run("megatron_tf.pretrain", config, ranks=2)
+    assert "exitcode  : 75" in stopped.stderr  # of the ranks; torchrun's own is 1
     assert "start the same command again" in stopped.stdout
     wrong = run("megatron_tf.pretrain", config)
     assert wrong.returncode == 1

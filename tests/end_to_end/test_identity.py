@@ -46,8 +46,6 @@ def outcome(*ranks):
     "option, message",
     [
         ("--optimizer.lr=0.1", "optimizer.lr is 0.1, and 0.001 on rank 0"),
-        ("--training.precision=bf16", "training.precision is 'bf16', and 'fp32' on rank 0"),
-        ("--parallel.tensor_model_parallel_size=2", "parallel.tensor_model_parallel_size is 2, and 1 on rank 0"),
         ("--parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_size is 3, and 1 on rank 0"),
     ],
 )

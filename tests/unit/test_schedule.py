@@ -35,7 +35,7 @@ def test_a_tenth_decays_by_default_and_warm_up_can_be_a_fraction():
 
 def test_the_decay_of_one_that_is_all_warm_up_is_safe():
     config = OptimizerConfig(lr=1.0, lr_warmup_iters=10, lr_decay_iters=10)
-    assert [learning_rate(config, step, 10) for step in (9, 10, 11)] == [1.0, 1.0, 0.0]
+    assert [learning_rate(config, step, 10) for step in (9, 10, 11)] == [1.0, 0.0, 0.0]  # min_lr at lr_decay_iters
 
 
 def test_the_warm_up_after_growth():

@@ -1,6 +1,7 @@
 """Metrics reach every sink, and no sink can end a run."""
 
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 from unittest.mock import create_autospec
@@ -90,3 +91,54 @@ def test_weights_and_biases_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         open_sinks(LoggingConfig(wandb_project="growth"), print)
+
+
+def test_weights_and_biases_that_refuses_is_one_line(monkeypatch):
+    module = ModuleType("wandb")
+
+    def refuse(**options):
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb.login()")
+
+    module.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    message = r"^logging.wandb_project: api_key not configured \(no-tty\). Call wandb.login\(\)$"
+    with pytest.raises(ConfigError, match=message):
+        open_sinks(LoggingConfig(wandb_project="growth"), print)
+
+
+def test_a_log_that_closes_is_warned_of_once(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with log_of() as log:
+        monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+        for _ in range(5):
+            log.say("something")
+    monkeypatch.undo()
+    assert capsys.readouterr().err.count("the log takes no more lines") == 1
+
+
+def test_shares_of_an_interval_are_of_all_its_time(capsys):
+    values = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+    with log_of() as log:
+        log.interval(1, values, {"start": 3.0, "data": 1.0}, "")
+    assert "(start 75%, data 25%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["a kill", "a rewind"])
+def test_tensorboard_shows_each_step_once_after(tmp_path, how):
+    with log_of(tensorboard_dir=tmp_path) as log:
+        for step in (1, 2, 3, 4):
+            log.step(step, 128, {"loss": float(step)})
+        if how == "a rewind":
+            log.event({"event": "rewind", "step": 2, "samples": 5})
+            for step in (3, 4, 5):
+                log.step(step, 128, {"loss": 10.0 * step})
+    if how == "a kill":
+        with MetricsLog(LoggingConfig(tensorboard_dir=tmp_path), 2, 10, True) as log:
+            for step in (3, 4, 5):
+                log.step(step, 128, {"loss": 10.0 * step})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
