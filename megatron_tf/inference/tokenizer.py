@@ -12,7 +12,7 @@ def load_tokenizer(model: LanguageModel, moved_to: Path | None = None) -> Tokeni
     DataError where the file is missing."""
     data = model.metadata["config"]["data"]
     trained_with = Path(data["tokenizer_model"]) if data["tokenizer_model"] else None
-    tokenizer = build_tokenizer(data["tokenizer_type"], moved_to or trained_with)
+    tokenizer = build_tokenizer(data["tokenizer_type"], moved_to or trained_with, eod_token=data.get("eod_token"))
     if tokenizer.identity != model.metadata["tokenizer"]:
         raise ConfigError("the tokenizer is not the one the model was trained with: give that with --tokenizer-model")
     return tokenizer

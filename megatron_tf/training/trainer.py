@@ -40,7 +40,8 @@ def train(config: RunConfig, mesh: Mesh, end: Callable[[str | None], None]) -> P
         # handles SIGTERM until the last, as launchers send it to the ranks that are left when one is lost
         stopping = open_.enter_context(Stopping(mesh, training.exit_duration_in_mins, began))
         open_.enter_context(Watch(mesh.store, phases.now, limit, end))
-        tokenizer = build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        data = config.data
+        tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
         check_tokenizer(config, tokenizer)
 
         def build(staged: RunConfig) -> TrainState:
