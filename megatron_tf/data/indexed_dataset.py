@@ -99,25 +99,27 @@ class IndexedDataset:
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
     """A file as an array; a plain one, since np.memmap takes a microsecond for each slice."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
     try:
-        with path.open("rb") as file:
-            _make_room(file.fileno())
-            return np.asarray(np.memmap(file, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, mode="r"))
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-        raise DataError(f"{path}: too many open files: raise their limit (ulimit -n), or merge data sets") from None
+    _allow_more_files()
+    try:
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be opened ({error.strerror}): raise the limit of open files (ulimit -n), or merge data sets"
+        ) from None
 
 
-def _make_room(descriptor: int) -> None:
-    """Raise the limit of open files, as far as that is allowed, where half of them are in use.
-
-    Each map of a file holds a descriptor, and a blend may be of thousands of data sets.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and descriptor > soft // 2:
-        with suppress(ValueError, OSError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _allow_more_files() -> None:
+    """Raise the limit as far as that is allowed: each map holds a descriptor, a blend may be of thousands."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Index(NamedTuple):

@@ -206,7 +206,10 @@ def test_a_blend_of_more_data_sets_than_files_may_be_open(tmp_path):
         "    print(error)\n"
     )
     assert command(["-c", code, tmp_path / "a", 1024]).stdout == "100\n"
-    assert "too many open files: raise their limit (ulimit -n)" in command(["-c", code, tmp_path / "a", 64]).stdout
+    assert (
+        "(Too many open files): raise the limit of open files (ulimit -n)"
+        in command(["-c", code, tmp_path / "a", 64]).stdout
+    )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
