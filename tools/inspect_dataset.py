@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tf.data.gpt_dataset import GPTDataset
+from megatron_tf.data.blend import Samples
+from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
     parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
     parser.add_argument("--seq-length", type=int, default=2048, help="of samples (default: 2048)")
+    parser.add_argument("--split", default="969,30,1", help="of the run (default: 969,30,1); 1,0,0 for all documents")
+    parser.add_argument("--config", type=Path, help="YAML file of a run, whose samples are printed, blends included")
     parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (default: 1234)")
     parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
     parser.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file")
@@ -49,11 +52,24 @@ def inspect(args: argparse.Namespace) -> None:
         show(f"document {index}", dataset.document(index), tokenizer)
     if args.samples:
         with tempfile.TemporaryDirectory() as cache:
-            lengths = dataset.document_lengths
-            order = SampleOrder(lengths, args.seq_length, args.seed, f"{dataset.prefix.name}:train", Path(cache))
-            samples = GPTDataset(dataset, range(len(dataset)), order)
+            samples, whole = samples_of(args, dataset, Path(cache))
             for index in args.samples:
-                show(f"sample {index} of {order.samples_per_epoch:,} an epoch", samples[index], tokenizer)
+                if index < 0:
+                    raise DataError(f"sample {index}: they are counted from 0")
+                show(f"sample {index} of {whole}", samples[index], tokenizer)
+
+
+def samples_of(args: argparse.Namespace, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
+    """Training samples as a run reads them, and what they are of."""
+    if args.config is not None:
+        from megatron_tf.config import load_config
+        from megatron_tf.training.datasets import build_dataset
+
+        return build_dataset(load_config(args.config, [])), f"the run of {args.config}"
+    documents = split_documents(len(dataset), args.split)[0]
+    lengths = dataset.document_lengths[documents.start : documents.stop]
+    order = SampleOrder(lengths, args.seq_length, args.seed, f"{dataset.prefix.name}:train", cache)
+    return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
 
 
 def describe(dataset: IndexedDataset) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
-from megatron_tf.data.preprocess import concatenate, write_json
+from megatron_tf.data.preprocess import concatenate
+from megatron_tf.data.published import write_json
 from megatron_tf.interrupt import run_command
 
 
@@ -32,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def merge(prefixes: list[str], output: str) -> None:
     """Write the new data set; it appears under its name when it is complete."""
-    if Path(f"{output}.idx").exists():
-        raise DataError(f"{output}.idx exists: remove that data set, or choose another --output-prefix")
+    for path in (*(Path(f"{output}.{kind}") for kind in ("idx", "bin", "json")), sets_path(output)):
+        if os.path.lexists(path):
+            raise DataError(f"{path} exists: remove that data set, or choose another --output-prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     dtypes = {dataset.dtype for dataset in datasets}
     if len(dtypes) > 1:
@@ -41,8 +44,13 @@ def merge(prefixes: list[str], output: str) -> None:
     report = merged_report(prefixes)
     data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
     data.parent.mkdir(parents=True, exist_ok=True)
-    concatenate([Path(f"{prefix}.bin") for prefix in prefixes], data)
-    write_index(index, datasets[0].dtype, lambda: blocks(datasets))
+    try:
+        concatenate([Path(f"{prefix}.bin") for prefix in prefixes], data)
+        write_index(index, datasets[0].dtype, lambda: blocks(datasets))
+    except BaseException:
+        for path in (data, index):
+            path.unlink(missing_ok=True)
+        raise
     if report:
         write_json(Path(f"{output}.json"), report)
     merge_sets(datasets, output)
@@ -78,6 +86,8 @@ def merged_report(prefixes: list[str]) -> dict[str, Any]:
     for path, report in zip(paths, reports, strict=True):
         if report["tokenizer"] != reports[0]["tokenizer"]:
             raise DataError(f"{path} and {paths[0]} tell of different tokenizers")
+        if report.get("eod") != reports[0].get("eod"):
+            raise DataError(f"{path} and {paths[0]} tell of documents with different ends")
     sets: dict[str, dict[str, int]] = {}
     for report in reports:
         for name, counts in report["pile_sets"].items():
@@ -85,7 +95,8 @@ def merged_report(prefixes: list[str]) -> dict[str, Any]:
     total: dict[str, int] = {}
     for report in reports:
         total = add(total, {key: report[key] for key in ("documents", "tokens", "text_bytes")})
-    return {"tokenizer": reports[0]["tokenizer"], **total, "pile_sets": sets}
+    ends = {"eod": reports[0]["eod"]} if "eod" in reports[0] else {}
+    return {"tokenizer": reports[0]["tokenizer"], **ends, **total, "pile_sets": sets}
 
 
 def add(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

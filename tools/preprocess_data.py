@@ -6,29 +6,32 @@ Killed at any point, the same command goes on where it was and gives the same by
 
 import argparse
 import errno
-import glob
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
+from megatron_tf.data.inputs import find_inputs
 from megatron_tf.data.preprocess import (
+    UNKNOWN_SET,
     Progress,
     Settings,
     assemble,
-    exclusive,
     finished_report,
     tokenize_input,
 )
-from megatron_tf.data.tokenizer import TYPES, build_tokenizer
+from megatron_tf.data.published import claim, exclusive
+from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.interrupt import run_command
 
+MAX_KEY_BYTES = 100
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set by mpiexec and srun
 
 
@@ -58,6 +61,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--output-prefix", required=True, help="where the data sets go: PREFIX_text_document.bin")
     add("--tokenizer-type", required=True, help=", ".join(TYPES))
     add("--tokenizer-model", type=Path, help="the tokenizer's file")
+    add(
+        "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
+    )
     add("--json-keys", nargs="+", default=["text"], help="texts to take from each line (default: text)")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--split-by-meta", metavar="KEY", help="a data set for each value of meta.KEY, such as pile_set_name")
@@ -65,21 +71,39 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--log-interval", type=int, default=10000, help="documents between lines of a log")
     add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad (default: 0.001)")
     args = parser.parse_args(arguments)
-    if args.workers < 1:
-        parser.error("--workers must be 1 or more")
+    check_arguments(parser, args)
     return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with exit code 2 for values that can't be right."""
+    for option in ("workers", "log_interval"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more")
+    if not 0 <= args.max_bad_lines <= 1:  # nan too
+        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {args.max_bad_lines}")
+    for key in args.json_keys:
+        if args.json_keys.count(key) > 1:
+            parser.error(f"--json-keys names {key!r} twice")
+        if not key or "/" in key or "\0" in key or len(os.fsencode(key)) > MAX_KEY_BYTES:
+            parser.error(
+                f"--json-keys {key!r}: the name of a file is made of it, so that it can't be empty, long or have a /"
+            )
 
 
 def preprocess(args: argparse.Namespace, ranks: Any | None) -> None:
     """Tokenize every input and put the data sets together, on the ranks of an executor or in this process."""
     inputs, prefix = find_inputs(args.input), args.output_prefix
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers)
-    settings = Settings(tokenizer.identity, tuple(args.json_keys), args.append_eod, args.split_by_meta)
+    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
+    eod = tokenizer.eod if args.append_eod else None
+    settings = Settings(tokenizer.identity, tuple(args.json_keys), args.append_eod, args.split_by_meta, eod)
     report = finished_report(inputs, prefix, settings)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
     else:
         with exclusive(prefix):
+            if args.split_by_meta is None:  # otherwise the names are known when all has been read
+                claim(prefix, [f"{prefix}_{key}_document" for key in args.json_keys])
             if ranks is None:
                 with progress_of(inputs, args.log_interval) as progress:
                     for number, path in enumerate(inputs):
@@ -87,24 +111,29 @@ def preprocess(args: argparse.Namespace, ranks: Any | None) -> None:
             else:
                 tokenize_on_ranks(ranks, inputs, args, settings)
             report = assemble(inputs, prefix, settings, token_dtype(tokenizer.vocab_size), args.max_bad_lines)
+    tell(report, args.split_by_meta)
+
+
+def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
+    """Print what is in the data sets, and what is not."""
     for data_set, counts in report["data_sets"].items():
         print(f"{data_set}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     for kind, bad in report["bad_lines"].items():
-        print(f"skipped {bad['count']:,} bad lines: {kind}, the first at {bad['first']}")
+        lost = f"{bad['bytes']:,} bytes in {bad['shards']:,} shards"
+        print(f"skipped {bad['count']:,} bad lines ({lost}): {kind}, the first at {bad['first']}")
+    without = report.get("without_set", 0)
+    if split_by_meta is not None and without:
+        print(
+            f"warning: {without:,} of {report['documents']:,} documents have no meta.{split_by_meta}: they are in the "
+            f"data set {UNKNOWN_SET}; is --split-by-meta right?",
+            file=sys.stderr,
+        )
 
 
-def find_inputs(patterns: list[str]) -> list[Path]:
-    """Files of patterns, in the order given and sorted within a pattern. Raises DataError where one matches nothing."""
-    inputs: list[Path] = []
-    for pattern in patterns:
-        paths = glob.glob(pattern) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207  Path.glob takes no absolute ones
-        found = [path for path in map(Path, sorted(paths)) if path.is_file()]
-        if not found:
-            raise DataError(f"--input {pattern}: no such file")
-        inputs += found
-    if len(set(inputs)) < len(inputs):
-        raise DataError("--input names a file twice")
-    return inputs
+@cache
+def tokenizer_of(tokenizer_type: str, path: Path | None, workers: int, eod_token: str | None) -> Tokenizer:
+    """The tokenizer, built once in a process however many inputs it gets."""
+    return build_tokenizer(tokenizer_type, path, workers, eod_token)
 
 
 @contextmanager
@@ -169,7 +198,7 @@ def tokenize_alone(path: Path, number: int, args: argparse.Namespace, settings: 
         nonlocal documents
         documents += more_documents
 
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers)
+    tokenizer = tokenizer_of(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
     tokenize_input(path, number, args.output_prefix, settings, tokenizer, count)
     return documents
 

@@ -70,6 +70,8 @@ class DataConfig:
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
     """The tokenizer's file; its hash must be the one the data was made with."""
+    eod_token: str | None = None
+    """The token that ends a document; by default the one that the tokenizer's files name."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test."""
     order: Literal["counter", "megatron"] = "counter"

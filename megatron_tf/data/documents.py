@@ -1,48 +1,59 @@
-"""Documents from Pile shards: .jsonl, .jsonl.gz and .jsonl.zst, streamed; what is odd is counted and shown."""
+"""Documents from the lines of Pile shards; what is odd is counted in lines and in bytes, and shown."""
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import orjson
-from backports import zstd
 
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.shards import read_lines
 
 MAX_LINE_BYTES = 128 << 20  # bounds memory: a text of it takes up to four times as much when it is not all ASCII
 BATCH_BYTES = 8 << 20  # of lines
-_READ_BYTES = 1 << 20
-_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}  # the Pile's frames have long windows
 
 
 @dataclass
 class BadLines:
-    """Lines that are no documents: how many of each kind, and where the first of each is."""
+    """Lines that are no documents: how many of each kind, their bytes, and where the first of each is."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     lines: int = 0
     """Lines read, good ones included."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Of a damaged file, those on disk from the damage to its end."""
+    shards: dict[str, int] = field(default_factory=dict)
+    """Files with such lines."""
 
-    def add(self, kind: str, path: Path, line: int) -> None:
+    def add(self, kind: str, path: Path, line: int, size: int) -> None:
         """Count one."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, f"{path}:{line}")
+        self.bytes[kind] = self.bytes.get(kind, 0) + size
+        self.shards[kind] = 1
 
-    def merge(self, later: "BadLines") -> None:
-        """Count those of what was read after this."""
+    def merge(self, later: "BadLines", of_same_shard: Set[str] = frozenset()) -> None:
+        """Count those of what was read after this; a file is counted already for the kinds `of_same_shard`."""
         for kind, count in later.counts.items():
+            is_counted = kind in of_same_shard
             self.counts[kind] = self.counts.get(kind, 0) + count
+            self.bytes[kind] = self.bytes.get(kind, 0) + later.bytes[kind]
+            self.shards[kind] = self.shards.get(kind, 0) + (0 if is_counted else later.shards[kind])
         self.first = {**later.first, **self.first}
         self.lines += later.lines
 
     def summary(self) -> str:
         """One line a kind."""
-        return "\n".join(f"  {n} x {kind}, the first at {self.first[kind]}" for kind, n in self.counts.items())
+        return "\n".join(
+            f"  {n:,} x {kind}, {self.lost(kind)}, the first at {self.first[kind]}" for kind, n in self.counts.items()
+        )
+
+    def lost(self, kind: str) -> str:
+        """How much that is."""
+        return f"{self.bytes[kind]:,} bytes in {self.shards[kind]:,} shards"
 
     def check(self, allowed_fraction: float) -> None:
         """Raise DataError where more than the allowed fraction of lines is bad."""
@@ -71,10 +82,10 @@ class Batch:
 def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterator[Batch]:
     """The documents of a file whose `keys` are all texts, from a line on; other lines are counted as bad.
 
-    Raises DataError for a file that is missing or of an unknown kind.
+    Raises DataError for a file that can't be read, or is not of the format that its name says.
     """
     batch = Batch()
-    for number, line, is_ended, position in _read_lines(path):
+    for number, line, size, is_ended, position in read_lines(path, MAX_LINE_BYTES):
         batch.end_line, batch.end_byte = number, position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
             continue
@@ -83,10 +94,10 @@ def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterat
         if document == "malformed JSON" and not is_ended:
             document = "truncated last line"
         if isinstance(document, str):
-            batch.bad.add(document, path, number)
+            batch.bad.add(document, path, number, size)
         else:
             batch.documents.append(document)
-            batch.line_bytes += len(line)
+            batch.line_bytes += size
         if batch.line_bytes >= BATCH_BYTES:
             yield batch
             batch = Batch()
@@ -94,45 +105,28 @@ def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterat
 
 
 def read_documents(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> Iterator[dict[str, Any]]:
-    """The documents of files one after another; bad lines go to `bad`. Raises as `read_batches` does."""
+    """The documents of files one after another; bad lines go to `bad`.
+
+    Raises as `read_batches` does, and DataError after a file without a document.
+    """
     for path in paths:
+        documents, bad_here = 0, BadLines()
         for batch in read_batches(path, keys):
-            bad.merge(batch.bad)
+            documents += len(batch.documents)
+            kinds = set(bad_here.counts)
+            for counted in (bad_here, bad):
+                counted.merge(batch.bad, kinds)
             yield from batch.documents
+        check_any(path, documents, bad_here)
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes | str, bool, int]]:
-    """(number, line or what is wrong with it, whether it has its end, bytes of the file read) of each line."""
-    number = 0
-    try:
-        with path.open("rb") as raw, _decompressed(path, raw) as stream:
-            for line, is_ended in _split_lines(stream):
-                number += 1
-                yield number, line, is_ended, raw.tell()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except (zstd.ZstdError, zlib.error, EOFError, OSError) as error:
-        yield number + 1, f"damaged or truncated file ({error})", False, path.stat().st_size
-
-
-def _split_lines(stream: BinaryIO) -> Iterator[tuple[bytes | str, bool]]:
-    parts: list[bytes] = []  # of a line that reaches beyond a block
-    size = 0
-    while block := stream.read(_READ_BYTES):
-        *ended, rest = block.split(b"\n")
-        for end in ended:
-            parts.append(end)
-            yield _joined(parts, size + len(end)), True
-            parts, size = [], 0
-        size += len(rest)
-        if size <= MAX_LINE_BYTES:
-            parts.append(rest)
-    if size:
-        yield _joined(parts, size), False
-
-
-def _joined(parts: list[bytes], size: int) -> bytes | str:
-    return b"".join(parts) if size <= MAX_LINE_BYTES else f"longer than {MAX_LINE_BYTES >> 20} MiB"
+def check_any(path: Path, documents: int, bad: BadLines) -> None:
+    """Raise DataError where a file has no document: so much is never lost without a word, however much others hold."""
+    if documents:
+        return
+    kinds = ", ".join(f"{n:,} x {kind}" for kind, n in bad.counts.items())
+    found = f"{bad.lines:,} lines, {sum(bad.bytes.values()):,} bytes ({kinds})" if kinds else "it is empty"
+    raise DataError(f"no document in {path}: {found}: leave it out, fix it, or name the key of its text")
 
 
 def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
@@ -165,13 +159,3 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.name.endswith(".zst"):
-        return cast(BinaryIO, zstd.ZstdFile(raw, options=_ZSTD_OPTIONS))
-    if path.name.endswith(".gz"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.name.endswith(".jsonl"):
-        return raw
-    raise DataError(f"{path}: inputs end in .jsonl, .jsonl.gz or .jsonl.zst")

@@ -1,8 +1,11 @@
 """Megatron-LM's indexed dataset: PREFIX.bin holds token ids, PREFIX.idx where each sequence and document begins."""
 
+import errno
 import os
+import resource
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +16,7 @@ from megatron_tf._index import check_index
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
+_FAIRSEQ_HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {
     1: np.uint8,
     2: np.int8,
@@ -56,7 +60,7 @@ class IndexedDataset:
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
         self.tokens = _mapped(data_path, self.dtype)
-        self._data = data_path.open("rb")
+        self._data_path = data_path
 
     def __len__(self) -> int:
         return len(self.documents) - 1
@@ -80,7 +84,8 @@ class IndexedDataset:
         size = self.dtype.itemsize
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        os.posix_fadvise(self._data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
+        with self._data_path.open("rb") as data:  # not kept open: a blend may be of thousands
+            os.posix_fadvise(data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         first, last = int(self.documents[index]), int(self.documents[index + 1])
@@ -94,7 +99,27 @@ class IndexedDataset:
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
     """A file as an array; a plain one, since np.memmap takes a microsecond for each slice."""
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    try:
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    _allow_more_files()
+    try:
+        return np.asarray(np.memmap(path, dtype, mode="r"))
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be opened ({error.strerror}): raise the limit of open files (ulimit -n), or merge data sets"
+        ) from None
+
+
+def _allow_more_files() -> None:
+    """Raise the limit as far as that is allowed: each map holds a descriptor, a blend may be of thousands."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Index(NamedTuple):
@@ -112,12 +137,35 @@ def _read_index(path: Path) -> _Index:
     try:
         code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
     except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {_is_of_fairseq(mapped) or error}") from None
+    if np.issubdtype(_DTYPES[code], np.floating):
+        raise DataError(
+            f"{path}: it is of {np.dtype(_DTYPES[code])} values, not of token ids: give a data set of tokens"
+        )
+    modes = mapped[_HEADER.size + 12 * sequences + 8 * bounds :]
+    if modes.any():
+        raise DataError(
+            f"{path}: it is multimodal, sequence {int(modes.argmax())} has mode {int(modes.max())}: "
+            f"only data sets of text alone (mode 0) are supported"
+        )
     starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
     lengths, offsets, documents = (
         mapped[a:b].view(t) for a, b, t in zip(starts[:-1], starts[1:], ("<i4", "<i8", "<i8"), strict=True)
     )
     return _Index(np.dtype(_DTYPES[code]), lengths, offsets, documents, data_bytes, one_sequence_each)
+
+
+def _is_of_fairseq(index: NDArray[np.generic]) -> str | None:
+    """What to say of an index in a format of fairseq's, which has no documents."""
+    head = index[: _FAIRSEQ_HEADER.size].tobytes()
+    if head.startswith(b"TNTIDX"):
+        return "it is of fairseq's or Megatron's old format without a memory map: preprocess the text again"
+    if len(head) < _FAIRSEQ_HEADER.size or not head.startswith(MAGIC):
+        return None
+    sequences = _FAIRSEQ_HEADER.unpack(head)[3]
+    if len(index) != _FAIRSEQ_HEADER.size + 12 * sequences:
+        return None
+    return "it is of fairseq, which has no document index: preprocess the text again"
 
 
 Blocks = Callable[[], Iterable[tuple[NDArray[np.int32], NDArray[np.integer]]]]

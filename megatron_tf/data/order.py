@@ -15,6 +15,10 @@ from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
 ORDER_VERSION = 2
+_GROUP_ENTRIES = (
+    1 << 18
+)  # of arrays, up to which epochs share files: a small data set may be read for thousands of them
+_MAX_GROUP = 256  # epochs
 
 
 class SampleOrder:
@@ -28,16 +32,34 @@ class SampleOrder:
         self.seq_length, self.seed, self.name, self.cache = seq_length, seed, name, cache
         self.samples_per_epoch = samples_in(self.lengths, seq_length, name)
         self.content = xxhash.xxh3_128_hexdigest(self.lengths.data)
+        entries = max(len(self.lengths), self.samples_per_epoch, 1)
+        self._epochs_of_file = max(1, min(_MAX_GROUP, _GROUP_ENTRIES // entries))
         self._epoch: tuple[int, OrderArrays] | None = None
+        self._group: tuple[int, OrderArrays] | None = None
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
         """(arrays of the sample's epoch, its place in them)."""
         epoch, visit = divmod(sample, self.samples_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            key = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, epoch)
-            self._epoch = epoch, open_or_build(self.cache, key, lambda: self._build(epoch))
+            self._epoch = epoch, self._arrays_of(epoch)
         arrays = self._epoch[1]
         return arrays, int(arrays.shuffle[visit])
+
+    def _arrays_of(self, epoch: int) -> OrderArrays:
+        group, row = divmod(epoch, self._epochs_of_file)
+        if self._group is None or self._group[0] != group:
+            key: tuple[object, ...] = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, group)
+            if self._epochs_of_file > 1:
+                key = (*key, self._epochs_of_file)
+            self._group = group, open_or_build(self.cache, key, lambda: self._build_group(group))
+        rows = self._group[1]
+        return OrderArrays(*(array[row] for array in rows)) if self._epochs_of_file > 1 else rows
+
+    def _build_group(self, group: int) -> OrderArrays:
+        """The arrays of the epochs that share files, one epoch a row."""
+        first = group * self._epochs_of_file
+        epochs = [self._build(first + i) for i in range(self._epochs_of_file)]
+        return OrderArrays(*map(np.stack, zip(*epochs, strict=True))) if len(epochs) > 1 else epochs[0]
 
     def _build(self, epoch: int) -> OrderArrays:
         documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))

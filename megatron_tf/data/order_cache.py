@@ -1,13 +1,10 @@
 """Arrays of an order on disk: built once by whichever process comes first, checked and mapped by all."""
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.locks import locked
 
 LOCK_TIMEOUT_SECONDS = 600.0
 
@@ -54,7 +52,8 @@ def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], Orde
     arrays = _open(directory)
     if arrays is None:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"order-{name}.lock"):
+        busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
+        with locked(cache / f"order-{name}.lock", LOCK_TIMEOUT_SECONDS, busy):
             arrays = _open(directory)
             if arrays is None:
                 _write(directory, build())
@@ -77,31 +76,19 @@ def _open(directory: Path) -> OrderArrays | None:
 
 
 def _write(directory: Path, arrays: OrderArrays) -> None:
-    temporary = directory.with_suffix(f".{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp"))
+    temporary.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's is for nobody else
     for name, array in zip(OrderArrays._fields, arrays, strict=True):
         np.save(temporary / f"{name}.npy", array)
     (temporary / "checksums.json").write_text(json.dumps([_checksum(array) for array in arrays]))
     shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    try:
+        temporary.rename(directory)
+    except OSError:  # where there are no locks, another process may have been faster
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not directory.exists():
+            raise
 
 
 def _checksum(array: NDArray[np.integer]) -> str:
     return f"{array.dtype.str}{array.shape}{xxhash.xxh3_128_hexdigest(array.data)}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. Raises DataError when another process holds it too long."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(f"{path}: another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s") from None
-                time.sleep(0.05)
-        yield

@@ -5,6 +5,7 @@ What a commit covers survives anything; what comes after it is cut off when the 
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 
 from megatron_tf.data.document_sets import ROW, DocumentSets
 from megatron_tf.data.documents import BadLines
+from megatron_tf.data.output_names import file_stem
+
+MAX_OPEN_OUTPUTS = 64  # of three files each: many systems allow 1,024 files, some 256
 
 
 @dataclass
@@ -44,6 +48,8 @@ class Journal:
     counts: dict[str, dict[str, Count]] = field(default_factory=dict)
     """Output -> pile_set_name -> what went there."""
     bad: BadLines = field(default_factory=BadLines)
+    without_set: int = 0
+    """Documents without the key that the outputs are split by."""
 
     def count(self, output: str, set_name: str) -> Count:
         """Where to count what goes to an output from a set."""
@@ -56,16 +62,23 @@ class Journal:
             total.add(count.documents, count.tokens, count.text_bytes)
         return total
 
+    @property
+    def num_documents(self) -> int:
+        """Documents of all outputs: a line with two keys gives two."""
+        return sum(self.total(output).documents for output in self.counts)
+
     @classmethod
     def read(cls, path: Path) -> "Journal | None":
         """The journal in a file, None where there is none that can be read."""
         try:
             fields = json.loads(path.read_text())
-            journal = cls(fields["identity"], fields["lines"], fields["is_complete"], bad=BadLines(**fields["bad"]))
+            bad = BadLines(**fields["bad"])
+            journal = cls(fields["identity"], fields["lines"], fields["is_complete"], bad=bad)
+            journal.without_set = fields["without_set"]
             for output, sets in fields["counts"].items():
                 for name, count in sets.items():
                     journal.counts.setdefault(output, {})[name] = Count(**count)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return journal
 
@@ -92,18 +105,18 @@ class Part:
         journal = Journal.read(self._path)
         is_usable = journal is not None and journal.identity == identity and self._holds(journal)
         self.journal = journal if journal is not None and is_usable else Journal(identity)
-        self._files: dict[str, list[BinaryIO]] = {}
+        self._files: OrderedDict[str, list[BinaryIO]] = OrderedDict()
+        self._written: set[str] = set()  # outputs written to since the last commit
 
     def append(self, output: str, ids: NDArray[np.generic], documents: Sequence[tuple[str, int, int]]) -> None:
         """Documents of one output, ids end to end, and (set, ids, bytes of text) of each; counted in the journal."""
-        if output not in self._files:
-            self._files[output] = self._open(output)
+        files = self._opened(output)
         for name, length, text_bytes in documents:
             self.journal.count(output, name).add(1, length, text_bytes)
         places = {name: place for place, name in enumerate(self.journal.counts[output])}
         rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
         lengths = np.array([length for _, length, _ in documents], "<i4")
-        for file, values in zip(self._files[output], (ids.astype(self.dtype, copy=False), lengths, rows), strict=True):
+        for file, values in zip(files, (ids.astype(self.dtype, copy=False), lengths, rows), strict=True):
             file.write(values.tobytes())
 
     def document_sets(self, output: str) -> DocumentSets:
@@ -112,16 +125,19 @@ class Part:
 
     def commit(self, is_complete: bool = False) -> None:
         """Make everything so far last."""
-        for files in self._files.values():
-            for file in files:
+        for output in sorted(self._written):
+            for file in self._opened(output):
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # what was written through another descriptor too
+        self._written.clear()
         self.journal.is_complete = is_complete
         self.journal.write(self._path)
 
     def paths(self, output: str) -> tuple[Path, ...]:
         """The .bin, the .lengths and the .sets of an output."""
-        return tuple(self.stem.with_name(f"{self.stem.name}-{output}.{kind}") for kind in ("bin", "lengths", "sets"))
+        return tuple(
+            self.stem.with_name(f"{self.stem.name}-{file_stem(output)}.{kind}") for kind in ("bin", "lengths", "sets")
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -144,9 +160,21 @@ class Part:
             for path, size in zip(self.paths(output), self._sizes(journal, output), strict=True)
         )
 
+    def _opened(self, output: str) -> list[BinaryIO]:
+        """The files of an output, of which only so many are open at a time."""
+        if output not in self._files:
+            while len(self._files) >= MAX_OPEN_OUTPUTS:
+                for file in self._files.popitem(last=False)[1]:
+                    file.close()
+            self._files[output] = self._open(output)
+        self._files.move_to_end(output)
+        self._written.add(output)
+        return self._files[output]
+
     def _open(self, output: str) -> list[BinaryIO]:
         opened: list[BinaryIO] = []
-        for path, size in zip(self.paths(output), self._sizes(self.journal, output), strict=True):
+        sizes = self._sizes(self.journal, output)
+        for path, size in zip(self.paths(output), sizes, strict=True):
             file = path.open("ab")
             file.truncate(size)
             opened.append(file)

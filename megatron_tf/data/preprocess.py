@@ -1,13 +1,11 @@
 """From Pile shards to data sets: every input becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
-import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,17 +14,28 @@ import numpy as np
 
 import megatron_tf
 from megatron_tf.data.document_sets import joined_sets, sets_path
-from megatron_tf.data.documents import BadLines, Batch, read_batches
+from megatron_tf.data.documents import BadLines, Batch, check_any, read_batches
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
+from megatron_tf.data.output_names import data_set_names, output_of, set_name
 from megatron_tf.data.part import Count, Journal, Part
+from megatron_tf.data.published import (
+    claim,
+    exclusive,
+    missing_file,
+    parts_directory,
+    read_report,
+    remove_parts,
+    write_json,
+)
 from megatron_tf.data.tokenizer import Encoded, Tokenizer
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """(bytes of the input, documents) since the last call."""
 
+UNKNOWN_SET = "unknown"  # of documents that don't say
 COMMIT_BYTES = 256 << 20  # of lines: what a kill can cost
-FORMAT_VERSION = 1  # of the bytes that the same input gives
+FORMAT_VERSION = 2  # of the bytes that the same input gives
 
 
 @dataclass(frozen=True)
@@ -39,17 +48,14 @@ class Settings:
     append_eod: bool
     split_by_meta: str | None
     """Key under `meta` whose values each get data sets of their own."""
+    eod: int | None = None
+    """The id that ends documents."""
 
     def identity(self, path: Path) -> dict[str, Any]:
         """Everything that decides the bytes one input becomes."""
         status = path.stat()
         file = {"input": str(path), "size": status.st_size, "modified": status.st_mtime_ns}
         return {"format": FORMAT_VERSION, **file, **json.loads(json.dumps(asdict(self)))}
-
-
-def parts_directory(prefix: str) -> Path:
-    """Where unfinished work on the data sets of a prefix lies."""
-    return Path(f"{prefix}.parts")
 
 
 def tokenize_input(
@@ -60,7 +66,7 @@ def tokenize_input(
     with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(path), dtype) as part:
         journal = part.journal
         if journal.is_complete:
-            progress(path.stat().st_size, sum(journal.total(output).documents for output in journal.counts))
+            progress(path.stat().st_size, journal.num_documents)
             return
         done, uncommitted = 0, 0
         for batch in _read_ahead(read_batches(path, settings.keys, journal.lines)):
@@ -71,6 +77,7 @@ def tokenize_input(
             if uncommitted >= COMMIT_BYTES:
                 part.commit()
                 uncommitted = 0
+        check_any(path, journal.num_documents, journal.bad)
         part.commit(is_complete=True)
 
 
@@ -80,17 +87,27 @@ def _add(part: Part, batch: Batch, settings: Settings, tokenizer: Tokenizer) -> 
         texts = [document[key] for document in batch.documents]
         if not texts:
             continue
-        encoded = tokenizer.encode_batch(texts)
-        encoded = Encoded(encoded.ids.astype(part.dtype), encoded.lengths)
-        if settings.append_eod:
-            encoded = _with_end(encoded, tokenizer.eod)
+        encoded = _encoded(texts, part.dtype, tokenizer)
+        if settings.eod is not None:
+            encoded = _with_end(encoded, settings.eod)
         for output, which in _outputs(key, sets, settings).items():
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
             lengths = chosen.lengths.tolist()
-            documents = [(sets[i], length, _utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)]
+            documents = [
+                (sets[i] or UNKNOWN_SET, length, _utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)
+            ]
             part.append(output, chosen.ids, documents)
     part.journal.lines = batch.end_line
-    part.journal.bad.merge(batch.bad)
+    part.journal.without_set += sets.count(None)
+    part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
+
+
+def _encoded(texts: list[str], dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
+    encoded = tokenizer.encode_batch(texts)
+    highest = int(encoded.ids.max(initial=0))
+    if highest >= tokenizer.vocab_size:  # it would wrap around in a smaller type
+        raise DataError(f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this")
+    return Encoded(encoded.ids.astype(dtype), encoded.lengths)
 
 
 def _with_end(encoded: Encoded, eod: int) -> Encoded:
@@ -100,19 +117,19 @@ def _with_end(encoded: Encoded, eod: int) -> Encoded:
     return Encoded(np.insert(encoded.ids, ends, eod), encoded.lengths + has_tokens)
 
 
-def _outputs(key: str, sets: list[str], settings: Settings) -> dict[str, list[int]]:
+def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, list[int]]:
     """Output -> which of a batch's documents go there."""
     if settings.split_by_meta is None:
-        return {key: list(range(len(sets)))}
+        return {output_of(key, None): list(range(len(sets)))}
     outputs: dict[str, list[int]] = {}
     for i, name in enumerate(sets):
-        outputs.setdefault(f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}_{key}", []).append(i)
+        outputs.setdefault(output_of(key, name or UNKNOWN_SET), []).append(i)
     return outputs
 
 
-def _set_name(document: dict[str, Any], key: str) -> str:
+def _set_name(document: dict[str, Any], key: str) -> str | None:
     meta = document.get("meta")
-    return str(meta.get(key, "unknown")) if isinstance(meta, dict) else "unknown"
+    return set_name(meta[key]) if isinstance(meta, dict) and key in meta else None
 
 
 def _utf8_size(text: str) -> int:
@@ -147,43 +164,60 @@ def assemble(
         bad.merge(part.journal.bad)
     bad.check(max_bad_lines)
     outputs = sorted({output for part in parts for output in part.journal.counts})
-    if not outputs:
-        raise DataError(f"no document in {', '.join(map(str, inputs))}: is --json-keys right?")
+    names = data_set_names(prefix, outputs, is_split=settings.split_by_meta is not None)
+    claim(prefix, names.values())
     report = {
         "version": megatron_tf.__version__,
         "settings": json.loads(json.dumps(asdict(settings))),
         "inputs": [settings.identity(path) for path in inputs],
-        "bad_lines": {kind: {"count": n, "first": bad.first[kind]} for kind, n in bad.counts.items()},
+        "bad_lines": {
+            kind: {"count": n, "bytes": bad.bytes[kind], "shards": bad.shards[kind], "first": bad.first[kind]}
+            for kind, n in bad.counts.items()
+        },
+        "documents": sum(part.journal.num_documents for part in parts) // len(settings.keys),
+        "without_set": sum(part.journal.without_set for part in parts),
         "data_sets": {},
     }
-    for output in outputs:
-        data_set = f"{prefix}_{output}_document"
-        report["data_sets"][data_set] = _publish(data_set, [p for p in parts if output in p.journal.counts], output)
+    for output, name in names.items():
+        made_of = [part for part in parts if output in part.journal.counts]
+        report["data_sets"][name] = _publish(name, made_of, output)
     write_json(Path(f"{prefix}.json"), report)
-    shutil.rmtree(parts_directory(prefix))
+    remove_parts(prefix)
     return report
 
 
 def finished_report(inputs: Sequence[Path], prefix: str, settings: Settings) -> dict[str, Any] | None:
-    """The report of a run that has made just these data sets already. Raises DataError where others are in the way."""
-    path = Path(f"{prefix}.json")
-    if not path.exists():
+    """The report of a command that has made just these data sets, which are all there; what it left over is removed.
+
+    None where one of them is gone. Raises DataError where other data sets, or other files, are in the way.
+    """
+    report = read_report(prefix)
+    if report is None:
         return None
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report.get("inputs") == [settings.identity(i) for i in inputs]:
+    if report["inputs"] != [settings.identity(i) for i in inputs]:
+        raise DataError(
+            f"{prefix}.json is about data sets made from other inputs, with other settings, or by another version: "
+            f"remove it and them, or choose another --output-prefix"
+        )
+    missing = missing_file(prefix, report)
+    if missing is None:
+        if parts_directory(prefix).exists():  # killed while it removed them
+            with exclusive(prefix):
+                remove_parts(prefix)
         return report
-    raise DataError(
-        f"{path} tells of data sets made from other inputs or with other settings: "
-        f"remove it and them, or choose another --output-prefix"
-    )
+    print(f"{missing} is missing: the data sets of {prefix}.json are made again", flush=True)
+    with exclusive(prefix):
+        claim(prefix, report["data_sets"], are_ours=True)
+    return None
 
 
 def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
     """One data set from its parts; its index appears last."""
     journals = [part.journal for part in parts]
-    report = {"tokenizer": journals[0].identity["tokenizer"], **_counts(journals, output)}
+    identity = journals[0].identity
+    report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
     data, index = Path(f"{data_set}.bin.tmp"), Path(f"{data_set}.idx.tmp")
-    concatenate([part.paths(output)[0] for part in parts], data)
+    concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
     sets = Path(f"{sets_path(data_set)}.tmp")
@@ -204,37 +238,19 @@ def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
     return {**asdict(total), "pile_sets": {name: asdict(count) for name, count in sorted(sets.items())}}
 
 
-def concatenate(sources: list[Path], target: Path) -> None:
-    """The bytes of files one after another; a second name for the file where it is only one."""
+def concatenate(sources: list[Path], target: Path, may_link: bool = False) -> None:
+    """The bytes of files one after another; a second name for the file where it is only one and that is allowed.
+
+    Allow it for files that nobody else has: writing to one of the two would change both.
+    """
     target.unlink(missing_ok=True)
-    if len(sources) == 1:
+    if len(sources) == 1 and may_link:
         with suppress(OSError):  # a file system without hard links: copy
             os.link(sources[0], target)
-    if target.exists():
-        return
+            return
     with target.open("wb") as file:
         for source in sources:
             with source.open("rb") as part:
                 shutil.copyfileobj(part, file, 16 << 20)
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace the file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
-@contextmanager
-def exclusive(prefix: str) -> Iterator[None]:
-    """Hold the work on a prefix. Raises DataError where another process holds it."""
-    directory = parts_directory(prefix)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is writing {prefix}: wait for it, or choose another prefix") from None
-        yield

@@ -2,7 +2,8 @@
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.bpe_engine import encode_flat, fast_engine, is_settled
+from megatron_tf.data.hf_files import end_of_document, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
-
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS, tiktoken_encoder
 
 
 class Encoded(NamedTuple):
@@ -43,10 +44,13 @@ class Tokenizer(Protocol):
     """Text to ids and back."""
 
     vocab_size: int
-    eod: int
-    """The id that ends a document."""
+    """Highest id + 1: rows of an embedding. Some vocabularies have fewer tokens."""
     identity: dict[str, Any]
     """What tells this tokenizer from another: type, size, hash of the file."""
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document. Raises DataError where nothing says which it is."""
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Ids of each text, without the end of document."""
@@ -58,18 +62,21 @@ class Tokenizer(Protocol):
 class HFTokenizer:
     """A Hugging Face tokenizer.json: byte-level BPE by a fast engine where that gives the same ids."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self._engine = fast_engine(path, self._tokenizer)
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        candidates = [self._tokenizer.token_to_id(token) for token in END_OF_DOCUMENT]
-        known = [token for token in candidates if token is not None]
-        if not known:
-            raise DataError(f"{path} has no end-of-document token: none of {', '.join(END_OF_DOCUMENT)}")
-        self.eod = known[0]
+        content = text_to_ids_only(path)
+        self._path, self._eod_token = path, eod_token
+        self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        self._engine = fast_engine(path, content, self._tokenizer)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.identity = _identity("HFTokenizer", self.vocab_size, path)
+
+    @cached_property
+    def eod(self) -> int:
+        """See Tokenizer."""
+        return end_of_document(self._path, self._tokenizer, self._eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Tokenizer."""
@@ -92,16 +99,26 @@ class HFTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece .model."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, eod_token: str | None = None) -> None:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self._threads = threads
+        self._threads, self._path, self._eod_token = threads, path, eod_token
         self.vocab_size = self._processor.get_piece_size()
-        self.eod = self._processor.eos_id()
-        if self.eod < 0:
-            raise DataError(f"{path} has no end-of-sentence piece to end documents with")
         self.identity = _identity("SentencePieceTokenizer", self.vocab_size, path)
+
+    @cached_property
+    def eod(self) -> int:
+        """See Tokenizer."""
+        if self._eod_token is not None:
+            found: int = self._processor.piece_to_id(self._eod_token)
+            if self._processor.id_to_piece(found) != self._eod_token:  # it gives <unk> for what it does not know
+                raise DataError(f"{self._path} has no piece {self._eod_token!r}: give another as --eod-token")
+            return found
+        end: int = self._processor.eos_id()
+        if end < 0:
+            raise DataError(f"{self._path} has no end-of-sentence piece to end documents with: give --eod-token")
+        return end
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Tokenizer."""
@@ -116,18 +133,38 @@ class SentencePieceTokenizer:
 class TikTokenizer:
     """A file of tiktoken ranks, under the name of its encoding (r50k_base.tiktoken), which decides how text is cut."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import gigatoken
 
+        if path.name.removesuffix(".tiktoken") not in PATTERNS:
+            raise DataError(
+                f"{path}: a file of ranks does not tell how text is cut, only its name does: name it "
+                f"{', '.join(f'{name}.tiktoken' for name in PATTERNS)}, whichever it is; for others, take the "
+                f"tokenizer.json of the same model and HFTokenizer"
+            )
+        self._path = path
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path)
         self._encode = encode_flat(self._tokenizer)
+        self._special_tokens: dict[str, int] = SPECIAL_TOKENS[path.name.removesuffix(".tiktoken")]
+        token = "<|endoftext|>" if eod_token is None else eod_token
+        if token not in self._special_tokens:
+            raise DataError(f"{path} has no special token {token!r}: --eod-token is {', '.join(self._special_tokens)}")
+        self.eod = self._special_tokens[token]
         self.vocab_size = self._tokenizer.vocab_size
-        self.eod = self._tokenizer.as_tiktoken().eot_token
         self.identity = _identity("TikTokenizer", self.vocab_size, path)
+
+    @cached_property
+    def _reference(self) -> Callable[[Sequence[str]], list[list[int]]] | None:
+        return tiktoken_encoder(self._path, self._special_tokens)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Tokenizer. Special tokens' names inside a text are encoded as these tokens."""
-        return Encoded(*self._encode(list(texts)))
+        texts = list(texts)
+        encoded = Encoded(*self._encode(texts))
+        unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
+        if not unsettled or self._reference is None:
+            return encoded
+        return encoded.replaced(unsettled, _end_to_end(self._reference([texts[i] for i in unsettled])))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -154,26 +191,43 @@ class NullTokenizer:
 
 
 TYPES = ("HFTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
+_ELSEWHERE = {  # names of Megatron-LM and gpt-neox
+    "GPT2BPETokenizer": "HFTokenizer, with a tokenizer.json of it",
+    "GPT2BPETokenizerFast": "HFTokenizer, with a tokenizer.json of it",
+    "HFGPT2Tokenizer": "HFTokenizer, with a tokenizer.json of it",
+    "HuggingFaceTokenizer": "HFTokenizer, with a tokenizer.json",
+    "Llama3Tokenizer": "HFTokenizer, with its tokenizer.json",
+    "Llama2Tokenizer": "SentencePieceTokenizer, with its tokenizer.model",
+    "GPTSentencePieceTokenizer": "SentencePieceTokenizer, with a .model",
+    "SPMTokenizer": "SentencePieceTokenizer, with a .model",
+    "TiktokenTokenizer": "TikTokenizer, with a file of ranks",
+}
 
 
-def build_tokenizer(tokenizer_type: str, path: Path | None, threads: int = 1) -> Tokenizer:
+def build_tokenizer(
+    tokenizer_type: str, path: Path | None, threads: int = 1, eod_token: str | None = None
+) -> Tokenizer:
     """The tokenizer of a type in TYPES. Raises DataError for another, and for a file that is missing or not one.
 
-    `threads` encode a batch; those of byte-level BPE are counted by RAYON_NUM_THREADS instead.
+    `threads` encode a batch; those of byte-level BPE are counted by RAYON_NUM_THREADS instead. `eod_token` ends
+    documents in place of the token that the tokenizer's files name.
     """
     if tokenizer_type not in TYPES:
-        near = difflib.get_close_matches(tokenizer_type, TYPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TYPES)}"
+        near = difflib.get_close_matches(tokenizer_type, TYPES, n=1, cutoff=0.85)
+        names = [_ELSEWHERE[tokenizer_type]] if tokenizer_type in _ELSEWHERE else near
+        hint = f"did you mean {names[0]}?" if names else f"known are {', '.join(TYPES)}"
         raise DataError(f"unknown tokenizer type {tokenizer_type!r}: {hint}")
     if tokenizer_type == "NullTokenizer":
+        if eod_token is not None:
+            raise DataError("NullTokenizer ends documents with id 256: leave the end-of-document token out")
         return NullTokenizer()
     if path is None or not path.is_file():
         raise DataError(f"{tokenizer_type} needs its file: {path or 'no tokenizer model'} is not one")
     try:
         if tokenizer_type == "SentencePieceTokenizer":
-            return SentencePieceTokenizer(path, threads)
-        return HFTokenizer(path) if tokenizer_type == "HFTokenizer" else TikTokenizer(path)
-    except DataError:
+            return SentencePieceTokenizer(path, threads, eod_token)
+        return HFTokenizer(path, eod_token) if tokenizer_type == "HFTokenizer" else TikTokenizer(path, eod_token)
+    except (DataError, OSError):
         raise
     except Exception as error:  # these libraries raise bare Exception or RuntimeError for a file they can't parse
         raise DataError(f"{path} is not a {tokenizer_type} file: {error}") from error

@@ -16,10 +16,11 @@ from megatron_tf.inference.model import LanguageModel
 def load_tokenizer(model: LanguageModel, moved_to: Path | None = None) -> Tokenizer:
     """From the file it was trained with, or where that has moved to. Raises ConfigError for another tokenizer, and
     DataError where the file is missing."""
-    kind = model.metadata["config"]["data"]["tokenizer_type"]
+    data = model.metadata["config"]["data"]
+    kind = data["tokenizer_type"]
     path = moved_to or find_tokenizer(model.metadata, model.directory)
     check_found(kind, path, model.directory)
-    tokenizer = build_tokenizer(kind, path)
+    tokenizer = build_tokenizer(kind, path, eod_token=data.get("eod_token"))
     if not is_same_tokenizer(model.metadata["tokenizer"], tokenizer.identity):
         raise ConfigError("the tokenizer is not the one the model was trained with: give that with --tokenizer-model")
     if tokenizer.vocab_size > model.config.vocab_size:

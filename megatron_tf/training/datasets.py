@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
 from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.loader import BatchLoader
@@ -137,9 +138,17 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
     validation = parse_data_path(config.data.valid_data_path or [])[1]
     for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
+        if config.data.eod_mask_loss or config.data.reset_attention_mask:
+            check_ends(IndexedDataset(prefix), tokenizer.eod)
         report = Path(f"{prefix}.json")
         if report.exists():
-            made_with = json.loads(report.read_text()).get("tokenizer")
+            content = json.loads(report.read_text())
+            made_with, eod = content.get("tokenizer"), content.get("eod")
+            if eod not in (None, tokenizer.eod):
+                raise DataError(
+                    f"{prefix}: documents end with id {eod}, the configured tokenizer ends them with {tokenizer.eod}: "
+                    f"set data.eod_token to the token of id {eod}, or preprocess the data again"
+                )
             if made_with != tokenizer.identity:
                 raise DataError(
                     f"{prefix} was made with another tokenizer ({made_with}) than the configured one "

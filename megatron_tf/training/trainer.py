@@ -110,9 +110,10 @@ def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
-    key = "tokenizer_model" if config.data.tokenizer_type in TYPES else "tokenizer_type"
+    data = config.data
+    key = "tokenizer_model" if data.tokenizer_type in TYPES else "tokenizer_type"
     try:
-        return build_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
     except (ValueError, OSError) as error:
         raise ConfigError(f"data.{key}: {error}") from error
 

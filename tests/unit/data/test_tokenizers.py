@@ -2,6 +2,7 @@
 
 import random
 import sys
+import tracemalloc
 
 import pytest
 import tiktoken
@@ -56,6 +57,17 @@ def test_without_the_check_of_characters_ids_differ(neox, monkeypatch):
     tokenizer, reference = neox
     text = "a\u0345\u1ac0\u0334"
     assert tokenizer.encode_batch([text]).ids.tolist() != reference.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("words", ["quick brown ", "быстрая лиса ", "γρήγορη καφέ ", "தமிழ் ", "ไทยำ "])
+def test_the_check_of_characters_takes_no_memory_for_each_character(words):
+    """A list of them took 43 MiB for each MB of Greek."""
+    text = words * (1_000_000 // len(words))
+    tracemalloc.start()
+    bpe_engine.is_settled(text)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 ADDED = ["<|endoftext|>", "<|padding|>", "  ", "    ", " " * 24]

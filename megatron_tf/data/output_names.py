@@ -1,0 +1,75 @@
+"""Names of data sets: different keys and different values of meta never share one."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_tf.data.indexed_dataset import DataError
+
+MAX_NAME = 256  # characters of a set's name: .documents.npz gives each as many as the longest has
+_MAX_FILE_NAME = 100
+_UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
+
+
+def set_name(value: object) -> str:
+    """The name of a set; a long one is cut, and a hash keeps it apart from others."""
+    name = str(value)
+    if len(name) <= MAX_NAME and "\0" not in name:
+        return name
+    return f"{name[:200].replace(chr(0), ' ')} #{_digest(name)}"
+
+
+def output_of(key: str, set_name: str | None) -> str:
+    """What tells one data set of a command from another: its key, and its set where each has a data set of its own."""
+    return key if set_name is None else json.dumps([set_name, key])
+
+
+def file_stem(output: str) -> str:
+    """A name for files of an output, within a directory of ours."""
+    is_safe = re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", output)
+    return output if is_safe else f"~{_digest(output, 16)}"
+
+
+def data_set_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[str, str]:
+    """Output -> prefix of its data set. Names that would be the same get a hash; so do those too long for a file.
+
+    Raises DataError where two are the same even so.
+    """
+    plain = {output: _plain_name(output, is_split) for output in outputs}
+    counts = Counter(plain.values())
+    exact = Counter(name for output, name in plain.items() if _is_exact(output, is_split))
+    names = {}
+    for output, name in plain.items():
+        is_alone = counts[name] == 1 or (_is_exact(output, is_split) and exact[name] == 1)
+        is_plain = not is_split or (len(name) <= _MAX_FILE_NAME and is_alone)
+        names[output] = f"{prefix}_{name if is_plain else _hashed(output, name)}_document"
+    if len(set(names.values())) < len(names):
+        raise DataError(f"two of the data sets of {prefix} would have one name: rename a value of --split-by-meta")
+    return dict(sorted(names.items(), key=lambda item: item[1]))
+
+
+def _plain_name(output: str, is_split: bool) -> str:
+    if not is_split:
+        return output
+    name, key = json.loads(output)
+    return f"{_UNSAFE.sub('_', name)}_{key}"
+
+
+def _is_exact(output: str, is_split: bool) -> bool:
+    """Whether a name is written as it is."""
+    if not is_split:
+        return True
+    name = json.loads(output)[0]
+    return bool(name) and _UNSAFE.sub("_", name) == name
+
+
+def _hashed(output: str, name: str) -> str:
+    key = json.loads(output)[1]
+    stem = name.removesuffix(f"_{key}")[:_MAX_FILE_NAME]
+    return f"{stem}-{_digest(output)}_{key}"
+
+
+def _digest(text: str, size: int = 4) -> str:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=size).hexdigest()

@@ -1,0 +1,107 @@
+"""Finished data sets of a prefix: their report, whose names they have, and what is left over from making them."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.data.document_sets import sets_path
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.locks import locked
+
+_OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|tmp)")
+
+
+def parts_directory(prefix: str) -> Path:
+    """Where unfinished work on the data sets of a prefix is stored."""
+    return Path(f"{prefix}.parts")
+
+
+@contextmanager
+def exclusive(prefix: str) -> Iterator[None]:
+    """Hold the work on a prefix. Raises DataError where another process holds it, or its directory is not ours."""
+    directory = parts_directory(prefix)
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory} is not a directory of this tool: remove it, or choose another --output-prefix")
+    directory.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is writing {prefix}: wait for it, or choose another prefix"
+    with locked(directory / "lock", timeout=0, busy=busy):
+        other = next((path for path in sorted(directory.iterdir()) if not _OWN.fullmatch(path.name)), None)
+        if other is not None:
+            raise DataError(f"{other} is not a file of this tool: choose another --output-prefix")
+        yield
+
+
+def read_report(prefix: str) -> dict[str, Any] | None:
+    """PREFIX.json, None where there is none. Raises DataError where it is something else."""
+    path = Path(f"{prefix}.json")
+    if not os.path.lexists(path):
+        return None
+    try:
+        report: Any = json.loads(path.read_text())
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or not {"version", "settings", "inputs", "data_sets"} <= report.keys():
+        raise DataError(
+            f"{path} is not a report of this tool, which would write one there: choose another --output-prefix"
+        )
+    return report
+
+
+def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
+    """A file of the data sets of a report that is gone; None where all are there.
+
+    Raises DataError where one is not what the report says: it may be of another.
+    """
+    for recorded, counts in report["data_sets"].items():
+        data_set = Path(prefix).parent / Path(recorded).name  # the report may have been moved with its data sets
+        for path in (Path(f"{data_set}.idx"), Path(f"{data_set}.bin"), sets_path(data_set)):
+            if not os.path.lexists(path):
+                return path
+        remedy = f"remove {prefix}.json and the data sets that it names, and run the same command again"
+        try:
+            found = IndexedDataset(data_set)
+        except DataError as error:
+            raise DataError(f"{error}; {remedy}") from None
+        if (len(found), len(found.tokens)) != (counts["documents"], counts["tokens"]):
+            raise DataError(
+                f"{data_set} has {len(found):,} documents and {len(found.tokens):,} tokens, {prefix}.json says "
+                f"{counts['documents']:,} and {counts['tokens']:,}: {remedy}"
+            )
+    return None
+
+
+def claim(prefix: str, data_sets: Iterable[str], are_ours: bool = False) -> None:
+    """Note that data sets are made here. Raises DataError where files of another have their names already."""
+    path = parts_directory(prefix) / "data_sets"
+    claimed = set(json.loads(path.read_text())) if path.exists() else set()
+    new = {Path(data_set).name for data_set in data_sets} - claimed
+    for name in sorted(new) if not are_ours else ():
+        for target in _files(Path(prefix).parent / name):
+            if os.path.lexists(target):
+                raise DataError(
+                    f"{target} exists and was not written by this command: remove that data set, "
+                    f"or choose another --output-prefix"
+                )
+    if new:
+        write_json(path, sorted(claimed | new))
+
+
+def _files(data_set: Path) -> Sequence[Path]:
+    return [*(Path(f"{data_set}.{kind}") for kind in ("idx", "bin", "json")), sets_path(data_set)]
+
+
+def remove_parts(prefix: str) -> None:
+    """Remove what was needed to make the data sets."""
+    shutil.rmtree(parts_directory(prefix))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace the file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
