@@ -253,6 +253,6 @@ def test_tokenizers_of_both_kinds_encode_as_ours(exported, tmp_path, capsys):
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise_is_told(exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(check, "tokenizer_difference", lambda directory, tokenizer: "odd text")
+    monkeypatch.setattr(check, "tokenizer_difference", lambda directory, tokenizer, texts: "odd text")
     assert convert("megatron_tf", "hf", exported[0], tmp_path / "model") == 0
     assert "encodes otherwise than megatron_tf with this tokenizer: 'odd text'" in capsys.readouterr().out
