@@ -48,7 +48,7 @@ def check_changes(config: RunConfig, data: Sequence[dict[str, Any]], metadata: M
 
 def _refused(saved: Mapping[str, Any], now: Mapping[str, Any], changed: Mapping[str, str]) -> list[str]:
     keys = [*_DATA_KEYS]
-    if "megatron" in (saved["data.order"], now["data.order"]):
+    if "megatron" in (saved.get("data.order"), now["data.order"]):
         keys += _LENGTH_KEYS  # its shuffle is one of all epochs of the run
     elif _depends_on_length(saved) and _depends_on_length(now):
         keys.append("training.train_iters")
@@ -56,9 +56,10 @@ def _refused(saved: Mapping[str, Any], now: Mapping[str, Any], changed: Mapping[
 
 
 def _depends_on_length(values: Mapping[str, Any]) -> bool:
-    """Whether the learning rate at a step follows from train_iters."""
-    has_end = values["optimizer.lr_decay_iters"] is not None or values.get("optimizer.lr_decay_tokens") is not None
-    is_level = values["optimizer.lr_decay_style"] == "constant" and not values.get("optimizer.lr_warmup_fraction")
+    """Whether the learning rate at a step follows from train_iters. A converted checkpoint has no schedule."""
+    has_end = any(values.get(f"optimizer.{key}") is not None for key in ("lr_decay_iters", "lr_decay_tokens"))
+    style = values.get("optimizer.lr_decay_style", "constant")
+    is_level = style == "constant" and not values.get("optimizer.lr_warmup_fraction")
     return not (has_end or is_level)
 
 
