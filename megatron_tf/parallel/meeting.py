@@ -31,6 +31,7 @@ def meet(backend: str, device: torch.device, timeout: timedelta, limit: timedelt
     """
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     rank, size = number_of("RANK"), number_of("WORLD_SIZE")
+    number_of("MASTER_PORT")  # torch would say "invalid literal" without the name
     if not 0 <= rank < size:
         raise LaunchError(f"RANK is {rank} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}")
     _resolve(os.environ.get("MASTER_ADDR", ""), min(_RESOLVE_SECONDS, limit.total_seconds()))

@@ -18,9 +18,15 @@ def check_changes(config: RunConfig, data: Sequence[dict[str, Any]], metadata: M
     """A line that lists each key whose value differs from the one in the checkpoint `source`; empty where none does.
 
     `config` is the one of the checkpoint's stage of growth, `data` the identities of its training sets. Raises
-    CheckpointError where the data read or the learning rate would silently become another, unless
-    `checkpoint.allow_changes` names the key.
+    CheckpointError where the checkpoint is beyond the run's last step, and where the data read or the learning rate
+    would silently become another, unless `checkpoint.allow_changes` names the key.
     """
+    step, train_iters = metadata["training"]["step"], config.training.train_iters
+    if step > train_iters:
+        raise CheckpointError(
+            f"{source} is at step {step} of training.train_iters ({train_iters}): raise train_iters, or choose another "
+            f"checkpoint.save"
+        )
     saved, now = flatten(metadata.get("config") or {}), flatten(to_dict(config))
     read = metadata.get("run", {}).get("data")
     changed = {

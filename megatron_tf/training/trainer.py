@@ -23,7 +23,7 @@ from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases
 from megatron_tf.training.preflight import preflight
 from megatron_tf.training.profiling import Profiler
-from megatron_tf.training.resume import Begun, begin, has_layout
+from megatron_tf.training.resume import begin, has_layout
 from megatron_tf.training.state import TrainState, build_state, check_batches
 from megatron_tf.training.stopping import Stopping
 
@@ -61,7 +61,6 @@ def train(
 
         begun = begin(config, mesh, tokenizer.identity, build, data)
         progress = begun.progress
-        _check_length(training.train_iters, begun)
         _check_stages(config, mesh, begun.stage)
         validation = build_validation(config) if training.eval_interval else []
         warnings = preflight(config.at_stage(begun.stage), mesh)
@@ -159,15 +158,6 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
             check_batches(staged, pipeline, replicas)
         except ValueError as error:
             raise ConfigError(f"growth[{number}]: {error}") from None
-
-
-def _check_length(train_iters: int, begun: Begun) -> None:
-    step = begun.progress.step
-    if step > train_iters:
-        raise ConfigError(
-            f"{begun.origin} is at step {step} of training.train_iters ({train_iters}): raise train_iters, "
-            f"or choose another checkpoint.save"
-        )
 
 
 def _stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> int:

@@ -104,18 +104,19 @@ def test_truncated_data(folder):
 
 
 def test_one_failing_rank_ends_all_within_a_minute(folder):
-    """Rank 1 alone is given a file it can't read; the launcher must end with its error."""
+    """Rank 1 alone, in another directory, does not find the data; the launcher must end with its error."""
     script = folder / "one_rank.py"
     script.write_text(
         "import os, sys\n"
         "from megatron_tf.pretrain import main\n"
-        "bad = ['--data.data_path=[nowhere]'] if os.environ['RANK'] == '1' else []\n"
-        f"sys.exit(main([{str(folder / 'run.yaml')!r}, '--parallel.tensor_model_parallel_size=2', *bad]))\n"
+        f"os.chdir('/' if os.environ['RANK'] == '1' else {str(folder)!r})\n"
+        "options = ['--parallel.tensor_model_parallel_size=2', '--data.data_path=[data_text_document]']\n"
+        f"sys.exit(main([{str(folder / 'run.yaml')!r}, *options]))\n"
     )
     start = time.monotonic()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0
     assert "[rank 1] error: " in done.stderr
-    assert "nowhere.idx is missing" in done.stderr
+    assert "data_text_document.idx is missing" in done.stderr
     assert time.monotonic() - start < 60
