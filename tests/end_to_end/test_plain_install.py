@@ -129,7 +129,7 @@ def test_the_three_jobs(call):
         model={"ffn_tokens": 96},
         training={"train_iters": 6},
         parallel={"pipeline_model_parallel_size": 2},
-        checkpoint={"load": "grown", "save": "grown"},
+        checkpoint={"load": "grown", "save": "grown", "allow_changes": ["training.train_iters"]},
     )
     assert "at step 4" in call(*ranks, "grown.yaml")
     assert "The" in call("megatron_tf", "generate", "grown", "--prompt", "The", "--max-new-tokens", "4")
