@@ -21,7 +21,7 @@ done
 
 echo "== 2/5 train on two tensor-parallel ranks with sequence parallelism"
 [ -e $run/grown/latest ] ||
-    torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/base.yaml
+    python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/base.yaml
 
 echo "== 3/5 grow every projection to twice its parameter tokens, for two pipeline stages"
 [ -e $run/grown/latest ] ||
@@ -29,7 +29,7 @@ echo "== 3/5 grow every projection to twice its parameter tokens, for two pipeli
         --target-tensor-parallel-size 1 --target-pipeline-parallel-size 2 --verify
 
 echo "== 4/5 go on training the grown model on two pipeline stages"
-torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/grown.yaml
+python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/grown.yaml
 
 echo "== 5/5 generate, plot and sum up"
 OMP_NUM_THREADS=2 python -m megatron_tf.generate $run/continued --prompt "The history of the" --max-new-tokens 80 \

@@ -3,11 +3,15 @@
 import importlib
 import sys
 
-from megatron_tf.interrupt import run_command
+from megatron_tf.interrupt import end_at_interrupt, run_command
 from megatron_tf.parallel.signals import catch_from_first_line
 
 COMMANDS = {
-    "pretrain": ("megatron_tf.pretrain", "train a model; for several ranks: torchrun ... -m megatron_tf.pretrain"),
+    "pretrain": (
+        "megatron_tf.pretrain",
+        "train a model; torchrun starts several ranks of it",
+    ),
+    "torchrun": ("megatron_tf.torchrun", "torchrun that ends with the words and the exit code of its ranks"),
     "generate": ("megatron_tf.generate", "continue a text"),
     "evaluate": ("megatron_tf.evaluate", "perplexity and bits per byte of data sets"),
     "lm-eval": ("megatron_tf.lm_eval", "lm-evaluation-harness with the model `megatron_tf`"),
@@ -31,14 +35,15 @@ def main() -> int:
         module, _ = COMMANDS[command]
         if command == "pretrain":
             catch_from_first_line()
+        else:
+            end_at_interrupt()
         sys.argv = [f"megatron-tf {command}", *sys.argv[2:]]
         try:
             run = importlib.import_module(module).main
         except ModuleNotFoundError as error:
             print(f"error: megatron-tf {command} needs {error.name}, which is not installed", file=sys.stderr)
             return 1
-        code: int = run()
-        return code
+        return run_command(run)
     lines = [f"  {name:<20}{summary}" for name, (_, summary) in COMMANDS.items()]
     usage = "\n".join(["usage: megatron-tf COMMAND ...", "", *lines, "", "megatron-tf COMMAND --help says more."])
     if command in ("-h", "--help"):
@@ -49,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -9,13 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 import numpy as np
 
 from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.interrupt import run_command
 from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 
 

@@ -5,9 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences, summarize
-from megatron_tf.interrupt import run_command
 
 NOT_STATE = {"config", "usage"}
 """Metadata that may differ between two checkpoints that compute and train the same."""

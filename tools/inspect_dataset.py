@@ -6,6 +6,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 import numpy as np
 
 from megatron_tf.data.blend import Samples
@@ -13,7 +18,6 @@ from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
-from megatron_tf.interrupt import run_command
 
 BLOCK_TOKENS = 1 << 24
 SHOWN_IDS = 40

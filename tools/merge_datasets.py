@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +20,6 @@ from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.preprocess import concatenate
 from megatron_tf.data.published import write_json
-from megatron_tf.interrupt import run_command
 
 
 def main(arguments: list[str] | None = None) -> int:

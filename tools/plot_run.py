@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from megatron_tf.interrupt import run_command
 
 SMOOTHING_STEPS = 10
 AXES = {

@@ -15,6 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 from tqdm import tqdm
 
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
@@ -29,7 +34,6 @@ from megatron_tf.data.preprocess import (
 )
 from megatron_tf.data.published import claim, exclusive
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
-from megatron_tf.interrupt import run_command
 
 MAX_KEY_BYTES = 100
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set by mpiexec and srun

@@ -13,6 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 import yaml
 
 from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
@@ -33,7 +38,6 @@ from megatron_tf.inference.calibration import (
 )
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.tokenizer import check_made_with
-from megatron_tf.interrupt import run_command
 from megatron_tf.model.parallelize import is_replicated, stage_layers
 from megatron_tf.model.sizes import training_flops
 

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_tf.interrupt import end_at_interrupt, run_command
+
+if __name__ == "__main__":
+    end_at_interrupt()  # the imports below take seconds
+
 from megatron_tf.data.documents import BadLines, read_documents
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
-from megatron_tf.interrupt import run_command
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
 

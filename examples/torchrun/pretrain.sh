@@ -3,4 +3,4 @@
 set -euo pipefail
 config=$1 ranks=$2
 shift 2
-exec torchrun --standalone --nproc-per-node "$ranks" -m megatron_tf.pretrain "$config" "$@"
+exec python -m megatron_tf.torchrun --standalone --nproc-per-node "$ranks" -m megatron_tf.pretrain "$config" "$@"

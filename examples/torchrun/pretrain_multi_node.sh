@@ -5,5 +5,5 @@
 set -euo pipefail
 config=$1 nodes=$2 ranks=$3 endpoint=$4
 shift 4
-exec torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 3 --rdzv-backend c10d \
+exec python -m megatron_tf.torchrun --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts 3 --rdzv-backend c10d \
     --rdzv-endpoint "$endpoint" --rdzv-id "${RDZV_ID:-megatron_tf}" -m megatron_tf.pretrain "$config" "$@"

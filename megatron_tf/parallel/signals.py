@@ -52,15 +52,20 @@ class SignalCatcher:
             # a shell lets a job in the background ignore Ctrl-C
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
+        os.register_at_fork(after_in_child=self._restore)  # else nothing could terminate a worker process
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
+        self._restore()
         os.close(self._writer)  # ends the thread
+
+    def _restore(self) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == TRACE_SIGNAL:
@@ -75,16 +80,18 @@ class SignalCatcher:
                 continue
             if self._code_at_once is not None:
                 self._end_before_first_step(number)
-            if number == signal.SIGINT and self._is_second_interrupt():
+            if self._is_second_interrupt(number):
                 _say_on_first_rank("interrupted a second time: ended at once, what was not saved before is lost")
-                os._exit(exit_code(number, is_saved=False))
+                os._exit(exit_code(signal.SIGINT, is_saved=False))
         os.close(reader)
 
-    def _is_second_interrupt(self) -> bool:
-        now, before = time.monotonic(), self._interrupted_at
-        if before is None:
-            self._interrupted_at = now
-        return before is not None and now - before > _SAME_INTERRUPT_SECONDS
+    def _is_second_interrupt(self, number: int) -> bool:
+        if self._interrupted_at is None:
+            self._interrupted_at = time.monotonic() if number == signal.SIGINT else None
+            return False
+        if number == signal.SIGTERM:  # how torchrun hands on a second Ctrl-C
+            return "TORCHELASTIC_RUN_ID" in os.environ
+        return number == signal.SIGINT and time.monotonic() - self._interrupted_at > _SAME_INTERRUPT_SECONDS
 
     def _end_before_first_step(self, number: int) -> None:
         assert self._code_at_once is not None

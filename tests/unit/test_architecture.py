@@ -10,7 +10,7 @@ FLOORS = [
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},
-    {"pretrain", "generate", "evaluate", "lm_eval", "__main__"},
+    {"pretrain", "torchrun", "generate", "evaluate", "lm_eval", "__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 

@@ -1,0 +1,194 @@
+"""Runs on two ranks of torchrun, and of ours, which ends as its ranks do: Ctrl-C, signals, errors, exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_tf.checkpoint.load import CheckpointReader
+from tests.support.commands import ENVIRONMENT, ROOT, make_run
+
+ENDLESS = 100_000
+WAIT = 90
+OURS, TORCHRUN = "megatron_tf.torchrun", "torch.distributed.run"
+# a run whose fourth step takes ten minutes
+SLEEPER = """
+import sys, time
+from megatron_tf import pretrain
+from megatron_tf.training import loop
+
+steps, compute = 0, loop.train_step
+
+def train_step(*arguments):
+    global steps
+    steps += 1
+    time.sleep(600 if steps == 4 else 0)
+    return compute(*arguments)
+
+loop.train_step = train_step
+sys.exit(pretrain.main(sys.argv[1:]))
+"""
+# ranks that end as they are told to
+ENDING = """
+import os, signal, sys, time
+how = sys.argv[1 + int(os.environ["RANK"])]
+if how == "wait":
+    time.sleep(600)
+if how.startswith("SIG"):
+    os.kill(os.getpid(), getattr(signal, how))
+sys.exit(int(how))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_run(tmp_path_factory.mktemp("torchrun"), training={"train_iters": ENDLESS})
+    (folder / "sleeper.py").write_text(SLEEPER)
+    (folder / "ending.py").write_text(ENDING)
+    return folder
+
+
+def configure(folder, name):
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    values["checkpoint"] |= {"save": str(folder / name)}
+    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 1}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start(launcher, *command):
+    """A launcher of two ranks, in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", launcher, "--nproc-per-node", "2", *map(str, command)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ending(folder, *how, options=()):
+    """(exit code, standard error) of ranks that end so."""
+    process = start(OURS, *options, folder / "ending.py", *how)
+    _, error = process.communicate(timeout=WAIT)
+    return process.returncode, error
+
+
+def wait_for_steps(folder, name, count=3):
+    path, limit = folder / f"{name}.jsonl", time.monotonic() + WAIT
+    while not path.exists() or path.read_text().count('"loss"') < count:
+        assert time.monotonic() < limit, "it does not begin"
+        time.sleep(0.05)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
+def test_an_interrupt_saves_and_says_so(folder, launcher):
+    process = start(launcher, "-m", "megatron_tf.pretrain", configure(folder, launcher))
+    wait_for_steps(folder, launcher)
+    os.killpg(process.pid, signal.SIGINT)
+    out, error = process.communicate(timeout=WAIT)
+    step = CheckpointReader(folder / launcher).step
+    assert out.splitlines()[-1].split() == (
+        f"step {step} stopped by Ctrl-C, saved in {folder / launcher}: start the same command again".split()
+    )
+    if launcher == OURS:  # torchrun itself adds a traceback, and ends with 1
+        assert (process.returncode, error) == (130, "")
+
+
+@pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
+def test_the_second_interrupt_ends_all_ranks_at_once(folder, launcher):
+    name = f"twice-{launcher}"
+    process = start(launcher, folder / "sleeper.py", configure(folder, name))
+    wait_for_steps(folder, name)
+    ranks = children(process.pid)
+    assert len(ranks) == 2
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    line = "interrupted a second time: ended at once, what was not saved before is lost"
+    assert error.count(line) == 1
+    if launcher == OURS:
+        assert (process.returncode, error) == (130, line + "\n")
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_an_interrupt_while_torchrun_is_imported_is_one_line(folder):
+    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, "early"))
+    limit = time.monotonic() + WAIT
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert time.monotonic() < limit, "it does not begin"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=WAIT)
+    assert process.returncode == 130
+    assert error == "interrupted: start the same command again\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
+def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(folder, number):
+    name = f"sent-{number}"
+    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, name))
+    wait_for_steps(folder, name)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=WAIT)
+    assert (process.returncode, error) == (128 + number, "")
+    assert f"stopped by {number.name}, saved in" in out
+    assert CheckpointReader(folder / name).step > 0
+
+
+def test_the_documented_command_signals_ranks_and_not_their_launcher(folder):
+    text = (ROOT / "docs" / "running.md").read_text()
+    (pattern,) = re.findall(r"pkill -USR1 -f '([^']+)'", text)
+    for launcher in (OURS, TORCHRUN):
+        process = start(launcher, "-m", "megatron_tf.pretrain", configure(folder, f"pkill-{launcher}"))
+        wait_for_steps(folder, f"pkill-{launcher}", count=1)
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, timeout=WAIT, check=False)
+        ranks, matched = children(process.pid), {int(pid) for pid in found.stdout.split()}
+        process.kill()
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+        process.communicate()
+        assert len(ranks) == 2
+        assert matched >= set(ranks)
+        assert process.pid not in matched
+
+
+def test_an_error_of_the_ranks_is_the_last_that_is_read(folder):
+    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, "wrong"), "--model.hidden_sise=3")
+    _, error = process.communicate(timeout=WAIT)
+    assert process.returncode == 1
+    lines = error.splitlines()
+    assert lines
+    assert all(re.match(r"\[rank [01]\] error: .*hidden_sise", line) for line in lines)
+
+
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(folder):
+    assert ending(folder, "0", "0") == (0, "")
+    assert ending(folder, "wait", "75") == (75, "")
+    assert ending(folder, "3", "wait") == (3, "")
+
+
+def test_a_rank_that_is_killed_is_named(folder):
+    assert ending(folder, "wait", "SIGKILL") == (137, "error: rank 1 was ended by SIGKILL\n")
+
+
+def test_a_rank_that_is_started_again_is_reported(folder):
+    code, error = ending(folder, "wait", "7", options=["--max-restarts", "1"])
+    assert code == 7
+    assert error.count("exitcode: 7") == 2
+    assert "Traceback" not in error
