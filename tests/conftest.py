@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -13,6 +14,9 @@ from tests.support.seed import SEED
 
 settings.register_profile("derandomized", derandomize=True)
 settings.load_profile("derandomized")
+
+# a job in the background of a shell ignores Ctrl-C, and so would all that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # code of exported models goes here, and not into the user's cache; transformers reads it once, when it is imported
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")

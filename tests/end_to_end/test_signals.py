@@ -55,20 +55,6 @@ def configure(folder, name, *, saves=True, **training):
     return path
 
 
-def start(*command, ranks=1):
-    """A process in a group of its own, as a shell starts it."""
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *map(str, command)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def wait_for_steps(folder, name, count=3):
     path, limit = folder / f"{name}.jsonl", time.monotonic() + WAIT
     while not path.exists() or path.read_text().count('"loss"') < count:
@@ -101,8 +87,10 @@ def validation_losses(folder, name):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=str)
 @pytest.mark.parametrize("saves", [True, False], ids=["with a checkpoint", "without"])
-def test_a_signal_while_python_imports_ends_the_run_with_one_line(folder, number, saves):
-    process = start("megatron_tf.pretrain", configure(folder, "early", saves=saves, train_iters=ENDLESS))
+def test_a_signal_while_python_imports_ends_the_run_with_one_line(start, folder, number, saves):
+    process = start(
+        sys.executable, "-m", "megatron_tf.pretrain", configure(folder, "early", saves=saves, train_iters=ENDLESS)
+    )
     wait_until_caught(process, signal.SIGUSR2)  # the last that is set; Python itself catches SIGINT
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
     process.send_signal(number)
@@ -113,8 +101,10 @@ def test_a_signal_while_python_imports_ends_the_run_with_one_line(folder, number
     assert "start the same command again" in out + error
 
 
-def test_a_stop_without_a_checkpoint_is_not_one_to_continue(folder):
-    process = start("megatron_tf.pretrain", configure(folder, "unsaved", saves=False, train_iters=ENDLESS))
+def test_a_stop_without_a_checkpoint_is_not_one_to_continue(start, folder):
+    process = start(
+        sys.executable, "-m", "megatron_tf.pretrain", configure(folder, "unsaved", saves=False, train_iters=ENDLESS)
+    )
     wait_for_steps(folder, "unsaved")
     process.terminate()
     out, _ = process.communicate(timeout=WAIT)
@@ -146,8 +136,8 @@ def test_a_stop_at_the_last_step_drops_no_evaluation(folder):
     assert (folder / "last.jsonl").read_text().count("validation_loss") == before
 
 
-def test_the_first_interrupt_saves_and_says_so_in_one_line(folder):
-    process = start("megatron_tf.pretrain", configure(folder, "interrupted", train_iters=ENDLESS))
+def test_the_first_interrupt_saves_and_says_so_in_one_line(start, folder):
+    process = start(sys.executable, "-m", "megatron_tf.pretrain", configure(folder, "interrupted", train_iters=ENDLESS))
     wait_for_steps(folder, "interrupted")
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=WAIT)
@@ -201,9 +191,9 @@ def test_a_run_that_is_done_says_that_nothing_is_left_to_do(folder):
         assert "nothing is left to do" in again.stdout
 
 
-def test_a_second_run_into_the_same_directory_is_refused_and_the_first_unharmed(folder):
+def test_a_second_run_into_the_same_directory_is_refused_and_the_first_unharmed(start, folder):
     config = configure(folder, "shared", train_iters=ENDLESS)
-    first = start("megatron_tf.pretrain", config)
+    first = start(sys.executable, "-m", "megatron_tf.pretrain", config)
     wait_for_steps(folder, "shared")
     second = run("megatron_tf.pretrain", config)
     assert second.returncode == 1

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.support.commands import ENVIRONMENT, ROOT, make_run
+from tests.support.commands import ROOT, make_run
 
 ENDLESS = 100_000
 WAIT = 90
@@ -63,22 +63,13 @@ def configure(folder, name):
     return path
 
 
-def start(launcher, *command):
-    """A launcher of two ranks, in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", launcher, "--nproc-per-node", "2", *map(str, command)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def on_two_ranks(launcher):
+    return [sys.executable, "-m", launcher, "--nproc-per-node", "2"]
 
 
-def ending(folder, *how, options=()):
+def ending(start, folder, *how, options=()):
     """(exit code, standard error) of ranks that end so."""
-    process = start(OURS, *options, folder / "ending.py", *how)
+    process = start(*on_two_ranks(OURS), *options, folder / "ending.py", *how)
     _, error = process.communicate(timeout=WAIT)
     return process.returncode, error
 
@@ -95,8 +86,8 @@ def children(pid):
 
 
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
-def test_an_interrupt_saves_and_says_so(folder, launcher):
-    process = start(launcher, "-m", "megatron_tf.pretrain", configure(folder, launcher))
+def test_an_interrupt_saves_and_says_so(start, folder, launcher):
+    process = start(*on_two_ranks(launcher), "-m", "megatron_tf.pretrain", configure(folder, launcher))
     wait_for_steps(folder, launcher)
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=WAIT)
@@ -109,9 +100,9 @@ def test_an_interrupt_saves_and_says_so(folder, launcher):
 
 
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
-def test_the_second_interrupt_ends_all_ranks_at_once(folder, launcher):
+def test_the_second_interrupt_ends_all_ranks_at_once(start, folder, launcher):
     name = f"twice-{launcher}"
-    process = start(launcher, folder / "sleeper.py", configure(folder, name))
+    process = start(*on_two_ranks(launcher), folder / "sleeper.py", configure(folder, name))
     wait_for_steps(folder, name)
     ranks = children(process.pid)
     assert len(ranks) == 2
@@ -127,8 +118,8 @@ def test_the_second_interrupt_ends_all_ranks_at_once(folder, launcher):
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def test_an_interrupt_while_torchrun_is_imported_is_one_line(folder):
-    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, "early"))
+def test_an_interrupt_while_torchrun_is_imported_is_one_line(start, folder):
+    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, "early"))
     limit = time.monotonic() + WAIT
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert time.monotonic() < limit, "it does not begin"
@@ -140,9 +131,9 @@ def test_an_interrupt_while_torchrun_is_imported_is_one_line(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
-def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(folder, number):
+def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(start, folder, number):
     name = f"sent-{number}"
-    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, name))
+    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, name))
     wait_for_steps(folder, name)
     process.send_signal(number)
     out, error = process.communicate(timeout=WAIT)
@@ -151,11 +142,11 @@ def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(folder, number):
     assert CheckpointReader(folder / name).step > 0
 
 
-def test_the_documented_command_signals_ranks_and_not_their_launcher(folder):
+def test_the_documented_command_signals_ranks_and_not_their_launcher(start, folder):
     text = (ROOT / "docs" / "running.md").read_text()
     (pattern,) = re.findall(r"pkill -USR1 -f '([^']+)'", text)
     for launcher in (OURS, TORCHRUN):
-        process = start(launcher, "-m", "megatron_tf.pretrain", configure(folder, f"pkill-{launcher}"))
+        process = start(*on_two_ranks(launcher), "-m", "megatron_tf.pretrain", configure(folder, f"pkill-{launcher}"))
         wait_for_steps(folder, f"pkill-{launcher}", count=1)
         found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, timeout=WAIT, check=False)
         ranks, matched = children(process.pid), {int(pid) for pid in found.stdout.split()}
@@ -168,8 +159,10 @@ def test_the_documented_command_signals_ranks_and_not_their_launcher(folder):
         assert process.pid not in matched
 
 
-def test_an_error_of_the_ranks_is_the_last_that_is_read(folder):
-    process = start(OURS, "-m", "megatron_tf.pretrain", configure(folder, "wrong"), "--model.hidden_sise=3")
+def test_an_error_of_the_ranks_is_the_last_that_is_read(start, folder):
+    process = start(
+        *on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, "wrong"), "--model.hidden_sise=3"
+    )
     _, error = process.communicate(timeout=WAIT)
     assert process.returncode == 1
     lines = error.splitlines()
@@ -177,18 +170,18 @@ def test_an_error_of_the_ranks_is_the_last_that_is_read(folder):
     assert all(re.match(r"\[rank [01]\] error: .*hidden_sise", line) for line in lines)
 
 
-def test_the_exit_code_is_that_of_the_rank_that_failed_first(folder):
-    assert ending(folder, "0", "0") == (0, "")
-    assert ending(folder, "wait", "75") == (75, "")
-    assert ending(folder, "3", "wait") == (3, "")
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(start, folder):
+    assert ending(start, folder, "0", "0") == (0, "")
+    assert ending(start, folder, "wait", "75") == (75, "")
+    assert ending(start, folder, "3", "wait") == (3, "")
 
 
-def test_a_rank_that_is_killed_is_named(folder):
-    assert ending(folder, "wait", "SIGKILL") == (137, "error: rank 1 was ended by SIGKILL\n")
+def test_a_rank_that_is_killed_is_named(start, folder):
+    assert ending(start, folder, "wait", "SIGKILL") == (137, "error: rank 1 was ended by SIGKILL\n")
 
 
-def test_a_rank_that_is_started_again_is_reported(folder):
-    code, error = ending(folder, "wait", "7", options=["--max-restarts", "1"])
+def test_a_rank_that_is_started_again_is_reported(start, folder):
+    code, error = ending(start, folder, "wait", "7", options=["--max-restarts", "1"])
     assert code == 7
     assert error.count("exitcode: 7") == 2
     assert "Traceback" not in error
