@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config import ConfigError
-from megatron_tf.interrupt import run_command
+from megatron_tf.interrupt import import_late, run_command
 
 PARTS = ("train", "validation", "test")
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Predict, and return what is to be told. Raises ValueError for what a user can mend."""
-    # --help need not wait for these
+    import_late("torch")  # --help need not wait for it
     from tqdm import tqdm
 
     from megatron_tf.data.gpt_dataset import split_documents

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from megatron_tf.config import ConfigError
-from megatron_tf.interrupt import run_command
+from megatron_tf.interrupt import import_late, run_command
 
 if TYPE_CHECKING:
     from megatron_tf.inference.text import Continuation
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> None:
     """Read prompts, continue them, write. Raises ValueError for what a user can mend."""
-    import torch  # --help need not wait for these
+    import_late("torch")  # --help need not wait for it
+    import torch
     from tqdm import tqdm
 
     from megatron_tf.inference.model import load_model

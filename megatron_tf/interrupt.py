@@ -1,6 +1,7 @@
 """Ctrl-C for commands: one line and exit code 130, after what the command itself cleans up."""
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -15,6 +16,17 @@ def end_at_interrupt() -> None:
     which take seconds and answer a KeyboardInterrupt with errors of their own. `run_command` ends that."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell lets a job ignore it
         signal.signal(signal.SIGINT, _end)
+
+
+def import_late(module: str) -> None:
+    """Import what takes seconds, for a command that does so late; Ctrl-C ends the process at once meanwhile. Raises
+    ImportError."""
+    before = signal.getsignal(signal.SIGINT)
+    end_at_interrupt()
+    try:
+        importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_command(main: Callable[[], int]) -> int:

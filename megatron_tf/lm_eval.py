@@ -6,15 +6,18 @@ lm-eval up to 0.4.13 finds no models outside its own tree; later ones read our e
 `lm-eval run --model megatron_tf` is the same there.
 """
 
+import contextlib
 import importlib
 import sys
 
-from megatron_tf.interrupt import run_command
+from megatron_tf.interrupt import import_late, run_command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when lm-eval is done, 1 after an error that a user can mend."""
     sys.argv = ["lm-eval", *(sys.argv[1:] if arguments is None else arguments)]  # where lm-eval looks for them
+    with contextlib.suppress(ImportError):  # `register` says what is missing
+        import_late("lm_eval.models")
     try:
         register()
         importlib.import_module("lm_eval.__main__").cli_evaluate()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tf.interrupt import run_command
+from megatron_tf.interrupt import import_late, run_command
 
 if TYPE_CHECKING:
     from megatron_tf.checkpoint.derived import Checkpoint
@@ -33,6 +33,7 @@ class ConversionError(ValueError):
 def main(arguments: list[str] | None = None) -> int:
     """0 when the result is complete, and for hf checked; 1 after an error, with nothing written."""
     args = parse_arguments(arguments)
+    import_late("torch")  # --help need not wait for it
     try:
         CONVERSIONS[args.source, args.target](args)
     except (ValueError, OSError) as error:

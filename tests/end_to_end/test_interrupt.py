@@ -3,6 +3,8 @@
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,12 @@ SCRIPTS = [
     for command, (module, _) in COMMANDS.items()
     if command not in ("pretrain", "lm-eval")  # the trainer saves first; the harness reads its own options
 ]
+COMPLETE = {
+    "megatron_tf.generate": ["nowhere", "--prompt", "a"],
+    "megatron_tf.evaluate": ["nowhere", "--data-path", "nowhere"],
+    "tools/convert_checkpoint.py": ["--from", "megatron_tf", "--to", "hf", "--load", "nowhere", "--save", "nowhere"],
+}
+"""Arguments of the commands that import what takes seconds only after they have read these."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -44,3 +52,25 @@ def test_a_command_that_is_interrupted_says_so_in_one_line(script):
     assert done.returncode == 128 + signal.SIGINT, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("interrupted")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_command_that_is_interrupted_while_it_imports_says_so_in_one_line(start, script):
+    name = [script] if script.endswith(".py") else ["-m", script]
+    for command in (name, [*name, *COMPLETE.get(script, [])]):
+        process = start(sys.executable, *command)
+        wait_until_numpy_is_read(process)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        if process.returncode == 2:
+            continue  # it had nothing more to import before it found that arguments are missing
+        assert process.returncode == 128 + signal.SIGINT, error
+        assert len(error.splitlines()) == 1
+        assert error.startswith("interrupted")
+
+
+def wait_until_numpy_is_read(process):
+    limit = time.monotonic() + 60
+    while process.poll() is None and "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.001)
