@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
+from megatron_tf.arguments import file_path
 from megatron_tf.config import ConfigError
 from megatron_tf.interrupt import run_command
 
@@ -46,16 +47,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron_tf.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint, or a run's directory of them; of any layout")
+    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
     source.add_argument(
         "--prompt-file",
-        type=Path,
+        type=file_path,
         help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are handed on "
         "(without this and --prompt: a prompt on each line of the standard input)",
     )
-    add("--output", type=Path, help="write results here as JSON lines")
+    add("--output", type=file_path, help="write results here as JSON lines")
     add("--num-samples", type=int, default=1, help="continuations of each prompt, each a sample of its own (default 1)")
     add("--batch-size", type=int, default=8, help="continuations that are computed together (default 8)")
     add("--max-new-tokens", type=int, default=100, help="tokens after each prompt, at most (default 100)")
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], help="end before this text; may be given several times")
     add("--seed", type=int, default=0, help="of each prompt's random numbers, whatever else is in the batch")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
-    add("--tokenizer-model", type=Path, help="the tokenizer's file, if it has moved since training")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
     return parser
 
 

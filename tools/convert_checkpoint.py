@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tf.arguments import file_path
 from megatron_tf.interrupt import run_command
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
     parser.add_argument(
         "--load",
-        type=Path,
+        type=file_path,
         required=True,
         help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
     )
-    parser.add_argument("--save", type=Path, required=True, help="directory to write")
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="the tokenizer's file")
+    parser.add_argument("--save", type=file_path, required=True, help="directory to write")
+    parser.add_argument("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
     official = parser.add_argument_group(
         "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
     )
@@ -78,7 +79,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
     hf = parser.add_argument_group("to hf")
-    hf.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
+    hf.add_argument(
+        "--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on"
+    )
     hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
     hf.add_argument(
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
