@@ -7,6 +7,7 @@ import pytest
 from megatron_tf.data import locks
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.locks import locked
+from megatron_tf.data.order_cache import open_or_build
 
 
 @pytest.fixture
@@ -31,3 +32,10 @@ def test_nothing_is_said_where_no_wait_is_wanted_or_needed(held, caplog):
     with locked(held.with_name("other"), timeout=9, busy="it is busy"):
         pass
     assert caplog.text == ""
+
+
+def test_a_file_in_place_of_the_cache_of_orders_is_named_with_its_key(tmp_path):
+    (tmp_path / "file").write_text("")
+    message = rf"^data.data_cache_path: {tmp_path}/file can't be made \(File exists\): choose another directory$"
+    with pytest.raises(DataError, match=message):
+        open_or_build(tmp_path / "file", ("any",), lambda: pytest.fail("built"))
