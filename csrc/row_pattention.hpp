@@ -57,20 +57,31 @@ struct Normalise {
     Norm norm;
 
     MEGATRON_TF_INLINE void run(std::size_t begin, std::size_t end) const {
+        // Completed with zeros to whole vectors: what a compiler leaves over for a loop of its own is rounded in
+        // another way, and tokens that growth appends would move bits of those before them.
+        std::vector<float> completed(tokens % kBlock ? tokens + kBlock - tokens % kBlock : 0);
         for (std::size_t row = begin; row < end; ++row) {
             float *a = scores + row * tokens;
             if (norm == Norm::softmax) {
                 softmax(a);
-                continue;
+            } else if (completed.empty()) {
+                l2(a, tokens);
+            } else {
+                std::copy_n(a, tokens, completed.begin());
+                l2(completed.data(), completed.size());
+                std::copy_n(completed.begin(), tokens, a);
             }
-            if (norm == Norm::gelu_l2_norm)
-                for (std::size_t i = 0; i < tokens; ++i) a[i] = gelu(a[i]);
-            const float factor = tau / std::sqrt(sum_of_squares(a, tokens) + kEpsilon);
-            if (norm == Norm::gelu_l2_norm)
-                for (std::size_t i = 0; i < tokens; ++i) a[i] *= factor;
-            else
-                for (std::size_t i = 0; i < tokens; ++i) a[i] = gelu(a[i] * factor);
         }
+    }
+
+    MEGATRON_TF_INLINE void l2(float *a, std::size_t count) const {
+        if (norm == Norm::gelu_l2_norm)
+            for (std::size_t i = 0; i < count; ++i) a[i] = gelu(a[i]);
+        const float factor = tau / std::sqrt(sum_of_squares(a, count) + kEpsilon);
+        if (norm == Norm::gelu_l2_norm)
+            for (std::size_t i = 0; i < count; ++i) a[i] *= factor;
+        else
+            for (std::size_t i = 0; i < count; ++i) a[i] = gelu(a[i] * factor);
     }
 
     void softmax(float *a) const {

@@ -86,10 +86,17 @@ MEGATRON_TF_INLINE float dot(const float *x, const T *weight, std::size_t column
         first += a.first * b.first;
         second += a.second * b.second;
     }
+    // What is left over is a block completed with zeros: so zeros that follow, as of tokens that growth appends, only
+    // add zeros, and change no bit.
+    if (i < columns) {
+        float a[kBlock] = {}, b[kBlock] = {};
+        for (std::size_t j = 0; i + j < columns; ++j) a[j] = x[i + j], b[j] = to_float(weight[i + j]);
+        const Block left = load(a), right = load(b);
+        first += left.first * right.first;
+        second += left.second * right.second;
+    }
     first += second;
-    float sum = sum_of_lanes(first);
-    for (; i < columns; ++i) sum += x[i] * to_float(weight[i]);
-    return sum;
+    return sum_of_lanes(first);
 }
 
 template <typename T, typename Out>

@@ -7,9 +7,9 @@ Each document is predicted on its own, after an end of document, in windows of t
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from megatron_tf.arguments import file_path
 from megatron_tf.config import ConfigError
 from megatron_tf.interrupt import import_late, run_command
 
@@ -22,16 +22,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="megatron_tf.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint, or a run's directory of them; of any layout")
+    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs")
     add("--split", metavar="SHARES", help="how the documents divide into training, validation and test, as 969,30,1")
     add("--part", choices=PARTS, default="test", help="the part of --split that is predicted (default: test)")
     add("--seq-length", type=int, help="tokens of a window (default: the run's training.seq_length)")
     add("--stride", type=int, help="new tokens of a window after the first; fewer see more (default: all of them)")
     add("--batch-size", type=int, help="windows at a time (default: by their length)")
-    add("--tokenizer-model", type=Path, help="the tokenizer's file, if it has moved since training")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
     add("--device", default="cpu", help="cpu, or cuda (default: cpu)")
-    add("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    add("--output", type=file_path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(arguments)
     try:
         for name in ("seq_length", "stride", "batch_size"):

@@ -1,7 +1,8 @@
 """Continue texts: `python -m megatron_tf.generate CHECKPOINT --prompt TEXT`.
 
-One prompt's continuation is printed as its tokens come. Several, or those of a file, give a line of JSON each, in the
-order of the prompts. `torchrun --nproc-per-node N -m megatron_tf.generate ...` shares the model among N ranks.
+One prompt's continuation is printed as its tokens come. Several prompts, those of a file, or several samples give a
+line of JSON each, in the order of the prompts. `torchrun --nproc-per-node N -m megatron_tf.generate ...` shares the
+model among N ranks.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
+from megatron_tf.arguments import file_path
 from megatron_tf.config import ConfigError
 from megatron_tf.interrupt import import_late, run_command
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_tf.inference.text import Continuation
     from megatron_tf.parallel.mesh import Mesh
 
-    ContinueBatch: TypeAlias = Callable[[Sequence[str]], Iterator[tuple[int, str, Continuation]]]
+    ContinueBatch: TypeAlias = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str, Continuation]]]
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -45,17 +47,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="megatron_tf.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint, or a run's directory of them; of any layout")
+    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
     source.add_argument(
         "--prompt-file",
-        type=Path,
+        type=file_path,
         help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are handed on "
         "(without this and --prompt: a prompt on each line of the standard input)",
     )
-    add("--output", type=Path, help="write results here as JSON lines")
-    add("--batch-size", type=int, default=8, help="prompts that are continued together (default 8)")
+    add("--output", type=file_path, help="write results here as JSON lines")
+    add("--num-samples", type=int, default=1, help="continuations of each prompt, each a sample of its own (default 1)")
+    add("--batch-size", type=int, default=8, help="continuations that are computed together (default 8)")
     add("--max-new-tokens", type=int, default=100, help="tokens after each prompt, at most (default 100)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time (default 1)")
     add("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], help="end before this text; may be given several times")
     add("--seed", type=int, default=0, help="of each prompt's random numbers, whatever else is in the batch")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
-    add("--tokenizer-model", type=Path, help="the tokenizer's file, if it has moved since training")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
     return parser
 
 
@@ -74,13 +77,18 @@ def generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from megatron_tf.inference.model import load_model
-    from megatron_tf.inference.sampling import Sampling
+    from megatron_tf.inference.sampling import Sampling, seed_of_sample
     from megatron_tf.inference.text import Limits, continue_texts
     from megatron_tf.inference.tokenizer import load_tokenizer
     from megatron_tf.parallel.mesh import init_mesh
 
     _check(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    if args.num_samples > 1 and sampling.is_certain:
+        raise ValueError(
+            f"--num-samples {args.num_samples} with --temperature {args.temperature:g} --top-k {args.top_k} would give "
+            f"the same text {args.num_samples} times: choose a temperature above 0 and another top-k than 1"
+        )
     limits = Limits(args.max_new_tokens, args.stop)
     records = _read_records(args)
     mesh = init_mesh(int(os.environ.get("WORLD_SIZE", "1")), 1, 1, TIMEOUT)
@@ -91,15 +99,17 @@ def generate(args: argparse.Namespace) -> None:
         model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, args.tokenizer_model)
 
-    def continue_batch(prompts: Sequence[str]) -> Iterator[tuple[int, str, "Continuation"]]:
-        return continue_texts(model, tokenizer, prompts, sampling, limits, args.seed)
+    def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
+        seeds = [seed_of_sample(args.seed, number) for number in numbers]
+        return continue_texts(model, tokenizer, prompts, sampling, limits, seeds)
 
     # ranks beside the first do the same work, and say nothing
     with _opened(os.devnull if not mesh.is_first_rank else args.output) as out:
-        if len(records) == 1 and args.prompt_file is None and args.output is None:
+        if len(records) == args.num_samples == 1 and args.prompt_file is None and args.output is None:
             _stream(records[0]["prompt"], continue_batch, out)
         else:
-            batches = [records[i : i + args.batch_size] for i in range(0, len(records), args.batch_size)]
+            requests = _requests(records, args.num_samples)
+            batches = [requests[i : i + args.batch_size] for i in range(0, len(requests), args.batch_size)]
             progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
             _write_lines(progress, continue_batch, out)
 
@@ -108,8 +118,9 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ValueError for what can't be, before anything is read."""
     from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size ({args.batch_size}) must be 1 or more")
+    for option in ("batch_size", "num_samples"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')} ({getattr(args, option)}) must be 1 or more")
     if not -(2**63) <= args.seed < 2**63:
         raise ValueError(f"--seed ({args.seed}) must lie within 64 bits")
     if args.output is None and sys.stdout is None:
@@ -134,16 +145,27 @@ def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
     """The prompt and what follows it, as it comes."""
     print(prompt, end="", file=out, flush=True)
-    for _, piece, _ in continue_batch([prompt]):
+    for _, piece, _ in continue_batch([prompt], [0]):
         print(piece, end="", file=out, flush=True)
     print(file=out)
 
 
-def _write_lines(batches: Iterable[Sequence[dict[str, Any]]], continue_batch: "ContinueBatch", out: TextIO) -> None:
+def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple[dict[str, Any], int]]:
+    """(record, number of its sample) of each continuation; the record says its number where there are several."""
+    numbers = range(num_samples)
+    if num_samples == 1:
+        return [(record, 0) for record in records]
+    return [(record | {"sample": number}, number) for record in records for number in numbers]
+
+
+def _write_lines(
+    batches: Iterable[Sequence[tuple[dict[str, Any], int]]], continue_batch: "ContinueBatch", out: TextIO
+) -> None:
     """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
-    for records in batches:
-        texts = {i: text for i, _, text in continue_batch([record["prompt"] for record in records])}
-        for i, record in enumerate(records):
+    for requests in batches:
+        prompts, numbers = [record["prompt"] for record, _ in requests], [number for _, number in requests]
+        texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
+        for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
 

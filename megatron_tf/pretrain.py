@@ -2,6 +2,7 @@
 
 # signals are caught before the imports below, which take half a minute on some file systems
 
+from megatron_tf.arguments import file_path
 from megatron_tf.parallel.signals import (
     EXIT_START_AGAIN,
     SignalCatcher,
@@ -18,7 +19,6 @@ import os
 import sys
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 from megatron_tf.config import RunConfig, describe, load_config
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Keys of the configuration, each also an override:\n" + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="YAML file; examples/configs holds some")
+    parser.add_argument("config", type=file_path, help="YAML file; examples/configs holds some")
     known, overrides = parser.parse_known_args(arguments)
     try:
         with caught_signals() as signals:

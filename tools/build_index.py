@@ -7,7 +7,6 @@ import argparse
 import math
 import sys
 import time
-from pathlib import Path
 
 from megatron_tf.interrupt import end_at_interrupt, run_command
 
@@ -16,6 +15,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from megatron_tf.arguments import file_path
 from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
 from megatron_tf.data.gpt_dataset import GPTDataset
@@ -26,7 +26,7 @@ from megatron_tf.training.datasets import build_dataset, build_validation, sampl
 def main(arguments: list[str] | None = None) -> int:
     """0 when everything is built, 1 after an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("config", type=file_path, help="YAML file of the run")
     known, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(known.config, overrides)

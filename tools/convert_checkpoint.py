@@ -1,8 +1,9 @@
 """Convert checkpoints from and to the official implementation's weights and Hugging Face directories.
 
 One side is always megatron_tf. What is written appears under --save when it is complete; whatever goes wrong before
-leaves nothing there. Tensors keep every bit. Other formats hold no optimizer state: an imported checkpoint begins with
-none, and can be grown, repartitioned and trained on as any other.
+leaves nothing there. Tensors keep every bit: those of 16 bits become fp32, which holds them exactly, and --dtype rounds
+at an export. Other formats hold no optimizer state: an imported checkpoint begins with none, and can be grown,
+repartitioned and trained on as any other.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tf.arguments import file_path
 from megatron_tf.interrupt import import_late, run_command
 
 if TYPE_CHECKING:
@@ -49,12 +51,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
     parser.add_argument(
         "--load",
-        type=Path,
+        type=file_path,
         required=True,
         help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
     )
-    parser.add_argument("--save", type=Path, required=True, help="directory to write")
-    parser.add_argument("--tokenizer-model", type=Path, metavar="FILE", help="the tokenizer's file")
+    parser.add_argument("--save", type=file_path, required=True, help="directory to write")
+    parser.add_argument("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
     official = parser.add_argument_group(
         "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
     )
@@ -73,9 +75,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     official.add_argument("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration (10000)")
     official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it (0.25)")
     official.add_argument("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it (1e-5)")
+    official.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="type of the tensors that --to official writes (fp32)"
+    )
     official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
     hf = parser.add_argument_group("to hf")
-    hf.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
+    hf.add_argument(
+        "--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on"
+    )
     hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
     hf.add_argument(
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
@@ -86,6 +93,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be 1 or more")
     if (args.source, args.target) not in CONVERSIONS:
         parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
+    if args.dtype is not None and args.target != "official":
+        parser.error(
+            "--dtype is for --to official: our checkpoints are fp32, and transformers loads an export in any type with "
+            "from_pretrained(DIR, dtype=...)"
+        )
     return args
 
 
@@ -165,14 +177,18 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
 
 def export_official(args: argparse.Namespace) -> None:
     """Our checkpoint -> a .bin file."""
-    from megatron_tf.checkpoint.foreign import parameter_bytes
+    import torch
+
+    from megatron_tf.checkpoint.foreign import WEIGHT_DTYPES, parameter_bytes
     from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
 
+    dtype = WEIGHT_DTYPES[args.dtype or "fp32"]
     source, model = open_ours(args.load)
     check_representable(source, model)
     check_told(source.directory, model, {key: getattr(args, key) for key in PUBLISHED})
-    with new_directory(args.save, parameter_bytes(source)) as directory:
-        write_official(source, model, directory / FILE)
+    nbytes = parameter_bytes(source) * dtype.itemsize // torch.float32.itemsize
+    with new_directory(args.save, nbytes) as directory:
+        write_official(source, model, directory / FILE, dtype)
         source.verify()
     print(f"wrote {args.save / FILE}")
 

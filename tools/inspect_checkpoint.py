@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from megatron_tf.interrupt import end_at_interrupt, run_command
 
 if __name__ == "__main__":
     end_at_interrupt()  # the imports below take seconds
 
+from megatron_tf.arguments import file_path
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences, summarize
 
@@ -20,11 +20,11 @@ NOT_STATE = {"config", "usage"}
 def main(arguments: list[str] | None = None) -> int:
     """0 when all is well; 1 after an error, or where --diff finds a difference of tensors or other state."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="checkpoint, or a run's directory of them")
+    parser.add_argument("directory", type=file_path, help="checkpoint, or a run's directory of them")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum first")
     parser.add_argument(
         "--diff",
-        type=Path,
+        type=file_path,
         metavar="DIR2",
         help="compare every tensor with DIR2's, bit for bit, and the metadata; exit code 1 where state differs",
     )

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from megatron_tf.arguments import file_path, file_prefix
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
@@ -26,15 +27,17 @@ SHOWN_IDS = 40
 def main(arguments: list[str] | None = None) -> int:
     """0 when the data set is sound, 1 when it is not or what was asked for is not there."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefix", help="prefix of the .bin/.idx pair")
+    parser.add_argument("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
     parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
     parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
     parser.add_argument("--seq-length", type=int, default=2048, help="of samples (default: 2048)")
     parser.add_argument("--split", default="969,30,1", help="of the run (default: 969,30,1); 1,0,0 for all documents")
-    parser.add_argument("--config", type=Path, help="YAML file of a run, whose samples are printed, blends included")
+    parser.add_argument(
+        "--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (default: 1234)")
     parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
-    parser.add_argument("--tokenizer-model", type=Path, help="the tokenizer's file")
+    parser.add_argument("--tokenizer-model", type=file_path, help="the tokenizer's file")
     args = parser.parse_args(arguments)
     try:
         inspect(args)

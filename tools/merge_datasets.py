@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tf.arguments import file_prefix
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.preprocess import concatenate
@@ -25,8 +26,10 @@ from megatron_tf.data.published import write_json
 def main(arguments: list[str] | None = None) -> int:
     """0 when the data set is complete, 1 after an error."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs")
-    parser.add_argument("--output-prefix", required=True, help="the new data set")
+    parser.add_argument(
+        "--input", nargs="+", type=file_prefix, required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs"
+    )
+    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new data set")
     args = parser.parse_args(arguments)
     try:
         merge(args.input, args.output_prefix)

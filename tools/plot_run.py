@@ -20,6 +20,8 @@ if __name__ == "__main__":
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_tf.arguments import file_path
+
 SMOOTHING_STEPS = 10
 AXES = {
     "tokens": "tokens",
@@ -48,11 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when the picture is written, 1 after an error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "metrics", nargs="+", type=Path, help="metrics files (logging.metrics_file), of a run oldest first"
+        "metrics", nargs="+", type=file_path, help="metrics files (logging.metrics_file), of a run oldest first"
     )
     parser.add_argument("--x", choices=AXES, default="tokens", help="what losses are drawn against")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--summary", type=Path, help="Markdown file for the table")
+    parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
+    parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
     parser.add_argument("--title", default="")
     args = parser.parse_args(arguments)
     try:

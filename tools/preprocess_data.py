@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from megatron_tf.arguments import file_path, file_prefix
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
 from megatron_tf.data.inputs import find_inputs
 from megatron_tf.data.preprocess import (
@@ -62,9 +63,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files, or patterns such as '*.zst'")
-    add("--output-prefix", required=True, help="where the data sets go: PREFIX_text_document.bin")
+    add("--output-prefix", type=file_prefix, required=True, help="where the data sets go: PREFIX_text_document.bin")
     add("--tokenizer-type", required=True, help=", ".join(TYPES))
-    add("--tokenizer-model", type=Path, help="the tokenizer's file")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file")
     add(
         "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
     )

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import yaml
 
+from megatron_tf.arguments import file_path
 from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
@@ -71,8 +72,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Exit code: 0 done, 1 error and nothing written, 2 usage, 3 written but --verify finds a fault.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--load", type=Path, required=True, help="checkpoint, or a run's directory of them")
-    parser.add_argument("--save", type=Path, required=True, help="directory for the new checkpoint")
+    parser.add_argument("--load", type=file_path, required=True, help="checkpoint, or a run's directory of them")
+    parser.add_argument("--save", type=file_path, required=True, help="directory for the new checkpoint")
     parser.add_argument(
         "--allow-existing",
         action="store_true",
@@ -87,10 +88,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="read everything back, compare it bit for bit, and compare the logits of both models where they fit",
     )
-    parser.add_argument("--data", type=Path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
+    parser.add_argument("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
     parser.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
     growth = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
-    growth.add_argument("--stage", type=Path, metavar="FILE", help="YAML file with the keys of a stage")
+    growth.add_argument("--stage", type=file_path, metavar="FILE", help="YAML file with the keys of a stage")
     growth.add_argument(
         "--grow", metavar="qkv=N,proj=N,ffn@0-5=N", help="new number of tokens by kind, or also by layer"
     )

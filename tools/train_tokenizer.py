@@ -12,6 +12,7 @@ from megatron_tf.interrupt import end_at_interrupt, run_command
 if __name__ == "__main__":
     end_at_interrupt()  # the imports below take seconds
 
+from megatron_tf.arguments import file_path
 from megatron_tf.data.documents import BadLines, read_documents
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .jsonl.zst files, or patterns")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, bytes and special ones included")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.model")
+    parser.add_argument("--output-prefix", type=file_path, required=True, help="writes PREFIX.model")
     parser.add_argument("--json-key", default="text", help="the text of a line")
     parser.add_argument("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
     parser.add_argument("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")

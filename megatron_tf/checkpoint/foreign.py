@@ -16,6 +16,9 @@ from megatron_tf.config import ModelConfig, to_dict
 GROUP = "model"
 """What other programs' files hold; they have no moments."""
 
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of weights that are read; each tensor of a file may have another. Ours are fp32."""
+
 Shape = tuple[int, ...]
 
 
@@ -36,6 +39,15 @@ def in_memory(tensor: Tensor) -> ForeignTensor:
         return tensor[start:stop].clone(memory_format=torch.contiguous_format)
 
     return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+
+
+def widened(tensor: ForeignTensor) -> ForeignTensor:
+    """A tensor of 16 bits in fp32, which holds every number of fp16 and bf16 exactly."""
+
+    def read_rows(start: int, stop: int) -> Tensor:
+        return tensor.read_rows(start, stop).float()
+
+    return ForeignTensor(tensor.shape, torch.float32, read_rows)
 
 
 class ForeignCheckpoint:
@@ -86,9 +98,10 @@ def parameter_bytes(checkpoint: Checkpoint) -> int:
 def rename(
     path: Path, found: Mapping[str, ForeignTensor], expected: Mapping[str, Shape], their_name: Callable[[str], str]
 ) -> dict[str, ForeignTensor]:
-    """The tensors in a file under our names, which `expected` has with their shapes, in its order.
+    """The tensors in a file in fp32 under our names, which `expected` has with their shapes, in its order.
 
-    Raises CheckpointError that names the first tensor that is missing, not expected, of another shape or not fp32.
+    Raises CheckpointError that names the first tensor that is missing, not expected, of another shape, or of a type
+    that fp32 does not hold exactly.
     """
     renamed = {}
     for name, shape in expected.items():
@@ -98,9 +111,12 @@ def rename(
         tensor = found[theirs]
         if tensor.shape != shape:
             raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{path}: {theirs} is {tensor.dtype}, expected fp32: convert the file to it first")
-        renamed[name] = tensor
+        if tensor.dtype not in WEIGHT_DTYPES.values():
+            known = ", ".join(WEIGHT_DTYPES)
+            raise CheckpointError(
+                f"{path}: {theirs} is {tensor.dtype}, expected {known}: convert the file to fp32 first"
+            )
+        renamed[name] = tensor if tensor.dtype == torch.float32 else widened(tensor)
     if strangers := found.keys() - {their_name(name) for name in expected}:
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model has not")

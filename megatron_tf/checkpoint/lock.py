@@ -7,7 +7,9 @@ of the owner renews.
 
 import contextlib
 import json
+import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -20,9 +22,15 @@ from typing import Self
 
 from megatron_tf.parallel.launch import job_name
 
+log = logging.getLogger(__name__)
+
 LOCK = ".lock"
 BEAT_SECONDS = 2.5
 STALE_SECONDS = 15.0  # without a beat, of an owner on another machine; six beats, for file systems that cache times
+LEFTOVER_SECONDS = (
+    60.0  # what a lock is made of or replaced by has its name for milliseconds; older ones are of a crash
+)
+_LEFTOVER = re.compile(rf"{re.escape(LOCK)}\.[0-9a-f]{{32}}")
 
 
 class LockedError(ValueError):
@@ -57,8 +65,9 @@ class Owner:
 class RunLock:
     """Held while it is entered; `on_lost` gets a sentence, in another thread, where somebody else took it over.
 
-    Entering takes over the lock of a run that is dead. Raises LockedError where one is alive, which for a run on
-    another machine takes up to STALE_SECONDS to tell, and OSError where the directory can't be written.
+    Entering takes over the lock of a run that is dead, and removes the files that a crash in the middle of that left.
+    Raises LockedError where one is alive, which for a run on another machine takes up to STALE_SECONDS to tell and is
+    announced in the log, and OSError where the directory can't be written.
     """
 
     def __init__(self, root: Path, on_lost: Callable[[str], None]) -> None:
@@ -68,8 +77,9 @@ class RunLock:
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
-        while not self._create():
+        while not self._create() or self._is_in_place_of_another():
             self._remove_if_dead()
+        self._remove_leftovers()
         threading.Thread(target=self._keep_fresh, daemon=True, name="run-lock").start()
         return self
 
@@ -106,7 +116,15 @@ class RunLock:
         except FileNotFoundError:
             return
         owner = _parse(before)
-        is_alive = owner.is_running if owner is not None and owner.is_here else self._beats(before)
+        is_here = owner is not None and owner.is_here
+        if not is_here:
+            log.warning(
+                "checkpoint.save: %s has a lock of %s: waiting up to %.0f s to see whether that run is alive",
+                self.root,
+                _name(owner),
+                STALE_SECONDS,
+            )
+        is_alive = owner.is_running if owner is not None and is_here else self._beats(before)
         if is_alive:
             raise LockedError(self._refusal(owner))
         # renamed first: of two that find the same dead lock one takes it, and a new lock is put back
@@ -114,9 +132,51 @@ class RunLock:
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
             if aside.read_bytes() != before:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink()
+                self._put_back(aside)
+            aside.unlink(missing_ok=True)
+
+    def _put_back(self, aside: Path) -> None:
+        """A lock of a live run; who took its name in the meantime sees `aside`, and makes room."""
+        for _ in range(100):
+            try:
+                os.link(aside, self.path)
+            except FileExistsError:
+                time.sleep(0.02)
+            except OSError:  # a file system without links
+                aside.rename(self.path)
+                return
+            else:
+                return
+
+    def _is_in_place_of_another(self) -> bool:
+        """Whether the name was only free as another process is about to put back the lock of a live run; then this one
+        is removed."""
+        for path in self._surroundings():
+            try:
+                owner, now, changed = _parse(path.read_bytes()), self.path.stat().st_mtime, path.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if owner is None or owner.token == self.owner.token or path.name.endswith(owner.token):
+                continue  # a draft, or this lock itself
+            if now - changed > STALE_SECONDS or (owner.is_here and not owner.is_running):
+                continue  # of a run that is dead
+            if self._is_ours():
+                self.path.unlink(missing_ok=True)
+            time.sleep(0.05)
+            return True
+        return False
+
+    def _surroundings(self) -> list[Path]:
+        """Locks that are not yet or no longer under their name."""
+        return [path for path in self.root.glob(f"{LOCK}.*") if _LEFTOVER.fullmatch(path.name)]
+
+    def _remove_leftovers(self) -> None:
+        """Drafts and renamed locks of processes that died, by the file system's clock."""
+        with contextlib.suppress(OSError):
+            now = self.path.stat().st_mtime
+            for path in self._surroundings():
+                if now - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                    path.unlink(missing_ok=True)
 
     def _beats(self, text: bytes) -> bool:
         """Whether somebody keeps the file fresh, by its own time: clocks of machines differ."""
@@ -135,19 +195,21 @@ class RunLock:
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _refusal(self, owner: Owner | None) -> str:
-        who = f"process {owner.process} on {owner.host}{owner.job and f', job {owner.job}'}" if owner else "it"
         return (
-            f"checkpoint.save: another run writes into {self.root} ({who}): end that one first, "
+            f"checkpoint.save: another run writes into {self.root} ({_name(owner)}): end that one first, "
             f"or choose another checkpoint.save"
         )
 
     def _keep_fresh(self) -> None:
+        misses = 0  # one may be while another process puts this lock back
         while not self._stop.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a server that is away for a while
-                if not self._is_ours():
+                misses = 0 if self._is_ours() else misses + 1
+                if misses > 1:
                     self.on_lost(f"checkpoint.save: another run took over {self.root}, as this one stood still")
                     return
-                os.utime(self.path)
+                if not misses:
+                    os.utime(self.path)
 
     def _is_ours(self) -> bool:
         try:
@@ -155,6 +217,12 @@ class RunLock:
         except FileNotFoundError:
             return False
         return owner is not None and owner.token == self.owner.token
+
+
+def _name(owner: Owner | None) -> str:
+    if owner is None:
+        return "a process that it does not name"
+    return f"process {owner.process} on {owner.host}{owner.job and f', job {owner.job}'}"
 
 
 def _this_process() -> Owner:

@@ -1,4 +1,4 @@
-"""The official implementation's weights: one `pytorch_model.bin` of fp32 tensors, under its names.
+"""The official implementation's weights: one `pytorch_model.bin` of fp32, bf16 or fp16 tensors, under its names.
 
 It has no moments and no temperatures: its code takes tau from the number of tokens at every call.
 """
@@ -216,18 +216,19 @@ def check_told(where: Path, model: ModelConfig, told: Mapping[str, float | None]
         )
 
 
-def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> None:
-    """Write the parameters to `path` as torch.save does, with no more than one of them in memory.
+def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the parameters to `path` as torch.save does, with no more than one of them in memory, rounded to `dtype`.
 
-    Raises CheckpointError, with the reason, where the official code would compute something else.
+    Raises CheckpointError, with the reason, where the official code would compute something else, and where a number
+    is too large for `dtype`.
     """
     check_representable(checkpoint, model)
     names = checkpoint.names(GROUP)
     skeleton = path.with_suffix(".skeleton")  # a sparse file: everything but the bytes of the tensors
     with torch.serialization.skip_data():
         shapes = {official_name(name, model.num_layers): checkpoint.shape(GROUP, name) for name in names}
-        torch.save({name: torch.empty(shape) for name, shape in shapes.items()}, skeleton)
-    whole = torch.empty(max(map(math.prod, shapes.values())))  # for one after another
+        torch.save({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, skeleton)
+    whole = torch.empty(max(map(math.prod, shapes.values())), dtype=dtype)  # for one after another
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
@@ -242,9 +243,23 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path) -> No
 
 
 def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> Tensor | None:
-    """Read a tensor into the front of `whole`; returns the last block of it."""
+    """Read a tensor into the front of `whole`, rounded to its type; returns the last block of it."""
     place, rows = 0, None
     for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
-        whole[place : place + rows.numel()] = rows.flatten()
+        written = whole[place : place + rows.numel()]
+        written.copy_(rows.flatten())
+        _check_overflow(checkpoint, name, rows, written)
         place += rows.numel()
     return rows
+
+
+def _check_overflow(checkpoint: Checkpoint, name: str, rows: Tensor, written: Tensor) -> None:
+    """Raise CheckpointError where a finite number became infinite."""
+    if written.dtype == rows.dtype or not bool(written.isinf().any()):
+        return
+    overflowed = rows.flatten()[written.isinf() & rows.flatten().isfinite()]
+    if overflowed.numel():
+        raise CheckpointError(
+            f"{checkpoint.directory}: {name} holds {float(overflowed[0]):g}, which is too large for "
+            f"{str(written.dtype).removeprefix('torch.')}: export with --dtype bf16 or fp32"
+        )

@@ -8,9 +8,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative, Number
+from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Size
 
-LayerTokens = Count | dict[str, Count]
+LayerTokens = Size | dict[str, Size]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

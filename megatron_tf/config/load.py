@@ -26,7 +26,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
     """
     try:
-        values = yaml.load(path.read_text(), _UniqueKeys)
+        values = _read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -80,9 +80,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
     try:
-        target[name] = yaml.load(text, _UniqueKeys)
+        target[name] = _read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {override!r}: {_in_one_line(error)}") from error
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises YAMLError for whatever can't be read."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def _one_of_each(faults: Sequence[Any]) -> list[Any]:
@@ -98,17 +106,24 @@ def _one_of_each(faults: Sequence[Any]) -> list[Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with a key that is given twice, of which YAML takes the last."""
+    """Refuses a mapping with a key that is given twice, of which YAML takes the last, and names the line of a value
+    that can't be built."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """See SafeLoader."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, TypeError, OverflowError) as error:  # a date of month 13, a number of 5,000 digits
+            raise yaml.constructor.ConstructorError(None, None, f"line {node.start_mark.line + 1}: {error}") from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See SafeLoader."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = key_node.value
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key is not a name")
             if key in seen:
-                line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice, again in line {line}")
             seen.add(key)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megatron_tf.config.types import STRICT, Count, Number
+from megatron_tf.config.types import STRICT, Number, Size
 
 NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
-TokenCounts = Count | Annotated[list[Count], Field(min_length=1)]
+TokenCounts = Size | Annotated[list[Size], Field(min_length=1)]
 TOKEN_KINDS = ("qkv", "proj", "ffn")
 
 
@@ -16,11 +16,11 @@ TOKEN_KINDS = ("qkv", "proj", "ffn")
 class ModelConfig:
     """The TokenFormer (arXiv 2410.23168), or a plain transformer of the same trunk to compare it with."""
 
-    num_layers: Count
+    num_layers: Annotated[Size, Field(le=10_000_000)]
     """Transformer blocks."""
-    hidden_size: Count
+    hidden_size: Size
     """Width D of the residual stream; growth leaves it as it is."""
-    num_attention_heads: Count
+    num_attention_heads: Size
     """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
     layer: Literal["tokenformer", "transformer"] = "tokenformer"
     """transformer: linear projections and an MLP in place of Pattentions; it can't grow."""
@@ -30,9 +30,9 @@ class ModelConfig:
     """Parameter tokens of the attention's output Pattention."""
     ffn_tokens: TokenCounts
     """Parameter tokens of the feed-forward Pattention; of a transformer, the MLP's hidden units."""
-    vocab_size: Count
+    vocab_size: Size
     """Ids the tokenizer can produce, before padding."""
-    make_vocab_size_divisible_by: Count = 128
+    make_vocab_size_divisible_by: Size = 128
     """The embedding is padded to a multiple of this; padded rows are trained and not masked."""
     norm_activation: NormActivation = "l2_norm_gelu"
     """How a Pattention turns scores into weights of its values."""

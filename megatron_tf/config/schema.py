@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
-from megatron_tf.config.types import STRICT, Count, FilePath, NonNegative, Number
+from megatron_tf.config.types import STRICT, Count, FilePath, Name, NonNegative, Number, Prefix, Seed
 
 _NUMPY_SEEDS = 2**32
 DATA_CONTENT = "data.content"
@@ -50,7 +50,7 @@ class ParallelConfig:
     """Shard activations between layers on the sequence over the tensor-parallel ranks."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
     """Order of forward and backward micro-batches over the stages."""
-    distributed_timeout_seconds: Count = 600
+    distributed_timeout_seconds: Annotated[Count, Field(le=10**8)] = 600
     """How long a rank waits for another before it gives up with an error."""
 
     def __post_init__(self) -> None:
@@ -62,15 +62,15 @@ class ParallelConfig:
 class DataConfig:
     """The tokens to train on."""
 
-    data_path: Annotated[list[str], Field(min_length=1)]
+    data_path: Annotated[list[Prefix], Field(min_length=1)]
     """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
-    valid_data_path: Annotated[list[str], Field(min_length=1)] | None = None
+    valid_data_path: Annotated[list[Prefix], Field(min_length=1)] | None = None
     """Data sets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
     """The tokenizer's file; its hash must be the one the data was made with."""
-    eod_token: str | None = None
+    eod_token: Annotated[str, Field(min_length=1)] | None = None
     """The token that ends a document; by default the one that the tokenizer's files name."""
     split: str = "969,30,1"
     """Shares of the documents for training, validation and test."""
@@ -99,7 +99,7 @@ class TrainingConfig:
     first SAMPLES of the run, to global_batch_size."""
     train_iters: Count
     """Optimizer steps the whole run is to last, those before a resume included."""
-    seed: NonNegative = 1234
+    seed: Seed = 1234
     """Decides initial values, the order of the data and what is dropped."""
     deterministic: bool = False
     """Take only algorithms that repeat every bit on the same layout and machine; one that cannot is an error."""
@@ -209,9 +209,9 @@ class LoggingConfig:
     """Directory for TensorBoard event files."""
     metrics_file: FilePath | None = None
     """File for one JSON object per step; a resumed run appends."""
-    wandb_project: str | None = None
+    wandb_project: Name | None = None
     """Project of Weights & Biases that gets the metrics too."""
-    wandb_exp_name: str | None = None
+    wandb_exp_name: Name | None = None
     """Name of the run there; started again under the same name it goes on."""
     wandb_save_dir: FilePath | None = None
     """Directory for the files of Weights & Biases."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -19,12 +19,30 @@ def _not_empty(value: Any) -> Any:
     """An empty path would be the current directory."""
     if isinstance(value, str) and not value.strip():
         raise ValueError("is empty: write a path, or null for none")
+    return _no_nul(value)
+
+
+def _no_nul(value: Any) -> Any:
+    """No file has such a name, and the error of opening one names no key."""
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"holds a NUL character, got {value!r}")
     return value
 
 
-Count = Annotated[int, Field(gt=0), BeforeValidator(_no_boolean)]
-NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_no_boolean)]
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty: write a name, or null for none")
+    return value
+
+
+# whole numbers end up in 64 bits, and sizes of a model in products of several of them
+Count = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(_no_boolean)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_boolean)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_no_boolean)]
+Size = Annotated[int, Field(gt=0, lt=2**31), BeforeValidator(_no_boolean)]
 Number = Annotated[float, BeforeValidator(_no_boolean)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
+Prefix = Annotated[str, AfterValidator(_no_nul)]
+Name = Annotated[str, AfterValidator(_not_blank)]
 
 ParameterKind = Literal["embedding", "qkv", "proj", "ffn", "final_norm", "head"]

@@ -13,6 +13,7 @@ from megatron_tf.data.indexed_dataset import DataError
 
 log = logging.getLogger(__name__)
 
+_SILENT_SECONDS = 1.0
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -20,13 +21,18 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 def locked(path: Path, timeout: float, busy: str) -> Iterator[None]:
     """Hold an exclusive lock on `path`. Raises DataError with `busy` where another process holds it for longer.
 
+    A wait of more than a second is announced, once. The file stays: to remove it could let two processes in.
     On a file system without locks (Lustre without -o flock, some NFS) work continues without one, after a warning.
     """
-    deadline = time.monotonic() + timeout
+    began, is_told = time.monotonic(), False
     with path.open("w") as file:
         while not _try(path, file.fileno()):
-            if time.monotonic() >= deadline:
+            waited = time.monotonic() - began
+            if waited >= timeout:
                 raise DataError(f"{path}: {busy}")
+            if waited > _SILENT_SECONDS and not is_told:
+                log.warning("%s: another process holds this lock: waiting up to %.0f s for it", path, timeout)
+                is_told = True
             time.sleep(0.05)
         yield
 

@@ -45,13 +45,18 @@ class Order(Protocol):
 def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> OrderArrays:
     """Mapped arrays of a key that says everything they depend on; what is missing or damaged is built anew.
 
-    Raises DataError where another process takes too long to build them.
+    Raises DataError where another process takes too long to build them, and where `cache` can't be made.
     """
     name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
     directory = cache / f"order-{name}"
     arrays = _open(directory)
     if arrays is None:
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
+            ) from error
         busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
         with locked(cache / f"order-{name}.lock", LOCK_TIMEOUT_SECONDS, busy):
             arrays = _open(directory)

@@ -24,14 +24,13 @@ from tqdm import tqdm
 from megatron_tf.config import ConfigError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.sampling import Sampling
+from megatron_tf.inference.sampling import Sampling, seed_of_sample
 from megatron_tf.inference.scoring import Score, rolling_windows, score
 from megatron_tf.inference.text import Continuation, Limits, check_text
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
 
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd, and of no pattern: seeds of repeated requests are far apart
 _GENERATED_TOGETHER = 8  # contexts, with batch_size auto
 
 _DTYPES = {
@@ -213,7 +212,7 @@ def _seeds(requests: Sequence[str]) -> list[int]:
     seen: Counter[str] = Counter()
     seeds = []
     for request in requests:
-        seeds.append((torch.initial_seed() + seen[request] * _SEED_STEP) % 2**63)
+        seeds.append(seed_of_sample(torch.initial_seed() % 2**63, seen[request]))
         seen[request] += 1
     return seeds
 

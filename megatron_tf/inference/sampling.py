@@ -7,6 +7,12 @@ from torch import Tensor
 
 _LEAST_TEMPERATURE = 1e-20
 """Below it any difference of logits decides: what is not a tie has probability 1 or 0."""
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, and of no pattern: seeds of samples are far apart, in their lower half too
+
+
+def seed_of_sample(seed: int, number: int) -> int:
+    """The seed of sample `number`, from 0, of one prompt: `seed` itself for the first, and another for each other."""
+    return seed if number == 0 else (seed + number * _SEED_STEP) % 2**63
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,11 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is certain."""
         return self.temperature < _LEAST_TEMPERATURE
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every sample of a prompt is the same."""
+        return self.is_greedy or self.top_k == 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):

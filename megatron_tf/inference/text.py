@@ -102,10 +102,11 @@ def continue_texts(
     prompts: Sequence[str],
     sampling: Sampling,
     limits: Limits,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, str, Continuation]]:
     """(prompt's index, text that has come, all that has come for it) as tokens come, until all prompts are finished.
 
+    `seed` is one for all, so that the same prompt gets the same text, or one for each (see `seed_of_sample`).
     An empty prompt begins as a document does: after the end of another.
     """
     ids = [row.tolist() or [tokenizer.eod] for row in tokenizer.encode_batch(prompts).rows()]

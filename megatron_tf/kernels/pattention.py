@@ -8,6 +8,7 @@ import importlib.util
 from typing import ClassVar, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.kernels.compiled import CompiledKernels
@@ -16,6 +17,7 @@ from megatron_tf.kernels.normalisation import Normalisation, Reduce
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
 _TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when more follow; it was seen above 128
+_LEAST_TOKENS = 8  # and fewer than four in yet another order: they are completed with zeros
 
 
 class PattentionKernels(Protocol):
@@ -59,7 +61,11 @@ def mix_values(weights: Tensor, values: Tensor, out: Tensor) -> None:
     if weights.device.type != "cpu" or weights.dtype not in (torch.float32, torch.float64):
         torch.mm(weights, values, out=out)
         return
-    blocks = zip(weights.split(_TOKENS_PER_BLOCK, 1), values.split(_TOKENS_PER_BLOCK), strict=True)
-    torch.mm(*next(blocks), out=out)
-    for weight, value in blocks:
+    blocks = list(zip(weights.split(_TOKENS_PER_BLOCK, 1), values.split(_TOKENS_PER_BLOCK), strict=True))
+    weight, value = blocks[-1]
+    missing = max(0, _LEAST_TOKENS - len(value))
+    if missing:
+        blocks[-1] = F.pad(weight, (0, missing)), F.pad(value, (0, 0, 0, missing))
+    torch.mm(*blocks[0], out=out)
+    for weight, value in blocks[1:]:
         out.addmm_(weight, value)

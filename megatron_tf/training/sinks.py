@@ -84,16 +84,21 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a project; of the same name, it is the same run after a restart."""
+    """A run of a project; of the same name, it is the same run after a restart.
 
-    def __init__(self, project: str, name: str | None, directory: Path | None) -> None:
+    A step that is there already, from before a kill or a rewind, keeps its first values: the service takes steps in
+    order only.
+    """
+
+    def __init__(self, project: str, name: str | None, directory: Path | None, warn: Callable[[str], None]) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
             raise ConfigError(
                 "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the key out"
             ) from None
-        self.name = f"Weights & Biases project {project}"
+        self.name, self.warn = f"Weights & Biases project {project}", warn
+        self.has_repeated = False
         try:
             self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
         except Exception as error:  # its own kinds: no key, no network
@@ -101,14 +106,21 @@ class WeightsAndBiases:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """See Sink."""
-        self.run.log(dict(values), step=step)
+        last = self.run.step
+        if step >= last:
+            self.run.log(dict(values), step=step)
+        elif not self.has_repeated:
+            self.warn(
+                f"{self.name} is at step {last} already: earlier steps that are repeated keep their first values there"
+            )
+            self.has_repeated = True
 
     def event(self, values: Mapping[str, Any]) -> None:
         """See Sink."""
         if "config" in values:
             self.run.config.update(values["config"], allow_val_change=True)
         if "parameters" in values:
-            self.run.log({"parameters": values["parameters"]}, step=values["step"])
+            self.scalars({"parameters": values["parameters"]}, values["step"])
 
     def close(self) -> None:
         """See Sink."""
@@ -158,5 +170,7 @@ def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: i
     if config.tensorboard_dir:
         sinks.append(TensorBoard(config.tensorboard_dir, first_step))
     if config.wandb_project:
-        sinks.append(WeightsAndBiases(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir))
+        if first_step and config.wandb_exp_name is None:
+            warn("logging.wandb_project: without logging.wandb_exp_name this restart is another run there")
+        sinks.append(WeightsAndBiases(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir, warn))
     return [Guarded(sink, warn) for sink in sinks]

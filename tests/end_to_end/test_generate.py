@@ -12,6 +12,7 @@ from tests.support.commands import ENVIRONMENT, ROOT, run
 from tests.support.models import random_model, write_checkpoint
 
 OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "3"]
+SAMPLED = ["--max-new-tokens", "12", "--temperature", "2", "--seed", "3"]
 PROMPTS = ["the quick", "a €", "one two three four five six seven"]
 
 
@@ -58,6 +59,33 @@ def test_prompts_from_anywhere_give_the_same_texts(checkpoint, tmp_path, generat
     assert stopped == PROMPTS[2] + records[2]["text"].partition(stop)[0] + "\n"
 
 
+def test_samples_of_a_prompt_are_independent_and_reproducible_whatever_else_is_in_the_batch(checkpoint, generate):
+    batch = [part for prompt in PROMPTS[:2] for part in ("--prompt", prompt)]
+    code, text, _ = generate(checkpoint, *batch, *SAMPLED, "--num-samples", "4")
+    records = [json.loads(line) for line in text.splitlines()]
+    assert code == 0
+    assert [(record["prompt"], record["sample"]) for record in records] == [
+        (p, i) for p in PROMPTS[:2] for i in range(4)
+    ]
+    assert len({record["text"] for record in records}) == 8
+
+    # the first is the one without the option; fewer samples, other batches and other prompts change none of the others
+    alone = [json.loads(line)["text"] for line in generate(checkpoint, *batch, *SAMPLED)[1].splitlines()]
+    assert alone == [records[0]["text"], records[4]["text"]]
+    again = generate(checkpoint, "--prompt", PROMPTS[1], *SAMPLED, "--num-samples", "3", "--batch-size", "1")[1]
+    assert [json.loads(line) for line in again.splitlines()] == records[4:7]
+    other = generate(checkpoint, "--prompt", PROMPTS[1], *SAMPLED, "--seed", "4", "--num-samples", "4")[1]
+    assert not {json.loads(line)["text"] for line in other.splitlines()} & {record["text"] for record in records}
+
+
+def test_samples_of_each_line_of_a_file_keep_its_keys(checkpoint, tmp_path, generate):
+    (tmp_path / "prompts.jsonl").write_text('{"id": "x", "prompt": "a"}\n{"id": "y", "prompt": "b"}\n')
+    files = ["--prompt-file", tmp_path / "prompts.jsonl", "--output", tmp_path / "out"]
+    assert generate(checkpoint, *files, *OPTIONS, "--num-samples", "2", "--batch-size", "3")[0] == 0
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [(record["id"], record["sample"]) for record in found] == [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
+
+
 def test_ranks_of_torchrun_give_one_text_that_of_one_process(checkpoint, generate):
     arguments = [checkpoint, "--prompt", PROMPTS[0], *OPTIONS]
     shared = run("megatron_tf.generate", *arguments, ranks=2)
@@ -85,6 +113,12 @@ def test_tokens_are_written_as_they_come(checkpoint):
         (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p (2.0) must lie above 0"),
         (["{checkpoint}", "--prompt", "a", "--stop", ""], "a stop string is empty"),
         (["{checkpoint}", "--prompt", "a", "--batch-size", "0"], "--batch-size (0) must be 1 or more"),
+        (["{checkpoint}", "--prompt", "a", "--num-samples", "0"], "--num-samples (0) must be 1 or more"),
+        (
+            ["{checkpoint}", "--prompt", "a", "--num-samples", "3", "--temperature", "0"],
+            "would give the same text 3 times",
+        ),
+        (["{checkpoint}", "--prompt", "a", "--num-samples", "2", "--top-k", "1"], "would give the same text 2 times"),
         (["{checkpoint}", "--prompt-file", "{folder}/none"], "No such file"),
         (["{checkpoint}", "--prompt-file", "{folder}/empty"], "empty holds no prompt"),
         (["{checkpoint}", "--prompt-file", "{folder}/a.jsonl"], "a.jsonl, line 2 is not an object with a text"),

@@ -1,6 +1,7 @@
 """SIGTERM, SIGUSR1 and a limit of time: the run saves at the next step, ends with code 75, and goes on bit for bit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,15 +79,27 @@ def test_a_signal_stops_it_and_it_goes_on_bit_for_bit(folder, straight, number):
     assert list(differences(CheckpointReader(straight), CheckpointReader(folder / name))) == []
 
 
-@pytest.mark.parametrize("to", ["agent", "one worker"])
+def documented(processes):
+    """Those that the `pkill -f` of docs/running.md finds."""
+    [pattern] = re.findall(r"`pkill -USR1 -f '([^']+)'`", (ROOT / "docs" / "running.md").read_text())
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in processes}
+    return [pid for pid, line in lines.items() if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("to", ["agent", "one worker", "what the documented command finds"])
 def test_all_ranks_under_torchrun_stop_together(folder, to):
-    """SIGTERM to torchrun, which hands it on, or SIGUSR1 to a single rank."""
+    """SIGTERM to torchrun, which hands it on, or SIGUSR1 to a single rank, or to all of them but not to torchrun."""
     name = f"ranks-{to}"
     process = start(folder, name, ranks=2)
     if to == "agent":
         process.send_signal(signal.SIGTERM)
-    else:
+    elif to == "one worker":
         os.kill(workers_of(process.pid)[0], signal.SIGUSR1)
+    else:
+        workers = workers_of(process.pid)
+        assert documented([process.pid, *workers]) == workers
+        for worker in workers:
+            os.kill(worker, signal.SIGUSR1)
     out, _ = process.communicate(timeout=90)
     assert process.returncode != 0
     reader = CheckpointReader(folder / name)

@@ -78,6 +78,21 @@ def test_counts_are_whole_and_no_booleans(path, key, value):
             ["--optimizer.lr_decay_style=WSD", "--optimizer.lr_wsd_decay_tokens=9", "--optimizer.lr_decay_tokens=8"],
             "lr_wsd_decay_tokens (9) is longer than the schedule, which ends at lr_decay_tokens (8)",
         ),
+        ([f"--training.seed={10**30}"], "training.seed: Input should be less than 18446744073709551616"),
+        ([f"--training.train_iters={2**63}"], "training.train_iters: Input should be less than 9223372036854775808"),
+        ([f"--model.hidden_size={2**64}"], "model.hidden_size: Input should be less than 2147483648"),
+        ([f"--model.qkv_tokens=[32, {2**31}]"], "model.qkv_tokens"),
+        (["--model.num_layers=20000000"], "model.num_layers: Input should be less than or equal to 10000000"),
+        ([f"--parallel.distributed_timeout_seconds={10**12}"], "parallel.distributed_timeout_seconds: Input should be"),
+        (['--checkpoint.save="a\\0b"'], "checkpoint.save: holds a NUL character, got 'a\\x00b'"),
+        (['--data.data_path=["a\\0b"]'], "data.data_path.0: holds a NUL character"),
+        (["--logging.wandb_project=''"], "logging.wandb_project: is empty: write a name, or null for none"),
+        (["--logging.wandb_exp_name=' '"], "logging.wandb_exp_name: is empty"),
+        (["--data.eod_token=''"], "data.eod_token: String should have at least 1 character"),
+        (["--training.train_iters=2020-13-45"], "'--training.train_iters=2020-13-45': line 1: month must be in 1..12"),
+        (["--model.ffn_tokens={[1]: 2}"], "'--model.ffn_tokens={[1]: 2}': line 1: a key is not a name"),
+        (["--model.ffn_tokens=" + "9" * 5000], "cannot read the value of '--model.ffn_tokens=999"),
+        (["--model.ffn_tokens=" + "[" * 3000], "it is nested too deeply"),
         (["--model.hidden_size=48"], "rotary_percent (0.25) of heads of hidden_size (48) / num_attention_heads (4)"),
         (["--model.rotary_percent=0.1"], "is 0: it must be an even number above 0"),
     ],
@@ -95,6 +110,26 @@ def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"twice.yaml: .*key '(lr|model)' is given twice, again in line 3$"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("model: {}\ntraining: 2020-13-45\n", "line 2: month must be in 1..12"),
+        ("model: {}\n? [1]\n: 3\n", "line 2: a key is not a name"),
+        ("model: {}\n\n? {a: 1}\n: 3\n", "line 3: a key is not a name"),
+        ("model:\n  ffn_tokens: " + "9" * 5000 + "\n", "line 2: Exceeds the limit"),
+        ("a: &a {lr: 1}\nb:\n  <<: *a\n  <<: *a\n", "key '<<' is given twice, again in line 4"),
+        ("model: " + "[" * 5000, "it is nested too deeply"),
+    ],
+)
+def test_what_yaml_cannot_build_is_one_line_with_the_line_in_the_file(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"{path}: not valid YAML: {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_same_key_in_two_sections_and_merged_mappings_are_no_doubles(path):

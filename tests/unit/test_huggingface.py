@@ -51,6 +51,17 @@ def test_what_transformers_saves_again_is_read(exported, tmp_path):
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["final_norm.bias"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_transformers_saves_in_16_bits_is_read_exactly(exported, tmp_path, dtype):
+    checkpoint, export = exported
+    load_export(export, dtype).save_pretrained(tmp_path / "half")
+    shutil.copy(export / "tokenizer.json", tmp_path / "half")
+    assert convert("hf", "megatron_tf", tmp_path / "half", tmp_path / "back") == 0
+    before, after = toy.read_all(checkpoint)["model"], toy.read_all(tmp_path / "back")["model"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].to(dtype).float(), after[name]) for name in before)
+
+
 def test_other_types_hidden_states_and_new_models(exported):
     _, export = exported
     model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.bfloat16)

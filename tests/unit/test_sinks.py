@@ -73,7 +73,7 @@ def wandb_init(project, name, id, resume, dir):
 
 
 def test_weights_and_biases_gets_configuration_and_scalars(monkeypatch):
-    run = SimpleNamespace(log=create_autospec(lambda data, step: None), config={}, finish=create_autospec(lambda: None))
+    run = SimpleNamespace(log=create_autospec(lambda data, step: None), step=0, finish=create_autospec(lambda: None))
     run.config = SimpleNamespace(update=create_autospec(lambda values, allow_val_change: None))
     module = ModuleType("wandb")
     module.init = create_autospec(wandb_init, return_value=run)
@@ -85,6 +85,65 @@ def test_weights_and_biases_gets_configuration_and_scalars(monkeypatch):
     run.config.update.assert_called_once_with({"model": {}}, allow_val_change=True)
     assert [call.args[0] for call in run.log.call_args_list] == [{"parameters": 7}, {"loss": 2.5}]
     run.finish.assert_called_once_with()
+
+
+class Service:
+    """Stands for the module: runs by id, each with its history, which takes steps in order only, as wandb 0.28 does."""
+
+    def __init__(self):
+        self.histories = {}
+
+    def init(self, project, name, id, resume, dir):
+        assert resume == "allow"
+        history = self.histories.setdefault(id or f"drawn {len(self.histories)}", [])
+        run = SimpleNamespace(step=history[-1][0] + 1 if history else 0, finish=lambda: None)
+
+        def log(values, step):
+            assert step >= run.step, "the service would drop it, and write a warning for each"
+            run.step = step
+            if history and history[-1][0] == step:
+                history[-1][1].update(values)
+            else:
+                history.append((step, values))
+
+        run.log = log
+        run.config = SimpleNamespace(update=lambda values, allow_val_change: None)
+        return run
+
+
+@pytest.mark.parametrize("how", ["a kill", "a rewind"])
+def test_weights_and_biases_has_each_step_once_after(monkeypatch, capsys, how):
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    options = {"wandb_project": "growth", "wandb_exp_name": "base"}
+    start = {"event": "start", "parameters": 7, "lineage": 0}
+    with log_of(**options) as log:
+        log.event(start | {"step": 0})
+        for step in (1, 2, 3, 4):
+            log.step(step, 128, {"loss": float(step)})
+        if how == "a rewind":
+            log.event({"event": "rewind", "step": 2, "samples": 5})
+            for step in (3, 4, 5):
+                log.step(step, 128, {"loss": 10.0 * step})
+    if how == "a kill":
+        with MetricsLog(LoggingConfig(**options), 2, 10, True) as log:
+            log.event(start | {"step": 2})
+            for step in (3, 4, 5):
+                log.step(step, 128, {"loss": 10.0 * step})
+    assert list(service.histories) == ["base"]
+    losses = [(step, values["loss"]) for step, values in service.histories["base"] if "loss" in values]
+    latest = 40.0 if how == "a rewind" else 4.0  # of the step that is being written the service takes what comes last
+    assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, latest), (5, 50.0)]
+    told = "earlier steps that are repeated keep their first values there"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_a_restart_without_a_name_says_that_it_is_another_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Service())
+    for first_step, count in ((0, 0), (3, 1)):
+        with MetricsLog(LoggingConfig(wandb_project="growth"), first_step, 10, True):
+            pass
+        assert capsys.readouterr().err.count("without logging.wandb_exp_name this restart is another run") == count
 
 
 def test_weights_and_biases_that_is_not_there(monkeypatch):

@@ -91,6 +91,33 @@ def test_a_lock_that_nobody_keeps_fresh_is_taken_over(tmp_path, contents):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
 
 
+@pytest.mark.parametrize("contents", ["a lock of another machine", "[1, 2"])
+def test_a_wait_for_another_machine_is_announced_with_the_run_that_it_is_for(tmp_path, caplog, contents):
+    owner = dataclasses.asdict(lock._this_process()) | {"machine": "another boot", "host": "node7", "job": "41"}
+    (tmp_path / LOCK).write_text(json.dumps(owner) if contents != "[1, 2" else contents)
+    with RunLock(tmp_path, print):
+        pass
+    who = f"process {os.getpid()} on node7, job 41" if contents != "[1, 2" else "a process that it does not name"
+    message = f"{tmp_path} has a lock of {who}: waiting up to 1 s to see whether that run is alive"
+    assert caplog.text.count(message) == 1
+
+
+def test_a_lock_of_this_machine_needs_no_wait(tmp_path, holder, caplog):
+    with pytest.raises(LockedError), RunLock(tmp_path, print):
+        pass
+    assert caplog.text == ""
+
+
+def test_what_a_crash_left_of_a_lock_is_removed_and_nothing_else(tmp_path):
+    old, now = time.time() - 600, time.time()
+    names = {".lock." + "0a" * 16: old, ".lock." + "1b" * 16: now, ".lock.mine": old, ".lockfile": old, "latest": old}
+    for name, changed in names.items():
+        (tmp_path / name).write_text("{}")
+        os.utime(tmp_path / name, (changed, changed))
+    with RunLock(tmp_path, print):
+        assert {path.name for path in tmp_path.iterdir()} == {*names, LOCK} - {".lock." + "0a" * 16}
+
+
 def test_it_needs_no_links_and_no_flock(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(95, "Operation not supported")
@@ -111,6 +138,51 @@ def test_a_run_whose_lock_was_taken_over_is_told(tmp_path):
             time.sleep(0.05)
     assert "another run took over" in told[0]
     assert (tmp_path / LOCK).exists()  # it is not this one's to remove
+
+
+def test_a_new_lock_that_a_slow_process_took_for_the_dead_one_is_put_back(tmp_path, monkeypatch):
+    """Between the renaming of a live lock and its return somebody else finds the name free."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 2.0)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 20.0)
+    (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(lock._this_process()) | {"started": "1"}))
+    slow, told, outcomes = RunLock(tmp_path, print), [], []
+    is_renamed, is_taken = threading.Event(), threading.Event()
+    real = os.link
+
+    def link(source, target):
+        if threading.current_thread() is thread and reads and not source.name.endswith(holder.owner.token):
+            is_renamed.set()
+            is_taken.wait(timeout=60)
+        real(source, target)
+
+    def third():
+        with pytest.raises(LockedError), RunLock(tmp_path, print):
+            outcomes.append("held")
+
+    holder, reads = RunLock(tmp_path, told.append), []
+    with monkeypatch.context() as patched:
+
+        def read(owner):
+            if not reads:
+                reads.append(owner)
+                holder.__enter__()  # it takes over the dead lock before the slow one renames it
+            return False
+
+        thread = threading.Thread(target=slow._remove_if_dead)
+        patched.setattr(os, "link", link)
+        patched.setattr(lock.Owner, "is_running", property(lambda owner: owner.started != "1" or read(owner)))
+        thread.start()
+        assert is_renamed.wait(timeout=60)
+        newcomer = threading.Thread(target=third)
+        newcomer.start()
+        time.sleep(0.3)
+        is_taken.set()
+        thread.join(timeout=60)
+        newcomer.join(timeout=60)
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == holder.owner.token
+    assert outcomes == told == []
+    holder.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):

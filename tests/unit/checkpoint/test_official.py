@@ -126,7 +126,8 @@ FIRST = "sequential.2.attention.query.key_param_tokens"
         (put("sequential.5.norm.bias", torch.ones(63)), "norm.bias is [63], expected [64]"),
         (put("sequential.3.mlp.key_param_tokens", torch.ones(128, 64)), "is [128, 64], expected [256, 64]"),
         (put(FIRST, torch.ones(64)), "is [64], expected two dimensions"),
-        (put(FIRST, torch.ones(64, 64).bfloat16()), "is torch.bfloat16, expected fp32"),
+        (put(FIRST, torch.ones(64, 64).double()), "is torch.float64, expected fp32, bf16, fp16"),
+        (put(FIRST, torch.ones(64, 64).int()), "is torch.int32, expected fp32, bf16, fp16"),
         (put("sequential.0.word_embeddings.weight", torch.ones(200, 64)), "has 200 rows, which the tokenizer's 250"),
         (
             put("sequential.0.word_embeddings.weight", torch.ones(50304, 64)),
