@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.support.commands import ROOT, make_run
+from tests.support.commands import make_run
 
 ENDLESS = 100_000
 WAIT = 90
@@ -140,23 +139,6 @@ def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(start, folder, number
     assert (process.returncode, error) == (128 + number, "")
     assert f"stopped by {number.name}, saved in" in out
     assert CheckpointReader(folder / name).step > 0
-
-
-def test_the_documented_command_signals_ranks_and_not_their_launcher(start, folder):
-    text = (ROOT / "docs" / "running.md").read_text()
-    (pattern,) = re.findall(r"pkill -USR1 -f '([^']+)'", text)
-    for launcher in (OURS, TORCHRUN):
-        process = start(*on_two_ranks(launcher), "-m", "megatron_tf.pretrain", configure(folder, f"pkill-{launcher}"))
-        wait_for_steps(folder, f"pkill-{launcher}", count=1)
-        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, timeout=WAIT, check=False)
-        ranks, matched = children(process.pid), {int(pid) for pid in found.stdout.split()}
-        process.kill()
-        for rank in ranks:
-            os.kill(rank, signal.SIGKILL)
-        process.communicate()
-        assert len(ranks) == 2
-        assert matched >= set(ranks)
-        assert process.pid not in matched
 
 
 def test_an_error_of_the_ranks_is_the_last_that_is_read(start, folder):
