@@ -125,11 +125,18 @@ def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "config": {
             "model": metadata["model"],
             "training": {key: config["training"][key] for key in _TRAINING_KEYS},
-            "data": {"tokenizer_type": config["data"]["tokenizer_type"], "tokenizer_model": None},
+            "data": _data(config["data"]),
         },
         **{key: metadata[key] for key in ("tokenizer", "lineage", "after_growth") if key in metadata},
         "training": {"skipped": 0, **metadata["training"], "adam_steps": 0},  # the moments stay behind
     }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Which tokenizer it is, and the end of a document where the run names one."""
+    end = data.get("eod_token")
+    named = {} if end is None else {"eod_token": str(end)}
+    return {"tokenizer_type": str(data["tokenizer_type"]), "tokenizer_model": None, **named}
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +150,7 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "config": {
             "model": dict(model),
             "training": {"seq_length": seq_length, "seed": run["training"]["seed"]},
-            "data": {"tokenizer_type": str(run["data"]["tokenizer_type"]), "tokenizer_model": None},
+            "data": _data(run["data"]),
         },
         "tau": {name: float(tau) for name, tau in (config.get("tau") or {}).items()},
         "tokenizer": dict(facts["tokenizer"]),
