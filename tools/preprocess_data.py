@@ -97,7 +97,7 @@ def preprocess(args: argparse.Namespace, ranks: Any | None) -> None:
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
     eod = tokenizer.eod if args.append_eod else None
     settings = Settings(tokenizer.identity, tuple(args.json_keys), args.append_eod, args.split_by_meta, eod)
-    report = finished_report(inputs, prefix, settings)
+    report = finished_report(inputs, prefix, settings, args.tokenizer_model)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
     else:
