@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files, or patterns such as '*.zst'")
     add("--output-prefix", required=True, help="where the data sets go: PREFIX_text_document.bin")
     add("--tokenizer-type", required=True, help=", ".join(TYPES))
-    add("--tokenizer-model", type=Path, help="the tokenizer's file")
+    add("--tokenizer-model", type=Path, help="the tokenizer's file; of a vocab.json, merges.txt is next to it")
     add(
         "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
     )
