@@ -233,10 +233,12 @@ def test_bounds_of_splits_are_those_of_megatron_core():
 
 @pytest.mark.parametrize("split", ["70,20,10", "90,5,5", "0.7,0.2,0.1", "0.6,0.3,0.1", "1,2,7"])
 def test_a_run_is_split_at_the_bounds_of_megatron_core(tmp_path, split):
-    """Of 5 to 40 sequences, where rounding of documents' shares gives others."""
+    """Of so many sequences that rounding as for documents gives other bounds."""
     options = {"seq_length": 2, "seed": 11}
-    for count in (5, 15, 30, 40):
+    for count in (15, 25, 30, 35):
         prefix = write_set(tmp_path / f"s{count}", [[4 + i % 7] for i in range(count)])
+        if not has_tokens(prefix, split):
+            continue
         config = run_of(tmp_path, [prefix], split=split, train_iters=4, **options)
         theirs = megatrons([[prefix]], sizes=sizes_of(config), split=split, **options)
         assert_same(build_dataset(config), theirs[0], len(theirs[0]))
