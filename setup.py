@@ -17,6 +17,7 @@ PLOT = ["matplotlib>=3.8", "tensorboard>=2.17.1"]
 MPI = ["mpi4py>=4.1"]
 EVAL = ["lm-eval>=0.4.13,<0.5"]  # 0.5 replaces the registry that our model class is entered in
 HF = ["protobuf>=5.26", "transformers>=5.4,<6"]  # older ones convert SentencePiece wrongly, or leave weights untied
+MEGATRON = ["megatron-core>=0.16; sys_platform == 'linux'"]  # whose order of samples ours is compared with
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 
 
@@ -72,18 +73,19 @@ setup(
         "hf": HF,
         "wandb": ["wandb>=0.17"],
         "gpu": ["flash-attn>=2.6", "transformer_engine[pytorch]>=2.0", *TRITON],
-        "bench": ["megatron-core>=0.16"],
+        "bench": MEGATRON,
         "dev": [
             *PLOT,
             *MPI,
             *EVAL,
             *HF,
+            *MEGATRON,
             *TRITON,
             "accelerate>=1.1",
             "hypothesis>=6.100",
             "mpich>=4.2.3; sys_platform != 'win32'",
             "mypy>=2.0",
-            "packaging>=24",
+            "packaging>=24.2",
             "pip>=24",
             "pyarrow>=17",
             "pybind11>=2.12",

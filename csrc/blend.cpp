@@ -21,7 +21,8 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-std::vector<double> normalised(const double *weights, std::size_t num_datasets) {
+// Shares are taken to the bit: another rounding decides ties between data sets otherwise.
+std::vector<double> normalised(const double *weights, std::size_t num_datasets, bool are_shares) {
     if (num_datasets == 0 || num_datasets > std::numeric_limits<std::uint16_t>::max())
         throw std::invalid_argument("blend of " + std::to_string(num_datasets) + " data sets");
     double total = 0;
@@ -31,7 +32,8 @@ std::vector<double> normalised(const double *weights, std::size_t num_datasets) 
         total += weights[d];
     }
     std::vector<double> shares(weights, weights + num_datasets);
-    for (auto &share : shares) share /= total;
+    if (!are_shares)
+        for (auto &share : shares) share /= total;
     return shares;
 }
 
@@ -252,10 +254,10 @@ constexpr Run kRunInRegisters[] = {run_in_registers<1>, run_in_registers<2>, run
 
 }  // namespace
 
-void blend(const double *weights, std::size_t num_datasets, std::int64_t size, std::uint16_t *dataset,
-           std::int64_t *taken) {
+void blend(const double *weights, std::size_t num_datasets, bool are_shares, std::int64_t size,
+           std::uint16_t *dataset, std::int64_t *taken) {
     if (size < 0) throw std::invalid_argument("blend of " + std::to_string(size) + " samples");
-    const std::vector<double> shares = normalised(weights, num_datasets);
+    const std::vector<double> shares = normalised(weights, num_datasets, are_shares);
     const Record record(num_datasets, dataset, taken);
 #ifdef MEGATRON_TF_HAS_AVX512_CODE
     const std::size_t blocks = (num_datasets + kLanes - 1) / kLanes;

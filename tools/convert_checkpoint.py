@@ -57,6 +57,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--save", type=file_path, required=True, help="directory to write")
     parser.add_argument("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
+    parser.add_argument(
+        "--eod-token", metavar="TOKEN", help="token that ends a document (default: the run's, or what its file names)"
+    )
     official = parser.add_argument_group(
         "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
     )
@@ -142,14 +145,21 @@ def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
     from megatron_tf.data.tokenizer import build_tokenizer
 
     if args.vocab_size is None:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model)
-        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity)
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token)
+        check_end(tokenizer, args.eod_token)
+        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity, args.eod_token)
     if args.tokenizer_model is not None:
         raise ConversionError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
     if args.vocab_size < 1:
         raise ConversionError(f"--vocab-size is {args.vocab_size}: it must be 1 or more")
     kind = args.tokenizer_type or "HFTokenizer"
-    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size))
+    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size), args.eod_token)
+
+
+def check_end(tokenizer: "Tokenizer", eod_token: str | None) -> None:
+    """Raise DataError where a tokenizer does not have the token that was named as the end of a document."""
+    if eod_token is not None:
+        _ = tokenizer.eod
 
 
 def import_huggingface(args: argparse.Namespace) -> None:
@@ -162,8 +172,15 @@ def import_huggingface(args: argparse.Namespace) -> None:
     data = checkpoint.metadata["config"]["data"]
     path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
     data["tokenizer_model"] = None if path is None else str(path)
-    the_tokenizer(checkpoint, path)
+    set_end(checkpoint, args.eod_token)
+    check_end(the_tokenizer(checkpoint, path), args.eod_token)
     write_ours(checkpoint, args.save)
+
+
+def set_end(checkpoint: "Checkpoint", eod_token: str | None) -> None:
+    """Let documents end with a token other than the run's, where one is given."""
+    if eod_token is not None:
+        checkpoint.metadata["config"]["data"]["eod_token"] = eod_token
 
 
 def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
@@ -191,6 +208,9 @@ def export_official(args: argparse.Namespace) -> None:
         write_official(source, model, directory / FILE, dtype)
         source.verify()
     print(f"wrote {args.save / FILE}")
+    end = source.metadata["config"]["data"].get("eod_token")
+    if end is not None:
+        print(f"an official file does not tell the end of a document: import it with --eod-token {end!r}")
 
 
 def export_huggingface(args: argparse.Namespace) -> None:
@@ -208,6 +228,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
             "--skip-check"
         )
     source, _ = open_ours(args.load)
+    set_end(source, args.eod_token)
     path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
     tokenizer = the_tokenizer(source, path)
     measured = measure(source, args.data, args.data_tokens) if args.data else None
@@ -239,9 +260,10 @@ def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
     from megatron_tf.data.tokenizer import build_tokenizer
     from megatron_tf.inference.tokenizer import check_found
 
-    kind = checkpoint.metadata["config"]["data"]["tokenizer_type"]
+    data = checkpoint.metadata["config"]["data"]
+    kind = data["tokenizer_type"]
     check_found(kind, path, checkpoint.directory)
-    tokenizer = build_tokenizer(kind, path)
+    tokenizer = build_tokenizer(kind, path, eod_token=data.get("eod_token"))
     if not is_same_tokenizer(checkpoint.metadata["tokenizer"], tokenizer.identity):
         raise ConversionError(
             f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from megatron_tf.arguments import file_path, file_prefix
+from megatron_tf.data.bad_ids import first_bad_id
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
@@ -102,9 +103,24 @@ def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     highest = max((int(dataset.tokens[i : i + BLOCK_TOKENS].max()) for i in starts(dataset)), default=0)
     lowest = min((int(dataset.tokens[i : i + BLOCK_TOKENS].min()) for i in starts(dataset)), default=0)
     print(f"  ids from {lowest:,} to {highest:,}")
-    if lowest < 0 or (tokenizer is not None and highest >= tokenizer.vocab_size):
-        size = "" if tokenizer is None else f" of {tokenizer.vocab_size:,}"
-        raise DataError(f"{dataset.prefix}.bin holds ids from {lowest:,} to {highest:,}, outside the vocabulary{size}")
+    size = highest + 1 if tokenizer is None else tokenizer.vocab_size
+    if lowest < 0 or highest >= size:
+        document, offset, value = first_outside(dataset, size)
+        of = "" if tokenizer is None else f" of {size:,}"
+        raise DataError(
+            f"{dataset.prefix}.bin holds ids from {lowest:,} to {highest:,}, outside the vocabulary{of}: document "
+            f"{document:,} has id {value} at offset {offset:,}"
+        )
+
+
+def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, int]:
+    """(document, offset in it, id) of the first id that a vocabulary has not; there is one."""
+    for document in range(len(dataset)):
+        ids = dataset.document(document)
+        bad = first_bad_id(ids, vocab_size)
+        if bad is not None:
+            return document, bad, int(ids[bad])
+    raise AssertionError("no id is outside the vocabulary")
 
 
 def starts(dataset: IndexedDataset) -> range:

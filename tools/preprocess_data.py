@@ -65,7 +65,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files, or patterns such as '*.zst'")
     add("--output-prefix", type=file_prefix, required=True, help="where the data sets go: PREFIX_text_document.bin")
     add("--tokenizer-type", required=True, help=", ".join(TYPES))
-    add("--tokenizer-model", type=file_path, help="the tokenizer's file")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file; of a vocab.json, merges.txt is next to it")
     add(
         "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
     )
@@ -102,7 +102,7 @@ def preprocess(args: argparse.Namespace, ranks: Any | None) -> None:
     tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
     eod = tokenizer.eod if args.append_eod else None
     settings = Settings(tokenizer.identity, tuple(args.json_keys), args.append_eod, args.split_by_meta, eod)
-    report = finished_report(inputs, prefix, settings)
+    report = finished_report(inputs, prefix, settings, args.tokenizer_model)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
     else:

@@ -130,6 +130,8 @@ class TokenizerChoice:
     kind: str
     path: Path | None
     identity: dict[str, Any]
+    eod_token: str | None = None
+    """The token that ends a document, where it is not the one that the file names."""
 
 
 def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
@@ -141,12 +143,13 @@ def new_metadata(
     model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, seq_length: int, seed: int
 ) -> dict[str, Any]:
     """What a checkpoint says of itself that no run of ours wrote; a run that starts from it begins at step 0."""
+    end = {} if tokenizer.eod_token is None else {"eod_token": tokenizer.eod_token}
     return {
         "model": to_dict(model),
         "config": {
             "model": to_dict(model),
             "training": {"seq_length": seq_length, "seed": seed},
-            "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path)},
+            "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path), **end},
         },
         "tau": dict(tau),
         "tokenizer": tokenizer.identity,

@@ -1,10 +1,11 @@
-"""The tokenizer's file travels with a checkpoint, in a hidden directory that readers of any version leave alone."""
+"""The tokenizer's files travel with a checkpoint, in a hidden directory that readers of any version leave alone."""
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_tf.config.tokenizer_files import NAMING_FILES, digest_of, parts_of
 
 STORED = ".tokenizer"
 """Directory in a checkpoint's; a file in it is used only if it has the hash that the metadata tells."""
@@ -24,16 +25,19 @@ def find_tokenizer(metadata: Mapping[str, Any], directory: Path | None) -> Path 
 
 
 def store_tokenizer(metadata: Mapping[str, Any], source: Path | None, target: Path) -> None:
-    """Copy the tokenizer's file into the checkpoint at `target`, which is being written; `source` is the checkpoint it
-    is made from, if it is made from one. A file that has moved or changed is not stored."""
+    """Copy the tokenizer's file, and those that belong to it, into the checkpoint at `target`, which is being written;
+    `source` is the checkpoint it is made from, if it is made from one. A file that has moved or changed is not stored.
+    """
     path = find_tokenizer(metadata, source)
     if path is None or not _has_hash(path, metadata["tokenizer"].get("sha256")):
         return
     (target / STORED).mkdir()
-    with (target / STORED / path.name).open("wb") as file:
-        file.write(path.read_bytes())
-        file.flush()
-        os.fsync(file.fileno())
+    naming = [path.with_name(name) for name in NAMING_FILES] if path.suffix == ".json" else []
+    for each in (*parts_of(path), *(file for file in naming if file.is_file())):
+        with (target / STORED / each.name).open("wb") as file:
+            file.write(each.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _recorded(metadata: Mapping[str, Any]) -> Path | None:
@@ -43,6 +47,6 @@ def _recorded(metadata: Mapping[str, Any]) -> Path | None:
 
 def _has_hash(path: Path, sha256: Any) -> bool:
     try:
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+        return path.is_file() and digest_of(path) == sha256
     except OSError:
         return False

@@ -69,7 +69,7 @@ class DataConfig:
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
-    """The tokenizer's file; its hash must be the one the data was made with."""
+    """The tokenizer's file; its hash must be the one the data was made with. A vocab.json has merges.txt next to it."""
     eod_token: Annotated[str, Field(min_length=1)] | None = None
     """The token that ends a document; by default the one that the tokenizer's files name."""
     split: str = "969,30,1"

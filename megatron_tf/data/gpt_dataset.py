@@ -1,6 +1,8 @@
 """Samples for language modelling: seq_length + 1 tokens cut across document borders."""
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,14 @@ class GPTDataset:
         for extent in self._extents(sample):
             self.dataset.prefetch(*extent)
 
+    def place(self, sample: int, position: int) -> tuple[Path, int, int]:
+        """(data set, document, offset in it) of a token of a sample."""
+        for document, start, stop in self._extents(sample):
+            if position < stop - start:
+                return self.dataset.prefix, *self.dataset.place(document, start + position)
+            position -= stop - start
+        raise IndexError(f"sample {sample} has {self.order.seq_length + 1} tokens")
+
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
@@ -38,11 +48,17 @@ class GPTDataset:
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
     """Documents of training, validation and test for shares such as "969,30,1". Raises DataError for others."""
+    shares = shares_of(split)
+    bounds = [round(sum(shares[:i]) / sum(shares) * num_documents) for i in range(4)]
+    return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
+
+
+def shares_of(split: str) -> list[float]:
+    """The three numbers of a split. Raises DataError where they are not three, or are no shares of a whole."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
         raise DataError(f"data.split is {split!r}: write three shares, such as 969,30,1")
-    bounds = [round(sum(shares[:i]) / sum(shares) * num_documents) for i in range(4)]
-    return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
+    return shares

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tf.config.tokenizer_files import NAMING_FILES, merges_file
+from megatron_tf.data.gpt2_files import read_pair
 from megatron_tf.data.indexed_dataset import DataError
 
 if TYPE_CHECKING:
@@ -13,7 +15,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-_NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def tokenizer_json(path: Path) -> str:
+    """The text of a tokenizer.json, or what it would be for a vocab.json and the merges.txt next to it.
+
+    Raises DataError where these can't be read as GPT-2's.
+    """
+    merges = merges_file(path)
+    if merges is not None and is_pair(path):
+        return json.dumps(read_pair(path, merges), ensure_ascii=False)
+    return path.read_text(encoding="utf-8")
+
+
+def is_pair(path: Path) -> bool:
+    """Whether a file is a vocabulary whose merges are in another: named so, and not a tokenizer.json of that name."""
+    if merges_file(path) is None:
+        return False
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    return not (isinstance(content, dict) and isinstance(content.get("model"), dict))
 
 
 def text_to_ids_only(path: Path) -> str:
@@ -21,7 +41,7 @@ def text_to_ids_only(path: Path) -> str:
 
     Raises DataError where it is no JSON object.
     """
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = json.loads(tokenizer_json(path))
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a tokenizer.json: it is not a JSON object")
     content |= {"truncation": None, "padding": None, "post_processor": None}
@@ -63,7 +83,7 @@ def _id_of(path: Path, tokenizer: "tokenizers.Tokenizer", token: str) -> int:
 
 def _named_end(directory: Path) -> tuple[Path, str] | None:
     """(file, token) of the first file that names the end."""
-    for name in _NAMING_FILES:
+    for name in NAMING_FILES:
         path = directory / name
         if not path.is_file():
             continue

@@ -44,10 +44,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexedDataset:
     """A memory-mapped PREFIX.bin/.idx. Raises DataError where either is not what it should be.
 
-    `lengths` int32 [S] are tokens of each sequence; document d is sequences [documents[d], documents[d + 1]).
+    `lengths` int32 [S] are tokens of each sequence; document d is sequences [documents[d], documents[d + 1]). With
+    `by_sequence` each sequence is read as a document of its own, as Megatron-LM's GPT data sets do.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, by_sequence: bool = False) -> None:
         self.prefix = Path(prefix)
         index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index_path, data_path):
@@ -55,7 +56,8 @@ class IndexedDataset:
                 raise DataError(f"{path} is missing: give the prefix that tools/preprocess_data.py wrote")
         index = _read_index(index_path)
         self.dtype, self.lengths, self.offsets, self.documents = index.dtype, index.lengths, index.offsets, index.bounds
-        self._one_sequence_each, size = index.one_sequence_each, index.data_bytes
+        self._one_sequence_each, size = index.one_sequence_each or by_sequence, index.data_bytes
+        self._bounds = range(len(self.lengths) + 1) if by_sequence else self.documents
         found = data_path.stat().st_size
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
@@ -63,7 +65,7 @@ class IndexedDataset:
         self._data_path = data_path
 
     def __len__(self) -> int:
-        return len(self.documents) - 1
+        return len(self._bounds) - 1
 
     @property
     def document_lengths(self) -> NDArray[np.integer]:
@@ -78,6 +80,14 @@ class IndexedDataset:
         first, last = self._extent(index, start, stop)
         return self.tokens[first:last]
 
+    def place(self, index: int, offset: int) -> tuple[int, int]:
+        """(document, offset in it) of a token, also where each sequence is read as a document of its own."""
+        if self._bounds is self.documents:
+            return index, offset
+        document = int(np.searchsorted(self.documents, index, side="right")) - 1
+        before = self.offsets[index] - self.offsets[self.documents[document]]
+        return document, offset + int(before) // self.dtype.itemsize
+
     def prefetch(self, index: int, start: int, stop: int) -> None:
         """Have the system read what `document` would return, without waiting for it."""
         first, last = self._extent(index, start, stop)
@@ -88,7 +98,7 @@ class IndexedDataset:
             os.posix_fadvise(data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
-        first, last = int(self.documents[index]), int(self.documents[index + 1])
+        first, last = int(self._bounds[index]), int(self._bounds[index + 1])
         if first == last:
             return 0, 0
         size = self.dtype.itemsize

@@ -15,6 +15,7 @@ import numpy as np
 import megatron_tf
 from megatron_tf.data.document_sets import joined_sets, sets_path
 from megatron_tf.data.documents import BadLines, Batch, check_any, read_batches
+from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.output_names import data_set_names, output_of, set_name
 from megatron_tf.data.part import Count, Journal, Part
@@ -186,21 +187,28 @@ def assemble(
     return report
 
 
-def finished_report(inputs: Sequence[Path], prefix: str, settings: Settings) -> dict[str, Any] | None:
+def finished_report(
+    inputs: Sequence[Path], prefix: str, settings: Settings, tokenizer_model: Path | None = None
+) -> dict[str, Any] | None:
     """The report of a command that has made just these data sets, which are all there; what it left over is removed.
 
-    None where one of them is gone. Raises DataError where other data sets, or other files, are in the way.
+    None where one of them is gone. Raises DataError where other data sets, or other files, are in the way, and for
+    data sets of version 0.1 that may be wrong.
     """
     report = read_report(prefix)
     if report is None:
         return None
-    if report["inputs"] != [settings.identity(i) for i in inputs]:
+    identities = [settings.identity(i) for i in inputs]
+    if is_of_first_format(report, identities):
+        check_first_format(prefix, report, tokenizer_model)
+    elif report["inputs"] != identities:
         raise DataError(
             f"{prefix}.json is about data sets made from other inputs, with other settings, or by another version: "
             f"remove it and them, or choose another --output-prefix"
         )
     missing = missing_file(prefix, report)
     if missing is None:
+        check_first_ends(prefix, report, settings.eod)
         if parts_directory(prefix).exists():  # killed while it removed them
             with exclusive(prefix):
                 remove_parts(prefix)

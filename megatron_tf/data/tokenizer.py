@@ -1,43 +1,20 @@
 """Tokenizers behind one interface: Hugging Face tokenizer.json, SentencePiece, tiktoken ranks, and bytes."""
 
 import difflib
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_tf.config.tokenizer_files import description_file, digest_of
 from megatron_tf.data.bpe_engine import encode_flat, fast_engine, is_settled
+from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.hf_files import end_of_document, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.tiktoken_files import RanksTokenizer, describe
 from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS, tiktoken_encoder
-
-
-class Encoded(NamedTuple):
-    """Ids of several texts, end to end."""
-
-    ids: NDArray[np.integer]
-    lengths: NDArray[np.int64]
-    """Ids of each text."""
-
-    def rows(self) -> list[NDArray[np.integer]]:
-        """The ids of each text."""
-        return np.split(self.ids, np.cumsum(self.lengths)[:-1])
-
-    def chosen(self, which: Sequence[int]) -> "Encoded":
-        """Only the texts `which`."""
-        rows = self.rows()
-        return Encoded(np.concatenate([rows[i] for i in which]), self.lengths[list(which)])
-
-    def replaced(self, which: Sequence[int], others: "Encoded") -> "Encoded":
-        """With the texts `which` encoded as in `others`."""
-        rows, lengths = self.rows(), self.lengths.copy()
-        for i, row in zip(which, others.rows(), strict=True):
-            rows[i], lengths[i] = row, len(row)
-        return Encoded(np.concatenate(rows), lengths)
 
 
 class Tokenizer(Protocol):
@@ -60,7 +37,8 @@ class Tokenizer(Protocol):
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer.json: byte-level BPE by a fast engine where that gives the same ids."""
+    """A Hugging Face tokenizer.json, or GPT-2's vocab.json with its merges.txt: byte-level BPE by a fast engine where
+    that gives the same ids."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import tokenizers
@@ -88,7 +66,7 @@ class HFTokenizer:
         return encoded.replaced(unsettled, self._encode_slowly([texts[i] for i in unsettled])) if unsettled else encoded
 
     def _encode_slowly(self, texts: list[str]) -> Encoded:
-        return _end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+        return end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -122,7 +100,7 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Tokenizer."""
-        return _end_to_end(self._processor.encode(list(texts), num_threads=self._threads))
+        return end_to_end(self._processor.encode(list(texts), num_threads=self._threads))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -136,12 +114,6 @@ class TikTokenizer:
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import gigatoken
 
-        if path.name.removesuffix(".tiktoken") not in PATTERNS:
-            raise DataError(
-                f"{path}: a file of ranks does not tell how text is cut, only its name does: name it "
-                f"{', '.join(f'{name}.tiktoken' for name in PATTERNS)}, whichever it is; for others, take the "
-                f"tokenizer.json of the same model and HFTokenizer"
-            )
         self._path = path
         self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path)
         self._encode = encode_flat(self._tokenizer)
@@ -164,7 +136,7 @@ class TikTokenizer:
         unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
         if not unsettled or self._reference is None:
             return encoded
-        return encoded.replaced(unsettled, _end_to_end(self._reference([texts[i] for i in unsettled])))
+        return encoded.replaced(unsettled, end_to_end(self._reference([texts[i] for i in unsettled])))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -192,8 +164,8 @@ class NullTokenizer:
 
 TYPES = ("HFTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer")
 _ELSEWHERE = {  # names of Megatron-LM and gpt-neox
-    "GPT2BPETokenizer": "HFTokenizer, with a tokenizer.json of it",
-    "GPT2BPETokenizerFast": "HFTokenizer, with a tokenizer.json of it",
+    "GPT2BPETokenizer": "HFTokenizer, with its vocab.json, merges.txt next to it, or a tokenizer.json",
+    "GPT2BPETokenizerFast": "HFTokenizer, with its vocab.json, merges.txt next to it, or a tokenizer.json",
     "HFGPT2Tokenizer": "HFTokenizer, with a tokenizer.json of it",
     "HuggingFaceTokenizer": "HFTokenizer, with a tokenizer.json",
     "Llama3Tokenizer": "HFTokenizer, with its tokenizer.json",
@@ -201,6 +173,7 @@ _ELSEWHERE = {  # names of Megatron-LM and gpt-neox
     "GPTSentencePieceTokenizer": "SentencePieceTokenizer, with a .model",
     "SPMTokenizer": "SentencePieceTokenizer, with a .model",
     "TiktokenTokenizer": "TikTokenizer, with a file of ranks",
+    "MistralTokenizer": "TikTokenizer, with its tekken.json",
 }
 
 
@@ -226,18 +199,26 @@ def build_tokenizer(
     try:
         if tokenizer_type == "SentencePieceTokenizer":
             return SentencePieceTokenizer(path, threads, eod_token)
-        return HFTokenizer(path, eod_token) if tokenizer_type == "HFTokenizer" else TikTokenizer(path, eod_token)
+        return HFTokenizer(path, eod_token) if tokenizer_type == "HFTokenizer" else _of_ranks(path, eod_token)
     except (DataError, OSError):
         raise
     except Exception as error:  # these libraries raise bare Exception or RuntimeError for a file they can't parse
         raise DataError(f"{path} is not a {tokenizer_type} file: {error}") from error
 
 
-def _end_to_end(rows: list[list[int]]) -> Encoded:
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    flat = (i for row in rows for i in row)
-    return Encoded(np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())), lengths)
+def _of_ranks(path: Path, eod_token: str | None) -> Tokenizer:
+    """By the fast engine where it knows the encoding by the file's name, else by tiktoken."""
+    if path.name.removesuffix(".tiktoken") in PATTERNS and not description_file(path).is_file():
+        return TikTokenizer(path, eod_token)
+    description = describe(path)
+    if description is None:
+        raise DataError(
+            f"{path}: a file of ranks does not tell how text is cut: name it "
+            f"{', '.join(f'{name}.tiktoken' for name in PATTERNS)}, whichever it is, or say it in "
+            f"{description_file(path).name} next to it; or take the tokenizer.json of the same model and HFTokenizer"
+        )
+    return RanksTokenizer(path, description, eod_token)
 
 
 def _identity(kind: str, vocab_size: int, path: Path) -> dict[str, Any]:
-    return {"type": kind, "vocab_size": vocab_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"type": kind, "vocab_size": vocab_size, "sha256": digest_of(path)}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_tf.data.bad_ids import check_ids
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.inference.model import LanguageModel, load_model
 from megatron_tf.layers.pattention import Pattention
@@ -94,6 +95,7 @@ def read_samples(prefix: Path, vocab_size: int, seq_length: int, num_tokens: int
     parts, have, wanted = [], 0, max(1, num_tokens // seq_length) * (seq_length + 1)
     for i in range(len(dataset)):
         parts.append(np.asarray(dataset.document(i), dtype=np.int64))
+        check_ids(parts[-1], vocab_size, prefix, i)
         have += len(parts[-1])
         if have >= wanted:
             break
@@ -101,8 +103,6 @@ def read_samples(prefix: Path, vocab_size: int, seq_length: int, num_tokens: int
     count = len(ids) // (seq_length + 1)
     if not count:
         raise DataError(f"{prefix} holds {len(ids)} tokens, a sample takes {seq_length + 1}")
-    if int(ids.max()) >= vocab_size:
-        raise DataError(f"{prefix} holds id {int(ids.max())}, the model has {vocab_size}: it was made for another")
     return list(ids[: count * (seq_length + 1)].unflatten(0, (count, -1)))
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_tf.data.bad_ids import check_ids
 from megatron_tf.data.document_sets import read_document_sets
-from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.scoring import Request, rolling_windows, score
@@ -66,11 +67,7 @@ def read_documents(
     sets = read_document_sets(dataset.prefix, len(dataset))
     for i in documents:
         ids = np.asarray(dataset.document(i), dtype=np.int64)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise DataError(
-                f"{dataset.prefix}: document {i} holds ids from {ids.min()} to {ids.max()}, the model has {vocab_size} "
-                f"of them: it was made for another"
-            )
+        check_ids(ids, vocab_size, dataset.prefix, i)
         kept = ids[: len(ids) - int(len(ids) > 0 and int(ids[-1]) == tokenizer.eod)].tolist()
         if sets is None:
             yield Document(dataset.prefix.name, kept, len(tokenizer.decode(kept).encode()))

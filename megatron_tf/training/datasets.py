@@ -12,8 +12,8 @@ from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.loader import BatchLoader
-from megatron_tf.data.megatron_order import MegatronOrder, samples_of_part
-from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
+from megatron_tf.data.order import SampleOrder, samples_in
 from megatron_tf.data.order_cache import Order
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.parallel.mesh import Mesh
@@ -37,12 +37,54 @@ def build_loader(
 
 def build_dataset(config: RunConfig) -> Samples:
     """What is trained on: a data set or a blend. Raises DataError or ConfigError for data that can't be used."""
-    weights, prefixes = parse_data_path(config.data.data_path)
-    asked = samples_of_run(config.training, "train")
-    shares = [asked if len(prefixes) == 1 else samples_of_part(asked, weight, sum(weights)) for weight in weights]
-    cache = _cache(config, prefixes)
-    datasets = [_open(config, prefix, "train", share, cache) for prefix, share in zip(prefixes, shares, strict=True)]
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights)
+    entries = config.data.data_path
+    weights, prefixes = parse_data_path(entries)
+    _check_positive(weights, prefixes)
+    cache, asked = _cache(config, prefixes), samples_of_run(config.training, "train")
+    datasets = [
+        _open(config, prefix, "train", share, cache)
+        for prefix, share in zip(prefixes, _samples_to_prepare(config, entries, asked), strict=True)
+    ]
+    if len(datasets) == 1:
+        return datasets[0]
+    if config.data.order != "megatron":
+        return BlendedDataset(datasets, weights)
+    weights = normalised(weights) if _has_weights(entries) else _sizes(config, datasets, asked)
+    return BlendedDataset(datasets, normalised(weights), are_shares=True)
+
+
+def _check_positive(weights: Sequence[float], prefixes: Sequence[str]) -> None:
+    """Raise ConfigError for a set that is never read."""
+    for weight, prefix in zip(weights, prefixes, strict=True):
+        if not weight:
+            raise ConfigError(f"data.data_path: the weight of {prefix} is 0: leave it out, or give it a weight")
+
+
+def _has_weights(entries: Sequence[str]) -> bool:
+    return len(entries[0].split(maxsplit=1)) == 2
+
+
+def _samples_to_prepare(config: RunConfig, entries: Sequence[str], asked: int) -> list[int | None]:
+    """Samples that Megatron-LM prepares of each set so that a run can take `asked`; None for those of one epoch."""
+    weights, prefixes = parse_data_path(entries)
+    # it takes one set with a weight for a blend, unless there are lists of sets for each split
+    is_plain = not _has_weights(entries) or config.data.valid_data_path is not None
+    if len(prefixes) == 1 and is_plain:
+        return [asked]
+    return [*samples_of_parts(asked, weights)] if _has_weights(entries) else [None] * len(prefixes)
+
+
+def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], asked: int) -> list[float]:
+    """Samples in an epoch of each, by which Megatron-LM blends sets without weights. Raises ConfigError where the run
+    takes more: Megatron-LM then ends for want of data."""
+    length = config.training.seq_length
+    sizes = [float(samples_in(data.order.lengths, length, data.dataset.prefix.name)) for data in datasets]
+    if asked > sum(sizes):
+        raise ConfigError(
+            f"data.data_path: the run takes {asked:,} samples, its data sets have {int(sum(sizes)):,} in one epoch; "
+            f"Megatron-LM reads sets without weights only once: write every entry as WEIGHT PREFIX"
+        )
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -57,8 +99,11 @@ class ValidationSet:
 
 def build_validation(config: RunConfig) -> list[ValidationSet]:
     """The data sets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
-    weights, prefixes = parse_data_path(config.data.valid_data_path or config.data.data_path)
-    asked = samples_of_run(config.training, "validation")
+    entries = config.data.valid_data_path or config.data.data_path
+    weights, prefixes = parse_data_path(entries)
+    asked: int | None = samples_of_run(config.training, "validation")
+    if len(entries) == 1:  # of several each is evaluated on its own
+        (asked,) = _samples_to_prepare(config, entries, samples_of_run(config.training, "validation"))
     cache, names = _cache(config, prefixes), [Path(prefix).name for prefix in prefixes]
     return [
         ValidationSet(
@@ -74,14 +119,15 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
     return config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
 
 
-def _open(config: RunConfig, prefix: str, split: Split, asked: int, cache: Path) -> GPTDataset:
-    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare.
+def _open(config: RunConfig, prefix: str, split: Split, asked: int | None, cache: Path) -> GPTDataset:
+    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare, None for those
+    of one epoch.
 
     Raises DataError or OSError with the key of what can't be used.
     """
     is_valid = split == "validation" and config.data.valid_data_path is not None
     try:
-        indexed = IndexedDataset(prefix)
+        indexed = IndexedDataset(prefix, by_sequence=config.data.order == "megatron")
     except DataError as error:
         raise DataError(f"data.{'valid_' if is_valid else ''}data_path: {error}") from error
     try:
@@ -91,17 +137,18 @@ def _open(config: RunConfig, prefix: str, split: Split, asked: int, cache: Path)
 
 
 def _ordered(
-    config: RunConfig, indexed: IndexedDataset, prefix: str, split: Split, asked: int, cache: Path
+    config: RunConfig, indexed: IndexedDataset, prefix: str, split: Split, asked: int | None, cache: Path
 ) -> GPTDataset:
-    training = config.training
+    training, is_megatron = config.training, config.data.order == "megatron"
+    divide = split_sequences if is_megatron else split_documents
     if split == "validation" and config.data.valid_data_path is not None:
         documents = range(len(indexed))
     else:
-        documents = split_documents(len(indexed), config.data.split)[0 if split == "train" else 1]
+        documents = divide(len(indexed), config.data.split)[0 if split == "train" else 1]
     lengths = indexed.document_lengths[documents.start : documents.stop]
     name = f"{Path(prefix).name}:{split}"
     order: Order
-    if config.data.order == "megatron":
+    if is_megatron:
         order = MegatronOrder(lengths, training.seq_length, training.seed, name, cache, asked)
     else:
         order = SampleOrder(lengths, training.seq_length, training.seed, name, cache)

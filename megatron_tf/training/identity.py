@@ -66,7 +66,20 @@ def _wait_for_readers(store: dist.Store, num_ranks: int) -> None:
 
 def _facts(config: RunConfig, data: Sequence[DataIdentity]) -> dict[str, Any]:
     sets = dict(zip(config.data.data_path, data, strict=True))
-    return {"job": job_name(), "code": _code_version(), "config": flatten(to_dict(config)), "data": sets}
+    facts = {"job": job_name(), "code": _code_version(), "config": flatten(to_dict(config)), "data": sets}
+    return {**facts, "missing": list(_missing_files(config))}
+
+
+def _missing_files(config: RunConfig) -> Iterator[str]:
+    """Files of the data and of the tokenizer, with their keys, that this rank does not see."""
+    data = config.data
+    for key in ("data_path", "valid_data_path"):
+        for prefix in parse_data_path(getattr(data, key) or [])[1]:
+            for path in (f"{prefix}.idx", f"{prefix}.bin"):
+                if not Path(path).is_file():
+                    yield f"data.{key}: {path}"
+    if data.tokenizer_model is not None and not data.tokenizer_model.is_file():
+        yield f"data.tokenizer_model: {data.tokenizer_model}"
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,8 +103,14 @@ def _differences(first: Mapping[str, Any], mine: Mapping[str, Any]) -> Iterator[
             yield f"{key} is {here!r}, and {there!r} on rank 0"
     if mine["code"] != first["code"]:
         yield f"megatron_tf has code {mine['code']}, and {first['code']} on rank 0"
+    for file in sorted({*first["missing"], *mine["missing"]}):
+        if file not in first["missing"]:
+            yield f"{file} is missing, and is there on rank 0"
+        elif file not in mine["missing"]:
+            yield f"{file} is there, and missing on rank 0"
     for entry, identity in mine["data"].items():
-        if identity != first["data"].get(entry, identity):
+        there = first["data"].get(entry, identity)
+        if identity and there and identity != there:
             yield f"data.data_path {entry!r} is other data than on rank 0"
 
 

@@ -1,15 +1,20 @@
 """The training loop of one stage of growth: step, report, evaluate, save; skip and rewind where steps go wrong."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from torch import Tensor
+
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.config import RunConfig
+from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.model.sizes import training_flops
+from megatron_tf.training.batch_ids import bad_id_of_batch
 from megatron_tf.training.checkpointing import Progress, save_state
 from megatron_tf.training.datasets import ValidationSet, build_loader
 from megatron_tf.training.faults import SpikeDetector, name_unsound
@@ -114,6 +119,8 @@ class Loop:
         lr = self._learning_rate(tokens)
         with profiler.step(number):
             result = train_step(self.state, batch, lr, self.progress.samples)
+        if result.unsound:
+            self._check_ids(self.tools.loader, batch, self.progress.samples)
         phases.enter("report")
         self._account()
         if profiler.written is not None:
@@ -251,6 +258,18 @@ class Loop:
             f"{reason} after step {self.progress.step}{saved}: lower optimizer.lr, or look at the data"
         )
 
+    def _check_ids(self, loader: BatchLoader, batch: Tensor, first: int) -> None:
+        """Save, and raise DataError on every rank, where the batch from sample `first` on has an id that the
+        vocabulary has not."""
+        bad = bad_id_of_batch(loader, batch, first, self.config.model.vocab_size, self.state.mesh)
+        if bad is None:
+            return
+        saved = ""
+        if self.config.checkpoint.save:
+            self._save(waits=True)
+            saved = f"; {self.config.checkpoint.save} holds the state of step {self.progress.step}"
+        raise DataError(f"{bad}{saved}")
+
     def _evaluate(self) -> bool:
         """Mean losses over the first `eval_iters` global batches of each validation set; False where a stop was
         requested on the way: the evaluation is then due when the run is started again."""
@@ -262,7 +281,12 @@ class Loop:
                     self.tools.phases.enter("evaluation")
                     if self.tools.stopping.agreed():
                         return False
-                    total += evaluation_loss(self.state, next(loader))
+                    first = loader.consumed_samples
+                    batch = next(loader)
+                    loss = evaluation_loss(self.state, batch)
+                    if math.isnan(loss):
+                        self._check_ids(loader, batch, first)
+                    total += loss
             losses[""] += part.weight * total / training.eval_iters
             if len(self.tools.validation) > 1:
                 losses[part.name] = total / training.eval_iters

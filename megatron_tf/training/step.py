@@ -25,7 +25,8 @@ class StepResult:
     norms: Mapping[str, float] = field(default_factory=dict)
     """The same by kind of parameter."""
     unsound: Mapping[str, int] = field(default_factory=dict)
-    """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then."""
+    """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
+    that the vocabulary has not has such a loss."""
     is_overflow: bool = False
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
@@ -42,7 +43,7 @@ def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: in
         numbers = sample_numbers(consumed_samples, count * size * replicas, size, replica, replicas)
         options["sample_numbers"] = torch.from_numpy(numbers).flatten()
     loss_scale = state.scaler.scale
-    loss = state.runner.train(inputs, targets, options, loss_scale)
+    loss = _unless_bad_ids(state, batch, state.runner.train(inputs, targets, options, loss_scale))
     scale = mask_scale(state, targets)
     value = mean_loss(loss, state.mesh) * scale
     if not math.isfinite(value):
@@ -55,13 +56,18 @@ def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: in
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:
-    """Mean loss over the tokens of a global batch, of which `batch` [count, B, S + 1] is this replica's part."""
+    """Mean loss over the tokens of a global batch, of which `batch` [count, B, S + 1] is this replica's part; NaN where
+    it has an id that the vocabulary has not."""
     inputs, targets, options = prepare(state, batch)
-    return mean_loss(state.runner.evaluate(inputs, targets, options), state.mesh) * mask_scale(state, targets)
+    loss = _unless_bad_ids(state, batch, state.runner.evaluate(inputs, targets, options))
+    return mean_loss(loss, state.mesh) * mask_scale(state, targets)
 
 
 def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Ids [count, B, S + 1] -> those to read and those to predict, each [count * B, S], and options of the model."""
+    if has_bad_ids(state, batch):
+        # some layouts would read rows of nobody; this rank still takes its part in the collectives of the step
+        batch = torch.zeros_like(batch)
     ids = batch.to(state.mesh.device).flatten(0, 1)
     inputs, targets, options = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), {}
     boundaries = state.boundaries
@@ -70,6 +76,17 @@ def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str,
     if boundaries.reset_attention:
         options["document_starts"] = document_starts(inputs, boundaries.eod)
     return inputs, targets, options
+
+
+def has_bad_ids(state: TrainState, batch: Tensor) -> bool:
+    """Whether an id of this replica's part of a batch, which is on the host, is not in the vocabulary."""
+    lowest, highest = torch.aminmax(batch)
+    return int(lowest) < 0 or int(highest) >= state.model.config.vocab_size
+
+
+def _unless_bad_ids(state: TrainState, batch: Tensor, loss: Tensor | None) -> Tensor | None:
+    """The loss, or NaN, which tells all ranks of an id that one of them found."""
+    return torch.tensor(math.nan, device=state.mesh.device) if has_bad_ids(state, batch) else loss
 
 
 def mask_scale(state: TrainState, targets: Tensor) -> float:

@@ -83,6 +83,26 @@ def test_a_rank_that_sees_other_data_is_refused(folder, tmp_path):
     assert all("data.data_path 'copy' is other data than on rank 0" in error for error in errors)
 
 
+@pytest.mark.parametrize("key", ["data_path", "valid_data_path"])
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_rank_without_a_file_of_the_data_is_told_which(folder, tmp_path, key, lacking):
+    (prefix,) = yaml.safe_load((folder / "run.yaml").read_text())["data"]["data_path"]
+    places = tmp_path / "0", tmp_path / "1"
+    for place in places:
+        place.mkdir()
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(prefix + suffix, place / f"copy{suffix}")
+    (places[lacking] / "copy.bin").unlink()
+    port, option = free_port(), f"--data.{key}=[copy]"
+    ranks = [start(folder, rank, port, option, cwd=places[rank], PYTHONPATH=str(ROOT)) for rank in range(2)]
+    codes, errors = outcome(*ranks)
+    assert codes == [1, 1]
+    said = "is missing, and is there on rank 0" if lacking else "is there, and missing on rank 0"
+    for error in errors:
+        assert f"rank 1 (host {socket.gethostname()}): data.{key}: copy.bin {said}" in error
+        assert "other data" not in error
+
+
 def test_a_rank_that_does_not_see_the_shared_directory_is_named(folder, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()

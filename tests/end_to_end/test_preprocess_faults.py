@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
+from megatron_tf.data import first_format, preprocess, published
 from megatron_tf.data import part as part_module
-from megatron_tf.data import preprocess, published
-from megatron_tf.data.indexed_dataset import IndexedDataset
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.preprocess import Settings
-from tests.support.data import write_data_set
+from tests.support.data import write_data_set, write_tokenizer
 from tests.support.paths import ROOT
 from tools import preprocess_data, train_tokenizer
 
@@ -283,3 +283,80 @@ def test_training_a_tokenizer_takes_patterns_and_tells_of_bad_lines(tmp_path, ca
     assert train(tmp_path / "u", tmp_path / "a.jsonl", tmp_path / "c.jsonl") == 1
     assert "error: no document in" in capfd.readouterr().err
     assert not list(tmp_path.glob("u.*"))
+
+
+def as_version_0_1(prefix, **changes):
+    """Let a report be as version 0.1 wrote it: another format, no end of documents, no bytes of bad lines."""
+    path = Path(f"{prefix}.json")
+    report = json.loads(path.read_text())
+    for settings in (report["settings"], *report["inputs"], *report["data_sets"].values()):
+        del settings["eod"]
+    for settings in report["inputs"]:
+        settings["format"] = 1
+    del report["documents"], report["without_set"]
+    path.write_text(json.dumps({**report, **changes}))
+
+
+def test_data_sets_of_version_0_1_that_cannot_be_wrong_are_complete(tmp_path, capsys):
+    inputs = [write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": ""}, {"text": "two"}])]
+    assert run(tmp_path / "o", inputs) == 0
+    as_version_0_1(tmp_path / "o")
+    before = Path(f"{tmp_path / 'o'}_text_document.bin").stat().st_mtime_ns
+    assert run(tmp_path / "o", inputs) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert Path(f"{tmp_path / 'o'}_text_document.bin").stat().st_mtime_ns == before
+    Path(f"{tmp_path / 'o'}_text_document.idx").unlink()
+    assert run(tmp_path / "o", inputs) == 0
+    assert "are made again" in capsys.readouterr().out
+    assert texts(f"{tmp_path / 'o'}_text_document") == ["one", "", "two"]
+
+
+def refused(prefix, inputs, capsys, *more):
+    """The one line that ends a run over data of version 0.1."""
+    assert run(prefix, inputs, *more) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {prefix}.json is about data sets made by version 0.1, ")
+    assert line.endswith(": remove it and them and run the same command again, or choose another --output-prefix")
+    return line
+
+
+def test_data_sets_of_version_0_1_that_may_be_wrong_are_refused_with_the_reason(tmp_path, capsys):
+    inputs, prefix = [write_lines(tmp_path / "a.jsonl", [{"text": "one", "meta": {"lang": "C"}}])], tmp_path / "o"
+    assert run(prefix, inputs) == 0
+    as_version_0_1(prefix, bad_lines={"malformed JSON": {"count": 1, "first": "a.jsonl:2"}})
+    assert "counted a file that it could not read" in refused(prefix, inputs, capsys)
+    as_other_end = tmp_path / "e"
+    assert run(as_other_end, inputs) == 0
+    as_version_0_1(as_other_end)
+    data = Path(f"{as_other_end}_text_document.bin")
+    data.write_bytes(data.read_bytes()[:-2] + b"\x07\x00")
+    assert "whose documents end with id 7, and not with 256" in refused(as_other_end, inputs, capsys)
+    split = ["--split-by-meta", "lang"]
+    assert run(tmp_path / "s", inputs, *split) == 0
+    as_version_0_1(tmp_path / "s")
+    assert "different values of --split-by-meta" in refused(tmp_path / "s", inputs, capsys, *split)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "dropout", None])
+def test_what_version_0_1_did_beyond_mapping_text_to_ids_is_looked_for(tmp_path, setting):
+    path = write_tokenizer(tmp_path / "tokenizer.json", 20)
+    content = json.loads(path.read_text())
+    place = content["model"] if setting == "dropout" else content
+    place |= {} if setting is None else {setting: 0.5 if setting == "dropout" else {"max_length": 8}}
+    path.write_text(json.dumps(content))
+    settings = {"tokenizer": {"type": "HFTokenizer"}, "split_by_meta": None}
+    report = {"settings": settings, "bad_lines": {}}
+    if setting is None:
+        first_format.check_first_format("o", report, path)
+        return
+    with pytest.raises(DataError, match=r"applied the truncation, padding or dropout in .*tokenizer\.json"):
+        first_format.check_first_format("o", report, path)
+
+
+def test_other_settings_than_those_of_version_0_1_are_refused_as_ever(tmp_path, capsys):
+    inputs = [write_lines(tmp_path / "a.jsonl", [{"text": "one"}])]
+    assert run(tmp_path / "o", inputs) == 0
+    as_version_0_1(tmp_path / "o")
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert run(tmp_path / "o", inputs) == 1
+    assert "made from other inputs" in capsys.readouterr().err

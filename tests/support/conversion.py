@@ -25,11 +25,11 @@ SMALL = {
 }
 
 
-def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, **model):
+def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token=None, **model):
     """A checkpoint without optimizer state, of normal random numbers times `scale`; tau are `tau_scale` times the
     initial ones.
 
-    `tokenizer` is (type, file); keywords are keys of the model.
+    `tokenizer` is (type, file), `eod_token` the end of a document that its run names; keywords are keys of the model.
     """
     config = ModelConfig(**{**SMALL, **model})
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, **model):
     tau = {name: module.tau * tau_scale for name, module in transformer.pattentions().items()}
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
-    metadata = new_metadata(config, tau, TokenizerChoice(kind, path, identity), 64, 1)
+    metadata = new_metadata(config, tau, TokenizerChoice(kind, path, identity, eod_token), 64, 1)
     target = Target(1, 1, lambda name: 0, is_replicated)
     source = ForeignCheckpoint(folder, tensors, metadata)
     return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())

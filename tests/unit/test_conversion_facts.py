@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron_tf import generate
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.inference.huggingface import configuration, configuration_tokenformer
 from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.inference.tokenizer import load_tokenizer
 from tests.support.conversion import save_small_model
 from tests.support.data import write_tokenizer
 from tools import convert_checkpoint
@@ -160,3 +162,59 @@ def test_the_length_of_samples_is_that_of_config_json(exported, tmp_path):
     edited = edit(exported, tmp_path, {"max_position_embeddings": 32})
     assert convert("hf", "megatron_tf", edited, tmp_path / "back") == 0
     assert CheckpointReader(tmp_path / "back").metadata["config"]["training"]["seq_length"] == 32
+
+
+def with_own_end(tmp_path, eod_token="w7"):
+    """A small checkpoint whose run names the end of a document: id 7, in place of the file's own id 0."""
+    tokenizer = "HFTokenizer", write_tokenizer(tmp_path / "tokenizer.json", 60)
+    return save_small_model(tmp_path, tokenizer=tokenizer, eod_token=eod_token)
+
+
+def end_of(checkpoint):
+    """The end of a document as `generate` and `evaluate` take it."""
+    return load_tokenizer(megatron_tf.load(checkpoint)).eod
+
+
+def test_the_end_of_a_document_that_a_run_names_goes_through_hugging_face_and_back(tmp_path):
+    checkpoint = with_own_end(tmp_path)
+    assert end_of(checkpoint) == 7
+    assert convert("megatron_tf", "hf", checkpoint, tmp_path / "hf", "--skip-check") == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text())["eos_token_id"] == 7
+    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())["eos_token"] == "w7"
+    assert convert("hf", "megatron_tf", tmp_path / "hf", tmp_path / "back") == 0
+    (tmp_path / "tokenizer.json").unlink()
+    shutil.rmtree(tmp_path / "hf")
+    assert end_of(tmp_path / "back") == 7
+
+
+def test_an_export_and_an_import_can_name_another_end_of_a_document(tmp_path, capsys):
+    checkpoint = with_own_end(tmp_path, None)
+    assert convert("megatron_tf", "hf", checkpoint, tmp_path / "hf", "--skip-check", "--eod-token", "w9") == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 9
+    assert convert("hf", "megatron_tf", tmp_path / "hf", tmp_path / "back", "--eod-token", "w8") == 0
+    assert end_of(tmp_path / "back") == 8
+    assert convert("hf", "megatron_tf", tmp_path / "hf", tmp_path / "none", "--eod-token", "nothing") == 1
+    assert "has no token 'nothing': give another as --eod-token" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_official_weights_are_imported_with_the_end_of_a_document_that_is_named(tmp_path, capsys, has_tokenizer):
+    checkpoint = save_small_model(tmp_path, **PADDED)
+    file, path = tmp_path / "off" / "pytorch_model.bin", tmp_path / "tokenizer.json"
+    assert convert("megatron_tf", "official", checkpoint, tmp_path / "off") == 0
+    known = ["--tokenizer-type", "HFTokenizer", "--tokenizer-model", path] if has_tokenizer else ["--vocab-size", 60]
+    end = ["--eod-token", "w5"]
+    assert convert("official", "megatron_tf", file, tmp_path / "back", *FROM_OFFICIAL, *known, *end) == 0
+    assert load_tokenizer(megatron_tf.load(tmp_path / "back"), path).eod == 5
+    if has_tokenizer:
+        assert convert("official", "megatron_tf", file, tmp_path / "n", *FROM_OFFICIAL, *known, "--eod-token", "x") == 1
+        assert "has no token 'x'" in capsys.readouterr().err
+
+
+def test_an_export_that_cannot_hold_the_end_of_a_document_says_so(tmp_path, capsys):
+    tokenizer = "HFTokenizer", write_tokenizer(tmp_path / "tokenizer.json", 60)
+    checkpoint = save_small_model(tmp_path, tokenizer=tokenizer, eod_token="w7", **PADDED)
+    assert convert("megatron_tf", "official", checkpoint, tmp_path / "off") == 0
+    assert "import it with --eod-token 'w7'" in capsys.readouterr().out

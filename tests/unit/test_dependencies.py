@@ -16,7 +16,6 @@ from tests.support.paths import ROOT
 
 NOT_INSTALLED = {
     "flash_attn": "flash-attn",
-    "megatron": "megatron-core",
     "transformer_engine": "transformer-engine",
     "wandb": "wandb",
 }

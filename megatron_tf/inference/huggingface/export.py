@@ -15,6 +15,8 @@ from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name
 from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.official import birth_tau
 from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
+from megatron_tf.config.tokenizer_files import merges_file
+from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.huggingface.card import model_card
 from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
@@ -84,6 +86,9 @@ def _fitting(
 
 def tokenizer_file(directory: Path, kind: str) -> Path | None:
     """The tokenizer's file in an export, if there is one."""
+    pair = directory / "vocab.json"
+    if kind == "HFTokenizer" and pair.is_file():
+        return pair  # the run's own files; tokenizer.json was made from them
     path = directory / _TOKENIZER_FILES.get(kind, "")
     return path if path.is_file() else None
 
@@ -125,11 +130,18 @@ def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "config": {
             "model": metadata["model"],
             "training": {key: config["training"][key] for key in _TRAINING_KEYS},
-            "data": {"tokenizer_type": config["data"]["tokenizer_type"], "tokenizer_model": None},
+            "data": _data(config["data"]),
         },
         **{key: metadata[key] for key in ("tokenizer", "lineage", "after_growth") if key in metadata},
         "training": {"skipped": 0, **metadata["training"], "adam_steps": 0},  # the moments stay behind
     }
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Which tokenizer it is, and the end of a document where the run names one."""
+    end = data.get("eod_token")
+    named = {} if end is None else {"eod_token": str(end)}
+    return {"tokenizer_type": str(data["tokenizer_type"]), "tokenizer_model": None, **named}
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
         "config": {
             "model": dict(model),
             "training": {"seq_length": seq_length, "seed": run["training"]["seed"]},
-            "data": {"tokenizer_type": str(run["data"]["tokenizer_type"]), "tokenizer_model": None},
+            "data": _data(run["data"]),
         },
         "tau": {name: float(tau) for name, tau in (config.get("tau") or {}).items()},
         "tokenizer": dict(facts["tokenizer"]),
@@ -164,7 +176,13 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, s
     kind = tokenizer.identity["type"]
     if path is None or kind not in _TOKENIZER_FILES:
         return
-    shutil.copyfile(path, directory / _TOKENIZER_FILES[kind])
+    merges = merges_file(path)
+    if kind != "HFTokenizer" or merges is None or not is_pair(path):
+        shutil.copyfile(path, directory / _TOKENIZER_FILES[kind])
+    else:
+        (directory / _TOKENIZER_FILES[kind]).write_text(tokenizer_json(path), encoding="utf-8")
+        shutil.copyfile(path, directory / "vocab.json")
+        shutil.copyfile(merges, directory / "merges.txt")
     eod = _piece(kind, path, tokenizer.eod)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -188,7 +206,7 @@ def _special_pieces(kind: str, path: Path) -> list[str]:
     if kind == "HFTokenizer":
         import tokenizers
 
-        added = tokenizers.Tokenizer.from_file(str(path)).get_added_tokens_decoder()
+        added = tokenizers.Tokenizer.from_str(tokenizer_json(path)).get_added_tokens_decoder()
         return [token.content for token in added.values()]
     import sentencepiece
 
@@ -202,7 +220,7 @@ def _piece(kind: str, path: Path, token_id: int) -> str:
     if kind == "HFTokenizer":
         import tokenizers
 
-        return str(tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id))
+        return str(tokenizers.Tokenizer.from_str(tokenizer_json(path)).id_to_token(token_id))
     import sentencepiece
 
     return str(sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(token_id))

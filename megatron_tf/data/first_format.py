@@ -1,0 +1,59 @@
+"""Data sets that version 0.1 made: complete where nothing of what it got wrong in silence can be in them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+
+_FORMAT = 1
+
+
+def is_of_first_format(report: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a report of version 0.1, which did not note the end of a document, is of these inputs and settings."""
+    first = [{key: value for key, value in each.items() if key != "eod"} | {"format": _FORMAT} for each in identities]
+    return bool(report["inputs"] == first)
+
+
+def check_first_format(prefix: str, report: Mapping[str, Any], tokenizer_model: Path | None) -> None:
+    """Raise DataError where version 0.1 may have lost text or stored other ids than the tokenizer's."""
+    settings = report["settings"]
+    if report.get("bad_lines"):
+        _refuse(prefix, "which counted a file that it could not read, or good text before a damage, as a bad line")
+    if settings.get("split_by_meta") is not None:
+        _refuse(
+            prefix, "which put different values of --split-by-meta into one data set where their names looked alike"
+        )
+    if settings["tokenizer"]["type"] == "TikTokenizer":
+        _refuse(prefix, "which encoded new characters otherwise than tiktoken")
+    if (
+        settings["tokenizer"]["type"] == "HFTokenizer"
+        and tokenizer_model is not None
+        and _cuts_or_fills(tokenizer_model)
+    ):
+        _refuse(prefix, f"which applied the truncation, padding or dropout in {tokenizer_model}")
+
+
+def check_first_ends(prefix: str, report: Mapping[str, Any], eod: int | None) -> None:
+    """Raise DataError where documents of version 0.1, which chose the end by a list of names, end otherwise."""
+    if eod is None or report["inputs"][0]["format"] != _FORMAT:
+        return
+    for recorded in report["data_sets"]:
+        data_set = IndexedDataset(Path(prefix).parent / Path(recorded).name)
+        if len(data_set.tokens) and int(data_set.tokens[-1].item()) != eod:
+            _refuse(prefix, f"whose documents end with id {int(data_set.tokens[-1].item())}, and not with {eod}")
+
+
+def _refuse(prefix: str, why: str) -> None:
+    raise DataError(
+        f"{prefix}.json is about data sets made by version 0.1, {why}: remove it and them and run the same command "
+        f"again, or choose another --output-prefix"
+    )
+
+
+def _cuts_or_fills(path: Path) -> bool:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content.get("model")
+    has_dropout = isinstance(model, dict) and bool(model.get("dropout"))
+    return has_dropout or content.get("truncation") is not None or content.get("padding") is not None

@@ -1,0 +1,93 @@
+"""GPT-2's vocab.json and merges.txt as the tokenizer.json that they stand for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_tf.data.indexed_dataset import DataError
+
+_END = "<|endoftext|>"
+_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+
+
+def read_pair(vocabulary: Path, merges: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json: byte-level BPE that cuts text as GPT-2 does, `<|endoftext|>` its special token.
+
+    Raises DataError where a file is missing or not one of these, and where a file next to them says that text is cut in
+    another way, or tokens are added.
+    """
+    _check_kind(vocabulary)
+    tokens = _tokens(vocabulary)
+    added = [{"id": tokens[_END], "content": _END, "special": True}] if _END in tokens else []
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**token, **plain} for token in added],
+        "normalizer": None,
+        "pre_tokenizer": bytes_,
+        "post_processor": None,
+        "decoder": bytes_,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": tokens,
+            "merges": _merges(merges, tokens),
+        },
+    }
+
+
+def _tokens(path: Path) -> dict[str, int]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    is_right = isinstance(content, dict) and all(type(i) is int and i >= 0 for i in content.values())
+    if not is_right or len(set(content.values())) < len(content):
+        raise DataError(f"{path} is not a vocabulary: it must map each token to an id of its own")
+    return dict(content)
+
+
+def _merges(path: Path, tokens: dict[str, int]) -> list[list[str]]:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: a vocabulary needs its merges next to it, or give a tokenizer.json")
+    merges = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= tokens.keys():
+            raise DataError(f"{path}:{number}: {line[:40]!r} is not a merge of two tokens of the vocabulary")
+        merges.append(pair)
+    return merges
+
+
+def _check_kind(vocabulary: Path) -> None:
+    remedy = "give the tokenizer.json of the same model"
+    added = vocabulary.with_name("added_tokens.json")
+    if added.is_file():
+        raise DataError(f"{added} adds tokens to {vocabulary.name}, which are not known here: {remedy}")
+    path = vocabulary.with_name("tokenizer_config.json")
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kind = content.get("tokenizer_class") if isinstance(content, dict) else None
+    if kind is not None and kind not in _CLASSES and not _is_cut_alike(vocabulary.with_name("tokenizer.json")):
+        raise DataError(f"{path} is of a {kind}, which may cut text otherwise than GPT-2: {remedy}")
+
+
+def _is_cut_alike(path: Path) -> bool:
+    """Whether there is a tokenizer.json that cuts text as GPT-2 does, as in exports of ours."""
+    if not path.is_file():
+        return False
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cut = content.get("pre_tokenizer") if isinstance(content, dict) else None
+    if not isinstance(cut, dict) or content.get("normalizer") is not None:
+        return False
+    return cut.get("type") == "ByteLevel" and cut.get("use_regex") is not False and not cut.get("add_prefix_space")
