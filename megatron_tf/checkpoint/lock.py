@@ -6,6 +6,7 @@ of the owner renews.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,9 +78,10 @@ class RunLock:
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
-        while not self._create() or self._is_in_place_of_another():
-            self._remove_if_dead()
-        self._remove_leftovers()
+        with _one_at_a_time(self.root):
+            while not self._create() or self._is_in_place_of_another():
+                self._remove_if_dead()
+            self._remove_leftovers()
         threading.Thread(target=self._keep_fresh, daemon=True, name="run-lock").start()
         return self
 
@@ -217,6 +219,27 @@ class RunLock:
         except FileNotFoundError:
             return False
         return owner is not None and owner.token == self.owner.token
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Of the processes that take the lock of a directory, let in one after the other where its file system has kernel
+    locks; elsewhere the order of renames decides alone."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + 2 * STALE_SECONDS  # who is inside may wait for a beat that long
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.02)
+                continue
+            except OSError:  # no kernel locks here
+                pass
+            break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _name(owner: Owner | None) -> str:

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import distribution, distributions, packages_distributions, requires
 from pathlib import Path
@@ -126,7 +127,8 @@ def test_what_is_installed_is_what_is_pinned():
     pinned = pins(name[1] or "tested")
     if f"torch=={pinned['torch']}\n" not in made_from.read_text():
         pytest.skip("another PyTorch was asked for")
-    installed = {canonicalize_name(each.name): Version(each.version).public for each in distributions()}
+    folder = [sysconfig.get_path("purelib")]  # setuptools adds packages of its own to sys.path
+    installed = {canonicalize_name(each.name): Version(each.version).public for each in distributions(path=folder)}
     assert installed.pop("megatron-tf") == distribution("megatron_tf").version
     of_cuda = {package for package in installed if package.startswith(("nvidia-", "cuda-"))}
     assert {package: version for package, version in installed.items() if package not in of_cuda} == pinned
