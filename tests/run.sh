@@ -35,5 +35,6 @@ fi
 OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 tests/unit tests/fuzz
 if [ $environment = tested ]; then
     TRITON_INTERPRET=1 python -m pytest tests/triton
-    python -m pytest tests/ranks tests/end_to_end
+    python -m pytest tests/ranks
+    python -m pytest --numprocesses 2 --dist loadfile tests/end_to_end # much of it waits: for starts, clocks and signals
 fi
