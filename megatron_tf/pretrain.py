@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _say(message: str) -> None:
     rank = os.environ.get("RANK")
     where = "" if rank is None else f"[rank {rank}] "
-    print(f"{where}{message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{where}{message}\n")  # at once: lines of several ranks are not to mix
+    sys.stderr.flush()
 
 
 def _end(reason: str | None) -> None:

@@ -7,9 +7,9 @@ what the ranks said and ends with 1; here the ranks have the last word, and the 
 import logging
 import os
 import sys
-from signal import Signals
+from signal import SIGTERM, Signals
 
-from megatron_tf.interrupt import end_at_interrupt, run_command
+from megatron_tf.interrupt import end_at_interrupt, import_late, run_command
 
 if __name__ == "__main__":
     end_at_interrupt()  # the imports of torchrun take seconds
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     where all ranks are done."""
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", FORWARDED_SIGNALS)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    import_late("torch.distributed.run")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run.run(options)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # torchrun ends the ranks that are left with SIGTERM
+        failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode == -SIGTERM, item[1].timestamp))
+        rank, failure = failures[0]
         if failure.exitcode < 0:  # a rank that ends by itself has said why
             name = Signals(-failure.exitcode).name
             print(f"error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)

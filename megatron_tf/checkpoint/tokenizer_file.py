@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.config.tokenizer_files import NAMING_FILES, digest_of, parts_of
+from megatron_tf.tokenizer_files import NAMING_FILES, digest_of, parts_of
 
 STORED = ".tokenizer"
 """Directory in a checkpoint's; a file in it is used only if it has the hash that the metadata tells."""

@@ -5,9 +5,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.config.tokenizer_files import NAMING_FILES, merges_file
 from megatron_tf.data.gpt2_files import read_pair
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.tokenizer_files import NAMING_FILES, merges_file
 
 if TYPE_CHECKING:
     import tokenizers

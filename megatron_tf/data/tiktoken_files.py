@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_tf.config.tokenizer_files import description_file, digest_of
 from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS
+from megatron_tf.tokenizer_files import description_file, digest_of
 
 _PUBLISHED = {  # SHA-256 of the files that OpenAI publishes
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": "r50k_base",

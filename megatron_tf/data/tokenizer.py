@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_tf.config.tokenizer_files import description_file, digest_of
 from megatron_tf.data.bpe_engine import encode_flat, fast_engine, is_settled
 from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.hf_files import end_of_document, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_files import RanksTokenizer, describe
 from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS, tiktoken_encoder
+from megatron_tf.tokenizer_files import description_file, digest_of
 
 
 class Tokenizer(Protocol):

@@ -118,6 +118,6 @@ def test_one_failing_rank_ends_all_within_a_minute(folder):
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode != 0
     assert "[rank 1] error: " in done.stderr
-    assert "rank 1" in done.stderr
-    assert "data.data_path 'data_text_document'" in done.stderr
+    assert "rank 1 (host" in done.stderr
+    assert "data.data_path: data_text_document.bin is missing" in done.stderr
     assert time.monotonic() - start < 60

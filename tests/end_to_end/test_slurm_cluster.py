@@ -153,7 +153,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(cluster, folder,
 def test_a_job_that_is_warned_of_its_time_limit_is_requeued_and_resumes(cluster, folder, at_the_limit):
     job, log = at_the_limit["warned"], folder / "warned.log"
     limit = time.monotonic() + 2 * WAIT
-    while not (resumed := re.search(r"stopped by SIGUSR1, saved in[^$]*at step (\d+)", log.read_text())):
+    while not (resumed := re.search(r"stopped by SIGUSR1, saved in.*?at step (\d+)", log.read_text(), re.DOTALL)):
         assert time.monotonic() < limit, log.read_text()[-2000:]
         time.sleep(0.5)
     stopped = re.search(r"step +(\d+)  stopped by SIGUSR1", log.read_text())

@@ -15,11 +15,11 @@ from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name
 from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.official import birth_tau
 from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
-from megatron_tf.config.tokenizer_files import merges_file
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.huggingface.card import model_card
 from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
+from megatron_tf.tokenizer_files import merges_file
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
 _TRAINING_KEYS = ("seq_length", "seed")
