@@ -29,7 +29,7 @@ def run_on(layout, data, folder, **training):
     return layout_config(
         layout,
         model={"vocab_size": VOCAB, "num_layers": 2, "num_attention_heads": 8, "hidden_size": 64},
-        training={"seq_length": 16, "global_batch_size": 24, "train_iters": 3, **training},
+        training={"seq_length": 16, "micro_batch_size": 6, "global_batch_size": 24, "train_iters": 3, **training},
         data={"split": "1,0,0", "data_cache_path": str(folder / "cache"), **data},
         checkpoint={"save": str(folder / "saved")},
     )
