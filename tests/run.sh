@@ -37,7 +37,6 @@ if [ $environment = tested ]; then
     TRITON_INTERPRET=1 python -m pytest tests/triton
     python -m pytest tests/ranks
     # much of these waits for starts, clocks and signals; the files that take longest are first
-    cd tests/end_to_end
-    python -m pytest --numprocesses 3 --dist loadfile test_slurm_cluster.py test_stopping.py test_growth_in_run.py \
-        test_setup.py test_plain_install.py test_signals.py .
+    python -m pytest --numprocesses 3 --dist loadfile \
+        tests/end_to_end/test_{slurm_cluster,stopping,growth_in_run,setup,plain_install,signals}.py tests/end_to_end
 fi
