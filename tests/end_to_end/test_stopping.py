@@ -22,7 +22,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run that takes some seconds."""
-    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS})
+    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS, "micro_batch_size": 4})
 
 
 @pytest.fixture(scope="module")
