@@ -40,7 +40,7 @@ from megatron_tf.inference.calibration import (
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.tokenizer import check_made_with
 from megatron_tf.model.parallelize import is_replicated, stage_layers
-from megatron_tf.model.sizes import training_flops
+from megatron_tf.tokenformer.sizes import training_flops
 
 EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
 EXIT_ERROR, EXIT_NOT_VERIFIED = 1, 3

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.parallel.random import normal_rows
+from megatron_tf.tokenformer.initial_values import normal_rows
 
 BLOCK_BYTES = 4 << 20
 """Rows are streamed in blocks of about this many bytes."""

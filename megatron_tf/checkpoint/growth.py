@@ -35,8 +35,8 @@ from megatron_tf.checkpoint.derived import (
 )
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
-from megatron_tf.kernels.normalisation import NORMALISATIONS
-from megatron_tf.parallel.random import value_token_std
+from megatron_tf.tokenformer.initial_values import value_token_std
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 _TOKENS = re.compile(r"layers\.(\d+)\.(?:attention\.(query|key|value|proj)|(ffn))\.(key|value)_tokens")
 _POWER = {"model": 1, "exp_avg": 1, "exp_avg_sq": 2}
@@ -209,7 +209,7 @@ class _Growth:
             if token is None or token.is_value:
                 continue
             old_layer, new = self.origin[token.layer], self.grown.token_counts(token.kind)[token.layer]
-            born = self.norm.tau_at_birth(new)
+            born = self.norm.initial_tau(new)
             if old_layer is None:
                 tau[token.module] = born
                 continue

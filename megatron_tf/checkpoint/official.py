@@ -19,7 +19,7 @@ from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, in_memory
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.zipped import ZippedTensors
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.kernels.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 FILE = "pytorch_model.bin"
 EMBEDDING = "sequential.0.word_embeddings.weight"
@@ -142,7 +142,7 @@ def birth_tau(model: ModelConfig) -> dict[str, float]:
     """The temperatures that the official code takes, by module."""
     norm = NORMALISATIONS[model.norm_activation]
     return {
-        f"layers.{i}.{module}": norm.tau_at_birth(model.token_counts(kind)[i])
+        f"layers.{i}.{module}": norm.initial_tau(model.token_counts(kind)[i])
         for i in range(model.num_layers)
         for module, kind in _MODULES.items()
     }

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.parallel.random import normal_rows, value_token_std
 from megatron_tf.parallel.sharding import RowShard, copy_rows
+from megatron_tf.tokenformer.initial_values import normal_rows, value_token_std
 
 
 def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> None:

@@ -12,12 +12,12 @@ from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.norm import FinalNorm
 from megatron_tf.layers.pattention import Pattention
-from megatron_tf.model.sizes import head_flops, layer_flops
 from megatron_tf.model.tokenformer import Block, TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
 from megatron_tf.parallel.sharding import RowShard, local_tensor, row_shard
+from megatron_tf.tokenformer.sizes import head_flops, layer_flops
 
 
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:

@@ -10,7 +10,7 @@ from megatron_tf.checkpoint.growth import grow, parse_name
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.config import GrowthStage, parse_token_option
-from megatron_tf.parallel.random import normal_rows
+from megatron_tf.tokenformer.initial_values import normal_rows
 from tests.unit.checkpoint.toy import (
     GROUPS,
     HIDDEN,

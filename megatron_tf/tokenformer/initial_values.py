@@ -1,12 +1,28 @@
-"""Random values that depend on a tensor's name, the seed and the row, never on the parallel layout."""
+"""Initial values: a function of a parameter's name, the seed and the row, never of the parallel layout."""
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _BLOCK_ROWS = 64  # rows drawn from one generator; changing it changes every initial value
+
+
+@dataclass(frozen=True)
+class Initial:
+    """How a parameter is initialized: N(0, std^2), or the constant where `std` is 0."""
+
+    constant: float = 0.0
+    std: float = 0.0
+
+    def rows(self, name: str, seed: int, start: int, stop: int, row_shape: tuple[int, ...]) -> Tensor:
+        """Rows [start, stop) of the parameter called `name`: fp32 [stop - start, *row_shape] on the CPU."""
+        if not self.std:
+            return torch.full((stop - start, *row_shape), self.constant)
+        columns = math.prod(row_shape)
+        return normal_rows(name, seed, start, stop, columns, self.std).view(stop - start, *row_shape)
 
 
 def stream_seed(seed: int, *key: object) -> int:
@@ -32,5 +48,5 @@ def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: 
 
 
 def value_token_std(num_layers: int, hidden_size: int) -> float:
-    """Standard deviation of value tokens at birth ("wang"): 2 / (L sqrt(D))."""
+    """Initial standard deviation of value tokens ("wang"): 2 / (L sqrt(D))."""
     return 2.0 / (num_layers * math.sqrt(hidden_size))
