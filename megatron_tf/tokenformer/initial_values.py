@@ -17,22 +17,15 @@ class Initial:
     constant: float = 0.0
     std: float = 0.0
 
-    def rows(self, name: str, seed: int, start: int, stop: int, row_shape: tuple[int, ...]) -> Tensor:
-        """Rows [start, stop) of the parameter called `name`: fp32 [stop - start, *row_shape] on the CPU."""
-        if not self.std:
-            return torch.full((stop - start, *row_shape), self.constant)
-        columns = math.prod(row_shape)
-        return normal_rows(name, seed, start, stop, columns, self.std).view(stop - start, *row_shape)
-
 
 def stream_seed(seed: int, *key: object) -> int:
-    """A 63-bit seed for the stream named by `key` under the run's `seed`."""
+    """Derive a 63-bit seed for the stream named by `key` under the run's `seed`."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
-    """Rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
+def normal_rows(name: str, *, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
+    """Draw rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
 
     Rows come in blocks, each with a generator of its own, so that any range costs only its own rows, and a
     tensor that grows keeps the values of its old rows.
@@ -48,5 +41,5 @@ def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: 
 
 
 def value_token_std(num_layers: int, hidden_size: int) -> float:
-    """Initial standard deviation of value tokens ("wang"): 2 / (L sqrt(D))."""
+    """Return the initial standard deviation of value tokens ("wang"): 2 / (L sqrt(D))."""
     return 2.0 / (num_layers * math.sqrt(hidden_size))

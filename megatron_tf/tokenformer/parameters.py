@@ -12,12 +12,16 @@ Everything that depends on which parameter it is (decay, initial value, sharding
 asks its `Parameter`; nothing else reads a name. `tests/unit/test_parameters.py` holds both.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+from torch import Tensor
+
 from megatron_tf.config import ModelConfig, ParameterKind
-from megatron_tf.tokenformer.initial_values import Initial, value_token_std
+from megatron_tf.tokenformer.initial_values import Initial, normal_rows, value_token_std
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 
@@ -93,12 +97,21 @@ class Parameter:
         return self.role is Role.VALUES and self.module in _ENDS_BRANCH
 
     def name_in_layer(self, layer: int | str) -> str:
-        """The name of the same parameter in another layer."""
+        """Return the name of the same parameter in another layer."""
         return f"{_path(layer, self.module)}.{self.role}"
+
+    def initial_rows(self, seed: int, start: int, stop: int) -> Tensor:
+        """Make rows [start, stop) of its initial values under a run's `seed`: fp32, on the CPU."""
+        shape = (stop - start, *self.shape[1:])
+        std = self.initial.std
+        if not std:
+            return torch.full(shape, self.initial.constant)
+        columns = math.prod(self.shape[1:])
+        return normal_rows(self.name, seed=seed, start=start, stop=stop, columns=columns, std=std).view(shape)
 
 
 def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Every parameter of the whole model by name, in the one order that files and sums over parameters follow.
+    """List every parameter of the whole model by name, in the one order that files and sums over parameters follow.
 
     It is the order of `TokenFormer(config).named_parameters()`.
     """
@@ -106,26 +119,28 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def layer_parameters(config: ModelConfig, layer: int) -> Iterator[Parameter]:
-    """The parameters of one layer, in order."""
+    """List the parameters of one layer, in order."""
+    ffn_rows = config.token_counts("ffn")[layer]
     if config.layer == "tokenformer":
-        for module, kind in {**_ATTENTION, Module.FFN: "ffn"}.items():
-            rows = config.token_counts(kind)[layer]
-            for role in (Role.KEYS, Role.VALUES):
-                yield _projection(config, layer, module, role, rows)
-        return
-    for module in _ATTENTION:
-        yield _projection(config, layer, module, Role.WEIGHT, config.hidden_size)
-    for module in (Module.FFN_UP, Module.FFN_DOWN):
-        yield _projection(config, layer, module, Role.WEIGHT, config.token_counts("ffn")[layer])
+        rows = {module: config.token_counts(kind)[layer] for module, kind in _ATTENTION.items()}
+        rows[Module.FFN] = ffn_rows
+        roles = [Role.KEYS, Role.VALUES]
+    else:
+        rows = dict.fromkeys(_ATTENTION, config.hidden_size)
+        rows |= {Module.FFN_UP: ffn_rows, Module.FFN_DOWN: ffn_rows}
+        roles = [Role.WEIGHT]
+    for module, num_rows in rows.items():
+        for role in roles:
+            yield _projection(config, layer=layer, module=module, role=role, rows=num_rows)
 
 
 def key_tokens(config: ModelConfig) -> dict[str, Parameter]:
-    """The key tokens of every Pattention, by its path."""
+    """List the key tokens of every Pattention, by its path; a plain transformer has none."""
     return {parameter.path: parameter for parameter in _declared(config) if parameter.role is Role.KEYS}
 
 
 def initial_taus(config: ModelConfig) -> dict[str, float]:
-    """The temperature of every Pattention of a new model, by its path."""
+    """Return the temperature of every Pattention of a new model, by its path."""
     norm = NORMALISATIONS[config.norm_activation]
     return {path: norm.initial_tau(keys.shape[0]) for path, keys in key_tokens(config).items()}
 
@@ -164,7 +179,7 @@ def _vocabulary(config: ModelConfig, module: Module, kind: ParameterKind) -> Par
     )
 
 
-def _projection(config: ModelConfig, layer: int, module: Module, role: Role, rows: int) -> Parameter:
+def _projection(config: ModelConfig, *, layer: int, module: Module, role: Role, rows: int) -> Parameter:
     # in a plain transformer, the two weights whose products are added to the residual stream are drawn as values are
     is_value = role is Role.VALUES or (role is Role.WEIGHT and module in _ENDS_BRANCH)
     std = value_token_std(config.num_layers, config.hidden_size) if is_value else config.init_method_std

@@ -8,23 +8,26 @@ from megatron_tf.tokenformer.parameters import Parameter, layer_parameters, mode
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Parameters of the whole model, padded vocabulary included."""
+    """Count the parameters of the whole model, padded vocabulary included."""
     return _total(model_parameters(config).values())
 
 
 def layer_flops(config: ModelConfig, layer: int, seq_length: int) -> int:
-    """Forward operations per token of one layer: a product and a sum for each of its parameters, and two products of
-    the width per token that causal attention looks at, which is half of the sequence."""
+    """Count forward operations per token of one layer.
+
+    A product and a sum for each of its parameters, and two products of the hidden width for each token that is attended
+    to: half of the sequence, since attention is causal.
+    """
     return 2 * _total(layer_parameters(config, layer)) + 4 * config.hidden_size * seq_length // 2
 
 
 def head_flops(config: ModelConfig) -> int:
-    """Forward operations per token of the output layer."""
+    """Count forward operations per token of the output layer."""
     return 2 * config.hidden_size * config.padded_vocab_size
 
 
 def training_flops(config: ModelConfig, seq_length: int) -> int:
-    """Operations per token of forward and backward: three times the forward's."""
+    """Count operations per token of forward and backward: three times the forward's."""
     return 3 * (sum(layer_flops(config, i, seq_length) for i in range(config.num_layers)) + head_flops(config))
 
 

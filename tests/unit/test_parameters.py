@@ -1,5 +1,6 @@
-"""The declared parameters are those of the module."""
+"""The declared parameters are those of the module, and nothing else in the package knows how they are named."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -10,9 +11,24 @@ import torch
 from megatron_tf.config import ModelConfig, RunConfig, load_config
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tokenformer.parameters import Module, Role, initial_taus, model_parameters
+from tests.support.training import small_run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+NAMES_OF_OURS = re.compile(  # (?<![\w.-]) leaves names of other programs alone, such as model.layers.3
+    r"""
+    (?<![\w.-])(layers|embedding|final_norm|head|attention|ffn)\.[\w({[*]  # the front of a name
+    | ^\.?(layers|embedding|final_norm|head|attention|ffn)\.$             # the same, in an f-string or in startswith
+    | (?<!\w)(key|value)_tokens\b
+    | (?<![\w.-])(query|key|value|proj|up|down)\.(weight|bias)\b
+    | ^\.?query$ | ^\.(key|value|proj|ffn|up|down|weight|bias)\.?$       # the end of one
+    """,
+    re.VERBOSE,
+)
+TEMPLATE = {  # travels with an export, and runs without the package
+    "megatron_tf/inference/huggingface/configuration_tokenformer.py",
+    "megatron_tf/inference/huggingface/modeling_tokenformer.py",
+}
 
 
 def stages(run: RunConfig) -> list[ModelConfig]:
@@ -51,6 +67,12 @@ def test_the_declaration_is_the_module_in_name_shape_and_order(path):
             check(variant)
 
 
+def test_layers_of_different_numbers_of_tokens_are_declared_as_they_are_built():
+    check(small_run(model={"qkv_tokens": [8, 16, 24], "ffn_tokens": [12, 24, 36]}).model)
+    plain = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None, "ffn_tokens": [12, 24, 36]}
+    check(small_run(model=plain).model)
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_each_parameter_knows_the_parts_of_its_name(path):
     for config in variants(load_config(path).model):
@@ -66,3 +88,74 @@ def test_every_module_and_role_is_declared():
     declared = [p for path in EXAMPLES for c in variants(load_config(path).model) for p in model_parameters(c).values()]
     assert {parameter.module for parameter in declared} == set(Module)
     assert {parameter.role for parameter in declared} == set(Role)
+
+
+def is_name_of_ours(text: str) -> bool:
+    """Whether a text is a parameter's name, a part of one, or a pattern for it."""
+    return NAMES_OF_OURS.search(text.replace("\\", "")) is not None
+
+
+def literals(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of every string in a file that is not documentation."""
+    tree = ast.parse(path.read_text())
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        (node.lineno, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation
+    ]
+
+
+def test_no_other_file_knows_how_parameters_are_named():
+    found, num_files = [], 0
+    for folder in ("megatron_tf", "tools", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            where = str(path.relative_to(ROOT))
+            if where.startswith("megatron_tf/tokenformer/") or where in TEMPLATE:
+                continue
+            num_files += 1
+            found += [f"{where}:{line}: {text!r}" for line, text in literals(path) if is_name_of_ours(text)]
+    assert not found, "\n".join(found)
+    assert num_files > 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers.",
+        "layers.0.ffn",
+        r"^layers\.(\d+)",
+        ".key_tokens",
+        "value_tokens",
+        "embedding.weight",
+        "embedding.",
+        "final_norm.",
+        "final_norm.bias",
+        "head.weight",
+        "attention.query",
+        ".ffn.",
+        "ffn.down.weight",
+        "proj.weight",
+        "query",
+        ".weight",
+    ],
+)
+def test_the_scan_knows_names_of_ours(text):
+    assert is_name_of_ours(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "embedding",
+        "qkv",
+        "model.layers.3.mlp",
+        "sequential.2.attention.query.key_param_tokens",
+        "sequential.0.word_embeddings.weight",
+        "lm_head.weight",
+        "the layers. What",
+        "tau of the attention. More",
+    ],
+)
+def test_the_scan_leaves_names_of_others_alone(text):
+    assert not is_name_of_ours(text)
