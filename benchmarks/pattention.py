@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.layers.pattention import Pattention
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"cpu": [(4096, 768, 3072)], "cuda": [(16384, 768, 3072), (16384, 1536, 6144), (8192, 4096, 16384)]}

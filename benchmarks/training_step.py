@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.config import RunConfig, parse_config
-from megatron_tf.model.sizes import parameter_count, training_flops
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.tokenformer.sizes import parameter_count, training_flops
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 

@@ -109,14 +109,13 @@ def import_official(args: argparse.Namespace) -> None:
     from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
     from megatron_tf.checkpoint.official import (
         PUBLISHED,
-        birth_tau,
         infer_model,
         official_name,
         read_official,
         without_frequencies,
     )
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
-    from megatron_tf.model.parallelize import parameter_shapes
+    from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 
     needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (args.vocab_size is None)
     for option in needed:
@@ -132,10 +131,14 @@ def import_official(args: argparse.Namespace) -> None:
         "norm_activation": args.norm_activation,
     }
     model = parse_config(ModelConfig, values, str(args.load))
-    metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
-    shapes = parameter_shapes(model)
+    metadata = new_metadata(model, initial_taus(model), choice, args.seq_length, TrainingConfig.seed)
     tensors = without_frequencies(args.load, tensors, model)
-    renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
+    renamed = rename(
+        args.load,
+        tensors,
+        expected=model_parameters(model).values(),
+        their_name=lambda parameter: official_name(parameter, model.num_layers),
+    )
     write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
 
 
@@ -185,10 +188,10 @@ def set_end(checkpoint: "Checkpoint", eod_token: str | None) -> None:
 
 def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
     """Stream it to a checkpoint for one rank."""
+    from megatron_tf.checkpoint.contents import model_of
     from megatron_tf.checkpoint.reshard import Target, reshard
-    from megatron_tf.model.parallelize import is_replicated
 
-    target = Target(1, 1, lambda name: 0, is_replicated)
+    target = Target(tensor_parallel=1, stages=[range(model_of(checkpoint).num_layers)])
     print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
 
 

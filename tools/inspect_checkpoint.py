@@ -68,13 +68,13 @@ def show_files(reader: CheckpointReader) -> None:
 def show_tensors(reader: CheckpointReader, group: str) -> None:
     """Print sizes and norms of a group by kind of module."""
     print(f"\n{group:<44}{'tensors':>8}{'shape':>16}{'type':>16}{'parameters':>18}{'norm':>12}")
-    kinds = summarize(reader, group)
-    for kind in kinds:
-        dtype = str(kind.dtype).removeprefix("torch.")
+    rows = summarize(reader, group)
+    for row in rows:
+        dtype = str(row.dtype).removeprefix("torch.")
         print(
-            f"  {kind.kind:<42}{kind.num_tensors:>8}{kind.shape:>16}{dtype:>16}{kind.parameters:>18,}{kind.norm:>12.5g}"
+            f"  {row.pattern:<42}{row.num_tensors:>8}{row.shape:>16}{dtype:>16}{row.parameters:>18,}{row.norm:>12.5g}"
         )
-    print(f"  {'total':<42}{'':>40}{sum(kind.parameters for kind in kinds):>18,}")
+    print(f"  {'total':<42}{'':>40}{sum(row.parameters for row in rows):>18,}")
 
 
 def show_tau(reader: CheckpointReader) -> None:

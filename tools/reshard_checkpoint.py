@@ -27,7 +27,7 @@ from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
-from megatron_tf.checkpoint.summary import common_shape, differing_values, kind_of
+from megatron_tf.checkpoint.summary import common_shape, differing_values, names_by_pattern
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
 from megatron_tf.inference.calibration import (
@@ -39,8 +39,8 @@ from megatron_tf.inference.calibration import (
 )
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.tokenizer import check_made_with
-from megatron_tf.model.parallelize import is_replicated, stage_layers
-from megatron_tf.model.sizes import training_flops
+from megatron_tf.model.parallelize import stage_layers
+from megatron_tf.tokenformer.sizes import training_flops
 
 EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
 EXIT_ERROR, EXIT_NOT_VERIFIED = 1, 3
@@ -186,7 +186,8 @@ def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpo
     model = load_model(source.directory)
     check_made_with(args.data, source.metadata["tokenizer"])
     samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
-    return shrink(source, keep_most_important(token_importance(model, samples), tokens))  # type: ignore[arg-type]
+    importance = token_importance(model, samples)
+    return shrink(source, keep_most_important(model.config, importance, tokens))  # type: ignore[arg-type]
 
 
 def seq_length_of(checkpoint: Checkpoint) -> int:
@@ -205,15 +206,7 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
             f"{config.num_attention_heads} attention heads cannot be shared equally by "
             f"{tensor_parallel} tensor-parallel ranks"
         )
-    stages = stage_layers(config, pipeline_parallel, seq_length_of(checkpoint))
-
-    def stage_of(name: str) -> int:
-        if name.startswith("layers."):
-            layer = int(name.split(".")[1])
-            return next(stage for stage, layers in enumerate(stages) if layer in layers)
-        return 0 if name.startswith("embedding.") else pipeline_parallel - 1
-
-    return Target(tensor_parallel, pipeline_parallel, stage_of, is_replicated)
+    return Target(tensor_parallel, stage_layers(config, pipeline_parallel, seq_length_of(checkpoint)))
 
 
 def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> None:
@@ -221,10 +214,11 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
     plans = list(plan_files(result, target))
     print(f"{source.directory}, step {source.step:,}")
     print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
-    kinds = dict.fromkeys(kind_of(name) for name in [*source.names("model"), *result.names("model")])
-    for kind in kinds:
-        (old_shape, old), (new_shape, new) = (_size_of_kind(checkpoint, kind) for checkpoint in (source, result))
-        print(f"  {kind:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
+    names_before, names_after = names_by_pattern(source, "model"), names_by_pattern(result, "model")
+    for pattern, names in names_before.items():
+        old_shape, old = _size_of(source, names)
+        new_shape, new = _size_of(result, names_after[pattern])
+        print(f"  {pattern:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
     both = (source, result)
     rows = {
         "all parameters": [_parameters(checkpoint) for checkpoint in both],
@@ -237,15 +231,15 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
         print(f"  {name:<76}{before:>16,}{after:>16,}")
     largest_row = max(spec.row_bytes for plan in plans for spec in plan.specs)
     print(
-        f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}; memory beyond the interpreter's: "
+        f"  to tensor {target.tensor_parallel} x pipeline {len(target.stages)}; memory beyond the interpreter's: "
         f"at most {MEMORY_BLOCKS * max(BLOCK_BYTES, largest_row):,} bytes",
         flush=True,
     )
 
 
-def _size_of_kind(checkpoint: Checkpoint, kind: str) -> tuple[str, int]:
+def _size_of(checkpoint: Checkpoint, names: list[str]) -> tuple[str, int]:
     """(shapes, parameters) of the tensors that differ in their layer only."""
-    shapes = [checkpoint.shape("model", name) for name in checkpoint.names("model") if kind_of(name) == kind]
+    shapes = [checkpoint.shape("model", name) for name in names]
     shape = common_shape(shapes)
     return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
 

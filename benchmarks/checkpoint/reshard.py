@@ -72,24 +72,22 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     from megatron_tf.checkpoint.commit import prepare, publish, temporary_directory
     from megatron_tf.checkpoint.derived import rows_per_block
     from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec
-    from megatron_tf.model.parallelize import is_replicated, stage_layers
-    from megatron_tf.model.tokenformer import TokenFormer
+    from megatron_tf.checkpoint.reshard import Target
+    from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
-    from megatron_tf.training.checkpointing import new_progress
+    from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 
     config = load_config(config_file)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in TokenFormer(config.model).named_parameters()}
-    layers = stage_layers(config.model, stages, config.training.seq_length)
+    target = Target(ranks, stage_layers(config.model, stages, config.training.seq_length))
     directory = prepare(root, 1000, 0) and temporary_directory(root, 1000)
     written = []
     for group in ("model", "exp_avg", "exp_avg_sq"):
         for stage in range(stages):
             for rank in range(ranks):
                 specs = [
-                    PieceSpec(name, torch.float32, shape, *split_rows(shape[0], parts, rank))
-                    for name, shape in shapes.items()
-                    if (parts := 1 if is_replicated(name) else ranks) > rank and stage_of(name, layers) == stage
+                    PieceSpec(p.name, torch.float32, p.shape, *split_rows(p.shape[0], target.num_parts(p), rank))
+                    for p in model_parameters(config.model).values()
+                    if rank < target.num_parts(p) and target.stage_of(p) == stage
                 ]
                 with PieceFileWriter(directory / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs) as file:
                     for spec in specs:
@@ -100,19 +98,12 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     metadata = {
         "model": to_dict(config.model),
         "config": to_dict(config),
-        "tau": new_progress(config.model, {}).tau,
+        "tau": initial_taus(config.model),
         "tokenizer": {},
         "lineage": [],
         "training": {"step": 1000, "samples": 0, "tokens": 0, "adam_steps": 1000},
     }
     publish(root, 1000, metadata, written)
-
-
-def stage_of(name: str, layers: list[range]) -> int:
-    """Where a parameter lies."""
-    if name.startswith("layers."):
-        return next(stage for stage, held in enumerate(layers) if int(name.split(".")[1]) in held)
-    return 0 if name.startswith("embedding.") else len(layers) - 1
 
 
 def grown_ffn(config_file: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.parallel.random import normal_rows
+from megatron_tf.tokenformer.initial_values import normal_rows
 
 BLOCK_BYTES = 4 << 20
 """Rows are streamed in blocks of about this many bytes."""
@@ -78,7 +78,8 @@ class Normal:
 
     def rows(self, low: int, high: int, columns: int) -> Tensor:
         """The segment's rows [low, high)."""
-        return normal_rows(self.stream, self.seed, self.start + low, self.start + high, columns, self.std)
+        start, stop = self.start + low, self.start + high
+        return normal_rows(self.stream, seed=self.seed, start=start, stop=stop, columns=columns, std=self.std)
 
     def read(self, source: Checkpoint, group: str, low: int, high: int, out: Tensor) -> None:
         """Fill `out` with the segment's rows [low, high)."""

@@ -1,7 +1,7 @@
 """Checkpoints of other programs: their tensors under our names, with the metadata ours need."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import ModelConfig, to_dict
+from megatron_tf.tokenformer.parameters import Parameter
 
 GROUP = "model"
 """What other programs' files hold; they have no moments."""
@@ -96,28 +97,32 @@ def parameter_bytes(checkpoint: Checkpoint) -> int:
 
 
 def rename(
-    path: Path, found: Mapping[str, ForeignTensor], expected: Mapping[str, Shape], their_name: Callable[[str], str]
+    path: Path,
+    found: Mapping[str, ForeignTensor],
+    *,
+    expected: Collection[Parameter],
+    their_name: Callable[[Parameter], str],
 ) -> dict[str, ForeignTensor]:
-    """The tensors in a file in fp32 under our names, which `expected` has with their shapes, in its order.
+    """Give the tensors in a file our names, in the order of the `expected` parameters, and the type fp32.
 
     Raises CheckpointError that names the first tensor that is missing, not expected, of another shape, or of a type
     that fp32 does not hold exactly.
     """
     renamed = {}
-    for name, shape in expected.items():
-        theirs = their_name(name)
+    for parameter in expected:
+        theirs = their_name(parameter)
         if theirs not in found:
             raise CheckpointError(f"{path} lacks {theirs}")
         tensor = found[theirs]
-        if tensor.shape != shape:
-            raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(parameter.shape)}")
         if tensor.dtype not in WEIGHT_DTYPES.values():
             known = ", ".join(WEIGHT_DTYPES)
             raise CheckpointError(
                 f"{path}: {theirs} is {tensor.dtype}, expected {known}: convert the file to fp32 first"
             )
-        renamed[name] = tensor if tensor.dtype == torch.float32 else widened(tensor)
-    if strangers := found.keys() - {their_name(name) for name in expected}:
+        renamed[parameter.name] = tensor if tensor.dtype == torch.float32 else widened(tensor)
+    if strangers := found.keys() - {their_name(parameter) for parameter in expected}:
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model has not")
     return renamed

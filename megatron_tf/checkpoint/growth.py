@@ -1,9 +1,9 @@
 """Growth of a checkpoint: more parameter tokens, more layers, what its model computes kept.
 
 zero_key. A key of zeros scores zero on every input: under both L2 normalisations it adds nothing to the row's norm,
-and its weight gelu(0) is zero, so the output stays provided that tau is kept. The new values are drawn as at birth:
-they give the new keys a gradient at the first step. Under softmax exp(0) = 1, which is a share of every row's sum:
-refused.
+and its weight gelu(0) is zero, so the output stays provided that tau is kept. The new values are drawn as in a new
+model: they give the new keys a gradient at the first step. Under softmax exp(0) = 1, which is a share of every row's
+sum: refused.
 
 duplicate. With m equal copies of every token, and its value shared out among them (V/m), the L2 norm of a row is
 sqrt(m) times and the sum of a softmax m times what it was; so with tau times sqrt(m), or m, each weight and the
@@ -11,17 +11,17 @@ output stay. Noise on the values, which adds up to zero over the copies of a tok
 The gradient of a key is 1/m of what it was, that of a value is the same: so Adam's moments of keys are scaled by 1/m
 and 1/m^2. Tokens beyond a multiple have zero keys.
 
-random. What the official code does: keys and values as at birth, tau = sqrt(N) of the new N, no moments. Not exact.
+random. What the official code does: keys and values as in a new model, tau = sqrt(N) of the new N, no moments. Not
+exact.
 
 Layers. A new layer whose last values (of proj and ffn) are zero adds nothing to the residual stream: it is the
 identity, and those values have a gradient at the first step.
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from megatron_tf.checkpoint.contents import held_parameters, model_of
 from megatron_tf.checkpoint.derived import (
     Checkpoint,
     Copy,
@@ -34,140 +34,120 @@ from megatron_tf.checkpoint.derived import (
     with_model,
 )
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
-from megatron_tf.kernels.normalisation import NORMALISATIONS
-from megatron_tf.parallel.random import value_token_std
+from megatron_tf.config import TOKEN_KINDS, GrowthStage, grown_model, layer_origins
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer.parameters import Parameter, Role, initial_taus, key_tokens, model_parameters
 
-_TOKENS = re.compile(r"layers\.(\d+)\.(?:attention\.(query|key|value|proj)|(ffn))\.(key|value)_tokens")
 _POWER = {"model": 1, "exp_avg": 1, "exp_avg_sq": 2}
 """Group -> how it scales with a gradient or a value."""
 
 
-@dataclass(frozen=True)
-class TokenTensor:
-    """What the name of a tensor of parameter tokens says."""
-
-    layer: int
-    kind: str
-    module: str
-    is_value: bool
-
-    @property
-    def ends_branch(self) -> bool:
-        """Whether these are the values that are added to the residual stream."""
-        return self.is_value and self.kind != "qkv"
-
-
-def parse_name(name: str) -> TokenTensor | None:
-    """Of a tensor of parameter tokens; None for any other."""
-    match = _TOKENS.fullmatch(name)
-    if match is None:
-        return None
-    kind = match[3] or ("proj" if match[2] == "proj" else "qkv")
-    return TokenTensor(int(match[1]), kind, name.rpartition(".")[0], match[4] == "value")
-
-
 def grow(source: Checkpoint, stage: GrowthStage) -> DerivedCheckpoint:
-    """The checkpoint after `stage`. Raises CheckpointError where that can't be, or the source contradicts itself."""
+    """Derive the checkpoint after `stage`.
+
+    Raises CheckpointError where the model can't grow so, or where the source contradicts itself.
+    """
     return _Growth(source, stage).derived()
 
 
 class _Growth:
+    """Maps each parameter of the grown model to what it is made from."""
+
     def __init__(self, source: Checkpoint, stage: GrowthStage) -> None:
-        self.source, self.stage = source, stage
-        self.model = parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+        self.source = source
+        self.stage = stage
+        self.model = model_of(source)
         try:
             self.grown = grown_model(self.model, stage)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        self.norm = NORMALISATIONS[self.model.norm_activation]
-        self.seed: int = source.metadata["config"]["training"]["seed"]
+        self.old = model_parameters(self.model)
+        self.new = model_parameters(self.grown)
         self.origin = layer_origins(self.model.num_layers, sorted(stage.insert_layers))
-        self.value_std = value_token_std(self.grown.num_layers, self.grown.hidden_size)
-        self.birth = f"growth.{len(source.metadata['lineage'])}"
+        self.seed: int = source.metadata["config"]["training"]["seed"]
+        self.stream = f"growth.{len(source.metadata['lineage'])}"
+        """Random values that only this growth draws come from streams whose names begin with it."""
 
     def derived(self) -> DerivedCheckpoint:
-        recipes = {
-            group: {name: self._recipe(group, name) for name in self._names(group)} for group in self.source.groups()
-        }
+        recipes = {group: self._recipes(group) for group in self.source.groups()}
         return DerivedCheckpoint(self.source, recipes, self._metadata())
 
-    def _names(self, group: str) -> list[str]:
-        """Of the grown model, in its order."""
-        before: list[str] = []
-        inside: dict[int, list[str]] = {}
-        after: list[str] = []
-        for name in self.source.names(group):
-            if name.startswith("layers."):
-                layer, _, rest = name.removeprefix("layers.").partition(".")
-                inside.setdefault(int(layer), []).append(rest)
-            else:
-                (after if inside else before).append(name)
-        layers = [
-            f"layers.{i}.{rest}" for i, old in enumerate(self.origin) for rest in inside[0 if old is None else old]
-        ]
-        return [*before, *layers, *after]
+    def _recipes(self, group: str) -> dict[str, Recipe]:
+        """Of the grown model's tensors in a group, in the model's order."""
+        held = {parameter.name for parameter in held_parameters(self.source, group)}
+        recipes = {}
+        for parameter in self.new.values():
+            if self._template(parameter).name in held:
+                recipe = self._recipe(group, parameter)
+                is_reset = group != "model" and self.stage.moments == "reset"
+                recipes[parameter.name] = _zeros_like(recipe) if is_reset else recipe
+        return recipes
 
-    def _recipe(self, group: str, name: str) -> Recipe:
-        token = parse_name(name)
-        if token is None:
-            return self._kept(group, copied(self.source, group, name))
-        old_layer = self.origin[token.layer]
-        old_name = name.replace(f"layers.{token.layer}.", f"layers.{old_layer or 0}.", 1)
-        rows, columns = self.source.shape(group, old_name)
-        new = self.grown.token_counts(token.kind)[token.layer]
-        if old_layer is None:
-            segments = [self._born(group, name, token, new)]
+    def _before(self, parameter: Parameter) -> Parameter | None:
+        """What a parameter was before the growth; None in a new layer."""
+        if parameter.layer is None:
+            return self.old[parameter.name]
+        old_layer = self.origin[parameter.layer]
+        return None if old_layer is None else self.old[parameter.name_in_layer(old_layer)]
+
+    def _template(self, parameter: Parameter) -> Parameter:
+        """As `_before`; for a new layer, the one of the first layer, which has the same type and row shape."""
+        return self._before(parameter) or self.old[parameter.name_in_layer(0)]
+
+    def _recipe(self, group: str, parameter: Parameter) -> Recipe:
+        template = self._template(parameter)
+        if not parameter.is_token:
+            return copied(self.source, group, template.name)
+        old, new = self._before(parameter), parameter.shape[0]
+        rows, columns = self.source.shape(group, template.name)
+        segments: list[Segment]
+        if old is None:
+            segments = [self._rows_of_new_layer(group, parameter)]
+        elif rows != old.shape[0]:
+            raise CheckpointError(
+                f"{old.name} has {rows} rows, the checkpoint's metadata says {old.kind}_tokens = {old.shape[0]}"
+            )
+        elif new == rows:
+            segments = [Copy(old.name, 0, rows)]
         else:
-            expected = self.model.token_counts(token.kind)[old_layer]
-            if rows != expected:
-                raise CheckpointError(
-                    f"{old_name} has {rows} rows, the checkpoint's metadata says {token.kind}_tokens = {expected}"
-                )
-            segments = self._appended(group, name, old_name, token, rows, new)
-        return self._kept(group, Recipe(self.source.dtype(group, old_name), (columns,), segments))
+            segments = self._appended(group, parameter, old)
+        return Recipe(self.source.dtype(group, template.name), (columns,), segments)
 
-    def _kept(self, group: str, recipe: Recipe) -> Recipe:
-        """The recipe, or zeros for moments that are reset."""
-        if group == "model" or self.stage.moments == "keep":
-            return recipe
-        return Recipe(recipe.dtype, recipe.columns, [Zeros(recipe.shape[0])])
-
-    def _born(self, group: str, name: str, token: TokenTensor, count: int) -> Segment:
-        """A tensor of a new layer."""
-        if group != "model" or token.ends_branch:
+    def _rows_of_new_layer(self, group: str, parameter: Parameter) -> Segment:
+        count = parameter.shape[0]
+        if group != "model" or parameter.ends_branch:
             return Zeros(count)
-        std = self.value_std if token.is_value else self.grown.init_method_std
-        return Normal(f"{self.birth}.{name}", self.seed, 0, count, std)
+        return Normal(f"{self.stream}.{parameter.name}", self.seed, 0, count, parameter.initial.std)
 
-    def _appended(self, group: str, name: str, old_name: str, token: TokenTensor, old: int, new: int) -> list[Segment]:
-        """Old rows and what follows them."""
-        if new == old:
-            return [Copy(old_name, 0, old)]
+    def _appended(self, group: str, parameter: Parameter, old: Parameter) -> list[Segment]:
+        """Old rows, or copies of them, and what follows them."""
+        rows, new = old.shape[0], parameter.shape[0]
+        segments: list[Segment] = [Copy(old.name, 0, rows)]
         if self.stage.init == "duplicate":
-            copies = [self._copy(group, name, old_name, token, old, c, new // old) for c in range(new // old)]
-        else:
-            copies = [Copy(old_name, 0, old)]
-        rest = new - sum(map(len, copies))
-        is_drawn = group == "model" and (token.is_value or self.stage.init == "random")
-        if not rest:
-            return [*copies]
-        if not is_drawn:
-            return [*copies, Zeros(rest)]
-        std = self.value_std if token.is_value else self.grown.init_method_std
-        return [*copies, Normal(name, self.seed, new - rest, new, std)]
+            segments = [self._copy(group, parameter, old, number=number) for number in range(new // rows)]
+        rest = new - sum(map(len, segments))
+        is_drawn = group == "model" and (parameter.role is Role.VALUES or self.stage.init == "random")
+        if rest and is_drawn:
+            # the rows that a new model of this size would have in their place
+            segments.append(Normal(parameter.name, self.seed, new - rest, new, parameter.initial.std))
+        elif rest:
+            segments.append(Zeros(rest))
+        return segments
 
-    def _copy(
-        self, group: str, name: str, old_name: str, token: TokenTensor, old: int, number: int, copies: int
-    ) -> Copy:
+    def _copy(self, group: str, parameter: Parameter, old: Parameter, *, number: int) -> Copy:
         """Copy `number` of the old rows."""
-        is_shared = token.is_value == (group == "model")  # values share out V, moments of keys the gradient
+        rows = old.shape[0]
+        copies = parameter.shape[0] // rows
+        is_value = parameter.role is Role.VALUES
+        is_shared = is_value == (group == "model")  # values share out V, moments of keys the gradient
         scale = copies ** -_POWER[group] if is_shared else 1.0
         noise: list[Normal] = []
-        if group == "model" and token.is_value:
-            streams = (f"{self.birth}.{name}.copy{i % copies}" for i in (number, number + 1))
-            noise = [Normal(stream, self.seed, 0, old, self.stage.noise * self.value_std) for stream in streams]
-        return Copy(old_name, 0, old, scale, noise)
+        if group == "model" and is_value:
+            # each stream is added to one copy and taken from the next one around the ring
+            streams = [f"{self.stream}.{parameter.name}.copy{i % copies}" for i in (number, number + 1)]
+            std = self.stage.noise * parameter.initial.std
+            noise = [Normal(stream, self.seed, 0, rows, std) for stream in streams]
+        return Copy(old.name, 0, rows, scale, noise)
 
     def _metadata(self) -> dict[str, Any]:
         metadata, stage = self.source.metadata, self.stage
@@ -202,30 +182,29 @@ class _Growth:
 
     def _tau(self) -> dict[str, float]:
         """Temperatures: kept, but of duplicated, random and new modules."""
+        norm = NORMALISATIONS[self.model.norm_activation]
         old_tau: Mapping[str, float] = self.source.metadata["tau"]
+        initial = initial_taus(self.grown)
         tau = {}
-        for name in self._names("model"):
-            token = parse_name(name)
-            if token is None or token.is_value:
+        for path, keys in key_tokens(self.grown).items():
+            old = self._before(keys)
+            if old is None or (self.stage.init == "random" and keys.shape != old.shape):
+                tau[path] = initial[path]
                 continue
-            old_layer, new = self.origin[token.layer], self.grown.token_counts(token.kind)[token.layer]
-            born = self.norm.tau_at_birth(new)
-            if old_layer is None:
-                tau[token.module] = born
-                continue
-            old = self.model.token_counts(token.kind)[old_layer]
-            tau[token.module] = old_tau[token.module.replace(f"layers.{token.layer}.", f"layers.{old_layer}.", 1)]
+            tau[path] = old_tau[old.path]
             if self.stage.init == "duplicate":
-                tau[token.module] *= (new // old) ** (1 / self.norm.tau_power)
-            elif self.stage.init == "random" and new > old:
-                tau[token.module] = born
+                tau[path] *= (keys.shape[0] // old.shape[0]) ** (1 / norm.tau_power)
         return tau
 
     def _old_rows(self) -> dict[str, int]:
         """Rows of each tensor of parameter tokens that were there before the growth."""
         rows = {}
-        for name in self._names("model"):
-            if (token := parse_name(name)) is not None:
-                old = self.origin[token.layer]
-                rows[name] = 0 if old is None else self.model.token_counts(token.kind)[old]
+        for parameter in self.new.values():
+            if parameter.is_token:
+                old = self._before(parameter)
+                rows[parameter.name] = 0 if old is None else old.shape[0]
         return rows
+
+
+def _zeros_like(recipe: Recipe) -> Recipe:
+    return Recipe(recipe.dtype, recipe.columns, [Zeros(recipe.shape[0])])

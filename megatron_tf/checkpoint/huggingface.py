@@ -8,41 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
+from megatron_tf.tokenformer.parameters import Module, Parameter, Role
 
 SHARD_BYTES = 5 * 10**9
 """Files are no larger than this, or a single tensor."""
 MOST_JSON_BYTES = 1 << 26
 """A configuration, or an index, has no more."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PREFIXES = {
-    "embedding.": "model.embed_tokens.",
-    "layers.": "model.layers.",
-    "final_norm.": "model.norm.",
-    "head.": "lm_head.",
+_NAMES = {
+    (Module.EMBEDDING, Role.WEIGHT): "model.embed_tokens.weight",
+    (Module.FINAL_NORM, Role.WEIGHT): "model.norm.weight",
+    (Module.FINAL_NORM, Role.BIAS): "model.norm.bias",
+    (Module.HEAD, Role.WEIGHT): "lm_head.weight",
 }
+"""Outside the layers, whose parameters the code of the export names as we do."""
 
 
-def huggingface_name(name: str) -> str:
-    """The name of our parameter `name` in the exported model."""
-    ours = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
-    return _PREFIXES[ours] + name.removeprefix(ours)
+def huggingface_name(parameter: Parameter) -> str:
+    """Return the name of a parameter of ours in the exported model."""
+    return _NAMES.get((parameter.module, parameter.role), f"model.{parameter.name}")
 
 
 def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
     """Write the parameters into `directory` in blocks of rows, telling `bar` the bytes."""
     shards = _shards(checkpoint)
     index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
+    for number, parameters in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with PieceFileWriter(directory / file, [_spec(checkpoint, name) for name in names], {"format": "pt"}) as writer:
-            for name in names:
-                index[huggingface_name(name)] = file
-                for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
+        specs = [_spec(checkpoint, parameter) for parameter in parameters]
+        with PieceFileWriter(directory / file, specs, {"format": "pt"}) as writer:
+            for parameter in parameters:
+                index[huggingface_name(parameter)] = file
+                for rows in read_blocks(checkpoint, GROUP, parameter.name, 0, parameter.shape[0]):
                     writer.write(rows)
                     bar.update(rows.nbytes)
     if len(shards) > 1:
@@ -60,23 +63,23 @@ def read_tensors(directory: Path) -> dict[str, ForeignTensor]:
     }
 
 
-def _shards(checkpoint: Checkpoint) -> list[list[str]]:
-    """Our names in their order, cut into files."""
-    shards: list[list[str]] = [[]]
+def _shards(checkpoint: Checkpoint) -> list[list[Parameter]]:
+    """Our parameters in their order, cut into files."""
+    shards: list[list[Parameter]] = [[]]
     size = 0
-    for name in checkpoint.names(GROUP):
-        nbytes = _spec(checkpoint, name).nbytes
+    for parameter in held_parameters(checkpoint, GROUP):
+        nbytes = _spec(checkpoint, parameter).nbytes
         if shards[-1] and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(name)
+        shards[-1].append(parameter)
         size += nbytes
     return shards
 
 
-def _spec(checkpoint: Checkpoint, name: str) -> PieceSpec:
-    shape = checkpoint.shape(GROUP, name)
-    return PieceSpec(huggingface_name(name), checkpoint.dtype(GROUP, name), shape, 0, shape[0])
+def _spec(checkpoint: Checkpoint, parameter: Parameter) -> PieceSpec:
+    dtype = checkpoint.dtype(GROUP, parameter.name)
+    return PieceSpec(huggingface_name(parameter), dtype, parameter.shape, 0, parameter.shape[0])
 
 
 def _open(path: Path) -> PieceFileReader:

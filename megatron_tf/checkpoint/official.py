@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, in_memory
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.zipped import ZippedTensors
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.kernels.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer.parameters import Module, Parameter, Role, initial_taus
 
 FILE = "pytorch_model.bin"
 EMBEDDING = "sequential.0.word_embeddings.weight"
@@ -37,20 +38,34 @@ _LOADING_ERRORS = (
 )
 _WRITTEN_AT_THE_END = ("version", ".data/serialization_id")  # by torch's own writer
 _LAYER = re.compile(r"sequential\.([0-9]{1,9})\.(?:attention|mlp)\.")
+_NAMES = {
+    (Module.EMBEDDING, Role.WEIGHT): EMBEDDING,
+    (Module.QUERY, Role.KEYS): "sequential.{block}.attention.query.key_param_tokens",
+    (Module.QUERY, Role.VALUES): "sequential.{block}.attention.query.value_param_tokens",
+    (Module.KEY, Role.KEYS): "sequential.{block}.attention.key.key_param_tokens",
+    (Module.KEY, Role.VALUES): "sequential.{block}.attention.key.value_param_tokens",
+    (Module.VALUE, Role.KEYS): "sequential.{block}.attention.value.key_param_tokens",
+    (Module.VALUE, Role.VALUES): "sequential.{block}.attention.value.value_param_tokens",
+    (Module.PROJ, Role.KEYS): "sequential.{block}.attention.proj.key_param_tokens",
+    (Module.PROJ, Role.VALUES): "sequential.{block}.attention.proj.value_param_tokens",
+    (Module.FFN, Role.KEYS): "sequential.{block}.mlp.key_param_tokens",
+    (Module.FFN, Role.VALUES): "sequential.{block}.mlp.value_param_tokens",
+    (Module.FINAL_NORM, Role.WEIGHT): "sequential.{norm}.norm.weight",
+    (Module.FINAL_NORM, Role.BIAS): "sequential.{norm}.norm.bias",
+    (Module.HEAD, Role.WEIGHT): "sequential.{head}.final_linear.weight",
+}
+"""They number what runs one after another: embedding, a transposition, the layers, another one, norm, head."""
+_MODULE_OF_KIND = {"qkv": Module.QUERY, "proj": Module.PROJ, "ffn": Module.FFN}
+"""One module whose tokens are as many as its kind has."""
 
 
-def official_name(name: str, num_layers: int) -> str:
-    """The name the official implementation gives to our parameter `name` of a model of so many layers."""
-    first, *rest = name.split(".")
-    if first == "embedding":
-        return EMBEDDING
-    if first == "layers":
-        module = "mlp" if rest[1] == "ffn" else ".".join(rest[1:-1])
-        return f"sequential.{int(rest[0]) + 2}.{module}.{rest[-1].replace('_tokens', '_param_tokens')}"
-    if first == "final_norm":
-        return f"sequential.{num_layers + 3}.norm.{rest[0]}"
-    assert name == "head.weight", name
-    return f"sequential.{num_layers + 4}.final_linear.weight"
+def official_name(parameter: Parameter, num_layers: int) -> str:
+    """Return the official implementation's name of a parameter of ours, in a model of so many layers."""
+    return _name_of(parameter.module, parameter.role, num_layers, parameter.layer or 0)
+
+
+def _name_of(module: Module, role: Role, num_layers: int, layer: int = 0) -> str:
+    return _NAMES[module, role].format(block=layer + 2, norm=num_layers + 3, head=num_layers + 4)
 
 
 def read_official(path: Path) -> dict[str, ForeignTensor]:
@@ -85,12 +100,17 @@ def infer_model(path: Path, tensors: Mapping[str, ForeignTensor], vocab_size: in
     """
     layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
     if not layers:
-        raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {official_name(_KIND['qkv'], 0)}")
+        raise CheckpointError(
+            f"{path} is not of an official TokenFormer: it lacks {_name_of(Module.QUERY, Role.KEYS, 0)}"
+        )
     num_layers = max(layers) - 1
     if layers != set(range(2, 2 + len(layers))):  # before anything is made for each of what may be a billion layers
         first = next(number for number in range(2, 2 + len(layers)) if number not in layers)
         raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks sequential.{first}")
-    shapes = {kind: _matrix_shape(path, tensors, official_name(name, num_layers)) for kind, name in _KIND.items()}
+    shapes = {
+        kind: _matrix_shape(path, tensors, _name_of(module, Role.KEYS, num_layers))
+        for kind, module in _MODULE_OF_KIND.items()
+    }
     rows, hidden_size = _matrix_shape(path, tensors, EMBEDDING)
     return {
         "num_layers": num_layers,
@@ -98,7 +118,7 @@ def infer_model(path: Path, tensors: Mapping[str, ForeignTensor], vocab_size: in
         "vocab_size": vocab_size,
         "make_vocab_size_divisible_by": _padding(path, rows, vocab_size),
         **{f"{kind}_tokens": shape[0] for kind, shape in shapes.items()},
-        "untie_embeddings_and_output_weights": official_name("head.weight", num_layers) in tensors,
+        "untie_embeddings_and_output_weights": _name_of(Module.HEAD, Role.WEIGHT, num_layers) in tensors,
     }
 
 
@@ -138,28 +158,6 @@ def without_frequencies(
     return kept
 
 
-def birth_tau(model: ModelConfig) -> dict[str, float]:
-    """The temperatures that the official code takes, by module."""
-    norm = NORMALISATIONS[model.norm_activation]
-    return {
-        f"layers.{i}.{module}": norm.tau_at_birth(model.token_counts(kind)[i])
-        for i in range(model.num_layers)
-        for module, kind in _MODULES.items()
-    }
-
-
-_MODULES = {
-    **{f"attention.{part}": "qkv" for part in ("query", "key", "value")},
-    "attention.proj": "proj",
-    "ffn": "ffn",
-}
-_KIND = {
-    "qkv": "layers.0.attention.query.key_tokens",
-    "proj": "layers.0.attention.proj.key_tokens",
-    "ffn": "layers.0.ffn.key_tokens",
-}
-
-
 def _matrix_shape(path: Path, tensors: Mapping[str, ForeignTensor], name: str) -> tuple[int, ...]:
     if name not in tensors:
         raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {name}")
@@ -181,7 +179,7 @@ def check_representable(checkpoint: Checkpoint, model: ModelConfig) -> None:
                 f"{where}: layers have {min(counts)} to {max(counts)} {kind} tokens; the official code has one number "
                 f"for all layers: --to hf keeps them"
             )
-    for module, theirs in birth_tau(model).items():
+    for module, theirs in initial_taus(model).items():
         tau = checkpoint.metadata["tau"][module]
         if not math.isclose(tau, theirs, rel_tol=1e-9):
             raise CheckpointError(
@@ -223,17 +221,18 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path, dtype
     is too large for `dtype`.
     """
     check_representable(checkpoint, model)
-    names = checkpoint.names(GROUP)
+    parameters = held_parameters(checkpoint, GROUP)
     skeleton = path.with_suffix(".skeleton")  # a sparse file: everything but the bytes of the tensors
     with torch.serialization.skip_data():
-        shapes = {official_name(name, model.num_layers): checkpoint.shape(GROUP, name) for name in names}
-        torch.save({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, skeleton)
-    whole = torch.empty(max(map(math.prod, shapes.values())), dtype=dtype)  # for one after another
+        torch.save(
+            {official_name(p, model.num_layers): torch.empty(p.shape, dtype=dtype) for p in parameters}, skeleton
+        )
+    whole = torch.empty(max(math.prod(p.shape) for p in parameters), dtype=dtype)  # for one after another
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
             if name.startswith("data/"):
-                last = _fill(whole, checkpoint, names[int(name.removeprefix("data/"))])
+                last = _fill(whole, checkpoint, parameters[int(name.removeprefix("data/"))].name)
                 writer.write_record(name, whole.untyped_storage(), records.getinfo(record).file_size)
                 del last  # held till here, or what the writer remembers would split its room, and the heap grow
             elif name not in _WRITTEN_AT_THE_END:

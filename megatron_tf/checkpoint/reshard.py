@@ -5,7 +5,7 @@ rows in order, to all the files that share them: so files of both sides are read
 and hashed on the way. Memory is bounded by some blocks of rows, not by the model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,12 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
+from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.parallel.sharding import split_rows
+from megatron_tf.tokenformer.parameters import Module, Parameter
 
 _BLOCKS_AHEAD = 4  # read while those before are written
 MEMORY_BLOCKS = 64
@@ -45,14 +47,21 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Target:
-    """Where tensors go."""
+    """A parallel layout to write for."""
 
     tensor_parallel: int
-    pipeline_parallel: int
-    stage_of: Callable[[str], int]
-    """Name -> pipeline stage."""
-    is_replicated: Callable[[str], bool]
-    """Name -> whether every tensor-parallel rank holds it whole; it then lies in the first one's file."""
+    stages: Sequence[range]
+    """The layers of each pipeline stage."""
+
+    def stage_of(self, parameter: Parameter) -> int:
+        """The pipeline stage that owns a parameter."""
+        if parameter.layer is not None:
+            return next(stage for stage, layers in enumerate(self.stages) if parameter.layer in layers)
+        return 0 if parameter.module is Module.EMBEDDING else len(self.stages) - 1
+
+    def num_parts(self, parameter: Parameter) -> int:
+        """Tensor-parallel ranks that share a parameter's rows; one that is not shared is in the first one's file."""
+        return self.tensor_parallel if parameter.is_sharded else 1
 
 
 def reshard(
@@ -104,23 +113,22 @@ def progress_bar(what: str, total: int, on_terminal: bool) -> Any:
 def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:
     """Every file of the target layout. Raises CheckpointError where rows don't divide by its ranks."""
     for group in checkpoint.groups():
-        stages: list[list[str]] = [[] for _ in range(target.pipeline_parallel)]
-        for name in checkpoint.names(group):
-            stages[target.stage_of(name)].append(name)
-        for stage, names in enumerate(stages):
+        stages: list[list[Parameter]] = [[] for _ in target.stages]
+        for parameter in held_parameters(checkpoint, group):
+            stages[target.stage_of(parameter)].append(parameter)
+        for stage, parameters in enumerate(stages):
             for rank in range(target.tensor_parallel):
-                specs = [
-                    _spec(checkpoint, group, name, rank, target)
-                    for name in names
-                    if rank == 0 or not target.is_replicated(name)
-                ]
+                specs = []
+                for parameter in parameters:
+                    ranks = target.num_parts(parameter)
+                    if rank < ranks:
+                        specs.append(_spec(checkpoint, group, parameter.name, rank=rank, ranks=ranks))
                 if specs:
                     yield FilePlan(group, f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs)
 
 
-def _spec(checkpoint: Checkpoint, group: str, name: str, rank: int, target: Target) -> PieceSpec:
+def _spec(checkpoint: Checkpoint, group: str, name: str, *, rank: int, ranks: int) -> PieceSpec:
     shape = checkpoint.shape(group, name)
-    ranks = 1 if target.is_replicated(name) else target.tensor_parallel
     if shape[0] % ranks:
         raise CheckpointError(
             f"{name} has {shape[0]} rows, which {ranks} tensor-parallel ranks cannot share equally: "

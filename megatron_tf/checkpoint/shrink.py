@@ -11,27 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.contents import held_parameters, model_of
 from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied, with_model
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import parse_name
+from megatron_tf.config import ModelConfig
+from megatron_tf.tokenformer.parameters import Parameter, key_tokens
 
 Kept = Mapping[str, Sequence[int]]
-"""Module -> places of the tokens that stay, in order."""
+"""Path of a module -> places of the tokens that stay, in order."""
 
 
-def keep_most_important(importance: Mapping[str, Tensor], tokens: Mapping[str, int]) -> dict[str, list[int]]:
+def keep_most_important(
+    model: ModelConfig, importance: Mapping[str, Tensor], tokens: Mapping[str, int]
+) -> dict[str, list[int]]:
     """For each module, `importance` [N] of its tokens -> the places of the `tokens[kind]` largest; the first of equals.
 
     Raises CheckpointError where a module has no more tokens than that.
     """
     kept = {}
+    keys = key_tokens(model)
     for module, values in importance.items():
-        token = parse_name(f"{module}.key_tokens")
-        if token is None or token.kind not in tokens:
+        kind = keys[module].kind
+        if kind not in tokens:
             continue
-        count = tokens[token.kind]
+        count = tokens[kind]
         if count >= len(values):
-            raise CheckpointError(f"--shrink {token.kind}={count}: {module} has {len(values)} tokens only")
+            raise CheckpointError(f"--shrink {kind}={count}: {module} has {len(values)} tokens only")
         if not values.isfinite().all():
             raise CheckpointError(f"--shrink: {module} contributes infinite or NaN values: its tokens have no order")
         order = torch.argsort(values, descending=True, stable=True)
@@ -41,18 +46,19 @@ def keep_most_important(importance: Mapping[str, Tensor], tokens: Mapping[str, i
 
 def shrink(source: Checkpoint, kept: Kept) -> DerivedCheckpoint:
     """The checkpoint with the tokens of `kept` only; modules that are not in it stay whole."""
-    recipes = {
-        group: {name: _recipe(source, group, name, kept) for name in source.names(group)} for group in source.groups()
-    }
+    recipes: dict[str, dict[str, Recipe]] = {}
+    for group in source.groups():
+        recipes[group] = {
+            parameter.name: _recipe(source, group, parameter, kept) for parameter in held_parameters(source, group)
+        }
     return DerivedCheckpoint(source, recipes, _metadata(source, kept))
 
 
-def _recipe(source: Checkpoint, group: str, name: str, kept: Kept) -> Recipe:
-    whole = copied(source, group, name)
-    token = parse_name(name)
-    if token is None or token.module not in kept:
+def _recipe(source: Checkpoint, group: str, parameter: Parameter, kept: Kept) -> Recipe:
+    whole = copied(source, group, parameter.name)
+    if not parameter.is_token or parameter.path not in kept:
         return whole
-    return Recipe(whole.dtype, whole.columns, [Copy(name, *run) for run in _runs(kept[token.module])])
+    return Recipe(whole.dtype, whole.columns, [Copy(parameter.name, *run) for run in _runs(kept[parameter.path])])
 
 
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
@@ -64,9 +70,8 @@ def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
 
 def _metadata(source: Checkpoint, kept: Kept) -> dict[str, Any]:
     metadata = source.metadata
-    counts = {
-        token.kind: len(places) for module, places in kept.items() if (token := parse_name(f"{module}.key_tokens"))
-    }
+    keys = key_tokens(model_of(source))
+    counts = {keys[module].kind: len(places) for module, places in kept.items()}
     changes = {f"{kind}_tokens": count for kind, count in counts.items()}
     training = metadata["training"]
     entry = {

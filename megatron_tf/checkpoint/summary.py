@@ -1,21 +1,22 @@
 """What is in a checkpoint, and where two of them differ."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 
 
 @dataclass(frozen=True)
-class KindSummary:
+class PatternSummary:
     """Tensors of a group that differ in their layer only."""
 
-    kind: str
+    pattern: str
+    """Their name, with a star for the layer's number."""
     num_tensors: int
     shape: str
     dtype: torch.dtype
@@ -24,9 +25,12 @@ class KindSummary:
     """Euclidean norm over all of them."""
 
 
-def kind_of(name: str) -> str:
-    """The name without its layer's number."""
-    return re.sub(r"^layers\.\d+\.", "layers.*.", name)
+def names_by_pattern(checkpoint: Checkpoint, group: str) -> dict[str, list[str]]:
+    """Group the tensors that differ in their layer only: pattern -> names, in the model's order."""
+    names: dict[str, list[str]] = {}
+    for parameter in held_parameters(checkpoint, group):
+        names.setdefault(parameter.pattern, []).append(parameter.name)
+    return names
 
 
 def common_shape(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -36,21 +40,18 @@ def common_shape(shapes: Sequence[tuple[int, ...]]) -> str:
     return " x ".join([first, *map(str, shapes[0][1:])])
 
 
-def summarize(checkpoint: Checkpoint, group: str) -> list[KindSummary]:
+def summarize(checkpoint: Checkpoint, group: str) -> list[PatternSummary]:
     """What a group holds, in the model's order; reads all of it, in blocks."""
-    members: dict[str, list[str]] = {}
-    for name in checkpoint.names(group):
-        members.setdefault(kind_of(name), []).append(name)
     return [
-        KindSummary(
-            kind=kind,
+        PatternSummary(
+            pattern=pattern,
             num_tensors=len(names),
             shape=common_shape([checkpoint.shape(group, name) for name in names]),
             dtype=checkpoint.dtype(group, names[0]),
             parameters=sum(math.prod(checkpoint.shape(group, name)) for name in names),
             norm=math.sqrt(sum(_square_sum(checkpoint, group, name) for name in names)),
         )
-        for kind, names in members.items()
+        for pattern, names in names_by_pattern(checkpoint, group).items()
     ]
 
 

@@ -1,7 +1,8 @@
-"""Another padding of the vocabulary: rows after the last id are dropped, or drawn as at birth."""
+"""Another padding of the vocabulary: rows after the last id are dropped, or drawn as in a new model."""
 
-import math
+import dataclasses
 
+from megatron_tf.checkpoint.contents import held_parameters, model_of
 from megatron_tf.checkpoint.derived import (
     Checkpoint,
     Copy,
@@ -13,8 +14,7 @@ from megatron_tf.checkpoint.derived import (
     copied,
     with_model,
 )
-
-_TENSORS = ("embedding.weight", "head.weight")
+from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 
 
 def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
@@ -22,26 +22,23 @@ def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
 
     Padded rows are not masked in the loss, so that other ones move it a little.
     """
-    model = source.metadata["model"]
-    rows = math.ceil(model["vocab_size"] / multiple) * multiple
-    recipes = {
-        group: {
-            name: _recipe(source, group, name, rows) if name in _TENSORS else copied(source, group, name)
-            for name in source.names(group)
-        }
-        for group in source.groups()
-    }
+    padded = model_parameters(dataclasses.replace(model_of(source), make_vocab_size_divisible_by=multiple))
+    recipes: dict[str, dict[str, Recipe]] = {}
+    for group in source.groups():
+        names = [parameter.name for parameter in held_parameters(source, group)]
+        recipes[group] = {name: _recipe(source, group, padded[name]) for name in names}
     metadata = with_model(source.metadata, {"make_vocab_size_divisible_by": multiple})
     return DerivedCheckpoint(source, recipes, metadata)
 
 
-def _recipe(source: Checkpoint, group: str, name: str, rows: int) -> Recipe:
-    whole = copied(source, group, name)
-    old = whole.shape[0]
+def _recipe(source: Checkpoint, group: str, parameter: Parameter) -> Recipe:
+    """Of a tensor of the model with the new padding; only those of the vocabulary have other rows."""
+    whole = copied(source, group, parameter.name)
+    old, rows = whole.shape[0], parameter.shape[0]
     if rows <= old:
-        return Recipe(whole.dtype, whole.columns, [Copy(name, 0, rows)])
+        return Recipe(whole.dtype, whole.columns, [Copy(parameter.name, 0, rows)])
     new: Segment = Zeros(rows - old)
     if group == "model":
-        config = source.metadata
-        new = Normal(name, config["config"]["training"]["seed"], old, rows, config["model"]["init_method_std"])
+        seed = source.metadata["config"]["training"]["seed"]
+        new = Normal(parameter.name, seed, old, rows, parameter.initial.std)
     return Recipe(whole.dtype, whole.columns, [*whole.segments, new])

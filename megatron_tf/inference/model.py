@@ -12,10 +12,10 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.layers.cache import KeyValueCache
-from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.collectives import all_gather_copy, group_rank, group_size
 from megatron_tf.parallel.sharding import split_rows
+from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 
 
 class LanguageModel(nn.Module):
@@ -92,22 +92,25 @@ def load_model(
     config.check_tensor_parallel(group_size(group))
     with torch.device("meta"):
         transformer = TokenFormer(config, group=group, dtype=dtype)
-    for module_name, module in transformer.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            rows = _read_own_rows(reader, f"{module_name}.{name}", parameter.shape, group)
-            module.register_parameter(name, nn.Parameter(rows.to(device, dtype)))
-    for name, pattention in transformer.pattentions().items():
-        pattention.tau = reader.metadata["tau"][name]
+    declared = model_parameters(config)
+    for path, module in transformer.named_modules():
+        for role, _ in list(module.named_parameters(recurse=False)):
+            rows = _read_own_rows(reader, declared[f"{path}.{role}"], group)
+            module.register_parameter(role, nn.Parameter(rows.to(device, dtype)))
+    for path, pattention in transformer.pattentions().items():
+        pattention.tau = reader.metadata["tau"][path]
     model = LanguageModel(transformer, reader.metadata)
     model.directory = reader.directory
     return model.eval()
 
 
-def _read_own_rows(reader: CheckpointReader, name: str, shape: torch.Size, group: ProcessGroup | None) -> Tensor:
-    if reader.shape("model", name) != tuple(shape):
+def _read_own_rows(reader: CheckpointReader, parameter: Parameter, group: ProcessGroup | None) -> Tensor:
+    name, rows = parameter.name, parameter.shape[0]
+    if reader.shape("model", name) != parameter.shape:
         raise CheckpointError(
-            f"{reader.directory}: {name} is {list(reader.shape('model', name))}, its model has {list(shape)}"
+            f"{reader.directory}: {name} is {list(reader.shape('model', name))}, its model has {list(parameter.shape)}"
         )
-    whole = 0, shape[0]
-    start, stop = whole if is_replicated(name) else split_rows(shape[0], group_size(group), group_rank(group))
+    start, stop = 0, rows
+    if parameter.is_sharded:
+        start, stop = split_rows(rows, group_size(group), group_rank(group))
     return reader.read_rows("model", name, start, stop)

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 
 T = TypeVar("T")
 
@@ -38,8 +38,8 @@ class CompiledKernels:
         scale = tau.to(factor.dtype) ** -norm.tau_power
         if reduce is None:
             return _compiled(_backward, norm.name)(scores, factor, grad, scale)
-        weights, before, inner = _compiled(_first, norm.name)(scores, factor, grad)
-        return weights, _compiled(_second, norm.name)(scores, factor, before, reduce(inner) * scale)
+        weights, before, inner = _compiled(_backward_activation, norm.name)(scores, factor, grad)
+        return weights, _compiled(_backward_norm, norm.name)(scores, factor, before, reduce(inner) * scale)
 
 
 @functools.cache
@@ -61,15 +61,19 @@ def _forward(norm: Normalisation, scores: Tensor, tau: Tensor) -> tuple[Tensor, 
     return _weights(norm, scores, _statistic(norm, scores), tau)
 
 
-def _first(norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_activation(
+    norm: Normalisation, scores: Tensor, factor: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = factor.dtype
-    weights, before, inner = norm.first(scores.to(wide), factor[:, None], grad.to(wide))
+    weights, before, inner = norm.backward_activation(scores.to(wide), factor[:, None], grad.to(wide))
     return weights.to(scores.dtype), before.to(scores.dtype), inner
 
 
-def _second(norm: Normalisation, scores: Tensor, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
+def _backward_norm(norm: Normalisation, scores: Tensor, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
     wide = factor.dtype
-    return norm.second(scores.to(wide), factor[:, None], before.to(wide, copy=True), share[:, None]).to(scores.dtype)
+    return norm.backward_norm(scores.to(wide), factor[:, None], before.to(wide, copy=True), share[:, None]).to(
+        scores.dtype
+    )
 
 
 def _backward(
@@ -77,5 +81,5 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     wide = factor.dtype
     chunk, f = scores.to(wide), factor[:, None]
-    weights, before, inner = norm.first(chunk, f, grad.to(wide, copy=True))
-    return weights.to(scores.dtype), norm.second(chunk, f, before, (inner * scale)[:, None]).to(scores.dtype)
+    weights, before, inner = norm.backward_activation(chunk, f, grad.to(wide, copy=True))
+    return weights.to(scores.dtype), norm.backward_norm(chunk, f, before, (inner * scale)[:, None]).to(scores.dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf.kernels.normalisation import Normalisation, Reduce, accumulation_type
+from megatron_tf.tokenformer.normalisation import Normalisation, Reduce, accumulation_type
 
 # of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
 _CACHED_ELEMENTS = 1 << 19
@@ -52,15 +52,15 @@ class EagerKernels:
         scale = tau.to(wide) ** -norm.tau_power
         for rows in _row_chunks(scores):
             chunk, f = scores[rows].to(wide), factor[rows, None]
-            weights[rows], before, inner[rows] = norm.first(chunk, f, grad[rows].to(wide))
+            weights[rows], before, inner[rows] = norm.backward_activation(chunk, f, grad[rows].to(wide))
             if reduce is None:
-                before = norm.second(chunk, f, before, (inner[rows] * scale[rows])[:, None])
+                before = norm.backward_norm(chunk, f, before, (inner[rows] * scale[rows])[:, None])
             grad[rows] = before
         if reduce is not None:
             share = reduce(inner) * scale
             for rows in _row_chunks(scores):
                 chunk, f = scores[rows].to(wide), factor[rows, None]
-                grad[rows] = norm.second(chunk, f, grad[rows].to(wide), share[rows, None])
+                grad[rows] = norm.backward_norm(chunk, f, grad[rows].to(wide), share[rows, None])
         return weights, grad
 
 

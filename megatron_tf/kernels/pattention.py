@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import Normalisation, Reduce
+from megatron_tf.tokenformer.normalisation import Normalisation, Reduce
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
 _TOKENS_PER_BLOCK = 128  # a BLAS may sum fewer tokens in another order when more follow; it was seen above 128

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import EPSILON, Normalisation, Reduce
+from megatron_tf.tokenformer.normalisation import EPSILON, Normalisation, Reduce
 
 LARGEST_ROW = 16384
 """Tokens of a row that is held in registers; beyond, rows go in blocks."""

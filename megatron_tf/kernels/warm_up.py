@@ -6,8 +6,8 @@ import torch
 
 from megatron_tf.kernels.build_failure import describe_build_failure, is_build_failure
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import Normalisation, accumulation_type
 from megatron_tf.kernels.pattention import PattentionKernels
+from megatron_tf.tokenformer.normalisation import Normalisation, accumulation_type
 
 
 def needs_warm_up(kernels: PattentionKernels) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tf.parallel.collectives import group_rank, group_size
-from megatron_tf.parallel.random import stream_seed
+from megatron_tf.tokenformer.initial_values import stream_seed
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 from megatron_tf.kernels.pattention import PattentionKernels, mix_values
 from megatron_tf.kernels.row_product import attend, is_for_rows
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 
 
 class Pattention(nn.Module):
@@ -42,7 +42,7 @@ class Pattention(nn.Module):
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, in_features))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
         self.norm = NORMALISATIONS[norm_activation]
-        self.tau = self.norm.tau_at_birth(num_tokens)
+        self.tau = self.norm.initial_tau(num_tokens)
         self.kernels: PattentionKernels = EagerKernels()
         self.recompute_scores = False
 

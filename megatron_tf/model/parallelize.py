@@ -1,5 +1,7 @@
 """Where the model meets the mesh: which layers and which rows of each parameter this rank holds."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -12,23 +14,19 @@ from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.norm import FinalNorm
 from megatron_tf.layers.pattention import Pattention
-from megatron_tf.model.sizes import head_flops, layer_flops
 from megatron_tf.model.tokenformer import Block, TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
-from megatron_tf.parallel.sharding import RowShard, local_tensor, row_shard
+from megatron_tf.parallel.sharding import RowShard, copy_rows, local_tensor, row_shard
+from megatron_tf.tokenformer.parameters import Module, key_tokens, model_parameters
+from megatron_tf.tokenformer.sizes import head_flops, layer_flops
 
 
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
     """The layers of each pipeline stage, balanced by operations; looking up an embedding costs next to nothing."""
     costs = [float(layer_flops(config, layer, seq_length)) for layer in range(config.num_layers)]
     return partition_layers(costs, 0.0, float(head_flops(config)), num_stages)
-
-
-def is_replicated(name: str) -> bool:
-    """Whether every tensor-parallel rank holds the whole of the parameter; otherwise each holds a part of its rows."""
-    return name.startswith("final_norm.")
 
 
 def build_stage(
@@ -65,9 +63,11 @@ def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mes
     if not projections or not needs_warm_up(next(iter(projections.values())).kernels):
         return None
     first = next(iter(projections.values()))
-    # query, key and value run together
-    together = {name: 3 if name.endswith("query") else 1 for name in projections if not name.endswith(("key", "value"))}
-    shapes = {(g * rows, len(local_tensor(projections[name].key_tokens))): None for name, g in together.items()}
+    declared = key_tokens(model.config)
+    shapes: dict[tuple[int, int], None] = {}
+    for path, projection in projections.items():
+        together = 3 if declared[path].kind == "qkv" else 1  # query, key and value run together
+        shapes[together * rows, len(local_tensor(projection.key_tokens))] = None
     return mesh.first_on_host_first(
         lambda: warm_up(first.kernels, first.norm, shapes, dtype, mesh.device, mesh.group("tp") is not None)
     )
@@ -75,21 +75,19 @@ def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mes
 
 def parameter_shards(model: TokenFormer) -> list[RowShard]:
     """The rows this rank holds of every parameter of its stage."""
-    return [
-        row_shard(name, parameter, is_copy=name == "embedding.weight" and not model.is_first)
-        for name, parameter in model.named_parameters()
-    ]
+    declared = model_parameters(model.config)
+    shards = []
+    for name, parameter in model.named_parameters():
+        is_copy = declared[name].module is Module.EMBEDDING and not model.is_first  # tied: the first stage owns it
+        shards.append(row_shard(name, parameter, is_copy))
+    return shards
 
 
-def parameter_names(config: ModelConfig) -> list[str]:
-    """Every logical parameter of the whole model, in the one order that sums over parameters follow."""
-    return list(parameter_shapes(config))
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The global shapes of `parameter_names`."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in TokenFormer(config).named_parameters()}
+def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> None:
+    """Fill this rank's rows of every parameter with its initial values."""
+    declared = model_parameters(config)
+    for shard in shards:
+        copy_rows(shard, declared[shard.name].initial_rows(seed, shard.start, shard.stop))
 
 
 def micro_batch_shapes(
@@ -123,17 +121,19 @@ def mean_token_loss(mesh: Mesh) -> LossFunction:
 
 
 def _place_parameters(model: TokenFormer, mesh: Mesh) -> None:
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, _place(f"{module_name}.{name}", parameter, mesh))
+    declared = model_parameters(model.config)
+    for path, module in model.named_modules():
+        for role, parameter in list(module.named_parameters(recurse=False)):
+            is_sharded = declared[f"{path}.{role}"].is_sharded
+            module.register_parameter(role, _place(parameter, is_sharded, mesh))
 
 
-def _place(name: str, parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
+def _place(parameter: nn.Parameter, is_sharded: bool, mesh: Mesh) -> nn.Parameter:
     tensor_parallel = mesh.submesh("tp")
     if tensor_parallel is None:
         return nn.Parameter(torch.empty_like(parameter, device=mesh.device))
     ranks = tensor_parallel.size()
-    placement = Replicate() if is_replicated(name) else Shard(0)
-    rows = parameter.shape[0] if placement.is_replicate() else parameter.shape[0] // ranks
+    placement = Shard(0) if is_sharded else Replicate()
+    rows = parameter.shape[0] // ranks if is_sharded else parameter.shape[0]
     local = torch.empty((rows, *parameter.shape[1:]), dtype=parameter.dtype, device=mesh.device)
     return nn.Parameter(DTensor.from_local(local, tensor_parallel, [placement], run_check=False))

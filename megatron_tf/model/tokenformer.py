@@ -68,9 +68,8 @@ class Block(nn.Module):
 class TokenFormer(nn.Module):
     """Layers `layers` of the model; with the embedding if they include the first, with norm and head if the last.
 
-    Parameters are named the same in every stage, so that a name means one logical tensor: `embedding.weight`,
-    `layers.{i}.attention.{query,key,value,proj}.{key,value}_tokens`, `layers.{i}.ffn.{key,value}_tokens` (of a plain
-    transformer `.weight`, and `ffn.{up,down}.weight`), `final_norm.{weight,bias}`, `head.weight` (untied only).
+    Parameters are named the same in every stage, so that a name means one logical tensor. With all the layers they are
+    those that `megatron_tf/tokenformer/parameters.py` declares, in its order.
     """
 
     def __init__(

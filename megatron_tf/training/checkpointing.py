@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
@@ -15,8 +13,7 @@ from megatron_tf.checkpoint.load import CheckpointReader, load_shards
 from megatron_tf.checkpoint.metadata import is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import ModelConfig, RunConfig, parse_config, to_dict
-from megatron_tf.model.parallelize import parameter_names
-from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.training.changes import check_changes
 from megatron_tf.training.optimizer import MOMENTS
 from megatron_tf.training.state import TrainState
@@ -79,9 +76,7 @@ class Progress:
 
 def new_progress(config: ModelConfig, tokenizer: dict[str, Any], data: Sequence[dict[str, Any]] = ()) -> Progress:
     """A run that begins."""
-    with torch.device("meta"):
-        tau = {name: module.tau for name, module in TokenFormer(config).pattentions().items()}
-    return Progress(tau, tokenizer, data=tuple(data))
+    return Progress(initial_taus(config), tokenizer, data=tuple(data))
 
 
 def save_state(
@@ -145,7 +140,7 @@ def restore_state(
     saved, due = _stages(checkpoint, config, source)
     for stage in config.growth[saved:due]:
         checkpoint = grow(checkpoint, stage)
-    names = parameter_names(config.at_stage(due).model)
+    names = model_parameters(config.at_stage(due).model).keys()
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     training, tau = checkpoint.metadata["training"], checkpoint.metadata["tau"]
     for name, module in state.model.pattentions().items():

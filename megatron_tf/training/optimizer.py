@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from megatron_tf.config import OptimizerConfig, ParameterKind
+from megatron_tf.config import OptimizerConfig
 from megatron_tf.kernels.adapters import adamw, set_adam_state
-from megatron_tf.model.kinds import parameter_kind
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.tokenformer.parameters import Module, Parameter
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,16 +22,17 @@ class Optimizer:
     """AdamW (arXiv 1711.05101) on the local rows of each parameter.
 
     Working on plain local tensors keeps every layout on one path: what is sharded over ranks is elementwise here.
-    `shards` name the rows behind `parameters`, in the same order; `canonical_names` are all parameters of the whole
-    model. `tied_group` joins the stages that hold a copy of the embedding, if they are two. `implementation` is a name
-    that `megatron_tf.kernels.adapters.adamw` knows.
+    `shards` name the rows behind `parameters`, in the same order; `declared` are all parameters of the whole model, in
+    the order in which their norms are summed. `tied_group` joins the stages that hold a copy of the embedding, if they
+    are two. `implementation` is a name that `megatron_tf.kernels.adapters.adamw` knows.
     """
 
     def __init__(
         self,
+        *,
         parameters: Sequence[nn.Parameter],
         shards: Sequence[RowShard],
-        canonical_names: Sequence[str],
+        declared: Mapping[str, Parameter],
         config: OptimizerConfig,
         mesh: Mesh,
         tied_group: ProcessGroup | None = None,
@@ -43,7 +44,8 @@ class Optimizer:
         self.mesh = mesh
         self.tied_group = tied_group
         self.implementation = implementation
-        self.position = {name: i for i, name in enumerate(canonical_names)}
+        self.declared = declared
+        self.position = {name: i for i, name in enumerate(declared)}
         self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
         self._num_steps = 0
         self.unsound: dict[str, int] = {}
@@ -66,7 +68,7 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         self._trained: list[tuple[int, slice, Tensor]] = []
         for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
-            decay = self._weight_decay(parameter_kind(shard.name))
+            decay = self._weight_decay(self.declared[shard.name])
             for rows, scale in ((slice(0, old), lr_scale), (slice(old, len(shard.tensor)), 1.0)):
                 if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
                     part = shard.tensor[rows]
@@ -85,9 +87,9 @@ class Optimizer:
         )
         self._fill_state()
 
-    def _weight_decay(self, kind: ParameterKind) -> float:
-        default = 0.0 if kind == "final_norm" else self.config.weight_decay
-        return self.config.weight_decay_by_kind.get(kind, default)
+    def _weight_decay(self, parameter: Parameter) -> float:
+        default = self.config.weight_decay if parameter.decays else 0.0
+        return self.config.weight_decay_by_kind.get(parameter.kind, default)
 
     def _fill_state(self) -> None:
         moments = [
@@ -144,7 +146,7 @@ class Optimizer:
             if gradient is None:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if shard.name == "embedding.weight" and self.tied_group is not None:
+            if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
                 dist.all_reduce(local, group=self.tied_group)
             local[:frozen].zero_()
             gradients.append(local)
@@ -172,9 +174,8 @@ class Optimizer:
 
     def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for name, square in zip(self.position, squares, strict=True):
-            kind = parameter_kind(name)
-            sums[kind] = sums.get(kind, 0.0) + square
+        for parameter, square in zip(self.declared.values(), squares, strict=True):
+            sums[parameter.kind] = sums.get(parameter.kind, 0.0) + square
         return {kind: math.sqrt(total) for kind, total in sums.items()}
 
     def _find_unsound(self, gradients: Iterable[Tensor]) -> dict[str, int]:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import megatron_tf
 from megatron_tf.config import ConfigError, RunConfig
-from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import AXES, Mesh
+from megatron_tf.tokenformer.sizes import parameter_count
 
 _CLOCK_SECONDS = 60.0  # by how much clocks may differ, the wait for the slowest rank included
 _VISIBLE_SECONDS = 5.0  # until a file of one host is seen on another

@@ -9,13 +9,12 @@ import torch
 from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig, to_dict
 from megatron_tf.kernels.dispatch import Kernels, choose, without_pattention_kernels
 from megatron_tf.layers.dropout import Dropout
-from megatron_tf.model.init import initialize
 from megatron_tf.model.parallelize import (
     build_stage,
     choose_computation,
+    initialize,
     mean_token_loss,
     micro_batch_shapes,
-    parameter_names,
     parameter_shards,
     warm_up_kernels,
 )
@@ -23,6 +22,7 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.loss_scale import LossScaler
 from megatron_tf.training.optimizer import Optimizer
 from megatron_tf.training.phases import Phases
@@ -133,5 +133,12 @@ def _build_optimizer(
     implementation: str,
 ) -> Optimizer:
     tied_group = None if model_config.untie_embeddings_and_output_weights else first_and_last_stage_group(mesh)
-    names = parameter_names(model_config)
-    return Optimizer(list(model.parameters()), shards, names, config, mesh, tied_group, implementation)
+    return Optimizer(
+        parameters=list(model.parameters()),
+        shards=shards,
+        declared=model_parameters(model_config),
+        config=config,
+        mesh=mesh,
+        tied_group=tied_group,
+        implementation=implementation,
+    )

@@ -12,10 +12,10 @@ from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.config import ConfigError, RunConfig, to_dict
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.kernels.dispatch import Kernels
-from megatron_tf.model.sizes import parameter_count
 from megatron_tf.parallel.mesh import Mesh, data_parallel_size
 from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.parallel.watch import Watch
+from megatron_tf.tokenformer.sizes import parameter_count
 from megatron_tf.training.checkpointing import Progress, stage_reached
 from megatron_tf.training.datasets import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.training.loop import Loop, Tools

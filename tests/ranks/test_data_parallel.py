@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tf.model.parallelize import is_replicated, stage_layers
+from megatron_tf.model.parallelize import stage_layers
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.sharding import local_tensor
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.checkpointing import new_progress, restore_state, save_state
 from megatron_tf.training.optimizer import MOMENTS
 from megatron_tf.training.state import build_state
@@ -126,7 +127,8 @@ def formula(config, layout, shard_size, stage):
     layers = stage_layers(config.model, pipeline, config.training.seq_length)[stage]
     with torch.device("meta"):
         shapes = [(name, p.shape) for name, p in TokenFormer(config.model, layers).named_parameters()]
-    whole = [(shape[0] if is_replicated(name) else shape[0] // tensor, shape[1:].numel()) for name, shape in shapes]
+    sharded = {name: parameter.is_sharded for name, parameter in model_parameters(config.model).items()}
+    whole = [(shape[0] // tensor if sharded[name] else shape[0], shape[1:].numel()) for name, shape in shapes]
     return sum(-(-rows // shard_size) * columns for rows, columns in whole), sum(rows * c for rows, c in whole)
 
 

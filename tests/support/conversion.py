@@ -8,8 +8,7 @@ from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, i
 from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.config import ModelConfig
 from megatron_tf.data.tokenizer import build_tokenizer
-from megatron_tf.model.parallelize import is_replicated
-from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from tests.support.data import write_tokenizer
 from tools import convert_checkpoint
 
@@ -33,13 +32,12 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
     """
     config = ModelConfig(**{**SMALL, **model})
     torch.manual_seed(0)
-    transformer = TokenFormer(config)
-    tensors = {name: in_memory(torch.randn(p.shape) * scale) for name, p in transformer.named_parameters()}
-    tau = {name: module.tau * tau_scale for name, module in transformer.pattentions().items()}
+    tensors = {name: in_memory(torch.randn(p.shape) * scale) for name, p in model_parameters(config).items()}
+    tau = {path: tau * tau_scale for path, tau in initial_taus(config).items()}
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
     metadata = new_metadata(config, tau, TokenizerChoice(kind, path, identity, eod_token), 64, 1)
-    target = Target(1, 1, lambda name: 0, is_replicated)
+    target = Target(tensor_parallel=1, stages=[range(config.num_layers)])
     source = ForeignCheckpoint(folder, tensors, metadata)
     return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
 

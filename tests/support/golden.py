@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from megatron_tf.checkpoint.official import official_name
 from megatron_tf.config import ModelConfig
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tokenformer.parameters import model_parameters
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = ("A_l2_norm_gelu", "B_gelu_l2_norm", "C_softmax")
@@ -31,11 +32,16 @@ def golden_case(case: str):
     return config, load_file(GOLDEN / f"{case}.safetensors"), facts
 
 
+def fixture_name(model: TokenFormer, name: str) -> str:
+    """The official name of a parameter of ours."""
+    return official_name(model_parameters(model.config)[name], model.config.num_layers)
+
+
 def golden_model(case: str, dtype: torch.dtype = torch.float32):
     """(model on one device with the fixture's parameters, tensors, facts)."""
     config, tensors, facts = golden_case(case)
     model = TokenFormer(config, dtype=dtype).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"param/{official_name(name, model.config.num_layers)}"])
+            parameter.copy_(tensors[f"param/{fixture_name(model, name)}"])
     return model, tensors, facts

@@ -3,9 +3,9 @@
 import torch
 
 from megatron_tf.config import RunConfig, parse_config
-from megatron_tf.model.parallelize import is_replicated
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import mask_scale, mean_loss, prepare, train_step
 
@@ -59,11 +59,11 @@ def whole_gradients(state):
 
     A tied embedding on two stages has a part of its gradient on each.
     """
-    gradients = {}
+    gradients, declared = {}, model_parameters(state.model.config)
     for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
         local = local_tensor(parameter.grad).detach()
         gathered = all_gather_copy(local, 0, shard_group(state.mesh))
-        if not is_replicated(shard.name):
+        if declared[shard.name].is_sharded:
             gathered = all_gather_copy(gathered, 0, state.mesh.group("tp"))
         gradients[shard.name] = gathered.numpy().copy()
     return gradients

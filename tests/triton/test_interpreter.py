@@ -9,8 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from megatron_tf.kernels import triton_kernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.kernels.triton_kernels import TritonKernels
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -6,7 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
     {"_index", "_row_product", "arguments", "interrupt", "tokenizer_files"},
-    {"config", "parallel", "kernels"},
+    {"config"},
+    {"tokenformer"},
+    {"parallel", "kernels"},
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
 from megatron_tf.layers import attention
-from megatron_tf.model.init import initialize
-from megatron_tf.model.parallelize import parameter_shards
+from megatron_tf.model.parallelize import initialize, parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
 from tests.support.training import EOD, small_run
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_tf.config import load_config
-from megatron_tf.model.sizes import parameter_count
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tokenformer.sizes import parameter_count
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PARAMETERS = {

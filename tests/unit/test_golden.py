@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megatron_tf.checkpoint.official import official_name
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.model.parallelize import mean_token_loss, parameter_names, parameter_shards
+from megatron_tf.model.parallelize import mean_token_loss, parameter_shards
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.optimizer import Optimizer
-from tests.support.golden import CASES, golden_model
+from tests.support.golden import CASES, fixture_name, golden_model
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
 
@@ -22,7 +22,7 @@ def test_logits_loss_and_gradients(case):
     loss.backward()
     assert abs(loss.item() - facts["loss"]) < 1e-6
     for name, parameter in model.named_parameters():
-        expected = tensors[f"grad/{official_name(name, model.config.num_layers)}"]
+        expected = tensors[f"grad/{fixture_name(model, name)}"]
         error = torch.linalg.vector_norm(parameter.grad - expected) / torch.linalg.vector_norm(expected)
         assert error < 1e-5, name
 
@@ -36,9 +36,14 @@ def test_float64_loss(case):
 
 def test_five_adam_steps():
     model, tensors, facts = golden_model("A_adam5")
-    names = parameter_names(model.config)
     config = OptimizerConfig(lr=facts["optimizer"]["lr"])
-    optimizer = Optimizer(list(model.parameters()), parameter_shards(model), names, config, ONE_PROCESS)
+    optimizer = Optimizer(
+        parameters=list(model.parameters()),
+        shards=parameter_shards(model),
+        declared=model_parameters(model.config),
+        config=config,
+        mesh=ONE_PROCESS,
+    )
     loss_function = mean_token_loss(ONE_PROCESS)
     inputs, labels = tensors["tokens"][:, :-1], tensors["tokens"][:, 1:]
     for expected_loss, expected_norm in zip(facts["losses_before_each_step"], facts["grad_norms"], strict=True):
@@ -47,4 +52,4 @@ def test_five_adam_steps():
         assert abs(loss.item() - expected_loss) < 1e-5
         assert optimizer.step(config.lr) == pytest.approx(expected_norm, rel=1e-5)
     for name, parameter in model.named_parameters():
-        assert (parameter - tensors[f"after/{official_name(name, model.config.num_layers)}"]).abs().max() < 1e-5, name
+        assert (parameter - tensors[f"after/{fixture_name(model, name)}"]).abs().max() < 1e-5, name

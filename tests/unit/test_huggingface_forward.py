@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import megatron_tf
 from megatron_tf.checkpoint import huggingface
 from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.tokenformer.parameters import model_parameters
 
 IDS = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(1))
 LEFT_PADDED = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
@@ -138,7 +139,11 @@ def test_loss_gradients_and_gradient_checkpointing(exported):
     ids = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(2))
     expected = F.cross_entropy(ours(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     expected.backward()
-    gradients = {huggingface.huggingface_name(name): p.grad for name, p in ours.transformer.named_parameters()}
+    declared = model_parameters(ours.config)
+    gradients = {
+        huggingface.huggingface_name(declared[name]): parameter.grad
+        for name, parameter in ours.transformer.named_parameters()
+    }
     for is_checkpointed in (False, True):
         if is_checkpointed:
             theirs.gradient_checkpointing_enable()

@@ -5,8 +5,8 @@ import torch
 
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.kernels.pattention import choose_kernels
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from tests.support.inductor import require_inductor
 
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}

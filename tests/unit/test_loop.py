@@ -9,7 +9,7 @@ import yaml
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
-from megatron_tf.model.sizes import training_flops
+from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training import loop
 from tests.support.commands import make_run
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megatron_tf.config import LossScaleConfig
-from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.pattention import Pattention
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from megatron_tf.training.loss_scale import LossScaler
 
 CONFIG = LossScaleConfig(initial_loss_scale=8.0, min_loss_scale=2.0, loss_scale_window=3, hysteresis=2)

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from megatron_tf.config import ConfigError, OptimizerConfig
-from megatron_tf.model.kinds import parameter_kind
-from megatron_tf.model.parallelize import parameter_names
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.optimizer import MOMENTS, Optimizer
 from tests.support.training import small_run
 
@@ -15,11 +14,34 @@ NAME, OLD, ROWS = "layers.0.ffn.key_tokens", 4, 7
 LR = 1e-2
 
 
+def declared_parameters(layer):
+    """Of an untied model with 12 layers."""
+    tokens = {"qkv_tokens": None, "proj_tokens": None} if layer == "transformer" else {}
+    keys = {"layer": layer, "num_layers": 12, "untie_embeddings_and_output_weights": True, **tokens}
+    return model_parameters(small_run(model=keys).model)
+
+
+def of_both_layers():
+    return {**declared_parameters("tokenformer"), **declared_parameters("transformer")}
+
+
+def one_process(parameters, shards, config):
+    """An optimizer of some tensors of models of both kinds of layers."""
+    both = of_both_layers()
+    return Optimizer(
+        parameters=parameters,
+        shards=shards,
+        declared={shard.name: both[shard.name] for shard in shards},
+        config=config,
+        mesh=Mesh(torch.device("cpu")),
+    )
+
+
 def make(start, config, first_row=0):
     """An optimizer of the rows of one tensor from `first_row` on, and the parameter."""
     parameter = torch.nn.Parameter(start[first_row:].clone())
     shard = RowShard(NAME, tuple(start.shape), first_row, len(start), parameter.detach(), True)
-    return Optimizer([parameter], [shard], [NAME], config, Mesh(torch.device("cpu"))), parameter
+    return one_process([parameter], [shard], config), parameter
 
 
 def adamw(start, gradients, lr):
@@ -93,10 +115,9 @@ KINDS = {
 
 @pytest.mark.parametrize("layer", ["tokenformer", "transformer"])
 def test_every_parameter_has_a_kind(layer):
-    tokens = {"qkv_tokens": None, "proj_tokens": None} if layer == "transformer" else {}
-    config = small_run(model={"layer": layer, "untie_embeddings_and_output_weights": True, **tokens}).model
-    assert {parameter_kind(name) for name in parameter_names(config)} == set(KINDS.values())
-    assert {name: parameter_kind(name) for name in KINDS} == KINDS
+    assert {parameter.kind for parameter in declared_parameters(layer).values()} == set(KINDS.values())
+    both = of_both_layers()
+    assert {name: both[name].kind for name in KINDS} == KINDS
 
 
 @pytest.mark.parametrize(
@@ -115,7 +136,7 @@ def test_each_kind_has_its_decay(by_kind, expected):
     parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in KINDS]
     shards = [RowShard(name, (2, 3), 0, 2, p.detach(), True) for name, p in zip(KINDS, parameters, strict=True)]
     config = OptimizerConfig(lr=LR, weight_decay=0.1, weight_decay_by_kind=by_kind)
-    optimizer = Optimizer(parameters, shards, list(KINDS), config, Mesh(torch.device("cpu")))
+    optimizer = one_process(parameters, shards, config)
     for parameter in parameters:
         parameter.grad = torch.zeros(2, 3)
     optimizer.step(LR)

@@ -70,7 +70,7 @@ def test_softmax_does_not_overflow():
     assert layer(x).isfinite().all()
 
 
-def test_tau_at_birth():
+def test_a_new_module_has_the_temperature_of_its_number_of_tokens():
     assert Pattention(2, 2, 49, "l2_norm_gelu").tau == math.sqrt(49)
     assert Pattention(2, 2, 49, "softmax").tau == 49.0
 

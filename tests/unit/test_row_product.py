@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.kernels.row_product import MOST_ROWS, attend, is_for_rows, multiply
+from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 DTYPES = [torch.float32, torch.bfloat16]
 # columns: whole blocks of 32, part of one, both; outputs for one thread and for several

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.model.sizes import parameter_count
+from megatron_tf.tokenformer.sizes import parameter_count
 
 _CARD = """---
 library_name: transformers

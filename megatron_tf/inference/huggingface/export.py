@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.contents import model_shapes
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.foreign import ForeignCheckpoint, ForeignTensor, rename
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name, read_tensors
 from megatron_tf.checkpoint.metadata import check_metadata
-from megatron_tf.checkpoint.official import birth_tau
 from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.huggingface.card import model_card
 from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
+from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.tokenizer_files import merges_file
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
@@ -66,7 +65,7 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     _fitting(directory, tensors, config["megatron_tf"]["config"]["model"], metadata["tau"])
     model, renamed = _fitting(directory, tensors, metadata["model"], metadata["tau"])
     check_vocabulary(config, model, path)
-    metadata["tau"] = metadata["tau"] or birth_tau(model)  # as transformers does without them
+    metadata["tau"] = metadata["tau"] or initial_taus(model)  # as transformers does without them
     return ForeignCheckpoint(directory, renamed, metadata)
 
 
@@ -78,10 +77,11 @@ def _fitting(
     model = parse_config(ModelConfig, section, str(path))
     if model.num_layers > len(tensors):
         raise CheckpointError(f"{path}: there are {model.num_layers:,} layers in it, and {len(tensors):,} tensors")
-    differing = tau.keys() ^ birth_tau(model).keys()
+    differing = tau.keys() ^ initial_taus(model).keys()
     if tau and differing:
         raise CheckpointError(f"{path}: tau is not there for each projection: {min(differing)}")
-    return model, rename(directory, tensors, model_shapes(model), huggingface_name)
+    expected = model_parameters(model).values()
+    return model, rename(directory, tensors, expected=expected, their_name=huggingface_name)
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path | None:

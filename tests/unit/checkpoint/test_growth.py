@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import grow, parse_name
+from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
-from megatron_tf.config import GrowthStage, parse_token_option
-from megatron_tf.parallel.random import normal_rows
+from megatron_tf.checkpoint.shrink import shrink
+from megatron_tf.checkpoint.vocabulary import pad_vocabulary
+from megatron_tf.config import GrowthStage, ModelConfig, parse_token_option
+from megatron_tf.tokenformer.initial_values import normal_rows
+from megatron_tf.tokenformer.parameters import model_parameters
 from tests.unit.checkpoint.toy import (
     GROUPS,
     HIDDEN,
     LAYERS,
+    MODEL,
     MODULES,
     TAU,
     TOKENS,
@@ -37,8 +41,8 @@ def grow_to(source, root, stage, layout=(1, 1)):
 
 
 def kind_of(name):
-    token = parse_name(name)
-    return token and token.kind
+    parameter = model_parameters(ModelConfig(**MODEL))[name]
+    return parameter.kind if parameter.is_token else None
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 3), (6, 2)], ids=str)
@@ -55,7 +59,7 @@ def test_old_rows_stay_new_keys_are_zero_new_values_are_drawn(tmp_path, layout):
             assert new.shape == (GROWN[kind], HIDDEN)
             expected = torch.zeros(GROWN[kind] - len(old), HIDDEN)
             if group == "model" and name.endswith(".value_tokens"):
-                expected = normal_rows(name, 7, len(old), GROWN[kind], HIDDEN, STD)
+                expected = normal_rows(name, seed=7, start=len(old), stop=GROWN[kind], columns=HIDDEN, std=STD)
                 assert 0.5 * STD < expected.std() < 1.5 * STD
             assert torch.equal(new[len(old) :], expected)
 
@@ -160,7 +164,8 @@ def test_random_growth_is_the_official_one(tmp_path):
     source = CheckpointReader(save(tmp_path, random_tensors()))
     grown = grow(source, GrowthStage(ffn_tokens=72, init="random"))
     name = "layers.2.ffn.key_tokens"
-    assert torch.equal(grown.read_rows("model", name, 36, 72), normal_rows(name, 7, 36, 72, HIDDEN, 0.02))
+    drawn = normal_rows(name, seed=7, start=36, stop=72, columns=HIDDEN, std=0.02)
+    assert torch.equal(grown.read_rows("model", name, 36, 72), drawn)
     assert grown.metadata["tau"]["layers.2.ffn"] == 72**0.5
     assert not grown.read_rows("exp_avg", name, 36, 72).any()
 
@@ -265,16 +270,18 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path):
     assert not (tmp_path / "grown").exists()
 
 
-def test_kinds_of_names():
-    assert {
-        kind: kind_of(f"layers.11.{module}.key_tokens")
-        for kind, module in [("qkv", "attention.value"), ("proj", "attention.proj"), ("ffn", "ffn")]
-    } == {kind: kind for kind in TOKENS}
-    for name in (
-        "embedding.weight",
-        "final_norm.bias",
-        "layers.1.ffn.other",
-        "xlayers.1.ffn.key_tokens",
-        "head.weight",
-    ):
-        assert parse_name(name) is None
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda source: grow(source, STAGE),
+        lambda source: shrink(source, {"layers.0.ffn": [0]}),
+        lambda source: pad_vocabulary(source, 7),
+    ],
+    ids=["growth", "shrinking", "padding"],
+)
+def test_a_tensor_that_is_no_parameter_of_the_model_is_named(tmp_path, derive):
+    tensors = random_tensors()
+    tensors["exp_avg"]["layers.1.ffn.other"] = torch.zeros(1, HIDDEN)
+    source = CheckpointReader(save(tmp_path, tensors))
+    with pytest.raises(CheckpointError, match=r"exp_avg layers\.1\.ffn\.other is no parameter of its model"):
+        derive(source)

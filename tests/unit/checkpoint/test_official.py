@@ -11,7 +11,7 @@ import megatron_tf
 from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.official import official_name
-from megatron_tf.model.parallelize import parameter_shapes
+from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
 from tests.unit.checkpoint import toy
@@ -211,6 +211,7 @@ def test_names_and_metadata(tmp_path):
     config, _, _ = golden_case(CASES[0])
     assert reader.groups() == ["model"]
     assert set(reader.metadata["tau"].values()) == {8.0, 16.0}
-    assert len({official_name(name, 2) for name in parameter_shapes(config)}) == len(parameter_shapes(config))
+    declared = model_parameters(config)
+    assert len({official_name(parameter, 2) for parameter in declared.values()}) == len(declared)
     assert {math.prod(reader.shape("model", name)) for name in reader.names("model")} <= {64, 4096, 16384}
-    assert toy.read_all(run)["model"].keys() == parameter_shapes(config).keys()
+    assert toy.read_all(run)["model"].keys() == declared.keys()

@@ -9,8 +9,11 @@ import torch
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader, load_shards
 from megatron_tf.checkpoint.save import save_checkpoint
+from megatron_tf.config import ModelConfig
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.tokenformer.parameters import model_parameters
 from tests.unit.checkpoint.toy import (
+    MODEL,
     all_ranks,
     blank,
     metadata,
@@ -20,6 +23,7 @@ from tests.unit.checkpoint.toy import (
     same,
     save,
     shapes,
+    stage_of,
     target,
 )
 
@@ -118,4 +122,7 @@ def test_rows_of_other_writers_are_left_out(tmp_path):
 
 
 def test_the_target_helper_is_consistent():
-    assert {target(2, 3).stage_of(name) for name in shapes()} == {0, 1, 2}
+    declared = model_parameters(ModelConfig(**MODEL))
+    assert {name: (parameter.shape, target(2, 3).stage_of(parameter)) for name, parameter in declared.items()} == {
+        name: (shape, stage_of(name, 3)) for name, shape in shapes().items()
+    }

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from megatron_tf.checkpoint.contents import model_shapes
 from megatron_tf.checkpoint.files import file_size
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.config import ModelConfig
-from megatron_tf.model.parallelize import parameter_shapes
-from tests.unit.checkpoint.toy import MODEL, random_tensors, read_all, save
+from tests.unit.checkpoint.toy import random_tensors, read_all, save
 from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 FILE = "model-pp00-tp00-dp00.safetensors"
@@ -205,14 +202,3 @@ def test_a_file_that_safetensors_refuses_is_refused(directory, change):
     change_offsets(directory, change)
     with pytest.raises(CheckpointError, match=re.escape(FILE)):
         read_all(directory)
-
-
-@pytest.mark.parametrize(
-    "keys", [{}, {"untie_embeddings_and_output_weights": True}, {"layer": "transformer"}, {"ffn_tokens": [12, 24, 36]}]
-)
-def test_the_shapes_of_a_model_are_those_of_its_module(keys):
-    values = {**MODEL, **keys}
-    if values.get("layer") == "transformer":
-        values |= {"qkv_tokens": None, "proj_tokens": None}
-    model = ModelConfig(**values)
-    assert list(model_shapes(model).items()) == list(parameter_shapes(model).items())

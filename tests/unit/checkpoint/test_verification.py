@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from megatron_tf import evaluate
+from megatron_tf.checkpoint.contents import model_of
+from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.inference.calibration import Comparison
 from tests.support.conversion import save_small_model
@@ -129,7 +131,8 @@ def test_evaluation_of_a_model_that_gives_nan_ends_with_an_error(tmp_path, capsy
 
 def test_tokens_of_a_model_that_gives_nan_have_no_order(tmp_path, capsys):
     checkpoint = save_small_model(tmp_path)
+    model = model_of(CheckpointReader(checkpoint))
     importance = {"layers.0.ffn": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match="contributes infinite or NaN values"):
-        reshard_checkpoint.keep_most_important(importance, {"ffn": 1})
+        reshard_checkpoint.keep_most_important(model, importance, {"ffn": 1})
     assert checkpoint.exists()

@@ -1,7 +1,8 @@
-"""Random values that depend on a tensor's name, the seed and the row, never on the parallel layout."""
+"""Initial values: a function of a parameter's name, the seed and the row, never of the parallel layout."""
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,14 +10,22 @@ from torch import Tensor
 _BLOCK_ROWS = 64  # rows drawn from one generator; changing it changes every initial value
 
 
+@dataclass(frozen=True)
+class Initial:
+    """How a parameter is initialized: N(0, std^2), or the constant where `std` is 0."""
+
+    constant: float = 0.0
+    std: float = 0.0
+
+
 def stream_seed(seed: int, *key: object) -> int:
-    """A 63-bit seed for the stream named by `key` under the run's `seed`."""
+    """Derive a 63-bit seed for the stream named by `key` under the run's `seed`."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
-    """Rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
+def normal_rows(name: str, *, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
+    """Draw rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
 
     Rows come in blocks, each with a generator of its own, so that any range costs only its own rows, and a
     tensor that grows keeps the values of its old rows.
@@ -32,5 +41,5 @@ def normal_rows(name: str, seed: int, start: int, stop: int, columns: int, std: 
 
 
 def value_token_std(num_layers: int, hidden_size: int) -> float:
-    """Standard deviation of value tokens at birth ("wang"): 2 / (L sqrt(D))."""
+    """Return the initial standard deviation of value tokens ("wang"): 2 / (L sqrt(D))."""
     return 2.0 / (num_layers * math.sqrt(hidden_size))

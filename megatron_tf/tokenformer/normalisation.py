@@ -1,4 +1,4 @@
-"""What happens between a Pattention's two matrix products: the mathematics of the normalisations, in PyTorch.
+"""The three normalisations: what happens between a Pattention's two matrix products, in PyTorch.
 
 Shapes: R rows (one per token and projection), n parameter tokens held by this rank. Scores A [R, n]; a row's
 statistic is summed over ranks by the caller, so every function here is local. With P the weights of the values:
@@ -7,8 +7,8 @@ statistic is summed over ranks by the caller, so every function here is local. W
     gelu_l2_norm   P = f gelu(A)          statistic sum gelu(A)^2    f = tau / sqrt(statistic)
     softmax        P = exp(A + f)         statistic log sum exp(A)   f = log(tau) - statistic
 
-The backward goes over the rows twice, around one more sum over ranks: `first` turns dP into the gradient before the
-norm and gives each row's inner product c with it; `second` subtracts c's share and gives dA.
+The backward goes over the rows twice, around one more sum over ranks: `backward_activation` turns dP into the gradient
+before the norm and gives each row's inner product c with it; `backward_norm` subtracts c's share and gives dA.
 """
 
 import math
@@ -38,36 +38,36 @@ class Normalisation:
     """(statistic [R], tau [R]) -> f [R]."""
     weights: Callable[[Tensor, Tensor], Tensor]
     """(A [R, n], f [R, 1]) -> P [R, n]."""
-    first: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    backward_activation: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(A, f, dP) -> (P, gradient before the norm, c [R])."""
-    second: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    backward_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA, which may take the place of that gradient."""
     tau_power: int
     """The p in c / tau^p."""
-    tau_at_birth: Callable[[int], float]
-    """N -> tau of a new module of N parameter tokens."""
+    initial_tau: Callable[[int], float]
+    """N -> the temperature tau of a new module of N parameter tokens."""
 
 
 def _l2_factor(statistic: Tensor, tau: Tensor) -> Tensor:
     return tau * torch.rsqrt(statistic + EPSILON)
 
 
-def _l2_gelu_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _l2_gelu_backward_activation(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = a * f
     du = torch.ops.aten.gelu_backward(dp, u)
     return F.gelu(u), du, (du * u).sum(-1)
 
 
-def _gelu_l2_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_l2_backward_activation(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = F.gelu(a) * f
     return p, dp, (dp * p).sum(-1)
 
 
-def _gelu_l2_second(a: Tensor, f: Tensor, dp: Tensor, share: Tensor) -> Tensor:
+def _gelu_l2_backward_norm(a: Tensor, f: Tensor, dp: Tensor, share: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(dp.addcmul_(F.gelu(a), f * share, value=-1).mul_(f), a)
 
 
-def _softmax_first(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_backward_activation(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     p = torch.exp(a + f)
     return p, dp, (dp * p).sum(-1)
 
@@ -79,10 +79,10 @@ NORMALISATIONS = {
         is_logarithmic=False,
         factor=_l2_factor,
         weights=lambda a, f: F.gelu(a * f),
-        first=_l2_gelu_first,
-        second=lambda a, f, du, share: du.mul_(f).addcmul_(a, f * f * share, value=-1),
+        backward_activation=_l2_gelu_backward_activation,
+        backward_norm=lambda a, f, du, share: du.mul_(f).addcmul_(a, f * f * share, value=-1),
         tau_power=2,
-        tau_at_birth=math.sqrt,
+        initial_tau=math.sqrt,
     ),
     "gelu_l2_norm": Normalisation(
         name="gelu_l2_norm",
@@ -90,10 +90,10 @@ NORMALISATIONS = {
         is_logarithmic=False,
         factor=_l2_factor,
         weights=lambda a, f: F.gelu(a) * f,
-        first=_gelu_l2_first,
-        second=_gelu_l2_second,
+        backward_activation=_gelu_l2_backward_activation,
+        backward_norm=_gelu_l2_backward_norm,
         tau_power=2,
-        tau_at_birth=math.sqrt,
+        initial_tau=math.sqrt,
     ),
     "softmax": Normalisation(
         name="softmax",
@@ -101,10 +101,10 @@ NORMALISATIONS = {
         is_logarithmic=True,
         factor=lambda statistic, tau: torch.log(tau) - statistic,
         weights=lambda a, f: torch.exp(a + f),
-        first=_softmax_first,
-        second=lambda a, f, dp, share: dp.sub_(share).mul_(torch.exp(a + f)),
+        backward_activation=_softmax_backward_activation,
+        backward_norm=lambda a, f, dp, share: dp.sub_(share).mul_(torch.exp(a + f)),
         tau_power=1,
-        tau_at_birth=float,
+        initial_tau=float,
     ),
 }
 
