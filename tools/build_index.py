@@ -18,9 +18,9 @@ import numpy as np
 from megatron_tf.arguments import file_path
 from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def samples_of(args: argparse.Namespace, dataset: IndexedDataset, cache: Path) -
     """Training samples as a run reads them, and what they are of."""
     if args.config is not None:
         from megatron_tf.config import load_config
-        from megatron_tf.training.datasets import build_dataset
+        from megatron_tf.data.build import build_dataset
 
         return build_dataset(load_config(args.config, [])), f"the run of {args.config}"
     documents = split_documents(len(dataset), args.split)[0]

@@ -23,7 +23,7 @@ MAX_OPEN_OUTPUTS = 64  # of three files each: many systems allow 1,024 files, so
 
 
 @dataclass
-class Count:
+class Tally:
     """How much there is of something."""
 
     documents: int = 0
@@ -45,19 +45,19 @@ class Journal:
     """The input, and everything else that decides the bytes."""
     lines: int = 0
     is_complete: bool = False
-    counts: dict[str, dict[str, Count]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Tally]] = field(default_factory=dict)
     """Output -> pile_set_name -> what went there."""
     bad: BadLines = field(default_factory=BadLines)
     without_set: int = 0
     """Documents without the key that the outputs are split by."""
 
-    def count(self, output: str, set_name: str) -> Count:
+    def count(self, output: str, set_name: str) -> Tally:
         """Where to count what goes to an output from a set."""
-        return self.counts.setdefault(output, {}).setdefault(set_name, Count())
+        return self.counts.setdefault(output, {}).setdefault(set_name, Tally())
 
-    def total(self, output: str) -> Count:
+    def total(self, output: str) -> Tally:
         """All sets of one output."""
-        total = Count()
+        total = Tally()
         for count in self.counts.get(output, {}).values():
             total.add(count.documents, count.tokens, count.text_bytes)
         return total
@@ -77,7 +77,7 @@ class Journal:
             journal.without_set = fields["without_set"]
             for output, sets in fields["counts"].items():
                 for name, count in sets.items():
-                    journal.counts.setdefault(output, {})[name] = Count(**count)
+                    journal.counts.setdefault(output, {})[name] = Tally(**count)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return journal

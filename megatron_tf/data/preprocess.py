@@ -18,7 +18,7 @@ from megatron_tf.data.documents import BadLines, Batch, check_any, read_batches
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.output_names import data_set_names, output_of, set_name
-from megatron_tf.data.part import Count, Journal, Part
+from megatron_tf.data.part import Journal, Part, Tally
 from megatron_tf.data.published import (
     claim,
     exclusive,
@@ -238,10 +238,10 @@ def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
 
 
 def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
-    total, sets = Count(), dict[str, Count]()
+    total, sets = Tally(), dict[str, Tally]()
     for journal in journals:
         for name, count in journal.counts.get(output, {}).items():
-            sets.setdefault(name, Count()).add(count.documents, count.tokens, count.text_bytes)
+            sets.setdefault(name, Tally()).add(count.documents, count.tokens, count.text_bytes)
             total.add(count.documents, count.tokens, count.text_bytes)
     return {**asdict(total), "pile_sets": {name: asdict(count) for name, count in sorted(sets.items())}}
 

@@ -10,9 +10,9 @@ import yaml
 
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order, order_cache
+from megatron_tf.data.build import build_dataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.training.datasets import build_dataset
 from tests.support.data import write_data_set
 from tests.support.training import small_run
 from tools import inspect_dataset, merge_datasets

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_tf.config import ConfigError
 from megatron_tf.data import megatron_order
+from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
-from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 from tests.support.training import small_run
 
 pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="megatron-core is not installed")
