@@ -76,7 +76,8 @@ def train(
                 lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
             )
         )
-        loader = open_.enter_context(build_loader(build_dataset(config), training, mesh, progress.samples))
+        dataset = build_dataset(config, progress.blend)
+        loader = open_.enter_context(build_loader(dataset, training, mesh, progress.samples))
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
         _say_kernels(begun.state.kernels, log)
         _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)
