@@ -4,7 +4,6 @@ What a commit covers survives anything; what comes after it is cut off when the 
 """
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from megatron_tf.data.document_sets import ROW, DocumentSets
 from megatron_tf.data.documents import BadLines
 from megatron_tf.data.output_names import file_stem
+from megatron_tf.files import replace_durably, sync_file
 
 MAX_OPEN_OUTPUTS = 64  # of three files each: many systems allow 1,024 files, some 256
 
@@ -84,12 +84,7 @@ class Journal:
 
     def write(self, path: Path) -> None:
         """Replace the file, whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_durably(path, json.dumps(asdict(self)))
 
 
 class Part:
@@ -127,8 +122,7 @@ class Part:
         """Make everything so far last."""
         for output in sorted(self._written):
             for file in self._opened(output):
-                file.flush()
-                os.fsync(file.fileno())  # what was written through another descriptor too
+                sync_file(file)  # what was written through another descriptor too
         self._written.clear()
         self.journal.is_complete = is_complete
         self.journal.write(self._path)
