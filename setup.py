@@ -103,7 +103,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_tf._index",
-            ["csrc/bindings.cpp", "csrc/blend.cpp", "csrc/indexed_dataset.cpp"],
+            ["csrc/index_bindings.cpp", "csrc/blend.cpp", "csrc/indexed_dataset.cpp"],
             include_dirs=["csrc"],
             depends=[
                 "csrc/blend.hpp",
@@ -113,7 +113,7 @@ setup(
                 "csrc/philox.hpp",
                 "csrc/sample_index.hpp",
             ],
-            cxx_std=17,
+            cxx_std=20,
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-pthread"],
         ),
         Pybind11Extension(

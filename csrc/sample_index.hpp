@@ -9,12 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
 
 #include "parallel.hpp"
 
@@ -90,47 +85,6 @@ std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end,
     return sum;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
-// The same for ids and lengths of 32 bits, sixteen at a time: the whole index then takes 0.83 of the time.
-__attribute__((target("avx512f,avx512dq"))) inline std::int64_t gather_lengths_avx512(
-    const std::uint32_t *order, std::size_t begin, std::size_t end, const std::int32_t *lengths, std::size_t num_lengths,
-    std::int32_t *ordered) {
-    const auto address = reinterpret_cast<std::uintptr_t>(lengths);
-    const __m512i known_ids = _mm512_set1_epi32(static_cast<std::int32_t>(num_lengths));
-    __m512i low_sums = _mm512_setzero_si512(), high_sums = low_sums, all_bits = low_sums;
-    __mmask16 known = 0xffff;
-    std::size_t place = begin;
-    for (; place + kPrefetchDocuments + 16 <= end; place += 16, ordered += 16) {
-        for (std::size_t lane = 0; lane < 16; ++lane)
-            __builtin_prefetch(reinterpret_cast<const void *>(
-                address + std::uintptr_t{order[place + kPrefetchDocuments + lane]} * sizeof(std::int32_t)));
-        const __m512i ids = _mm512_loadu_si512(order + place);
-        const __mmask16 here = _mm512_cmplt_epu32_mask(ids, known_ids);
-        const __m512i found = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), here, ids, lengths, 4);
-        _mm512_storeu_si512(ordered, found);
-        known &= here;
-        all_bits = _mm512_or_si512(all_bits, found);
-        low_sums = _mm512_add_epi64(low_sums, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(found)));
-        high_sums = _mm512_add_epi64(high_sums, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(found, 1)));
-    }
-    if (known != 0xffff || _mm512_movepi32_mask(all_bits)) refuse(order, begin, place, lengths, num_lengths);
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(low_sums, high_sums)) +
-           gather_lengths(order, place, end, lengths, num_lengths, ordered);
-}
-#endif
-
-// Whichever of the two is faster here.
-template <typename Id, typename Length>
-std::int64_t gather_lengths_fast(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
-                                 std::size_t num_lengths, Length *ordered) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    if constexpr (std::is_same_v<Id, std::uint32_t> && std::is_same_v<Length, std::int32_t>)
-        if (num_lengths <= std::numeric_limits<std::int32_t>::max() && __builtin_cpu_supports("avx512dq"))
-            return gather_lengths_avx512(order, begin, end, lengths, num_lengths, ordered);
-#endif
-    return gather_lengths(order, begin, end, lengths, num_lengths, ordered);
-}
-
 // Boundaries of samples of `seq_length` tokens over documents laid end to end in `order`: one more than there are samples;
 // none for no tokens. Throws for ids outside of `lengths`, negative lengths, and more tokens than 63 bits count.
 template <typename Id, typename Length>
@@ -147,7 +101,7 @@ SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents,
         const std::size_t count = std::min(window, num_documents - first);
         in_parts(parts, count, 1, [&](std::size_t part, std::size_t begin, std::size_t end) {
             starts[part + 1] =
-                gather_lengths_fast(order, first + begin, first + end, lengths, num_lengths, ordered.data() + begin);
+                gather_lengths(order, first + begin, first + end, lengths, num_lengths, ordered.data() + begin);
         });
         for (std::size_t part = 0; part < parts; ++part)
             if (__builtin_add_overflow(starts[part], starts[part + 1], &starts[part + 1]) ||

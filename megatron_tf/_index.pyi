@@ -10,7 +10,7 @@ def sample_index(
 
 BLEND_BLOCK: int
 
-def blend(
+def greedy_blend(
     weights: NDArray[np.float64], size: int, are_shares: bool = False
 ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]: ...
 def check_index(file: Any, type_sizes: bytes) -> tuple[int, int, int, int, bool]: ...

@@ -18,9 +18,9 @@ import numpy as np
 from megatron_tf.arguments import file_path
 from megatron_tf.config import load_config
 from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,8 +51,10 @@ def report(name: str, dataset: Samples, samples: int) -> None:
 def build(dataset: Samples, samples: int) -> None:
     """Every epoch that so many samples reach into."""
     if isinstance(dataset, BlendedDataset):
-        for part, share in zip(dataset.datasets, dataset.weights / dataset.weights.sum(), strict=True):
-            build(part, math.ceil(share * samples) + 1)
+        # no blend takes more than one sample beyond the share that a set has of a few more steps, one for each set
+        steps = samples + len(dataset.datasets)
+        for part, share in zip(dataset.datasets, dataset.blend.shares.tolist(), strict=True):
+            build(part, math.ceil(share * steps) + 1)
     elif isinstance(dataset, GPTDataset) and isinstance(dataset.order, SampleOrder):
         for first in np.arange(0, samples, dataset.order.samples_per_epoch).tolist():
             dataset.order.locate(first)

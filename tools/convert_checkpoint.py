@@ -329,6 +329,7 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
     """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
     from megatron_tf.checkpoint.commit import check_room
     from megatron_tf.checkpoint.destination import check_outside_checkpoints
+    from megatron_tf.files import sync_directory, sync_tree
 
     check_outside_checkpoints(save, "--save")
     if save.exists() and not (save.is_dir() and not any(save.iterdir())):
@@ -340,7 +341,9 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
     try:
         check_room(directory, bytes_needed)
         yield directory
+        sync_tree(directory)
         directory.replace(save)
+        sync_directory(save.parent)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 

@@ -71,9 +71,11 @@ def samples_of(args: argparse.Namespace, dataset: IndexedDataset, cache: Path) -
     """Training samples as a run reads them, and what they are of."""
     if args.config is not None:
         from megatron_tf.config import load_config
-        from megatron_tf.training.datasets import build_dataset
+        from megatron_tf.data.build import build_dataset
+        from megatron_tf.training.resume import blend_of_run
 
-        return build_dataset(load_config(args.config, [])), f"the run of {args.config}"
+        config = load_config(args.config, [])
+        return build_dataset(config, blend_of_run(config)), f"the run of {args.config}"
     documents = split_documents(len(dataset), args.split)[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
     order = SampleOrder(lengths, args.seq_length, args.seed, f"{dataset.prefix.name}:train", cache)

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from megatron_tf.arguments import file_prefix
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
-from megatron_tf.data.preprocess import concatenate
-from megatron_tf.data.published import write_json
+from megatron_tf.files import concatenate, sync_directory, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,6 +62,7 @@ def merge(prefixes: list[str], output: str) -> None:
     merge_sets(datasets, output)
     data.replace(f"{output}.bin")
     index.replace(f"{output}.idx")
+    sync_directory(index.parent)
     merged = IndexedDataset(output)
     print(f"{output}: {len(merged):,} documents, {len(merged.tokens):,} tokens")
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 SEQ_LENGTH, MEAN_TOKENS = 2048, 500
 BLENDED, DATA_SETS = 100_000_000, 22
+BLOCK = 1024  # steps of a blend that are computed at a time
 
 
 def document_lengths(count: int) -> NDArray[np.int32]:
@@ -107,10 +108,30 @@ def megatron_samples(lengths: NDArray[np.int32], _: int) -> None:
 
 
 def ours_blend(_: NDArray[np.int32], __: int) -> None:
-    """100 M samples of 22 data sets."""
-    from megatron_tf._index import blend
+    """100 M samples of 22 data sets, a block of steps at a time."""
+    from megatron_tf.data.blend import SpacedBlend
 
-    timed(lambda: blend(weights(), BLENDED))
+    blend = SpacedBlend(weights().tolist())
+
+    def read() -> None:
+        for first in range(0, BLENDED, BLOCK):
+            blend.steps(first, BLOCK)
+
+    timed(read)
+
+
+def ours_resumed_blend(_: NDArray[np.int32], __: int) -> None:
+    """The last of them alone, as a run that is resumed there needs it."""
+    from megatron_tf.data.blend import SpacedBlend
+
+    timed(lambda: SpacedBlend(weights().tolist()).locate(BLENDED - 1))
+
+
+def ours_greedy_blend(_: NDArray[np.int32], __: int) -> None:
+    """100 M samples in the order of version 0.1 and of Megatron-LM."""
+    from megatron_tf._index import greedy_blend
+
+    timed(lambda: greedy_blend(weights(), BLENDED))
 
 
 def megatron_blend(_: NDArray[np.int32], __: int) -> None:
@@ -148,6 +169,8 @@ JOBS: list[tuple[str, Callable[..., None], Callable[..., None], int]] = [
     ("the order from a data set on disk, 3 epochs", ours_order, megatron_order, 3),
     ("sample index alone", ours_samples, megatron_samples, 1),
     ("blend, 100 M of 22", ours_blend, megatron_blend, 1),
+    ("blend of 22, step 100 M alone", ours_resumed_blend, megatron_blend, 1),
+    ("greedy blend, 100 M of 22", ours_greedy_blend, megatron_blend, 1),
     (".idx", ours_index, megatron_index, 1),
 ]
 
@@ -198,7 +221,7 @@ def main() -> None:
         seconds = [min(turn[side]["seconds"] for turn in turns) for side in (0, 1)]
         mib = [max(turn[side]["mib"] for turn in turns) for side in (0, 1)]
         print(
-            f"| {name} | {seconds[0]:.2f} s | {seconds[1]:.2f} s | {seconds[1] / seconds[0]:.1f} "
+            f"| {name} | {seconds[0]:.2g} s | {seconds[1]:.2f} s | {seconds[1] / seconds[0]:.1f} "
             f"| {mib[0]:,.0f} | {mib[1]:,.0f} |",
             flush=True,
         )

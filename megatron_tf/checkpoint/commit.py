@@ -1,7 +1,6 @@
 """Complete or absent: files are gathered in a hidden directory that is renamed once the manifest is in it."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
 from megatron_tf.checkpoint.pieces import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
+from megatron_tf.files import sync_directory, write_durably
 
 _RESERVE_BYTES = 64 << 20  # left free beside what is about to be written
 _STEP_NAME = re.compile(r"step_[0-9]{8,18}")
@@ -90,14 +90,14 @@ def publish(
     files = {name: file for part in parts for name, file in part.files.items()} | {METADATA: entry}
     manifest = Manifest(files, collect_groups(parts)).to_json()
     store_tokenizer(metadata, source, temporary)
-    _write_durably(temporary / METADATA, text)
-    _write_durably(temporary / MANIFEST, manifest)
-    _sync_directory(temporary)
+    write_durably(temporary / METADATA, text)
+    write_durably(temporary / MANIFEST, manifest)
+    sync_directory(temporary)
     old = _discarded(target)
     if target.exists():
         target.rename(old)
     temporary.rename(target)
-    _sync_directory(root)
+    sync_directory(root)
     _point_latest(root, target.name)
     if old.exists():
         shutil.rmtree(old)
@@ -141,21 +141,6 @@ def _clear_litter(root: Path) -> None:
 
 def _point_latest(root: Path, name: str) -> None:
     new_latest = root / f".{LATEST}.tmp"
-    _write_durably(new_latest, name)
+    write_durably(new_latest, name)
     new_latest.replace(root / LATEST)
-    _sync_directory(root)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_directory(root)

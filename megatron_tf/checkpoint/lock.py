@@ -6,7 +6,6 @@ of the owner renews.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_tf.files import take_lock
 from megatron_tf.parallel.launch import job_name
 
 log = logging.getLogger(__name__)
@@ -227,16 +227,8 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     locks; elsewhere the order of renames decides alone."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + 2 * STALE_SECONDS  # who is inside may wait for a beat that long
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.02)
-                continue
-            except OSError:  # no kernel locks here
-                pass
-            break
+        with contextlib.suppress(OSError):  # no kernel locks here
+            take_lock(descriptor, 2 * STALE_SECONDS)  # who is inside may wait for a beat that long
         yield
     finally:
         os.close(descriptor)

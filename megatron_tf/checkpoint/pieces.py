@@ -1,7 +1,6 @@
 """Files of rows: plain safetensors, written and read some rows at a time, so that no whole tensor is needed."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_tf.checkpoint.format import (
     TensorEntry,
     check_tiling,
 )
+from megatron_tf.files import sync_file
 
 _HASH_BYTES = 1 << 20  # read at a time where bytes are only hashed
 _LARGEST_HEADER = 100_000_000  # as safetensors has it
@@ -87,7 +87,7 @@ class PieceFileWriter:
         """Make the file durable, and close it."""
         assert self.bytes == self.total_bytes, f"{self.path}: {self.bytes} of {self.total_bytes} bytes"
         with self.file, self._naming_the_file():
-            os.fsync(self.file.fileno())
+            sync_file(self.file)
 
     def __enter__(self) -> "PieceFileWriter":
         return self

@@ -1,10 +1,10 @@
 """The tokenizer's files travel with a checkpoint, in a hidden directory that readers of any version leave alone."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.files import write_durably
 from megatron_tf.tokenizer_files import NAMING_FILES, digest_of, parts_of
 
 STORED = ".tokenizer"
@@ -34,10 +34,7 @@ def store_tokenizer(metadata: Mapping[str, Any], source: Path | None, target: Pa
     (target / STORED).mkdir()
     naming = [path.with_name(name) for name in NAMING_FILES] if path.suffix == ".json" else []
     for each in (*parts_of(path), *(file for file in naming if file.is_file())):
-        with (target / STORED / each.name).open("wb") as file:
-            file.write(each.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(target / STORED / each.name, each.read_bytes())
 
 
 def _recorded(metadata: Mapping[str, Any]) -> Path | None:

@@ -3,7 +3,6 @@
 Arrays: `names` [sets]; `set` uint32 [documents], an index into them; `text_bytes` uint32 [documents], in UTF-8.
 """
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.files import sync_file
 
 ROW = np.dtype([("set", "<u4"), ("text_bytes", "<u4")])
 
@@ -29,8 +29,7 @@ class DocumentSets:
         """Write the file; the same content gives the same bytes."""
         with path.open("wb") as file:
             np.savez(file, names=np.array(self.names), set=self.rows["set"], text_bytes=self.rows["text_bytes"])
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
 
 
 def sets_path(prefix: str | Path) -> Path:

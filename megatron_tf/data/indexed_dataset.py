@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf._index import check_index
+from megatron_tf.files import sync_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -201,8 +202,7 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
             bound = int(ends[-1]) if len(ends) else bound
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, bounds))
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def blocks_of_documents(document_lengths: NDArray[np.int32]) -> Blocks:

@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.locks import locked
+from megatron_tf.files import locked
 
 LOCK_TIMEOUT_SECONDS = 600.0
 
@@ -58,7 +58,7 @@ def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], Orde
                 f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
             ) from error
         busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
-        with locked(cache / f"order-{name}.lock", LOCK_TIMEOUT_SECONDS, busy):
+        with locked(cache / f"order-{name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
             arrays = _open(directory)
             if arrays is None:
                 _write(directory, build())
@@ -81,6 +81,7 @@ def _open(directory: Path) -> OrderArrays | None:
 
 
 def _write(directory: Path, arrays: OrderArrays) -> None:
+    # nothing is synced: what a crash damages, checksums tell, and it is built again
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp"))
     temporary.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's is for nobody else
     for name, array in zip(OrderArrays._fields, arrays, strict=True):

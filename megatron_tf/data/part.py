@@ -4,7 +4,6 @@ What a commit covers survives anything; what comes after it is cut off when the 
 """
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,12 +17,13 @@ from numpy.typing import NDArray
 from megatron_tf.data.document_sets import ROW, DocumentSets
 from megatron_tf.data.documents import BadLines
 from megatron_tf.data.output_names import file_stem
+from megatron_tf.files import replace_durably, sync_file
 
 MAX_OPEN_OUTPUTS = 64  # of three files each: many systems allow 1,024 files, some 256
 
 
 @dataclass
-class Count:
+class Tally:
     """How much there is of something."""
 
     documents: int = 0
@@ -45,19 +45,19 @@ class Journal:
     """The input, and everything else that decides the bytes."""
     lines: int = 0
     is_complete: bool = False
-    counts: dict[str, dict[str, Count]] = field(default_factory=dict)
+    counts: dict[str, dict[str, Tally]] = field(default_factory=dict)
     """Output -> pile_set_name -> what went there."""
     bad: BadLines = field(default_factory=BadLines)
     without_set: int = 0
     """Documents without the key that the outputs are split by."""
 
-    def count(self, output: str, set_name: str) -> Count:
+    def count(self, output: str, set_name: str) -> Tally:
         """Where to count what goes to an output from a set."""
-        return self.counts.setdefault(output, {}).setdefault(set_name, Count())
+        return self.counts.setdefault(output, {}).setdefault(set_name, Tally())
 
-    def total(self, output: str) -> Count:
+    def total(self, output: str) -> Tally:
         """All sets of one output."""
-        total = Count()
+        total = Tally()
         for count in self.counts.get(output, {}).values():
             total.add(count.documents, count.tokens, count.text_bytes)
         return total
@@ -77,19 +77,14 @@ class Journal:
             journal.without_set = fields["without_set"]
             for output, sets in fields["counts"].items():
                 for name, count in sets.items():
-                    journal.counts.setdefault(output, {})[name] = Count(**count)
+                    journal.counts.setdefault(output, {})[name] = Tally(**count)
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return journal
 
     def write(self, path: Path) -> None:
         """Replace the file, whole or not at all."""
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            json.dump(asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_durably(path, json.dumps(asdict(self)))
 
 
 class Part:
@@ -127,8 +122,7 @@ class Part:
         """Make everything so far last."""
         for output in sorted(self._written):
             for file in self._opened(output):
-                file.flush()
-                os.fsync(file.fileno())  # what was written through another descriptor too
+                sync_file(file)  # what was written through another descriptor too
         self._written.clear()
         self.journal.is_complete = is_complete
         self.journal.write(self._path)

@@ -1,11 +1,8 @@
 """From Pile shards to data sets: every input becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +15,7 @@ from megatron_tf.data.documents import BadLines, Batch, check_any, read_batches
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.output_names import data_set_names, output_of, set_name
-from megatron_tf.data.part import Count, Journal, Part
+from megatron_tf.data.part import Journal, Part, Tally
 from megatron_tf.data.published import (
     claim,
     exclusive,
@@ -26,9 +23,9 @@ from megatron_tf.data.published import (
     parts_directory,
     read_report,
     remove_parts,
-    write_json,
 )
 from megatron_tf.data.tokenizer import Encoded, Tokenizer
+from megatron_tf.files import concatenate, write_json
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -182,7 +179,7 @@ def assemble(
     for output, name in names.items():
         made_of = [part for part in parts if output in part.journal.counts]
         report["data_sets"][name] = _publish(name, made_of, output)
-    write_json(Path(f"{prefix}.json"), report)
+    write_json(Path(f"{prefix}.json"), report)  # which syncs the directory of the data sets too: then parts may go
     remove_parts(prefix)
     return report
 
@@ -238,27 +235,9 @@ def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
 
 
 def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
-    total, sets = Count(), dict[str, Count]()
+    total, sets = Tally(), dict[str, Tally]()
     for journal in journals:
         for name, count in journal.counts.get(output, {}).items():
-            sets.setdefault(name, Count()).add(count.documents, count.tokens, count.text_bytes)
+            sets.setdefault(name, Tally()).add(count.documents, count.tokens, count.text_bytes)
             total.add(count.documents, count.tokens, count.text_bytes)
     return {**asdict(total), "pile_sets": {name: asdict(count) for name, count in sorted(sets.items())}}
-
-
-def concatenate(sources: list[Path], target: Path, may_link: bool = False) -> None:
-    """The bytes of files one after another; a second name for the file where it is only one and that is allowed.
-
-    Allow it for files that nobody else has: writing to one of the two would change both.
-    """
-    target.unlink(missing_ok=True)
-    if len(sources) == 1 and may_link:
-        with suppress(OSError):  # a file system without hard links: copy
-            os.link(sources[0], target)
-            return
-    with target.open("wb") as file:
-        for source in sources:
-            with source.open("rb") as part:
-                shutil.copyfileobj(part, file, 16 << 20)
-        file.flush()
-        os.fsync(file.fileno())

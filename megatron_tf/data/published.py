@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_tf.data.document_sets import sets_path
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
-from megatron_tf.data.locks import locked
+from megatron_tf.files import locked, write_json
 
-_OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|tmp)")
+_OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|json\.tmp|tmp)")
 
 
 def parts_directory(prefix: str) -> Path:
@@ -29,7 +29,7 @@ def exclusive(prefix: str) -> Iterator[None]:
         raise DataError(f"{directory} is not a directory of this tool: remove it, or choose another --output-prefix")
     directory.mkdir(parents=True, exist_ok=True)
     busy = f"another process is writing {prefix}: wait for it, or choose another prefix"
-    with locked(directory / "lock", timeout=0, busy=busy):
+    with locked(directory / "lock", timeout=0, busy=busy, error=DataError):
         other = next((path for path in sorted(directory.iterdir()) if not _OWN.fullmatch(path.name)), None)
         if other is not None:
             raise DataError(f"{other} is not a file of this tool: choose another --output-prefix")
@@ -98,10 +98,3 @@ def _files(data_set: Path) -> Sequence[Path]:
 def remove_parts(prefix: str) -> None:
     """Remove what was needed to make the data sets."""
     shutil.rmtree(parts_directory(prefix))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace the file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)

@@ -10,6 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.parallel.collectives import all_reduce, group_rank
 
+IGNORE_INDEX = -1
+"""A target that no loss is taken of: it is outside of every rank's shard, and the caller masks its loss."""
 _CHUNK_ELEMENTS = 1 << 22  # logits that are widened to fp32 at a time
 
 

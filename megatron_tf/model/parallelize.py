@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.data.boundaries import IGNORED_TARGET
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.warm_up import needs_warm_up, warm_up
 from megatron_tf.layers.attention import Attention
-from megatron_tf.layers.cross_entropy import cross_entropy
+from megatron_tf.layers.cross_entropy import IGNORE_INDEX, cross_entropy
 from megatron_tf.layers.norm import FinalNorm
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.model.tokenformer import Block, TokenFormer
@@ -114,7 +113,7 @@ def mean_token_loss(mesh: Mesh) -> LossFunction:
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         labels = targets.t().flatten()
-        losses = cross_entropy(logits.flatten(0, 1), labels, group).masked_fill(labels == IGNORED_TARGET, 0.0)
+        losses = cross_entropy(logits.flatten(0, 1), labels, group).masked_fill(labels == IGNORE_INDEX, 0.0)
         return losses.mean()
 
     return loss

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.config import DATA_CONTENT, RunConfig, to_dict
-from megatron_tf.training.datasets import parse_data_path
+from megatron_tf.data.build import parse_data_path
 from megatron_tf.training.identity import flatten
 
 _NOT_COMPARED = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.allow_changes", "growth")

@@ -1,6 +1,6 @@
 """Between a run and its checkpoints: what is written, what must agree before it is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megatron_tf.checkpoint.load import CheckpointReader, load_shards
 from megatron_tf.checkpoint.metadata import is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import ModelConfig, RunConfig, parse_config, to_dict
+from megatron_tf.data.blend import GREEDY, SPACED
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.training.changes import check_changes
 from megatron_tf.training.optimizer import MOMENTS
@@ -53,6 +54,8 @@ class Progress:
     """Identity of each training set."""
     evaluation_due: bool = False
     """Whether a stop left out the evaluation after this step."""
+    blend: str = SPACED
+    """Name of the order in which datasets take turns under data.order counter; a run keeps it."""
 
     def after_step(self, samples: int, tokens: int, flops: float) -> "Progress":
         """One optimizer step further."""
@@ -108,6 +111,7 @@ def save_state(
             "data": list(progress.data),
             "spikes": progress.spikes,
             "evaluation_due": progress.evaluation_due,
+            "blend": progress.blend,
         },
     }
     if (loss_scale := state.scaler.state()) is not None:
@@ -167,9 +171,21 @@ def restore_state(
         "spikes": None if has_just_grown else run.get("spikes"),  # losses of the model before say nothing of this one
         "data": tuple(data),
         "evaluation_due": run.get("evaluation_due", False),
+        "blend": blend_of(checkpoint.metadata),
     }
     counters = {field.name for field in fields(Progress)} - state_of_run.keys()  # a later writer may add others
     return Progress(**state_of_run, **{key: value for key, value in {**training, **usage}.items() if key in counters})
+
+
+def blend_of(metadata: Mapping[str, Any]) -> str:
+    """The blend that a run from this checkpoint keeps: version 0.1, which names none, had the greedy one.
+
+    A checkpoint without a position in the data, such as a converted one, starts a new run.
+    """
+    if not metadata["training"].get("samples"):
+        return SPACED
+    blend: str = metadata.get("run", {}).get("blend", GREEDY)
+    return blend
 
 
 def stage_reached(config: RunConfig, source: Path) -> int:

@@ -14,8 +14,8 @@ import xxhash
 
 import megatron_tf
 from megatron_tf.config import ConfigError, RunConfig, to_dict
+from megatron_tf.data.build import parse_data_path
 from megatron_tf.parallel.launch import job_name
-from megatron_tf.training.datasets import parse_data_path
 
 _WHOLE_BYTES = 64 << 20  # files up to this are read whole, of others as many blocks
 _BLOCKS = 64

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.config import RunConfig
+from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.batch_ids import bad_id_of_batch
 from megatron_tf.training.checkpointing import Progress, save_state
-from megatron_tf.training.datasets import ValidationSet, build_loader
 from megatron_tf.training.faults import SpikeDetector, name_unsound
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases

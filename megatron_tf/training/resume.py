@@ -7,9 +7,19 @@ from typing import Any
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
+from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import ParallelConfig, RunConfig
+from megatron_tf.data.blend import SPACED
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import Progress, changes_since, new_progress, restore_state, stage_reached
+from megatron_tf.training.checkpointing import (
+    Progress,
+    blend_of,
+    changes_since,
+    new_progress,
+    restore_state,
+    stage_reached,
+    starts_over,
+)
 from megatron_tf.training.state import TrainState
 
 
@@ -69,6 +79,19 @@ def sources(config: RunConfig) -> list[Path]:
     except (CheckpointError, OSError):  # `latest` itself is damaged or gone
         return older
     return [*filter(Path.exists, [newest]), *(path for path in older if path != newest)]
+
+
+def blend_of_run(config: RunConfig) -> str:
+    """Name the blend in which a run of this configuration reads: its newest checkpoint's, or that of new runs."""
+    if len(config.data.data_path) > 1:
+        for source in sources(config):
+            if starts_over(config, source):
+                break
+            try:
+                return blend_of(CheckpointReader(source).metadata)
+            except DamagedCheckpointError:
+                continue
+    return SPACED
 
 
 def first_stage(config: RunConfig) -> int:

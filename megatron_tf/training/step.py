@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
 from megatron_tf.data.loader import sample_numbers
+from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
+from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.state import TrainState
 
@@ -93,7 +94,7 @@ def mask_scale(state: TrainState, targets: Tensor) -> float:
     """What makes a mean over all targets of the global batch one over those that are not ignored."""
     if not state.boundaries.mask_loss:
         return 1.0
-    counts = torch.tensor([targets.numel(), int((targets != IGNORED_TARGET).sum())], device=state.mesh.device)
+    counts = torch.tensor([targets.numel(), int((targets != IGNORE_INDEX).sum())], device=state.mesh.device)
     group = state.mesh.group("dp")
     if group is not None:
         dist.all_reduce(counts, group=group)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.config import ConfigError, RunConfig, to_dict
+from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.mesh import Mesh, data_parallel_size
@@ -17,7 +18,6 @@ from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_c
 from megatron_tf.parallel.watch import Watch
 from megatron_tf.tokenformer.sizes import parameter_count
 from megatron_tf.training.checkpointing import Progress, stage_reached
-from megatron_tf.training.datasets import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.training.loop import Loop, Tools
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases
@@ -76,7 +76,8 @@ def train(
                 lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
             )
         )
-        loader = open_.enter_context(build_loader(build_dataset(config), training, mesh, progress.samples))
+        dataset = build_dataset(config, progress.blend)
+        loader = open_.enter_context(build_loader(dataset, training, mesh, progress.samples))
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
         _say_kernels(begun.state.kernels, log)
         _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import yaml
 
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order, order_cache
+from megatron_tf.data.build import build_dataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.order import SampleOrder
-from megatron_tf.training.datasets import build_dataset
 from tests.support.data import write_data_set
+from tests.support.paths import ROOT
 from tests.support.training import small_run
 from tools import inspect_dataset, merge_datasets
 
@@ -110,6 +113,18 @@ def test_inspection_shows_the_samples_of_the_run(tmp_path, capsys):
         assert all(f.startswith(e) for f, e in zip(found, expected, strict=True))
         everything = shown(capsys, tmp_path / "a", *options, "--samples", 0, "--split", "1,0,0")
         assert not everything.startswith(expected[0])
+
+
+def test_inspection_shows_the_samples_of_a_run_that_version_0_1_began(tmp_path, capsys, monkeypatch):
+    runs = ROOT / "tests" / "data" / "version_0_1"
+    for name in ("data", "blended"):
+        shutil.copytree(runs / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("blended/run.yaml"), [])
+    greedy, spaced = build_dataset(config, "greedy"), build_dataset(config)
+    sample = next(i for i in range(100) if greedy[i].tolist() != spaced[i].tolist())
+    found = shown(capsys, "data/first_text_document", "--config", "blended/run.yaml", "--samples", sample)
+    assert found == " ".join(map(str, greedy[sample].tolist()))
 
 
 def test_epochs_of_a_small_data_set_share_files_and_stay_the_same(tmp_path, monkeypatch):

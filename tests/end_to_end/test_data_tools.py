@@ -8,9 +8,9 @@ import yaml
 
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order_cache
+from megatron_tf.data.build import build_dataset
 from megatron_tf.data.document_sets import ROW, DocumentSets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
-from megatron_tf.training.datasets import build_dataset
 from tests.support.data import write_data_set
 from tests.support.training import small_run
 from tools import build_index, inspect_dataset, merge_datasets

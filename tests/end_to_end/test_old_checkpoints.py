@@ -27,7 +27,9 @@ def test_it_is_resumed_with_the_losses_it_had(tmp_path, monkeypatch, case):
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     before = json.loads((RUNS / case / "losses.json").read_text())
     assert losses == {step: pytest.approx(before[str(step)], rel=1e-5) for step in (4, 5, 6)}
-    assert CheckpointReader(tmp_path / case / "saved").step == 6
+    saved = CheckpointReader(tmp_path / case / "saved")
+    assert saved.step == 6
+    assert saved.metadata["run"]["blend"] == "greedy"  # for the rest of the run
 
 
 def test_each_kind_of_run_is_there():

@@ -50,8 +50,9 @@ def straight(folder):
 
 
 def options_of(folder, name):
-    places = [f"--checkpoint.save={folder / name}", f"--logging.metrics_file={folder / name}.jsonl"]
-    return [*OPTIONS, *places]
+    prefix = folder / "data_text_document"
+    blend = f"--data.data_path=['0.7 {prefix}', '0.3 {prefix}']"
+    return [*OPTIONS, blend, f"--checkpoint.save={folder / name}", f"--logging.metrics_file={folder / name}.jsonl"]
 
 
 def losses(folder, name):

@@ -8,7 +8,7 @@ import pytest
 from tests.support.data import write_data_set
 from tests.support.paths import ROOT
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c++17", "-I", ROOT / "csrc"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c++20", "-I", ROOT / "csrc"]
 RUNS = 300_000
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
-    {"_index", "_row_product", "arguments", "interrupt", "tokenizer_files"},
+    {"_index", "_row_product", "arguments", "files", "interrupt", "tokenizer_files"},
     {"config"},
     {"tokenformer"},
     {"parallel", "kernels"},

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tf.config import ModelConfig, parse_config
-from megatron_tf.data.boundaries import IGNORED_TARGET, document_starts, mask_targets_after_eod
 from megatron_tf.layers import attention
+from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
+from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.model.parallelize import initialize, parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
 from tests.support.training import EOD, small_run
@@ -35,7 +36,7 @@ def slow_starts(ids):
 def test_starts_and_targets():
     assert document_starts(IDS, EOD).tolist() == slow_starts(IDS)
     targets = mask_targets_after_eod(IDS, IDS + 1, EOD)
-    assert torch.equal(targets == IGNORED_TARGET, IDS == EOD)
+    assert torch.equal(targets == IGNORE_INDEX, IDS == EOD)
     assert torch.equal(targets[IDS != EOD], (IDS + 1)[IDS != EOD])
 
 

@@ -7,7 +7,7 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import new_progress, restore_state
+from megatron_tf.training.checkpointing import blend_of, new_progress, restore_state
 from megatron_tf.training.state import build_state
 from tests.support.training import EOD, small_run
 
@@ -30,6 +30,22 @@ def restore(root):
     config = small_run()
     state = build_state(config, ONE_PROCESS, EOD)
     return state, restore_state(state, config, TOKENIZER, root)
+
+
+@pytest.mark.parametrize(
+    "samples, run, blend",
+    [
+        (56, {"blend": "spaced"}, "spaced"),
+        (56, {"blend": "greedy"}, "greedy"),
+        (56, {}, "greedy"),
+        (56, None, "greedy"),
+        (0, None, "spaced"),
+    ],
+    ids=["as named", "greedy", "of version 0.1", "of its first days", "converted"],
+)
+def test_a_run_keeps_the_blend_of_its_checkpoint(samples, run, blend):
+    metadata = {"training": {"samples": samples}} | ({} if run is None else {"run": run})
+    assert blend_of(metadata) == blend
 
 
 def test_a_converted_checkpoint_begins_with_zero_moments(tmp_path):

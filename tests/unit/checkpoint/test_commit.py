@@ -44,7 +44,7 @@ def die_before(monkeypatch, moment):
 
         return change
 
-    for owner, name in [(Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (commit, "_write_durably")]:
+    for owner, name in [(Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (commit, "write_durably")]:
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
 

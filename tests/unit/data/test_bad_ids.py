@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_tf.data.bad_ids import first_bad_id
-from megatron_tf.data.blend import BlendedDataset
+from megatron_tf.data.blend import BlendedDataset, SpacedBlend
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.data.order import SampleOrder
@@ -57,7 +57,7 @@ def test_every_token_of_a_sample_is_found_again_where_it_is_said_to_be(tmp_path,
     write_index(tmp_path / "d.idx", np.dtype(np.uint16), lambda: [(lengths, counts)])
     dataset, whole = IndexedDataset(tmp_path / "d", by_sequence), IndexedDataset(tmp_path / "d")
     order = SampleOrder(dataset.document_lengths, 4, 1, "d", tmp_path / "cache")
-    blend = BlendedDataset([GPTDataset(dataset, range(len(dataset)), order)] * 2, [1.0, 2.0])
+    blend = BlendedDataset([GPTDataset(dataset, range(len(dataset)), order)] * 2, SpacedBlend([1.0, 2.0]))
     for step in range(20):
         for position, value in enumerate(blend[step].tolist()):
             prefix, document, offset = blend.place(step, position)

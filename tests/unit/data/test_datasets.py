@@ -1,4 +1,4 @@
-"""Indexed datasets byte by byte, the order of samples, blends, the loader and tokenizers."""
+"""Indexed datasets byte by byte, the order of samples, the loader and tokenizers."""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from megatron_tf.data import indexed_dataset, order_cache
-from megatron_tf.data.blend import BlendedDataset
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
 from megatron_tf.data.loader import BatchLoader
@@ -190,14 +189,6 @@ def test_splits_are_over_documents():
     for bad in ("1,2", "a,b,c", "0,0,0", "-1,1,1"):
         with pytest.raises(DataError, match="three shares"):
             split_documents(10, bad)
-
-
-def test_blends_keep_their_proportions_beyond_a_block(dataset):
-    blend = BlendedDataset([gpt(dataset), gpt(dataset, name="e")], [1.0, 3.0])
-    before = blend[100].tolist()
-    assert blend[70000] is not None
-    assert blend[100].tolist() == before
-    assert abs(np.bincount(blend.which[:70000])[1] / 70000 - 0.75) < 1e-3
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

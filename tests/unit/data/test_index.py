@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tf._index import BLEND_BLOCK, blend, permutation, sample_index
+from megatron_tf._index import BLEND_BLOCK, greedy_blend, permutation, sample_index
 
 
 class TwinStream:
@@ -58,7 +58,7 @@ def twin_sample_index(order, lengths, seq_length):
     return [list(stream[i * seq_length]) for i in range(samples + 1)]
 
 
-def twin_blend(weights, size):
+def twin_greedy_blend(weights, size):
     shares = np.array(weights, dtype=np.float64) / sum(weights)
     taken = np.zeros(len(weights))
     chosen = []
@@ -93,7 +93,7 @@ TYPES = list(itertools.product((np.uint32, np.int64), (np.int32, np.int64)))
 @pytest.mark.parametrize("ids, counts", TYPES)
 @pytest.mark.parametrize("documents", [63, 64, 65, 79, 80, 81, 96, 1000, 600_011])
 def test_sample_index_of_many_documents_equals_numpy(documents, ids, counts):
-    """From 80 on sixteen documents go together where the processor can; 600,011 are more than one window."""
+    """From 65 on lengths are fetched ahead; 600,011 are more than one window."""
     random = np.random.default_rng(documents)
     lengths = random.integers(0, 900, documents).astype(counts)
     order = random.permutation(documents).astype(ids)
@@ -175,10 +175,10 @@ def shares(seed, count):
     + [shares(seed, count) for seed, count in enumerate([5, 8, 9, 22, 31, 32, 33, 40, 64, 65, 100, 300])],
     ids=lambda weights: f"{len(weights)}",
 )
-def test_blend_equals_the_twin(weights):
+def test_the_greedy_blend_equals_the_twin(weights):
     size = BLEND_BLOCK + 900
-    dataset, taken = blend(np.array(weights, dtype=np.float64), size)
-    assert dataset.tolist() == twin_blend(weights, size)
+    dataset, taken = greedy_blend(np.array(weights, dtype=np.float64), size)
+    assert dataset.tolist() == twin_greedy_blend(weights, size)
     assert taken.tolist() == [np.bincount(dataset[:n], minlength=len(weights)).tolist() for n in (0, BLEND_BLOCK)]
     for prefix in (100, 500, 3000):
         counts = np.bincount(dataset[:prefix], minlength=len(weights))
@@ -195,9 +195,9 @@ def test_blend_equals_the_twin(weights):
         lambda: sample_index(np.array([0]), np.array([-1]), 4),
         lambda: sample_index(np.array([0]), np.array([1]), 0),
         lambda: sample_index(np.array([0, 1]), np.array([2**63 - 1, 2**63 - 1]), 4),
-        lambda: blend(np.array([1.0, 0.0]), 4),
-        lambda: blend(np.array([1.0, np.nan]), 4),
-        lambda: blend(np.array([]), 4),
+        lambda: greedy_blend(np.array([1.0, 0.0]), 4),
+        lambda: greedy_blend(np.array([1.0, np.nan]), 4),
+        lambda: greedy_blend(np.array([]), 4),
     ],
 )
 def test_bad_input_is_refused(call):

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_tf.config import ConfigError
 from megatron_tf.data import megatron_order
+from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
-from megatron_tf.training.datasets import build_dataset, build_validation, samples_of_run
 from tests.support.training import small_run
 
 pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="megatron-core is not installed")
@@ -192,7 +192,7 @@ def test_many_weights_choose_the_sets_of_megatron_core_at_every_step(seed):
     """Weights whose shares differ by the last bit only, or are due at one step, included."""
     from megatron.core.datasets import helpers, utils
 
-    from megatron_tf._index import blend
+    from megatron_tf._index import greedy_blend
 
     generator = np.random.default_rng(seed)
     count = [2, 3, 7, 8, 9, 10, 22, 33, 65, 90][seed % 10]
@@ -200,7 +200,7 @@ def test_many_weights_choose_the_sets_of_megatron_core_at_every_step(seed):
     size = 10_000
     which, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
     helpers.build_blending_indices(which, samples, utils.normalize(utils.normalize(weights)), count, size, False)
-    ours, _ = blend(np.array(normalised(normalised(weights))), size, are_shares=True)
+    ours, _ = greedy_blend(np.array(normalised(normalised(weights))), size, are_shares=True)
     assert ours.tolist() == which.tolist()
 
 

@@ -12,9 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megatron_tf.config import ConfigError
 from megatron_tf.data import tiktoken_reference
+from megatron_tf.data.build import check_tokenizer
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
 from megatron_tf.data.tokenizer import build_tokenizer
-from megatron_tf.training.datasets import check_tokenizer
 from tests.support.data import write_data_set
 from tests.support.training import small_run
 

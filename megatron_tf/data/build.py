@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
-from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
@@ -35,8 +35,11 @@ def build_loader(
     )
 
 
-def build_dataset(config: RunConfig) -> Samples:
-    """What is trained on: a data set or a blend. Raises DataError or ConfigError for data that can't be used."""
+def build_dataset(config: RunConfig, blend: str = SPACED) -> Samples:
+    """What is trained on: a dataset, or several in the order that `blend` names under data.order counter.
+
+    Raises DataError or ConfigError for data that can't be used, and for a blend of a later version.
+    """
     entries = config.data.data_path
     weights, prefixes = parse_data_path(entries)
     _check_positive(weights, prefixes)
@@ -48,9 +51,17 @@ def build_dataset(config: RunConfig) -> Samples:
     if len(datasets) == 1:
         return datasets[0]
     if config.data.order != "megatron":
-        return BlendedDataset(datasets, weights)
+        return BlendedDataset(datasets, _blend(blend, weights))
     weights = normalised(weights) if _has_weights(entries) else _sizes(config, datasets, asked)
-    return BlendedDataset(datasets, normalised(weights), are_shares=True)
+    return BlendedDataset(datasets, GreedyBlend(normalised(weights), are_shares=True))
+
+
+def _blend(name: str, weights: Sequence[float]) -> Blend:
+    if name == SPACED:
+        return SpacedBlend(weights)
+    if name == GREEDY:
+        return GreedyBlend(weights)
+    raise DataError(f"the checkpoint blends its datasets in the order {name!r}, which this version does not know")
 
 
 def _check_positive(weights: Sequence[float], prefixes: Sequence[str]) -> None:

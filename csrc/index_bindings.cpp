@@ -60,7 +60,7 @@ py::tuple sample_index(const Input<Id> &order, const Input<Length> &lengths, std
     return py::make_tuple(to_numpy(std::move(index.position)), to_numpy(std::move(index.offset)));
 }
 
-py::tuple blend(const Input<double> &weights, std::int64_t size, bool are_shares) {
+py::tuple greedy_blend(const Input<double> &weights, std::int64_t size, bool are_shares) {
     require_one_dimension(weights, "weights");
     if (size < 0) throw py::value_error("blend of " + std::to_string(size) + " samples");
     const py::ssize_t blocks = (size + megatron_tf::kBlendBlock - 1) / megatron_tf::kBlendBlock;
@@ -70,7 +70,7 @@ py::tuple blend(const Input<double> &weights, std::int64_t size, bool are_shares
     std::int64_t *taken_before = taken.mutable_data();
     {
         py::gil_scoped_release release;
-        megatron_tf::blend(weights.data(), weights.size(), are_shares, size, datasets, taken_before);
+        megatron_tf::greedy_blend(weights.data(), weights.size(), are_shares, size, datasets, taken_before);
     }
     return py::make_tuple(dataset, taken);
 }
@@ -98,7 +98,7 @@ PYBIND11_MODULE(_index, module) {
     module.def("sample_index", &sample_index<std::uint32_t, std::int64_t>, order, lengths, py::arg("seq_length"));
     module.def("sample_index", &sample_index<std::int64_t, std::int32_t>, order, lengths, py::arg("seq_length"));
     module.def("sample_index", &sample_index<std::int64_t, std::int64_t>, order, lengths, py::arg("seq_length"));
-    module.def("blend", &blend, py::arg("weights"), py::arg("size"), py::arg("are_shares") = false);
+    module.def("greedy_blend", &greedy_blend, py::arg("weights"), py::arg("size"), py::arg("are_shares") = false);
     module.attr("BLEND_BLOCK") = megatron_tf::kBlendBlock;
     module.def("check_index", &check_index, py::arg("file"), py::arg("type_sizes"));
 }

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-IGNORED_TARGET = -1
-"""A target that no loss is taken of."""
+from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 
 
 def mask_targets_after_eod(inputs: Tensor, targets: Tensor, eod: int) -> Tensor:
     """`targets` [B, S] without what follows an end of document, which nothing before it tells of."""
-    return targets.masked_fill(inputs == eod, IGNORED_TARGET)
+    return targets.masked_fill(inputs == eod, IGNORE_INDEX)
 
 
 def document_starts(inputs: Tensor, eod: int) -> Tensor:
