@@ -4,7 +4,7 @@ import torch
 
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import ConfigError, ModelConfig, parse_config
+from megatron_tf.config import ModelConfig
 
 Shape = tuple[int, ...]
 MODULES = {
@@ -35,10 +35,7 @@ def check_complete(checkpoint: Checkpoint) -> ModelConfig:
     Raises CheckpointError naming the first one that is missing, too many or of another shape.
     """
     where = checkpoint.directory
-    try:
-        model = parse_config(ModelConfig, checkpoint.metadata["model"], f"{where}: model")
-    except ConfigError as error:
-        raise CheckpointError(str(error).splitlines()[0]) from error
+    model = checkpoint.record.model
     # before names are made for each layer: their number may be absurd
     if model.num_layers > len(checkpoint.names("model")):
         raise CheckpointError(
@@ -85,6 +82,6 @@ def _check_tau(checkpoint: Checkpoint, model: ModelConfig) -> None:
     modules: set[str] = set()
     if model.layer == "tokenformer":
         modules = {f"layers.{layer}.{module}" for layer in range(model.num_layers) for module in MODULES}
-    differing = modules ^ checkpoint.metadata["tau"].keys()
+    differing = modules ^ checkpoint.record.tau.keys()
     if differing:
         raise CheckpointError(f"{checkpoint.directory}: tau is not there for each projection: {min(differing)}")

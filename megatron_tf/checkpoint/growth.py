@@ -19,8 +19,7 @@ identity, and those values have a gradient at the first step.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from megatron_tf.checkpoint.derived import (
     Checkpoint,
@@ -31,10 +30,10 @@ from megatron_tf.checkpoint.derived import (
     Segment,
     Zeros,
     copied,
-    with_model,
 )
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
+from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
+from megatron_tf.config import TOKEN_KINDS, GrowthStage, grown_model, layer_origins
 from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.parallel.random import value_token_std
 
@@ -75,22 +74,22 @@ def grow(source: Checkpoint, stage: GrowthStage) -> DerivedCheckpoint:
 class _Growth:
     def __init__(self, source: Checkpoint, stage: GrowthStage) -> None:
         self.source, self.stage = source, stage
-        self.model = parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+        self.model = source.record.model
         try:
             self.grown = grown_model(self.model, stage)
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         self.norm = NORMALISATIONS[self.model.norm_activation]
-        self.seed: int = source.metadata["config"]["training"]["seed"]
+        self.seed = source.record.seed
         self.origin = layer_origins(self.model.num_layers, sorted(stage.insert_layers))
         self.value_std = value_token_std(self.grown.num_layers, self.grown.hidden_size)
-        self.birth = f"growth.{len(source.metadata['lineage'])}"
+        self.birth = f"growth.{len(source.record.lineage)}"
 
     def derived(self) -> DerivedCheckpoint:
         recipes = {
             group: {name: self._recipe(group, name) for name in self._names(group)} for group in self.source.groups()
         }
-        return DerivedCheckpoint(self.source, recipes, self._metadata())
+        return DerivedCheckpoint(self.source, recipes, self._record())
 
     def _names(self, group: str) -> list[str]:
         """Of the grown model, in its order."""
@@ -169,40 +168,38 @@ class _Growth:
             noise = [Normal(stream, self.seed, 0, old, self.stage.noise * self.value_std) for stream in streams]
         return Copy(old_name, 0, old, scale, noise)
 
-    def _metadata(self) -> dict[str, Any]:
-        metadata, stage = self.source.metadata, self.stage
-        changes: dict[str, Any] = {"num_layers": self.grown.num_layers}
-        changes |= {f"{kind}_tokens": getattr(self.grown, f"{kind}_tokens") for kind in TOKEN_KINDS}
-        kinds = {
+    def _record(self) -> RunRecord:
+        record, stage = self.source.record, self.stage
+        training = record.training
+        changes = {
             kind: [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)] for kind in TOKEN_KINDS
         }
-        training = dict(metadata["training"])
-        entry = {
-            **{key: training[key] for key in ("step", "samples", "tokens")},
-            "kinds": {kind: change for kind, change in kinds.items() if change[0] != change[1]},
-            "init": stage.init,
-            "seed": self.seed,
-        }
-        if stage.insert_layers:
-            entry["inserted_layers"] = [i for i, old in enumerate(self.origin) if old is None]
-        if stage.moments == "reset":
-            training["adam_steps"] = 0
-        return {
-            **with_model(metadata, changes),
-            "tau": self._tau(),
-            "training": training,
-            "lineage": [*metadata["lineage"], entry],
-            "after_growth": {
-                "step": training["step"],
-                "rewarmup_iters": stage.rewarmup_iters,
-                "old_tokens_lr_scale": stage.old_tokens_lr_scale,
-                "old_rows": self._old_rows(),
-            },
-        }
+        event = GrowthEvent(
+            step=training.step,
+            samples=training.samples,
+            tokens=training.tokens,
+            kinds={kind: change for kind, change in changes.items() if change[0] != change[1]},
+            init=stage.init,
+            seed=self.seed,
+            inserted_layers=[i for i, old in enumerate(self.origin) if old is None],
+        )
+        return replace(
+            record.with_model(self.grown),
+            tau=self._tau(),
+            training=replace(training, adam_steps=0) if stage.moments == "reset" else training,
+            lineage=(*record.lineage, event),
+            after_growth=AfterGrowth(
+                step=training.step,
+                rewarmup_iters=stage.rewarmup_iters,
+                old_tokens_lr_scale=stage.old_tokens_lr_scale,
+                old_rows=self._old_rows(),
+            ),
+            growth_stage=None,  # a run that grows knows it, the tool does not
+        )
 
     def _tau(self) -> dict[str, float]:
         """Temperatures: kept, but of duplicated, random and new modules."""
-        old_tau: Mapping[str, float] = self.source.metadata["tau"]
+        old_tau: Mapping[str, float] = self.source.record.tau
         tau = {}
         for name in self._names("model"):
             token = parse_name(name)

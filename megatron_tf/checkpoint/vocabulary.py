@@ -1,7 +1,5 @@
 """Another padding of the vocabulary: rows after the last id are dropped, or drawn as at birth."""
 
-import math
-
 from megatron_tf.checkpoint.derived import (
     Checkpoint,
     Copy,
@@ -11,8 +9,8 @@ from megatron_tf.checkpoint.derived import (
     Segment,
     Zeros,
     copied,
-    with_model,
 )
+from megatron_tf.config import ModelConfig, parse_config, to_dict
 
 _TENSORS = ("embedding.weight", "head.weight")
 
@@ -20,10 +18,12 @@ _TENSORS = ("embedding.weight", "head.weight")
 def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
     """The checkpoint with its vocabulary padded to a `multiple`; the rows of real ids stay as they are.
 
-    Padded rows are not masked in the loss, so that other ones move it a little.
+    Padded rows are not masked in the loss, so that other ones move it a little. Raises ConfigError for a multiple that
+    is too large.
     """
-    model = source.metadata["model"]
-    rows = math.ceil(model["vocab_size"] / multiple) * multiple
+    keys = {**to_dict(source.record.model), "make_vocab_size_divisible_by": multiple}
+    model = parse_config(ModelConfig, keys, str(source.directory))
+    rows = model.padded_vocab_size
     recipes = {
         group: {
             name: _recipe(source, group, name, rows) if name in _TENSORS else copied(source, group, name)
@@ -31,8 +31,7 @@ def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
         }
         for group in source.groups()
     }
-    metadata = with_model(source.metadata, {"make_vocab_size_divisible_by": multiple})
-    return DerivedCheckpoint(source, recipes, metadata)
+    return DerivedCheckpoint(source, recipes, source.record.with_model(model))
 
 
 def _recipe(source: Checkpoint, group: str, name: str, rows: int) -> Recipe:
@@ -42,6 +41,5 @@ def _recipe(source: Checkpoint, group: str, name: str, rows: int) -> Recipe:
         return Recipe(whole.dtype, whole.columns, [Copy(name, 0, rows)])
     new: Segment = Zeros(rows - old)
     if group == "model":
-        config = source.metadata
-        new = Normal(name, config["config"]["training"]["seed"], old, rows, config["model"]["init_method_std"])
+        new = Normal(name, source.record.seed, old, rows, source.record.model.init_method_std)
     return Recipe(whole.dtype, whole.columns, [*whole.segments, new])

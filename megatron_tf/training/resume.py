@@ -1,63 +1,72 @@
-"""Where a run goes on from: its newest sound checkpoint, at the stage of growth that is due."""
+"""Where a run resumes: its newest sound checkpoint, at the stage of growth that is due."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
+from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import Progress, changes_since, new_progress, restore_state, stage_reached
+from megatron_tf.training.changes import check_changes
+from megatron_tf.training.checkpointing import new_record, restore_state
+from megatron_tf.training.resumable import Resumable, open_resumable, starts_over
 from megatron_tf.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Begun:
+class RestoredRun:
     """A run that can take its next step."""
 
     stage: int
     """Stages of growth it has behind it."""
     state: TrainState
-    progress: Progress
+    record: RunRecord
     origin: Path | None
     """The checkpoint it comes from; None for a new run."""
-    damaged: tuple[str, ...]
+    damaged: tuple[str, ...] = ()
     """Newer checkpoints that could not be used, and why."""
     changes: str = ""
     """Keys of the configuration that differ from the checkpoint's."""
 
 
-def begin(
+def restore_run(
     config: RunConfig,
     mesh: Mesh,
-    tokenizer: dict[str, Any],
+    *,
+    tokenizer: Identity,
     build: Callable[[RunConfig], TrainState],
-    data: Sequence[dict[str, Any]] = (),
-) -> Begun:
-    """Restore the newest checkpoint that is sound on every rank, which all call this, or begin a new run.
+    data: Sequence[Identity] = (),
+    opened: Resumable | None = None,
+) -> RestoredRun:
+    """Restore the newest checkpoint that is sound on every rank, which all call this, or start a new run.
 
-    `build` makes the state of a stage's configuration. Raises CheckpointError where there are checkpoints and none is
+    `build` makes the state of a stage's configuration. `opened` is a checkpoint that this rank has opened before: it
+    is not opened again, and closed like the others. Raises CheckpointError where there are checkpoints and none is
     sound, or where the one to restore is of another model, tokenizer or layout, or of other `data` or keys that
     change what it means.
     """
     damaged: list[str] = []
     for source in sources(config):
-        outcome = _restore(config, mesh, tokenizer, build, data, source)
-        if reason := mesh.first_failure(outcome if isinstance(outcome, str) else None):
+        reason, restored = None, None
+        try:
+            resumable = opened if opened and opened.source == source else open_resumable(config, source)
+            restored = _restore(config, mesh, tokenizer=tokenizer, build=build, data=data, resumable=resumable)
+        except DamagedCheckpointError as error:
+            reason = str(error)
+        if reason := mesh.first_failure(reason):
             damaged.append(reason)
             continue
-        assert not isinstance(outcome, str)
-        stage, state, progress, changes = outcome
-        return Begun(stage, state, progress, source, tuple(damaged), changes)
+        assert restored is not None
+        return replace(restored, damaged=tuple(damaged))
     if damaged:
         raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
-    return Begun(0, build(config.at_stage(0)), new_progress(config.model, tokenizer, data), None, ())
+    return RestoredRun(0, build(config.at_stage(0)), new_record(config, tokenizer, data), None)
 
 
 def sources(config: RunConfig) -> list[Path]:
-    """Checkpoints to go on from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
+    """Checkpoints to resume from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
     save, load = config.checkpoint.save, config.checkpoint.load
     if save is None or not ((save / LATEST).exists() or complete_checkpoints(save)):
         if load is not None and not load.exists():
@@ -71,18 +80,18 @@ def sources(config: RunConfig) -> list[Path]:
     return [*filter(Path.exists, [newest]), *(path for path in older if path != newest)]
 
 
-def first_stage(config: RunConfig) -> int:
-    """Stages of growth that a run is to have behind it when it begins, as far as can be told without its tensors."""
+def open_newest(config: RunConfig) -> Resumable | None:
+    """The newest checkpoint to resume from that is sound as far as can be told without its tensors; None for none."""
     for source in sources(config):
         try:
-            return stage_reached(config, source)
+            return open_resumable(config, source)
         except DamagedCheckpointError:
             continue
-    return 0
+    return None
 
 
 def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
-    """Whether the mesh is the one that is asked for."""
+    """Whether the mesh is the one that is requested."""
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return sizes == (mesh.size("tp"), mesh.size("pp"))
 
@@ -90,21 +99,25 @@ def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
 def _restore(
     config: RunConfig,
     mesh: Mesh,
-    tokenizer: dict[str, Any],
+    *,
+    tokenizer: Identity,
     build: Callable[[RunConfig], TrainState],
-    data: Sequence[dict[str, Any]],
-    source: Path,
-) -> tuple[int, TrainState, Progress, str] | str:
-    """(stage, state, progress, changes), or why the checkpoint can't be used."""
+    data: Sequence[Identity],
+    resumable: Resumable,
+) -> RestoredRun:
+    """The run of a checkpoint, which is closed. Raises as `restore_run`, and DamagedCheckpointError."""
+    source, staged, changes = resumable.source, config.at_stage(resumable.stage), ""
+    if not has_layout(staged.parallel, mesh):
+        raise CheckpointError(
+            f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
+            f"checkpoint beside it and start again"
+        )
+    if not starts_over(config, source):  # nothing of the other run's configuration counts then
+        at_save = config.at_stage(resumable.saved_stage)
+        changes = check_changes(at_save, data=data, record=resumable.record, source=source)
+    state = build(staged)
     try:
-        stage = stage_reached(config, source)
-        if not has_layout(config.at_stage(stage).parallel, mesh):
-            raise CheckpointError(
-                f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
-                f"checkpoint beside it and start again"
-            )
-        changes = changes_since(config, data, source)
-        state = build(config.at_stage(stage))
-        return stage, state, restore_state(state, config, tokenizer, source, data), changes
-    except DamagedCheckpointError as error:
-        return str(error)
+        record = restore_state(state, config=config, tokenizer=tokenizer, resumable=resumable, data=data)
+    finally:
+        resumable.reader.close()
+    return RestoredRun(resumable.stage, state, record, source, changes=changes)

@@ -12,9 +12,9 @@ from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.official import official_name
 from megatron_tf.model.parallelize import parameter_shapes
+from tests.support import toy
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
-from tests.unit.checkpoint import toy
 from tools import convert_checkpoint, reshard_checkpoint
 
 HEADS = 4
@@ -54,7 +54,7 @@ def test_an_imported_file_gives_the_official_logits_and_comes_back_bit_for_bit(c
     code, run = import_tensors(tmp_path, tensors, *facts(tmp_path, config.norm_activation))
     assert code == 0
     model = megatron_tf.load(run)
-    assert model.metadata["model"]["make_vocab_size_divisible_by"] == 128
+    assert model.config.make_vocab_size_divisible_by == 128
     with torch.no_grad():
         assert (model(fixture["input_ids"]) - fixture["logits"]).abs().max() < 2e-5
     assert convert("megatron_tf", "official", run, tmp_path / "back") == 0
@@ -210,7 +210,7 @@ def test_names_and_metadata(tmp_path):
     reader = CheckpointReader(run)
     config, _, _ = golden_case(CASES[0])
     assert reader.groups() == ["model"]
-    assert set(reader.metadata["tau"].values()) == {8.0, 16.0}
+    assert set(reader.record.tau.values()) == {8.0, 16.0}
     assert len({official_name(name, 2) for name in parameter_shapes(config)}) == len(parameter_shapes(config))
     assert {math.prod(reader.shape("model", name)) for name in reader.names("model")} <= {64, 4096, 16384}
     assert toy.read_all(run)["model"].keys() == parameter_shapes(config).keys()
