@@ -107,6 +107,15 @@ class RunDetails:
             evaluation_due=values.boolean("evaluation_due", False),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The key `run`."""
+        spikes = self.spikes
+        return {
+            "data": None if self.data is None else [dict(identity) for identity in self.data],
+            "spikes": None if spikes is None else {"losses": list(spikes.losses), "in_a_row": spikes.in_a_row},
+            "evaluation_due": self.evaluation_due,
+        }
+
 
 @dataclass(frozen=True)
 class LossScale:
@@ -213,7 +222,7 @@ class RunRecord:
     after_growth: AfterGrowth | None = None
     """None where the model has not grown."""
     growth_stage: int | None = None
-    """Stages of `config.growth` that the run has behind it; None where that is not known: in older checkpoints, and
+    """Stages of the run's `growth` that it has behind it; None where that is not known: in older checkpoints, and
     where a tool made the model."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Keys of a later version: a tool that makes a checkpoint from this one writes them again."""
@@ -261,7 +270,7 @@ class RunRecord:
         elif not self.training.overflows:
             del training["overflows"]
         if self.details != RunDetails():
-            values["run"] = asdict(self.details)
+            values["run"] = self.details.to_json()
         for key in ("loss_scale", "after_growth"):
             if (section := getattr(self, key)) is not None:
                 values[key] = asdict(section)

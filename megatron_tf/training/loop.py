@@ -50,16 +50,16 @@ class Tools:
 class Loop:
     """Steps until the run is done or asked to stop, or the next stage of growth is due; in each case all is saved.
 
-    `rewind` restores the newest checkpoint into the state.
+    `reload` restores the newest checkpoint into the state.
     """
 
     def __init__(
-        self, config: RunConfig, run: RestoredRun, tools: Tools, rewind: Callable[[TrainState], RestoredRun]
+        self, config: RunConfig, run: RestoredRun, tools: Tools, reload: Callable[[TrainState], RestoredRun]
     ) -> None:
         self.config = config.at_stage(run.stage)
         self.following = config.growth[run.stage : run.stage + 1]
         self.state, self.record = run.state, run.record
-        self.tools, self.rewind = tools, rewind
+        self.tools, self.reload = tools, reload
         training = config.training
         self.flops_per_token = float(training_flops(self.config.model, training.seq_length))
         self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
@@ -239,7 +239,7 @@ class Loop:
         """Return to the last checkpoint, and continue behind the data read since; whether there is one."""
         spent = self.done
         self.tools.saver.wait()
-        restored = self.rewind(self.state)
+        restored = self.reload(self.state)
         if restored.origin is None:
             self.tools.log.say(f"step {spent.step:>6}  there is no checkpoint to go back to: going on")
             return False

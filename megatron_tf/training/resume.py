@@ -31,38 +31,72 @@ class RestoredRun:
     """Keys of the configuration that differ from the checkpoint's."""
 
 
-def restore_run(
-    config: RunConfig,
-    mesh: Mesh,
-    *,
-    tokenizer: Identity,
-    build: Callable[[RunConfig], TrainState],
-    data: Sequence[Identity] = (),
-    opened: Resumable | None = None,
-) -> RestoredRun:
-    """Restore the newest checkpoint that is sound on every rank, which all call this, or start a new run.
+@dataclass(frozen=True)
+class Resume:
+    """How a run gets its state: from its newest sound checkpoint, at the stage of growth that is due, or a new one.
 
-    `build` makes the state of a stage's configuration. `opened` is a checkpoint that this rank has opened before: it
-    is not opened again, and closed like the others. Raises CheckpointError where there are checkpoints and none is
-    sound, or where the one to restore is of another model, tokenizer or layout, or of other `data` or keys that
-    change what it means.
+    Every rank has one of its own, and all call its methods together.
     """
-    damaged: list[str] = []
-    for source in sources(config):
-        reason, restored = None, None
+
+    config: RunConfig
+    """Of the run, before any growth."""
+    mesh: Mesh
+    tokenizer: Identity
+    build: Callable[[RunConfig], TrainState]
+    """Makes the state of a stage's configuration."""
+    data: Sequence[Identity] = ()
+    """Identity of each training set."""
+
+    def restore(self, opened: Resumable | None = None) -> RestoredRun:
+        """Restore the newest checkpoint that is sound on every rank into a new state, or start a new run.
+
+        `opened` is a checkpoint that this rank has opened before: it is not opened again, and closed like the others.
+        Raises CheckpointError where there are checkpoints and none is sound, or where the one to restore is of another
+        model, tokenizer or layout, or of other data or keys that change what it means.
+        """
+        return self._newest(opened, None)
+
+    def reload_into(self, state: TrainState) -> RestoredRun:
+        """As `restore`, into a `state` of the checkpoint's stage; without a checkpoint it stays as it is."""
+        return self._newest(None, state)
+
+    def _newest(self, opened: Resumable | None, state: TrainState | None) -> RestoredRun:
+        damaged: list[str] = []
+        for source in sources(self.config):
+            reason, restored = None, None
+            try:
+                resumable = opened if opened and opened.source == source else open_resumable(self.config, source)
+                restored = self._read(resumable, state)
+            except DamagedCheckpointError as error:
+                reason = str(error)
+            if reason := self.mesh.first_failure(reason):
+                damaged.append(reason)
+                continue
+            assert restored is not None
+            return replace(restored, damaged=tuple(damaged))
+        if damaged:
+            raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
+        record = new_record(self.config, self.tokenizer, self.data)
+        return RestoredRun(0, state or self.build(self.config.at_stage(0)), record, None)
+
+    def _read(self, resumable: Resumable, state: TrainState | None) -> RestoredRun:
+        """The run of a checkpoint, which is then closed. Raises as `restore`, and DamagedCheckpointError."""
+        config, source, changes = self.config, resumable.source, ""
+        staged = config.at_stage(resumable.stage)
+        if not has_layout(staged.parallel, self.mesh):
+            raise CheckpointError(
+                f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
+                f"checkpoint beside it and start again"
+            )
+        if not starts_over(config, source):  # else nothing of the other run's configuration counts
+            at_save = config.at_stage(resumable.saved_stage)
+            changes = check_changes(at_save, data=self.data, record=resumable.record, source=source)
+        state = state or self.build(staged)
         try:
-            resumable = opened if opened and opened.source == source else open_resumable(config, source)
-            restored = _restore(config, mesh, tokenizer=tokenizer, build=build, data=data, resumable=resumable)
-        except DamagedCheckpointError as error:
-            reason = str(error)
-        if reason := mesh.first_failure(reason):
-            damaged.append(reason)
-            continue
-        assert restored is not None
-        return replace(restored, damaged=tuple(damaged))
-    if damaged:
-        raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
-    return RestoredRun(0, build(config.at_stage(0)), new_record(config, tokenizer, data), None)
+            record = restore_state(state, config=config, tokenizer=self.tokenizer, resumable=resumable, data=self.data)
+        finally:
+            resumable.reader.close()
+        return RestoredRun(resumable.stage, state, record, source, changes=changes)
 
 
 def sources(config: RunConfig) -> list[Path]:
@@ -94,30 +128,3 @@ def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
     """Whether the mesh is the one that is requested."""
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return sizes == (mesh.size("tp"), mesh.size("pp"))
-
-
-def _restore(
-    config: RunConfig,
-    mesh: Mesh,
-    *,
-    tokenizer: Identity,
-    build: Callable[[RunConfig], TrainState],
-    data: Sequence[Identity],
-    resumable: Resumable,
-) -> RestoredRun:
-    """The run of a checkpoint, which is closed. Raises as `restore_run`, and DamagedCheckpointError."""
-    source, staged, changes = resumable.source, config.at_stage(resumable.stage), ""
-    if not has_layout(staged.parallel, mesh):
-        raise CheckpointError(
-            f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
-            f"checkpoint beside it and start again"
-        )
-    if not starts_over(config, source):  # nothing of the other run's configuration counts then
-        at_save = config.at_stage(resumable.saved_stage)
-        changes = check_changes(at_save, data=data, record=resumable.record, source=source)
-    state = build(staged)
-    try:
-        record = restore_state(state, config=config, tokenizer=tokenizer, resumable=resumable, data=data)
-    finally:
-        resumable.reader.close()
-    return RestoredRun(resumable.stage, state, record, source, changes=changes)

@@ -24,7 +24,7 @@ from megatron_tf.training.phases import Phases
 from megatron_tf.training.preflight import preflight
 from megatron_tf.training.profiling import Profiler
 from megatron_tf.training.resumable import Resumable, open_resumable
-from megatron_tf.training.resume import RestoredRun, has_layout, restore_run
+from megatron_tf.training.resume import Resume, has_layout
 from megatron_tf.training.state import TrainState, build_state, check_batches
 from megatron_tf.training.stopping import Stopping
 
@@ -62,14 +62,8 @@ def train(
         def build(staged: RunConfig) -> TrainState:
             return build_state(staged, mesh, tokenizer.eod, phases)
 
-        def restore(opened: Resumable | None) -> RestoredRun:
-            return restore_run(config, mesh, tokenizer=tokenizer.identity, build=build, data=data, opened=opened)
-
-        def rewind(state: TrainState) -> RestoredRun:
-            """Restore the newest checkpoint into the state that there is."""
-            return restore_run(config, mesh, tokenizer=tokenizer.identity, build=lambda _: state, data=data)
-
-        run = restore(resumable)
+        resume = Resume(config, mesh, tokenizer.identity, build, data)
+        run = resume.restore(resumable)
         record = run.record
         _check_stages(config, mesh, run.stage)
         validation = build_validation(config) if training.eval_interval else []
@@ -79,13 +73,7 @@ def train(
             log.say(f"warning: {warning}")
         if run.changes:
             log.say(run.changes)
-        saver = open_.enter_context(
-            BackgroundSaver(
-                mesh.new_world(timedelta(seconds=limit)),
-                lambda path: log.say(f"saved {path}"),
-                lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
-            )
-        )
+        saver = open_.enter_context(_saver(mesh, timedelta(seconds=limit), log))
         loader = open_.enter_context(build_loader(build_dataset(config), training, mesh, record.training.samples))
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
         _say_kernels(run.state.kernels, log)
@@ -93,7 +81,7 @@ def train(
         if _is_done(record, config):
             log.say(f"nothing is left to do: {run.origin} is at the last of {record.training.step} steps (train_iters)")
         while True:
-            loop = Loop(config, run, tools, rewind)
+            loop = Loop(config, run, tools, resume.reload_into)
             record = loop.run()
             if _is_done(record, config):
                 return 0
@@ -103,16 +91,28 @@ def train(
             assert config.checkpoint.save is not None
             resumable = open_resumable(config, newest_checkpoint(config.checkpoint.save))
             if not has_layout(config.at_stage(resumable.stage).parallel, mesh):
-                step = record.training.step
-                log.say(f"step {step:>6}  the next stage has another layout: start the same command again")
+                _say_layout_changes(record, log)
                 return EXIT_START_AGAIN
-            run = restore(resumable)
+            run = resume.restore(resumable)
             _say_kernels(run.state.kernels, log)
             _announce("growth", config.at_stage(run.stage), mesh, run.record, log, config.checkpoint.save)
 
 
 def _is_done(record: RunRecord, config: RunConfig) -> bool:
     return record.training.step == config.training.train_iters and not record.details.evaluation_due
+
+
+def _say_layout_changes(record: RunRecord, log: MetricsLog) -> None:
+    step = record.training.step
+    log.say(f"step {step:>6}  the next stage has another layout: start the same command again")
+
+
+def _saver(mesh: Mesh, limit: timedelta, log: MetricsLog) -> BackgroundSaver:
+    return BackgroundSaver(
+        mesh.new_world(limit),
+        lambda path: log.say(f"saved {path}"),
+        lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
+    )
 
 
 def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resume import restore_run
+from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import layout_config
@@ -24,7 +24,7 @@ def fp16_config(layout, **sections):
 
 def fp16_run(mesh, config, steps, root=None):
     """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    run = restore_run(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD))
+    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
     state, record, seen = run.state, run.record, []
     while record.training.step < steps:
         before = [shard.tensor.clone() for shard in state.shards]

@@ -54,7 +54,7 @@ def test_an_imported_file_gives_the_official_logits_and_comes_back_bit_for_bit(c
     code, run = import_tensors(tmp_path, tensors, *facts(tmp_path, config.norm_activation))
     assert code == 0
     model = megatron_tf.load(run)
-    assert model.config.make_vocab_size_divisible_by == 128
+    assert model.metadata["model"]["make_vocab_size_divisible_by"] == 128
     with torch.no_grad():
         assert (model(fixture["input_ids"]) - fixture["logits"]).abs().max() < 2e-5
     assert convert("megatron_tf", "official", run, tmp_path / "back") == 0

@@ -124,6 +124,8 @@ def test_there_are_old_files():
 def test_every_key_is_written_in_its_order():
     record = RunRecord.from_json(copy.deepcopy(FULL), "file")
     assert json.dumps(record.to_json(), indent=1) == json.dumps(FULL, indent=1)
+    assert record.to_json() == FULL  # lists, where a tuple would be written alike
+    assert RunRecord.from_json(record.to_json(), "file") == record
     assert isinstance(record.lineage[0], GrowthEvent)
     assert record.loss_scale == LossScale(4294967296.0, 3, -1)
     assert record.after_growth == AfterGrowth(2, 5, 0.5, {"layers.0.ffn.key_tokens": 36})

@@ -80,6 +80,14 @@ def test_where_a_run_kept_its_files_is_no_difference_of_state(tmp_path, capsys):
     assert "metadata 'config' differs" in capsys.readouterr().out
 
 
+def test_which_stages_a_run_counts_is_no_difference_of_state(tmp_path, capsys):
+    """A model that grew in a run trains like one that the tool has grown."""
+    toy.save(tmp_path / "a", toy.random_tensors(), facts=replace(RECORD, growth_stage=1))
+    toy.save(tmp_path / "b", toy.random_tensors())
+    assert inspect_checkpoint.main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 0
+    assert "metadata 'growth_stage' differs" in capsys.readouterr().out
+
+
 def data_of_bytes(folder):
     """A data set whose report says that another tokenizer made it."""
     prefix = write_data_set(folder / "data", [[5] * 200] * 3)
