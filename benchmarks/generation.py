@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import LanguageModel
@@ -34,7 +35,7 @@ def random_150m(dtype: torch.dtype) -> LanguageModel:
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.normal_(0.0, 0.02)
-    return LanguageModel(transformer, {}).eval()
+    return LanguageModel(transformer, RunRecord(model=config, config={}, tau={}, tokenizer={})).eval()
 
 
 def seconds(act: Callable[[], object]) -> float:

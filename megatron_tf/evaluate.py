@@ -65,9 +65,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     datasets = [IndexedDataset(prefix) for prefix in args.data_path]
     model = load_model(args.checkpoint, args.device)
     for dataset in datasets:
-        check_made_with(dataset.prefix, model.metadata["tokenizer"])
+        check_made_with(dataset.prefix, model.record.tokenizer)
     tokenizer = load_tokenizer(model, args.tokenizer_model)
-    window = args.seq_length or model.metadata["config"]["training"]["seq_length"]
+    window = args.seq_length or model.record.seq_length
     stride = args.stride or window
     predictions: dict[str, Prediction] = {}
     for dataset in datasets:
@@ -88,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"no token to predict in {', '.join(args.data_path)}")
     return {
         "checkpoint": str(args.checkpoint),
-        "training": model.metadata["training"],
+        "training": model.record.to_json()["training"],
         "data_path": args.data_path,
         "split": args.split,
         "part": args.part if args.split is not None else None,

@@ -74,13 +74,14 @@ def run(config: RunConfig, signals: SignalCatcher) -> int:
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.training.determinism import use_deterministic_algorithms
     from megatron_tf.training.identity import check_same_run, data_identities
-    from megatron_tf.training.resume import first_stage
+    from megatron_tf.training.resume import open_newest
     from megatron_tf.training.trainer import train
 
     if config.training.deterministic:
         use_deterministic_algorithms()
     data = data_identities(config)
-    parallel = config.at_stage(first_stage(config)).parallel
+    resumable = open_newest(config)
+    parallel = config.at_stage(resumable.stage if resumable else 0).parallel
     limit = timedelta(seconds=parallel.distributed_timeout_seconds)
     mesh = init_mesh(
         parallel.tensor_model_parallel_size,
@@ -91,7 +92,7 @@ def run(config: RunConfig, signals: SignalCatcher) -> int:
         limit=limit,
         check=partial(check_same_run, config, data),
     )
-    return train(config, mesh, signals, data, _end)
+    return train(config, mesh, signals=signals, data=data, end=_end, resumable=resumable)
 
 
 if __name__ == "__main__":

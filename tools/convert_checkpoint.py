@@ -106,7 +106,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def import_official(args: argparse.Namespace) -> None:
     """A .bin file -> our checkpoint."""
-    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
+    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_record, rename
     from megatron_tf.checkpoint.official import (
         PUBLISHED,
         infer_model,
@@ -131,7 +131,7 @@ def import_official(args: argparse.Namespace) -> None:
         "norm_activation": args.norm_activation,
     }
     model = parse_config(ModelConfig, values, str(args.load))
-    metadata = new_metadata(model, initial_taus(model), choice, args.seq_length, TrainingConfig.seed)
+    record = new_record(model, initial_taus(model), choice, seq_length=args.seq_length, seed=TrainingConfig.seed)
     tensors = without_frequencies(args.load, tensors, model)
     renamed = rename(
         args.load,
@@ -139,7 +139,7 @@ def import_official(args: argparse.Namespace) -> None:
         expected=model_parameters(model).values(),
         their_name=lambda parameter: official_name(parameter, model.num_layers),
     )
-    write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
+    write_ours(ForeignCheckpoint(args.load, renamed, record), args.save)
 
 
 def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
@@ -172,9 +172,8 @@ def import_huggingface(args: argparse.Namespace) -> None:
     if args.save.resolve().is_relative_to(args.load.resolve()):
         raise ConversionError(f"--save {args.save} is inside --load {args.load}: choose another directory")
     checkpoint = read_export(args.load)
-    data = checkpoint.metadata["config"]["data"]
-    path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
-    data["tokenizer_model"] = None if path is None else str(path)
+    path = args.tokenizer_model or tokenizer_file(args.load, checkpoint.record.data["tokenizer_type"])
+    checkpoint.record = checkpoint.record.with_data(tokenizer_model=None if path is None else str(path))
     set_end(checkpoint, args.eod_token)
     check_end(the_tokenizer(checkpoint, path), args.eod_token)
     write_ours(checkpoint, args.save)
@@ -183,15 +182,14 @@ def import_huggingface(args: argparse.Namespace) -> None:
 def set_end(checkpoint: "Checkpoint", eod_token: str | None) -> None:
     """Let documents end with a token other than the run's, where one is given."""
     if eod_token is not None:
-        checkpoint.metadata["config"]["data"]["eod_token"] = eod_token
+        checkpoint.record = checkpoint.record.with_data(eod_token=eod_token)
 
 
 def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
     """Stream it to a checkpoint for one rank."""
-    from megatron_tf.checkpoint.contents import model_of
     from megatron_tf.checkpoint.reshard import Target, reshard
 
-    target = Target(tensor_parallel=1, stages=[range(model_of(checkpoint).num_layers)])
+    target = Target(tensor_parallel=1, stages=[range(checkpoint.record.model.num_layers)])
     print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
 
 
@@ -211,7 +209,7 @@ def export_official(args: argparse.Namespace) -> None:
         write_official(source, model, directory / FILE, dtype)
         source.verify()
     print(f"wrote {args.save / FILE}")
-    end = source.metadata["config"]["data"].get("eod_token")
+    end = source.record.data.get("eod_token")
     if end is not None:
         print(f"an official file does not tell the end of a document: import it with --eod-token {end!r}")
 
@@ -232,7 +230,7 @@ def export_huggingface(args: argparse.Namespace) -> None:
         )
     source, _ = open_ours(args.load)
     set_end(source, args.eod_token)
-    path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
+    path = args.tokenizer_model or find_tokenizer(source.record, source.directory)
     tokenizer = the_tokenizer(source, path)
     measured = measure(source, args.data, args.data_tokens) if args.data else None
     nbytes = parameter_bytes(source)
@@ -251,23 +249,22 @@ def export_huggingface(args: argparse.Namespace) -> None:
 def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
     """A checkpoint that is read once from front to back, and its model."""
     from megatron_tf.checkpoint.load import CheckpointReader
-    from megatron_tf.config import ModelConfig, parse_config
 
     source = CheckpointReader(path, check_at_end=True).complete()
-    return source, parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+    return source, source.record.model
 
 
 def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
     """The one that the checkpoint was trained with, in the file at `path`. Raises ValueError where it is another."""
-    from megatron_tf.checkpoint.metadata import is_same_tokenizer
+    from megatron_tf.checkpoint.record import is_same_tokenizer
     from megatron_tf.data.tokenizer import build_tokenizer
     from megatron_tf.inference.tokenizer import check_found
 
-    data = checkpoint.metadata["config"]["data"]
+    data = checkpoint.record.data
     kind = data["tokenizer_type"]
     check_found(kind, path, checkpoint.directory)
     tokenizer = build_tokenizer(kind, path, eod_token=data.get("eod_token"))
-    if not is_same_tokenizer(checkpoint.metadata["tokenizer"], tokenizer.identity):
+    if not is_same_tokenizer(checkpoint.record.tokenizer, tokenizer.identity):
         raise ConversionError(
             f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"
         )
@@ -280,9 +277,9 @@ def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.tokenizer import check_made_with
 
-    check_made_with(data, source.metadata["tokenizer"])
+    check_made_with(data, source.record.tokenizer)
     model = load_model(source.directory)
-    seq_length = source.metadata["config"]["training"]["seq_length"]
+    seq_length = source.record.seq_length
     samples = read_samples(data, model.config.vocab_size, seq_length, num_tokens)
     tokens = len(samples) * seq_length
     loss = mean_loss(model, samples)

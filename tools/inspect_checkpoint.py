@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from typing import Any
 
 from megatron_tf.interrupt import end_at_interrupt, run_command
 
@@ -13,7 +14,7 @@ from megatron_tf.arguments import file_path
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences, summarize
 
-NOT_STATE = {"config", "usage"}
+NOT_STATE = {"config", "usage", "growth_stage"}
 """Metadata that may differ between two checkpoints that compute and train the same."""
 
 
@@ -42,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(reader: CheckpointReader) -> int:
     """Print everything but the values."""
-    training = reader.metadata["training"]
-    progress = ", ".join(f"{key} {value:,}" for key, value in training.items())
+    progress = ", ".join(f"{key} {value:,}" for key, value in reader.record.to_json()["training"].items())
     print(f"{reader.directory}: {progress}")
     show_files(reader)
     for group in reader.groups():
@@ -80,7 +80,7 @@ def show_tensors(reader: CheckpointReader, group: str) -> None:
 def show_tau(reader: CheckpointReader) -> None:
     """Print how many modules have which temperature."""
     modules: dict[float, list[str]] = {}
-    for name, tau in reader.metadata.get("tau", {}).items():
+    for name, tau in reader.record.tau.items():
         modules.setdefault(tau, []).append(name)
     print("\ntau")
     for tau, names in sorted(modules.items()):
@@ -90,28 +90,26 @@ def show_tau(reader: CheckpointReader) -> None:
 def show_lineage(reader: CheckpointReader) -> None:
     """Print the growth so far."""
     print("\nlineage")
-    lineage = reader.metadata.get("lineage", [])
-    for event in lineage:
-        kinds = ", ".join(f"{kind} {old} -> {new}" for kind, (old, new) in event["kinds"].items())
-        if layers := event.get("inserted_layers"):
+    record = reader.record
+    for event in record.lineage:
+        kinds = ", ".join(f"{kind} {old} -> {new}" for kind, (old, new) in event.kinds.items())
+        if layers := event.inserted_layers:
             kinds = f"{kinds}{', ' if kinds else ''}new layers {', '.join(map(str, layers))}"
-        print(
-            f"  at step {event['step']:,} ({event['tokens']:,} tokens): {kinds} "
-            f"by {event['init']}, seed {event['seed']}"
-        )
-    if not lineage:
+        print(f"  at step {event.step:,} ({event.tokens:,} tokens): {kinds} by {event.init}, seed {event.seed}")
+    if not record.lineage:
         print("  never grown")
-    if after := reader.metadata.get("after_growth"):
+    if after := record.after_growth:
         print(
-            f"  since step {after['step']:,}: {after['rewarmup_iters']:,} steps of warm-up, "
-            f"old tokens at {after['old_tokens_lr_scale']:g} of the learning rate"
+            f"  since step {after.step:,}: {after.rewarmup_iters:,} steps of warm-up, "
+            f"old tokens at {after.old_tokens_lr_scale:g} of the learning rate"
         )
 
 
 def compare(left: CheckpointReader, right: CheckpointReader) -> int:
     """Print where the two differ; 1 if any tensor does, or state outside the tensors, such as tau."""
-    keys = sorted(left.metadata.keys() | right.metadata.keys())
-    differing = [key for key in keys if _as_text(left, key) != _as_text(right, key)]
+    sides = left.record.to_json(), right.record.to_json()
+    keys = sorted(sides[0].keys() | sides[1].keys())
+    differing = [key for key in keys if _as_text(sides[0].get(key)) != _as_text(sides[1].get(key))]
     for key in differing:
         print(f"metadata {key!r} differs")
     found = list(differences(left, right))
@@ -123,9 +121,9 @@ def compare(left: CheckpointReader, right: CheckpointReader) -> int:
     return 1 if found or set(differing) - NOT_STATE else 0
 
 
-def _as_text(reader: CheckpointReader, key: str) -> str:
+def _as_text(value: Any) -> str:
     """A part of the metadata, in which a NaN equals a NaN."""
-    return json.dumps(reader.metadata.get(key), sort_keys=True)
+    return json.dumps(value, sort_keys=True)
 
 
 if __name__ == "__main__":

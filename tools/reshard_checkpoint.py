@@ -6,7 +6,6 @@ may be larger than the memory.
 """
 
 import argparse
-import json
 import math
 import resource
 import sys
@@ -29,7 +28,7 @@ from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, pr
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, differing_values, names_by_pattern
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
-from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
+from megatron_tf.config import GrowthStage, parse_config, parse_token_option
 from megatron_tf.inference.calibration import (
     Comparison,
     available_memory,
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     if args.data is not None:
-        check_made_with(args.data, source.metadata["tokenizer"])
+        check_made_with(args.data, source.record.tokenizer)
     path = reshard(result, args.save, target, source.verify, sys.stderr.isatty(), allow_existing=args.allow_existing)
     print(f"wrote {path}", flush=True)
     if args.verify:
@@ -184,21 +183,15 @@ def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpo
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
         raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
     model = load_model(source.directory)
-    check_made_with(args.data, source.metadata["tokenizer"])
-    samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
+    check_made_with(args.data, source.record.tokenizer)
+    samples = read_samples(args.data, model.config.vocab_size, source.record.seq_length, args.data_tokens)
     importance = token_importance(model, samples)
     return shrink(source, keep_most_important(model.config, importance, tokens))  # type: ignore[arg-type]
 
 
-def seq_length_of(checkpoint: Checkpoint) -> int:
-    """Of the run that wrote it."""
-    length: int = checkpoint.metadata["config"]["training"]["seq_length"]
-    return length
-
-
 def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
     """The target layout, with layers balanced over stages as the trainer does."""
-    config = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
+    config = checkpoint.record.model
     if tensor_parallel < 1 or pipeline_parallel < 1:
         raise CheckpointError("the target's parallel sizes must be 1 or more")
     if config.num_attention_heads % tensor_parallel:
@@ -206,7 +199,7 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
             f"{config.num_attention_heads} attention heads cannot be shared equally by "
             f"{tensor_parallel} tensor-parallel ranks"
         )
-    return Target(tensor_parallel, stage_layers(config, pipeline_parallel, seq_length_of(checkpoint)))
+    return Target(tensor_parallel, stage_layers(config, pipeline_parallel, checkpoint.record.seq_length))
 
 
 def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> None:
@@ -222,7 +215,7 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
     both = (source, result)
     rows = {
         "all parameters": [_parameters(checkpoint) for checkpoint in both],
-        "layers": [checkpoint.metadata["model"]["num_layers"] for checkpoint in both],
+        "layers": [checkpoint.record.model.num_layers for checkpoint in both],
         "FLOPs per token in training": [_flops(checkpoint) for checkpoint in both],
         "files": [len(source.manifest.files) - 1, len(plans)],
         "bytes": [sum(file.bytes for file in source.manifest.files.values()), sum(plan.nbytes for plan in plans)],
@@ -249,8 +242,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
 
 
 def _flops(checkpoint: Checkpoint) -> int:
-    model = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
-    return training_flops(model, seq_length_of(checkpoint))
+    return training_flops(checkpoint.record.model, checkpoint.record.seq_length)
 
 
 def compare_tensors(expected: Checkpoint, path: Path) -> None:
@@ -266,7 +258,7 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
                 if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
                     raise VerificationError(f"{path}: {group} {name} is not what it should be")
                 bar.update(have.nbytes)
-    if json.dumps(found.metadata, sort_keys=True) != json.dumps(expected.metadata, sort_keys=True):
+    if found.record != expected.record:
         raise VerificationError(f"{path}: its metadata is not what it should be")
     try:
         found.verify()
@@ -283,9 +275,9 @@ def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) 
         return
     samples = None
     if args.data:
-        vocab_size = readers[0].metadata["model"]["vocab_size"]
-        check_made_with(args.data, readers[0].metadata["tokenizer"])
-        samples = read_samples(args.data, vocab_size, seq_length_of(readers[0]), args.data_tokens)
+        vocab_size = readers[0].record.model.vocab_size
+        check_made_with(args.data, readers[0].record.tokenizer)
+        samples = read_samples(args.data, vocab_size, readers[0].record.seq_length, args.data_tokens)
     found: Comparison = compare_models(before, after, samples)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_tf.config import load_config, to_dict
+from megatron_tf.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -75,7 +76,8 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     from megatron_tf.checkpoint.reshard import Target
     from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
-    from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
+    from megatron_tf.tokenformer.parameters import model_parameters
+    from megatron_tf.training.checkpointing import new_record
 
     config = load_config(config_file)
     target = Target(ranks, stage_layers(config.model, stages, config.training.seq_length))
@@ -95,15 +97,9 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
                         for start in range(spec.start, spec.stop, step):
                             file.write(torch.randn(min(step, spec.stop - start), *spec.shape[1:]))
                 written.append(file.written(group))
-    metadata = {
-        "model": to_dict(config.model),
-        "config": to_dict(config),
-        "tau": initial_taus(config.model),
-        "tokenizer": {},
-        "lineage": [],
-        "training": {"step": 1000, "samples": 0, "tokens": 0, "adam_steps": 1000},
-    }
-    publish(root, 1000, metadata, written)
+    record = new_record(config, {})
+    training = replace(record.training, step=1000, adam_steps=1000)
+    publish(root, 1000, replace(record, training=training), written)
 
 
 def grown_ffn(config_file: Path) -> int:

@@ -14,9 +14,10 @@ import torch
 import xxhash
 
 from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import Progress, new_progress, save_state
+from megatron_tf.training.checkpointing import new_record, save_state
 from megatron_tf.training.state import TrainState, build_state
 from megatron_tf.training.step import train_step
 
@@ -47,7 +48,7 @@ def main() -> None:
     config = parse_config(RunConfig, RUN, "benchmark")
     state = build_state(config, Mesh(torch.device("cpu")), 0)
     batch = torch.randint(8192, (1, 4, 257))
-    progress = new_progress(config.model, {})
+    record = new_record(config, {})
     train_step(state, batch, 1e-3)
     found: dict[str, list[float]] = {}
 
@@ -56,7 +57,7 @@ def main() -> None:
 
     for turn in range(args.turns):
         note("steps without a save", steps(state, batch))
-        step = progress.after_step(turn + 1, 0, 0.0)
+        step = record.after_step(turn + 1, 0, 0.0)
         start = time.perf_counter()
         save_state(state, config, step, args.directory / "waiting")
         note("a save that training waits for", time.perf_counter() - start)
@@ -88,12 +89,12 @@ def steps(state: TrainState, batch: torch.Tensor) -> float:
 
 
 def in_background(
-    state: TrainState, config: RunConfig, progress: Progress, root: Path, batch: torch.Tensor
+    state: TrainState, config: RunConfig, record: RunRecord, root: Path, batch: torch.Tensor
 ) -> tuple[float, float, float]:
     """Seconds of (the call, the steps that follow, all until the checkpoint is there)."""
     with BackgroundSaver(None, lambda path: None, print) as saver:
         start = time.perf_counter()
-        save_state(state, config, progress, root, saver)
+        save_state(state, config, record, root, saver)
         stall = time.perf_counter() - start
         both = steps(state, batch)
         saver.wait()

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 
@@ -35,7 +36,7 @@ class BackgroundSaver:
         root: Path,
         step: int,
         groups: Mapping[str, Sequence[RowShard]],
-        metadata: Mapping[str, Any],
+        record: RunRecord,
         writer_label: str,
         retention: Retention,
     ) -> None:
@@ -48,7 +49,7 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                path = save_checkpoint(root, step, copies, metadata, writer_label, self.group, retention)
+                path = save_checkpoint(root, step, copies, record, writer_label, self.group, retention)
             except CheckpointError as error:
                 self.on_failure(str(error))
                 raise

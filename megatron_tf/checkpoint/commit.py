@@ -3,15 +3,15 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
 from megatron_tf.checkpoint.pieces import Written, collect_groups
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
 from megatron_tf.files import sync_directory, write_durably
 
@@ -75,9 +75,7 @@ def check_room(directory: Path, bytes_needed: int) -> None:
         )
 
 
-def publish(
-    root: Path, step: int, metadata: Mapping[str, Any], written: Iterable[Written], source: Path | None = None
-) -> Path:
+def publish(root: Path, step: int, record: RunRecord, written: Iterable[Written], source: Path | None = None) -> Path:
     """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it.
 
     `source` is the checkpoint it is made from, if it is; the tokenizer's file comes along.
@@ -85,11 +83,11 @@ def publish(
     """
     parts = list(written)
     temporary, target = temporary_directory(root, step), step_directory(root, step)
-    text = json.dumps(metadata, indent=1)
+    text = json.dumps(record.to_json(), indent=1)
     entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
     files = {name: file for part in parts for name, file in part.files.items()} | {METADATA: entry}
     manifest = Manifest(files, collect_groups(parts)).to_json()
-    store_tokenizer(metadata, source, temporary)
+    store_tokenizer(record, source, temporary)
     write_durably(temporary / METADATA, text)
     write_durably(temporary / MANIFEST, manifest)
     sync_directory(temporary)

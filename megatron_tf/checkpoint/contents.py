@@ -4,16 +4,11 @@ import torch
 
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import ConfigError, ModelConfig, parse_config
+from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, initial_taus, model_parameters
 
 _GROUPS = ("model", "exp_avg", "exp_avg_sq")
 """Groups that hold a tensor for each parameter; a later writer may add others."""
-
-
-def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The model that a checkpoint says it is of. Raises ConfigError where there can't be such a model."""
-    return parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
 
 
 def held_parameters(checkpoint: Checkpoint, group: str) -> list[Parameter]:
@@ -21,7 +16,7 @@ def held_parameters(checkpoint: Checkpoint, group: str) -> list[Parameter]:
 
     Raises CheckpointError for a tensor that is of no parameter of the model.
     """
-    declared = model_parameters(model_of(checkpoint))
+    declared = model_parameters(checkpoint.record.model)
     names = checkpoint.names(group)
     if unknown := set(names) - declared.keys():
         raise CheckpointError(f"{checkpoint.directory}: {group} {min(unknown)} is no parameter of its model")
@@ -34,10 +29,7 @@ def check_complete(checkpoint: Checkpoint) -> ModelConfig:
     Raises CheckpointError naming the first one that is missing, too many or of another shape.
     """
     where = checkpoint.directory
-    try:
-        model = parse_config(ModelConfig, checkpoint.metadata["model"], f"{where}: model")
-    except ConfigError as error:
-        raise CheckpointError(str(error).splitlines()[0]) from error
+    model = checkpoint.record.model
     # before names are made for each layer: their number may be absurd
     if model.num_layers > len(checkpoint.names("model")):
         raise CheckpointError(
@@ -68,6 +60,6 @@ def _check_group(checkpoint: Checkpoint, group: str, expected: dict[str, Paramet
 
 
 def _check_tau(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    differing = initial_taus(model).keys() ^ checkpoint.metadata["tau"].keys()
+    differing = initial_taus(model).keys() ^ checkpoint.record.tau.keys()
     if differing:
         raise CheckpointError(f"{checkpoint.directory}: tau is not there for each projection: {min(differing)}")

@@ -6,12 +6,13 @@ The tool writes it to files; a run that grows reads it straight into its new, la
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.tokenformer.initial_values import normal_rows
 
 BLOCK_BYTES = 4 << 20
@@ -22,7 +23,7 @@ class Checkpoint(Protocol):
     """Any rows of any logical tensor: of files, or derived from such."""
 
     directory: Path
-    metadata: dict[str, Any]
+    record: RunRecord
 
     def groups(self) -> list[str]:
         """Names of the groups of tensors."""
@@ -120,12 +121,10 @@ class Recipe:
 class DerivedCheckpoint:
     """`recipes` over the tensors of `source`: group -> name -> Recipe, in the order of the new model."""
 
-    def __init__(
-        self, source: Checkpoint, recipes: Mapping[str, Mapping[str, Recipe]], metadata: dict[str, Any]
-    ) -> None:
+    def __init__(self, source: Checkpoint, recipes: Mapping[str, Mapping[str, Recipe]], record: RunRecord) -> None:
         self.source = source
         self.directory = source.directory
-        self.metadata = metadata
+        self.record = record
         self.recipes = recipes
 
     def groups(self) -> list[str]:
@@ -169,16 +168,6 @@ def copied(source: Checkpoint, group: str, name: str) -> Recipe:
     """The whole tensor as it is."""
     rows, *columns = source.shape(group, name)
     return Recipe(source.dtype(group, name), tuple(columns), [Copy(name, 0, rows)])
-
-
-def with_model(metadata: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata with `changes` of the model's configuration, in both places that hold it."""
-    config = metadata["config"]
-    return {
-        **metadata,
-        "model": {**metadata["model"], **changes},
-        "config": {**config, "model": {**config["model"], **changes}},
-    }
 
 
 def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:

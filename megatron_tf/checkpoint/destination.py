@@ -1,6 +1,5 @@
 """Where a tool may write: not inside a checkpoint, and not among the checkpoints of another run."""
 
-import json
 from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, step_directory
@@ -39,7 +38,7 @@ def _is_same(checkpoint: Checkpoint, directory: Path) -> bool:
     """Whether the checkpoint in `directory` holds the same values; of a damaged one nobody can tell."""
     try:
         existing = CheckpointReader(directory)
-        if json.dumps(existing.metadata, sort_keys=True) != json.dumps(checkpoint.metadata, sort_keys=True):
+        if existing.record != checkpoint.record:
             return False
         return next(differences(checkpoint, existing), None) is None
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: their tensors under our names, with the metadata ours need."""
+"""Checkpoints of other programs: their tensors under our names, with the record ours need."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.tokenformer.parameters import Parameter
 
@@ -54,9 +55,9 @@ def widened(tensor: ForeignTensor) -> ForeignTensor:
 class ForeignCheckpoint:
     """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
 
-    def __init__(self, directory: Path, tensors: Mapping[str, ForeignTensor], metadata: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, ForeignTensor], record: RunRecord) -> None:
         self.directory = directory
-        self.metadata = metadata
+        self.record = record
         self._tensors = tensors
 
     def groups(self) -> list[str]:
@@ -144,23 +145,17 @@ def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
     return {"type": kind, "vocab_size": vocab_size, "sha256": None, "is_unknown": True}
 
 
-def new_metadata(
-    model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, seq_length: int, seed: int
-) -> dict[str, Any]:
-    """What a checkpoint says of itself that no run of ours wrote; a run that starts from it begins at step 0."""
+def new_record(
+    model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, *, seq_length: int, seed: int
+) -> RunRecord:
+    """The record of a model that no run of ours has trained; a run that starts from it begins at step 0."""
     end = {} if tokenizer.eod_token is None else {"eod_token": tokenizer.eod_token}
-    return {
+    config = {
         "model": to_dict(model),
-        "config": {
-            "model": to_dict(model),
-            "training": {"seq_length": seq_length, "seed": seed},
-            "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path), **end},
-        },
-        "tau": dict(tau),
-        "tokenizer": tokenizer.identity,
-        "lineage": [],
-        "training": {"step": 0, "samples": 0, "tokens": 0, "adam_steps": 0, "skipped": 0},
+        "training": {"seq_length": seq_length, "seed": seed},
+        "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path), **end},
     }
+    return RunRecord(model=model, config=config, tau=tau, tokenizer=tokenizer.identity)
 
 
 def _as_text(path: Path | None) -> str | None:

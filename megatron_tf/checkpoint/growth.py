@@ -19,9 +19,9 @@ identity, and those values have a gradient at the first step.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from megatron_tf.checkpoint.contents import held_parameters, model_of
+from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import (
     Checkpoint,
     Copy,
@@ -31,9 +31,9 @@ from megatron_tf.checkpoint.derived import (
     Segment,
     Zeros,
     copied,
-    with_model,
 )
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
 from megatron_tf.config import TOKEN_KINDS, GrowthStage, grown_model, layer_origins
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from megatron_tf.tokenformer.parameters import Parameter, Role, initial_taus, key_tokens, model_parameters
@@ -56,7 +56,7 @@ class _Growth:
     def __init__(self, source: Checkpoint, stage: GrowthStage) -> None:
         self.source = source
         self.stage = stage
-        self.model = model_of(source)
+        self.model = source.record.model
         try:
             self.grown = grown_model(self.model, stage)
         except ValueError as error:
@@ -64,13 +64,13 @@ class _Growth:
         self.old = model_parameters(self.model)
         self.new = model_parameters(self.grown)
         self.origin = layer_origins(self.model.num_layers, sorted(stage.insert_layers))
-        self.seed: int = source.metadata["config"]["training"]["seed"]
-        self.stream = f"growth.{len(source.metadata['lineage'])}"
+        self.seed = source.record.seed
+        self.stream = f"growth.{len(source.record.lineage)}"
         """Random values that only this growth draws come from streams whose names begin with it."""
 
     def derived(self) -> DerivedCheckpoint:
         recipes = {group: self._recipes(group) for group in self.source.groups()}
-        return DerivedCheckpoint(self.source, recipes, self._metadata())
+        return DerivedCheckpoint(self.source, recipes, self._record())
 
     def _recipes(self, group: str) -> dict[str, Recipe]:
         """Of the grown model's tensors in a group, in the model's order."""
@@ -149,41 +149,39 @@ class _Growth:
             noise = [Normal(stream, self.seed, 0, rows, std) for stream in streams]
         return Copy(old.name, 0, rows, scale, noise)
 
-    def _metadata(self) -> dict[str, Any]:
-        metadata, stage = self.source.metadata, self.stage
-        changes: dict[str, Any] = {"num_layers": self.grown.num_layers}
-        changes |= {f"{kind}_tokens": getattr(self.grown, f"{kind}_tokens") for kind in TOKEN_KINDS}
-        kinds = {
+    def _record(self) -> RunRecord:
+        record, stage = self.source.record, self.stage
+        training = record.training
+        changes = {
             kind: [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)] for kind in TOKEN_KINDS
         }
-        training = dict(metadata["training"])
-        entry = {
-            **{key: training[key] for key in ("step", "samples", "tokens")},
-            "kinds": {kind: change for kind, change in kinds.items() if change[0] != change[1]},
-            "init": stage.init,
-            "seed": self.seed,
-        }
-        if stage.insert_layers:
-            entry["inserted_layers"] = [i for i, old in enumerate(self.origin) if old is None]
-        if stage.moments == "reset":
-            training["adam_steps"] = 0
-        return {
-            **with_model(metadata, changes),
-            "tau": self._tau(),
-            "training": training,
-            "lineage": [*metadata["lineage"], entry],
-            "after_growth": {
-                "step": training["step"],
-                "rewarmup_iters": stage.rewarmup_iters,
-                "old_tokens_lr_scale": stage.old_tokens_lr_scale,
-                "old_rows": self._old_rows(),
-            },
-        }
+        event = GrowthEvent(
+            step=training.step,
+            samples=training.samples,
+            tokens=training.tokens,
+            kinds={kind: change for kind, change in changes.items() if change[0] != change[1]},
+            init=stage.init,
+            seed=self.seed,
+            inserted_layers=[i for i, old in enumerate(self.origin) if old is None],
+        )
+        return replace(
+            record.with_model(self.grown),
+            tau=self._tau(),
+            training=replace(training, adam_steps=0) if stage.moments == "reset" else training,
+            lineage=(*record.lineage, event),
+            after_growth=AfterGrowth(
+                step=training.step,
+                rewarmup_iters=stage.rewarmup_iters,
+                old_tokens_lr_scale=stage.old_tokens_lr_scale,
+                old_rows=self._old_rows(),
+            ),
+            growth_stage=None,  # a run that grows knows it, the tool does not
+        )
 
     def _tau(self) -> dict[str, float]:
         """Temperatures: kept, but of duplicated, random and new modules."""
         norm = NORMALISATIONS[self.model.norm_activation]
-        old_tau: Mapping[str, float] = self.source.metadata["tau"]
+        old_tau: Mapping[str, float] = self.source.record.tau
         initial = initial_taus(self.grown)
         tau = {}
         for path, keys in key_tokens(self.grown).items():

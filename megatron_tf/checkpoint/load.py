@@ -4,7 +4,6 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -22,12 +21,13 @@ from megatron_tf.checkpoint.format import (
     CheckpointError,
     DamagedCheckpointError,
     FormatVersionError,
+    Manifest,
     TensorEntry,
     file_checksum,
     read_manifest,
 )
-from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.pieces import HashedFile, PieceFileReader, PieceSpec
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.parallel.sharding import RowShard, copy_rows
 
 _MOST_METADATA_BYTES = 1 << 26
@@ -51,10 +51,10 @@ class CheckpointReader:
         with self._offering_another():
             self.manifest = read_manifest(self.directory)
             self._check_files()
-            self.metadata: dict[str, Any] = self._read_metadata()
+            self.record = self._read_record()
 
     def complete(self) -> "CheckpointReader":
-        """The checkpoint itself. Raises CheckpointError unless it holds the whole model of its metadata."""
+        """The checkpoint itself. Raises CheckpointError unless it holds the whole model of its record."""
         with self._offering_another():
             check_complete(self)
         return self
@@ -62,7 +62,7 @@ class CheckpointReader:
     @property
     def step(self) -> int:
         """Optimizer steps behind the checkpoint."""
-        return int(self.metadata["training"]["step"])
+        return self.record.training.step
 
     def groups(self) -> list[str]:
         """Names of the groups of tensors."""
@@ -114,6 +114,11 @@ class CheckpointReader:
                 self._open_files.pop(name, None)
                 self._compare(name, hashed.finish() if hashed else file_checksum(self.directory / name))
 
+    def close(self) -> None:
+        """Let go of the manifest and the headers of files, which take memory; nothing can be read afterwards."""
+        self.manifest = Manifest({}, {})
+        self._open_files.clear()
+
     def _entry(self, group: str, name: str) -> TensorEntry:
         try:
             return self.manifest.groups[group][name]
@@ -147,16 +152,15 @@ class CheckpointReader:
         if checksum != self.manifest.files[name].xxh3_128:
             raise CheckpointError(f"{self.directory / name} is damaged: its checksum does not match")
 
-    def _read_metadata(self) -> dict[str, Any]:
+    def _read_record(self) -> RunRecord:
         path = self.directory / METADATA
         text = read_bounded(path, _MOST_METADATA_BYTES, self.directory)
         self._compare(METADATA, xxhash.xxh3_128_hexdigest(text))
         try:
-            metadata: dict[str, Any] = json.loads(text)
+            values = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} does not say training.step: {error!r}") from error
-        check_metadata(metadata, path)
-        return metadata
+        return RunRecord.from_json(values, path)
 
     @contextmanager
     def _offering_another(self) -> Iterator[None]:

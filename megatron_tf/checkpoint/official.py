@@ -180,7 +180,7 @@ def check_representable(checkpoint: Checkpoint, model: ModelConfig) -> None:
                 f"for all layers: --to hf keeps them"
             )
     for module, theirs in initial_taus(model).items():
-        tau = checkpoint.metadata["tau"][module]
+        tau = checkpoint.record.tau[module]
         if not math.isclose(tau, theirs, rel_tol=1e-9):
             raise CheckpointError(
                 f"{where}: {module} has tau {tau:.6g}; the official code takes {theirs:.6g} for its number of tokens "

@@ -20,8 +20,8 @@ from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.metadata import check_metadata
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.parallel.sharding import split_rows
 from megatron_tf.tokenformer.parameters import Module, Parameter
 
@@ -79,8 +79,8 @@ def reshard(
     CheckpointError where rows don't divide, the disk is too small, `root` is inside a checkpoint, or it holds others,
     unless `allow_existing`.
     """
-    check_metadata(checkpoint.metadata, checkpoint.directory)
-    step: int = checkpoint.metadata["training"]["step"]
+    RunRecord.from_json(checkpoint.record.to_json(), checkpoint.directory)  # what is written can be read
+    step = checkpoint.record.training.step
     if step_directory(root, step).resolve() == checkpoint.directory.resolve():
         raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save in")
     check_outside_checkpoints(root, "--save")
@@ -97,7 +97,7 @@ def reshard(
                 for part in _write_group(checkpoint, directory, [p for p in plans if p.group == group], bar)
             ]
         check_source()
-        return publish(root, step, checkpoint.metadata, written, source=checkpoint.directory)
+        return publish(root, step, checkpoint.record, written, source=checkpoint.directory)
     except BaseException:
         abandon(root, step)
         raise

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temporary_directory
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.parallel.sharding import RowShard
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ def save_checkpoint(
     root: Path,
     step: int,
     groups: Mapping[str, Sequence[RowShard]],
-    metadata: Mapping[str, Any],
+    record: RunRecord,
     writer_label: str,
     group: ProcessGroup | None,
     retention: Retention = Retention(),
@@ -47,7 +48,7 @@ def save_checkpoint(
         needed = sum(_on_every_rank(group, lambda: my_bytes))
         _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
         written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), groups, writer_label))
-        paths = _on_every_rank(group, lambda: complete(root, step, metadata, written, retention) if is_first else None)
+        paths = _on_every_rank(group, lambda: complete(root, step, record, written, retention) if is_first else None)
     except BaseException:
         if is_first:
             abandon(root, step)
@@ -75,12 +76,12 @@ def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer
 def complete(
     root: Path,
     step: int,
-    metadata: Mapping[str, Any],
+    record: RunRecord,
     written: Sequence[Written],
     retention: Retention = Retention(),
 ) -> Path:
     """Put together what the ranks wrote and publish it."""
-    path = publish(root, step, metadata, written)
+    path = publish(root, step, record, written)
     if retention.keep_last is not None:
         prune(root, retention.keep_last, retention.keep_every)
     return path

@@ -5,15 +5,17 @@ keys contribute to neither: to drop them is exact, and undoes a growth by them t
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.contents import held_parameters, model_of
-from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied, with_model
+from megatron_tf.checkpoint.contents import held_parameters
+from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
 from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, key_tokens
 
@@ -51,7 +53,7 @@ def shrink(source: Checkpoint, kept: Kept) -> DerivedCheckpoint:
         recipes[group] = {
             parameter.name: _recipe(source, group, parameter, kept) for parameter in held_parameters(source, group)
         }
-    return DerivedCheckpoint(source, recipes, _metadata(source, kept))
+    return DerivedCheckpoint(source, recipes, _record(source, kept))
 
 
 def _recipe(source: Checkpoint, group: str, parameter: Parameter, kept: Kept) -> Recipe:
@@ -68,19 +70,22 @@ def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
-def _metadata(source: Checkpoint, kept: Kept) -> dict[str, Any]:
-    metadata = source.metadata
-    keys = key_tokens(model_of(source))
+def _record(source: Checkpoint, kept: Kept) -> RunRecord:
+    record = source.record
+    keys = key_tokens(record.model)
     counts = {keys[module].kind: len(places) for module, places in kept.items()}
-    changes = {f"{kind}_tokens": count for kind, count in counts.items()}
-    training = metadata["training"]
-    entry = {
-        **{key: training[key] for key in ("step", "samples", "tokens")},
-        "kinds": {kind: [metadata["model"][f"{kind}_tokens"], count] for kind, count in counts.items()},
-        "init": "shrink",
-        "seed": metadata["config"]["training"]["seed"],
-    }
-    return {
-        **{key: value for key, value in with_model(metadata, changes).items() if key != "after_growth"},
-        "lineage": [*metadata["lineage"], entry],
-    }
+    event = GrowthEvent(
+        step=record.training.step,
+        samples=record.training.samples,
+        tokens=record.training.tokens,
+        kinds={kind: [getattr(record.model, f"{kind}_tokens"), count] for kind, count in counts.items()},
+        init="shrink",
+        seed=record.seed,
+    )
+    changes: dict[str, Any] = {f"{kind}_tokens": count for kind, count in counts.items()}
+    return replace(
+        record.with_model(replace(record.model, **changes)),
+        lineage=(*record.lineage, event),
+        after_growth=None,
+        growth_stage=None,
+    )

@@ -1,35 +1,35 @@
 """The tokenizer's files travel with a checkpoint, in a hidden directory that readers of any version leave alone."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.files import write_durably
 from megatron_tf.tokenizer_files import NAMING_FILES, digest_of, parts_of
 
 STORED = ".tokenizer"
-"""Directory in a checkpoint's; a file in it is used only if it has the hash that the metadata tells."""
+"""Directory in a checkpoint's; a file in it is used only if it has the hash that the record tells."""
 
 
-def find_tokenizer(metadata: Mapping[str, Any], directory: Path | None) -> Path | None:
+def find_tokenizer(record: RunRecord, directory: Path | None) -> Path | None:
     """The file the model was trained with: where the run found it, or else the copy in the checkpoint `directory`.
 
     Where neither has the right contents it is the path the run used, which may be none.
     """
-    recorded = _recorded(metadata)
+    recorded = _recorded(record)
     if recorded is None:
         return None
     stored = [] if directory is None else [directory / STORED / recorded.name]
-    right = (path for path in (recorded, *stored) if _has_hash(path, metadata["tokenizer"].get("sha256")))
+    right = (path for path in (recorded, *stored) if _has_hash(path, record.tokenizer.get("sha256")))
     return next(right, recorded)
 
 
-def store_tokenizer(metadata: Mapping[str, Any], source: Path | None, target: Path) -> None:
+def store_tokenizer(record: RunRecord, source: Path | None, target: Path) -> None:
     """Copy the tokenizer's file, and those that belong to it, into the checkpoint at `target`, which is being written;
     `source` is the checkpoint it is made from, if it is made from one. A file that has moved or changed is not stored.
     """
-    path = find_tokenizer(metadata, source)
-    if path is None or not _has_hash(path, metadata["tokenizer"].get("sha256")):
+    path = find_tokenizer(record, source)
+    if path is None or not _has_hash(path, record.tokenizer.get("sha256")):
         return
     (target / STORED).mkdir()
     naming = [path.with_name(name) for name in NAMING_FILES] if path.suffix == ".json" else []
@@ -37,8 +37,8 @@ def store_tokenizer(metadata: Mapping[str, Any], source: Path | None, target: Pa
         write_durably(target / STORED / each.name, each.read_bytes())
 
 
-def _recorded(metadata: Mapping[str, Any]) -> Path | None:
-    name = (metadata["config"].get("data") or {}).get("tokenizer_model")
+def _recorded(record: RunRecord) -> Path | None:
+    name = record.data.get("tokenizer_model")
     return Path(name) if isinstance(name, str) and name else None
 
 

@@ -91,7 +91,7 @@ class MegatronTF(TemplateLM):
         self._device = _choose_device(device, self._mesh)
         self._model = load_model(str(checkpoint), str(self._device), _DTYPES[dtype])
         self._tokenizer = load_tokenizer(self._model, _as_path(tokenizer_model))
-        self.max_length = max_length or self._model.metadata["config"]["training"]["seq_length"]
+        self.max_length = max_length or self._model.record.seq_length
         self.max_gen_toks = max_gen_toks
 
     @property

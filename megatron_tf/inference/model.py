@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.config import ModelConfig, parse_config
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.layers.cache import KeyValueCache
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.collectives import all_gather_copy, group_rank, group_size
@@ -21,15 +21,15 @@ from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 class LanguageModel(nn.Module):
     """A TokenFormer with all its layers: ids [B, S] -> logits [B, S, V], V the padded vocabulary.
 
-    `config` describes the model, `metadata` is what its checkpoint says. Of the logits the first `config.vocab_size`
-    are of ids that the tokenizer has; the others pad the vocabulary, and no text has them.
+    `config` describes the model, `record` is what its checkpoint knows of the run. Of the logits the first
+    `config.vocab_size` are of ids that the tokenizer has; the others pad the vocabulary, and no text has them.
     """
 
-    def __init__(self, transformer: TokenFormer, metadata: dict[str, Any]) -> None:
+    def __init__(self, transformer: TokenFormer, record: RunRecord) -> None:
         super().__init__()
         self.transformer = transformer
         self.config = transformer.config
-        self.metadata = metadata
+        self.record = record
         self.directory: Path | None = None
         """Of the checkpoint it was loaded from."""
 
@@ -38,6 +38,11 @@ class LanguageModel(nn.Module):
         super()._apply(fn, recurse)
         self.transformer.dtype = self.transformer.embedding.weight.dtype
         return self
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The record as metadata.json holds it."""
+        return self.record.to_json()
 
     def forward(self, token_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """`cache` holds the tokens before these and takes these in."""
@@ -88,7 +93,7 @@ def load_model(
     checkpoint, and ValueError where the ranks can't share the model evenly.
     """
     reader = CheckpointReader(Path(path)).complete()
-    config = parse_config(ModelConfig, reader.metadata["model"], str(reader.directory))
+    config = reader.record.model
     config.check_tensor_parallel(group_size(group))
     with torch.device("meta"):
         transformer = TokenFormer(config, group=group, dtype=dtype)
@@ -98,8 +103,8 @@ def load_model(
             rows = _read_own_rows(reader, declared[f"{path}.{role}"], group)
             module.register_parameter(role, nn.Parameter(rows.to(device, dtype)))
     for path, pattention in transformer.pattentions().items():
-        pattention.tau = reader.metadata["tau"][path]
-    model = LanguageModel(transformer, reader.metadata)
+        pattention.tau = reader.record.tau[path]
+    model = LanguageModel(transformer, reader.record)
     model.directory = reader.directory
     return model.eval()
 

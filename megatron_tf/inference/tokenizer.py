@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.metadata import is_same_tokenizer
+from megatron_tf.checkpoint.record import is_same_tokenizer
 from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
 from megatron_tf.config import ConfigError
 from megatron_tf.data.indexed_dataset import DataError
@@ -16,12 +16,12 @@ from megatron_tf.inference.model import LanguageModel
 def load_tokenizer(model: LanguageModel, moved_to: Path | None = None) -> Tokenizer:
     """From the file it was trained with, or where that has moved to. Raises ConfigError for another tokenizer, and
     DataError where the file is missing."""
-    data = model.metadata["config"]["data"]
+    data = model.record.data
     kind = data["tokenizer_type"]
-    path = moved_to or find_tokenizer(model.metadata, model.directory)
+    path = moved_to or find_tokenizer(model.record, model.directory)
     check_found(kind, path, model.directory)
     tokenizer = build_tokenizer(kind, path, eod_token=data.get("eod_token"))
-    if not is_same_tokenizer(model.metadata["tokenizer"], tokenizer.identity):
+    if not is_same_tokenizer(model.record.tokenizer, tokenizer.identity):
         raise ConfigError("the tokenizer is not the one the model was trained with: give that with --tokenizer-model")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
@@ -40,7 +40,7 @@ def check_found(kind: str, path: Path | None, directory: Path | None) -> None:
 def check_made_with(prefix: str | Path, tokenizer: Mapping[str, Any]) -> None:
     """Raise DataError where a data set's report PREFIX.json says that another tokenizer made it.
 
-    `tokenizer` is the identity in a checkpoint's metadata. Data sets of other programs have no report.
+    `tokenizer` is the identity in a checkpoint's record. Data sets of other programs have no report.
     """
     report = Path(f"{prefix}.json")
     if not report.exists():

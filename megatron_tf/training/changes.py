@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import DATA_CONTENT, RunConfig, to_dict
 from megatron_tf.data.build import parse_data_path
 from megatron_tf.training.identity import flatten
@@ -14,28 +15,28 @@ _DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_p
 _LENGTH_KEYS = ("training.train_iters", "training.global_batch_size", "training.rampup_batch_size")
 
 
-def check_changes(config: RunConfig, data: Sequence[dict[str, Any]], metadata: Mapping[str, Any], source: Path) -> str:
+def check_changes(config: RunConfig, *, data: Sequence[Identity], record: RunRecord, source: Path) -> str:
     """A line that lists each key whose value differs from the one in the checkpoint `source`; empty where none does.
 
     `config` is the one of the checkpoint's stage of growth, `data` the identities of its training sets. Raises
     CheckpointError where the checkpoint is beyond the run's last step, and where the data read or the learning rate
     would silently become another, unless `checkpoint.allow_changes` names the key.
     """
-    step, train_iters = metadata["training"]["step"], config.training.train_iters
+    step, train_iters = record.training.step, config.training.train_iters
     if step > train_iters:
         raise CheckpointError(
             f"{source} is at step {step} of training.train_iters ({train_iters}): raise train_iters, or choose another "
             f"checkpoint.save"
         )
-    saved, now = flatten(metadata.get("config") or {}), flatten(to_dict(config))
-    read = metadata.get("run", {}).get("data")
+    saved, now = flatten(record.config), flatten(to_dict(config))
+    read = record.details.data
     changed = {
         key: f"{key} {saved[key]!r} -> {value!r}"
         for key, value in now.items()
         if key in saved and saved[key] != value and key not in _NOT_COMPARED and not key.startswith("model.")
     }
     is_same_data = read is None or not all(read) or list(read) == list(data)
-    has_read = metadata["training"]["samples"] > 0  # a converted checkpoint has no position in any data
+    has_read = record.training.samples > 0  # a converted checkpoint has no position in any data
     refused = _refused(saved, now, changed) if saved and has_read else []
     if "data.data_path" in refused and is_same_data and not _moves(saved, now):
         refused.remove("data.data_path")

@@ -5,7 +5,8 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+
+from megatron_tf.checkpoint.record import SpikeHistory
 
 _HISTORY = 100  # losses that noise is measured by
 _RECENT = 16  # those that tell where the loss is
@@ -21,15 +22,15 @@ class SpikeDetector:
     A new one takes 32 steps until any is told; one with a `history` judges as the one it was taken from.
     """
 
-    def __init__(self, sigmas: float, history: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, sigmas: float, history: SpikeHistory | None = None) -> None:
         self.sigmas = sigmas
-        self.losses: deque[float] = deque(history["losses"] if history else (), maxlen=_HISTORY)
-        self.in_a_row: int = history["in_a_row"] if history else 0
+        self.losses: deque[float] = deque(history.losses if history else (), maxlen=_HISTORY)
+        self.in_a_row: int = history.in_a_row if history else 0
         """Spikes up to the last loss."""
 
-    def history(self) -> dict[str, Any]:
-        """What the next loss is judged by, as JSON values."""
-        return {"losses": list(self.losses), "in_a_row": self.in_a_row}
+    def history(self) -> SpikeHistory:
+        """What the next loss is judged by."""
+        return SpikeHistory(tuple(self.losses), self.in_a_row)
 
     def is_spike(self, loss: float) -> bool:
         """Take in the loss of a step."""

@@ -1,7 +1,6 @@
 """Dynamic loss scaling for fp16 (arXiv 1710.03740), as Megatron-LM does it."""
 
-from collections.abc import Mapping
-
+from megatron_tf.checkpoint.record import LossScale
 from megatron_tf.config import LossScaleConfig
 
 
@@ -37,19 +36,15 @@ class LossScaler:
             self.scale = max(self.scale / 2.0, self.config.min_loss_scale)
         return is_overflow
 
-    def state(self) -> dict[str, float] | None:
+    def state(self) -> LossScale | None:
         """What a checkpoint keeps of it; None where there is nothing to keep."""
         if not self.is_dynamic:
             return None
-        return {
-            "scale": self.scale,
-            "growth_tracker": self.growth_tracker,
-            "hysteresis_tracker": self.hysteresis_tracker,
-        }
+        return LossScale(self.scale, self.growth_tracker, self.hysteresis_tracker)
 
-    def load(self, state: Mapping[str, float] | None) -> None:
-        """Go on from what a checkpoint kept; from the configuration where it kept nothing."""
+    def load(self, state: LossScale | None) -> None:
+        """Resume from what a checkpoint kept; from the configuration where it kept nothing."""
         if self.is_dynamic and state is not None:
-            self.scale = state["scale"]
-            self.growth_tracker = int(state["growth_tracker"])
-            self.hysteresis_tracker = int(state["hysteresis_tracker"])
+            self.scale = state.scale
+            self.growth_tracker = state.growth_tracker
+            self.hysteresis_tracker = state.hysteresis_tracker

@@ -1,73 +1,108 @@
-"""Where a run goes on from: its newest sound checkpoint, at the stage of growth that is due."""
+"""Where a run resumes: its newest sound checkpoint, at the stage of growth that is due."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.data.blend import SPACED
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import (
-    Progress,
-    blend_of,
-    changes_since,
-    new_progress,
-    restore_state,
-    stage_reached,
-    starts_over,
-)
+from megatron_tf.training.changes import check_changes
+from megatron_tf.training.checkpointing import blend_of, new_record, restore_state
+from megatron_tf.training.resumable import Resumable, open_resumable, starts_over
 from megatron_tf.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Begun:
+class RestoredRun:
     """A run that can take its next step."""
 
     stage: int
     """Stages of growth it has behind it."""
     state: TrainState
-    progress: Progress
+    record: RunRecord
     origin: Path | None
     """The checkpoint it comes from; None for a new run."""
-    damaged: tuple[str, ...]
+    damaged: tuple[str, ...] = ()
     """Newer checkpoints that could not be used, and why."""
     changes: str = ""
     """Keys of the configuration that differ from the checkpoint's."""
 
 
-def begin(
-    config: RunConfig,
-    mesh: Mesh,
-    tokenizer: dict[str, Any],
-    build: Callable[[RunConfig], TrainState],
-    data: Sequence[dict[str, Any]] = (),
-) -> Begun:
-    """Restore the newest checkpoint that is sound on every rank, which all call this, or begin a new run.
+@dataclass(frozen=True)
+class Resume:
+    """How a run gets its state: from its newest sound checkpoint, at the stage of growth that is due, or a new one.
 
-    `build` makes the state of a stage's configuration. Raises CheckpointError where there are checkpoints and none is
-    sound, or where the one to restore is of another model, tokenizer or layout, or of other `data` or keys that
-    change what it means.
+    Every rank has one of its own, and all call its methods together.
     """
-    damaged: list[str] = []
-    for source in sources(config):
-        outcome = _restore(config, mesh, tokenizer, build, data, source)
-        if reason := mesh.first_failure(outcome if isinstance(outcome, str) else None):
-            damaged.append(reason)
-            continue
-        assert not isinstance(outcome, str)
-        stage, state, progress, changes = outcome
-        return Begun(stage, state, progress, source, tuple(damaged), changes)
-    if damaged:
-        raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
-    return Begun(0, build(config.at_stage(0)), new_progress(config.model, tokenizer, data), None, ())
+
+    config: RunConfig
+    """Of the run, before any growth."""
+    mesh: Mesh
+    tokenizer: Identity
+    build: Callable[[RunConfig], TrainState]
+    """Makes the state of a stage's configuration."""
+    data: Sequence[Identity] = ()
+    """Identity of each training set."""
+
+    def restore(self, opened: Resumable | None = None) -> RestoredRun:
+        """Restore the newest checkpoint that is sound on every rank into a new state, or start a new run.
+
+        `opened` is a checkpoint that this rank has opened before: it is not opened again, and closed like the others.
+        Raises CheckpointError where there are checkpoints and none is sound, or where the one to restore is of another
+        model, tokenizer or layout, or of other data or keys that change what it means.
+        """
+        return self._newest(opened, None)
+
+    def reload_into(self, state: TrainState) -> RestoredRun:
+        """As `restore`, into a `state` of the checkpoint's stage; without a checkpoint it stays as it is."""
+        return self._newest(None, state)
+
+    def _newest(self, opened: Resumable | None, state: TrainState | None) -> RestoredRun:
+        damaged: list[str] = []
+        for source in sources(self.config):
+            reason, restored = None, None
+            try:
+                resumable = opened if opened and opened.source == source else open_resumable(self.config, source)
+                restored = self._read(resumable, state)
+            except DamagedCheckpointError as error:
+                reason = str(error)
+            if reason := self.mesh.first_failure(reason):
+                damaged.append(reason)
+                continue
+            assert restored is not None
+            return replace(restored, damaged=tuple(damaged))
+        if damaged:
+            raise CheckpointError(f"no sound checkpoint is left: {'; '.join(damaged)}")
+        record = new_record(self.config, self.tokenizer, self.data)
+        return RestoredRun(0, state or self.build(self.config.at_stage(0)), record, None)
+
+    def _read(self, resumable: Resumable, state: TrainState | None) -> RestoredRun:
+        """The run of a checkpoint, which is then closed. Raises as `restore`, and DamagedCheckpointError."""
+        config, source, changes = self.config, resumable.source, ""
+        staged = config.at_stage(resumable.stage)
+        if not has_layout(staged.parallel, self.mesh):
+            raise CheckpointError(
+                f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
+                f"checkpoint beside it and start again"
+            )
+        if not starts_over(config, source):  # else nothing of the other run's configuration counts
+            at_save = config.at_stage(resumable.saved_stage)
+            changes = check_changes(at_save, data=self.data, record=resumable.record, source=source)
+        state = state or self.build(staged)
+        try:
+            record = restore_state(state, config=config, tokenizer=self.tokenizer, resumable=resumable, data=self.data)
+        finally:
+            resumable.reader.close()
+        return RestoredRun(resumable.stage, state, record, source, changes=changes)
 
 
 def sources(config: RunConfig) -> list[Path]:
-    """Checkpoints to go on from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
+    """Checkpoints to resume from: those in `checkpoint.save` from the newest on, or else `checkpoint.load`."""
     save, load = config.checkpoint.save, config.checkpoint.load
     if save is None or not ((save / LATEST).exists() or complete_checkpoints(save)):
         if load is not None and not load.exists():
@@ -88,46 +123,23 @@ def blend_of_run(config: RunConfig) -> str:
             if starts_over(config, source):
                 break
             try:
-                return blend_of(CheckpointReader(source).metadata)
+                return blend_of(CheckpointReader(source).record)
             except DamagedCheckpointError:
                 continue
     return SPACED
 
 
-def first_stage(config: RunConfig) -> int:
-    """Stages of growth that a run is to have behind it when it begins, as far as can be told without its tensors."""
+def open_newest(config: RunConfig) -> Resumable | None:
+    """The newest checkpoint to resume from that is sound as far as can be told without its tensors; None for none."""
     for source in sources(config):
         try:
-            return stage_reached(config, source)
+            return open_resumable(config, source)
         except DamagedCheckpointError:
             continue
-    return 0
+    return None
 
 
 def has_layout(parallel: ParallelConfig, mesh: Mesh) -> bool:
-    """Whether the mesh is the one that is asked for."""
+    """Whether the mesh is the one that is requested."""
     sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return sizes == (mesh.size("tp"), mesh.size("pp"))
-
-
-def _restore(
-    config: RunConfig,
-    mesh: Mesh,
-    tokenizer: dict[str, Any],
-    build: Callable[[RunConfig], TrainState],
-    data: Sequence[dict[str, Any]],
-    source: Path,
-) -> tuple[int, TrainState, Progress, str] | str:
-    """(stage, state, progress, changes), or why the checkpoint can't be used."""
-    try:
-        stage = stage_reached(config, source)
-        if not has_layout(config.at_stage(stage).parallel, mesh):
-            raise CheckpointError(
-                f"{source} is of a stage with another layout than the ranks that were started: remove the damaged "
-                f"checkpoint beside it and start again"
-            )
-        changes = changes_since(config, data, source)
-        state = build(config.at_stage(stage))
-        return stage, state, restore_state(state, config, tokenizer, source, data), changes
-    except DamagedCheckpointError as error:
-        return str(error)

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from megatron_tf.checkpoint.background import BackgroundSaver
+from megatron_tf.checkpoint.commit import newest_checkpoint
 from megatron_tf.checkpoint.lock import LockedError, RunLock
+from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ConfigError, RunConfig, to_dict
 from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
@@ -17,13 +18,14 @@ from megatron_tf.parallel.mesh import Mesh, data_parallel_size
 from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.parallel.watch import Watch
 from megatron_tf.tokenformer.sizes import parameter_count
-from megatron_tf.training.checkpointing import Progress, stage_reached
+from megatron_tf.training.checkpointing import blend_of
 from megatron_tf.training.loop import Loop, Tools
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases
 from megatron_tf.training.preflight import preflight
 from megatron_tf.training.profiling import Profiler
-from megatron_tf.training.resume import begin, has_layout
+from megatron_tf.training.resumable import Resumable, open_resumable
+from megatron_tf.training.resume import Resume, has_layout
 from megatron_tf.training.state import TrainState, build_state, check_batches
 from megatron_tf.training.stopping import Stopping
 
@@ -31,16 +33,18 @@ from megatron_tf.training.stopping import Stopping
 def train(
     config: RunConfig,
     mesh: Mesh,
+    *,
     signals: SignalCatcher,
-    data: Sequence[dict[str, Any]],
+    data: Sequence[Identity],
     end: Callable[[str | None], None],
+    resumable: Resumable | None,
 ) -> int:
     """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
 
     Ends before, with all saved, on SIGTERM, SIGUSR1 and Ctrl-C, when its time is up, and where a stage of growth has
     another layout: the run is then to be started again. Returns the exit code. `data` are the identities of the
-    training sets. `end` ends the process when ranks wait
-    for each other too long, with the reason.
+    training sets, `resumable` is the checkpoint that gave the ranks their layout. `end` ends the process when ranks
+    wait for each other too long, with the reason.
 
     Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can fix, ConnectionError
     where a rank is lost, ArithmeticError where the model does not train any more.
@@ -59,47 +63,58 @@ def train(
         def build(staged: RunConfig) -> TrainState:
             return build_state(staged, mesh, tokenizer.eod, phases)
 
-        begun = begin(config, mesh, tokenizer.identity, build, data)
-        progress = begun.progress
-        _check_stages(config, mesh, begun.stage)
+        resume = Resume(config, mesh, tokenizer.identity, build, data)
+        run = resume.restore(resumable)
+        record = run.record
+        _check_stages(config, mesh, run.stage)
         validation = build_validation(config) if training.eval_interval else []
-        warnings = preflight(config.at_stage(begun.stage), mesh)
-        log = open_.enter_context(_open_log(config, mesh, progress.step))
-        for warning in (*begun.damaged, *warnings):
+        warnings = preflight(config.at_stage(run.stage), mesh)
+        log = open_.enter_context(_open_log(config, mesh, record.training.step))
+        for warning in (*run.damaged, *warnings):
             log.say(f"warning: {warning}")
-        if begun.changes:
-            log.say(begun.changes)
-        saver = open_.enter_context(
-            BackgroundSaver(
-                mesh.new_world(timedelta(seconds=limit)),
-                lambda path: log.say(f"saved {path}"),
-                lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
-            )
-        )
-        dataset = build_dataset(config, progress.blend)
-        loader = open_.enter_context(build_loader(dataset, training, mesh, progress.samples))
+        if run.changes:
+            log.say(run.changes)
+        saver = open_.enter_context(_saver(mesh, timedelta(seconds=limit), log))
+        dataset = build_dataset(config, blend_of(record))
+        loader = open_.enter_context(build_loader(dataset, training, mesh, record.training.samples))
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
-        _say_kernels(begun.state.kernels, log)
-        _announce("start", config.at_stage(begun.stage), mesh, progress, log, begun.origin)
-        if progress.step == training.train_iters and not progress.evaluation_due:
-            log.say(f"nothing is left to do: {begun.origin} is at the last of {progress.step} steps (train_iters)")
+        _say_kernels(run.state.kernels, log)
+        _announce("start", config.at_stage(run.stage), mesh, record, log, run.origin)
+        if _is_done(record, config):
+            log.say(f"nothing is left to do: {run.origin} is at the last of {record.training.step} steps (train_iters)")
         while True:
-            loop = Loop(
-                config, begun, tools, lambda state: begin(config, mesh, tokenizer.identity, lambda _: state, data)
-            )
-            progress = loop.run()
-            if progress.step == training.train_iters and not progress.evaluation_due:
+            loop = Loop(config, run, tools, resume.reload_into)
+            record = loop.run()
+            if _is_done(record, config):
                 return 0
             if stopping.reason:
-                return _stopped(config, progress, stopping, log)
-            del loop, begun  # the larger model needs their memory
+                return _stopped(config, record, stopping, log)
+            del loop, run  # the larger model needs their memory
             assert config.checkpoint.save is not None
-            if not has_layout(config.at_stage(stage_reached(config, config.checkpoint.save)).parallel, mesh):
-                log.say(f"step {progress.step:>6}  the next stage has another layout: start the same command again")
+            resumable = open_resumable(config, newest_checkpoint(config.checkpoint.save))
+            if not has_layout(config.at_stage(resumable.stage).parallel, mesh):
+                _say_layout_changes(record, log)
                 return EXIT_START_AGAIN
-            begun = begin(config, mesh, tokenizer.identity, build, data)
-            _say_kernels(begun.state.kernels, log)
-            _announce("growth", config.at_stage(begun.stage), mesh, begun.progress, log, config.checkpoint.save)
+            run = resume.restore(resumable)
+            _say_kernels(run.state.kernels, log)
+            _announce("growth", config.at_stage(run.stage), mesh, run.record, log, config.checkpoint.save)
+
+
+def _is_done(record: RunRecord, config: RunConfig) -> bool:
+    return record.training.step == config.training.train_iters and not record.details.evaluation_due
+
+
+def _say_layout_changes(record: RunRecord, log: MetricsLog) -> None:
+    step = record.training.step
+    log.say(f"step {step:>6}  the next stage has another layout: start the same command again")
+
+
+def _saver(mesh: Mesh, limit: timedelta, log: MetricsLog) -> BackgroundSaver:
+    return BackgroundSaver(
+        mesh.new_world(limit),
+        lambda path: log.say(f"saved {path}"),
+        lambda reason: log.say(f"warning: {reason}; training goes on until the next save"),
+    )
 
 
 def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
@@ -161,35 +176,35 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
             raise ConfigError(f"growth[{number}]: {error}") from None
 
 
-def _stopped(config: RunConfig, progress: Progress, stopping: Stopping, log: MetricsLog) -> int:
+def _stopped(config: RunConfig, record: RunRecord, stopping: Stopping, log: MetricsLog) -> int:
     """Say where the run stands; the exit code."""
     save = config.checkpoint.save
     saved = f"saved in {save}" if save else "not saved: no checkpoint.save"
-    log.say(f"step {progress.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
+    log.say(f"step {record.training.step:>6}  stopped by {stopping.reason}, {saved}: start the same command again")
     return exit_code(stopping.number, is_saved=save is not None) if stopping.number else EXIT_START_AGAIN
 
 
 def _announce(
-    event: str, config: RunConfig, mesh: Mesh, progress: Progress, log: MetricsLog, origin: Path | None
+    event: str, config: RunConfig, mesh: Mesh, record: RunRecord, log: MetricsLog, origin: Path | None
 ) -> None:
     parameters = parameter_count(config.model)
     layout = {axis: mesh.size(axis) for axis in ("tp", "pp", "dp")}
     log.event(
         {
             "event": event,
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "flops": progress.flops,
-            "device_hours": progress.device_seconds / 3600,
+            "step": record.training.step,
+            "tokens": record.training.tokens,
+            "flops": record.usage.flops,
+            "device_hours": record.usage.device_seconds / 3600,
             "parameters": parameters,
             "layout": layout,
-            "lineage": list(progress.lineage),
+            "lineage": [event.to_json() for event in record.lineage],
             "config": to_dict(config),
         }
     )
     places = " x ".join(f"{axis} {size}" for axis, size in layout.items())
     if event == "growth":
-        log.say(f"step {progress.step:>6}  grown to {parameters:,} parameters")
+        log.say(f"step {record.training.step:>6}  grown to {parameters:,} parameters")
     else:
-        where = f"going on from {origin} at step {progress.step}" if origin else "a new run"
+        where = f"going on from {origin} at step {record.training.step}" if origin else "a new run"
         log.say(f"{parameters:,} parameters on {places} ({mesh.device.type}); {where}")

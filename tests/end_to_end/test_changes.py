@@ -112,8 +112,8 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_and_resumes_like_any_run(
     metrics = folder / "tuned.jsonl"
     assert train(folder, "tuned", *options, f"--logging.metrics_file={metrics}", "--optimizer.lr=1e-9") == 0
     reader = CheckpointReader(folder / "tuned")
-    training = reader.metadata["training"]
-    assert (training["step"], training["adam_steps"], training["samples"]) == (4, 4, 32)
+    training = reader.record.training
+    assert (training.step, training.adam_steps, training.samples) == (4, 4, 32)
     first = next(line for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line)
     assert first["step"] == 1
     assert first["loss"] < 5.5  # a new run's is log(257) = 5.55

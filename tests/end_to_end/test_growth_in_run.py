@@ -8,6 +8,7 @@ import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
+from megatron_tf.config import to_dict
 from tests.support.commands import make_run, run
 from tools import plot_run
 
@@ -57,7 +58,7 @@ def assert_same(one, other):
     left, right = CheckpointReader(one), CheckpointReader(other)
     assert list(differences(left, right)) == []
     for key in ("tau", "training", "lineage", "after_growth", "model"):
-        assert left.metadata[key] == right.metadata[key]
+        assert getattr(left.record, key) == getattr(right.record, key)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,7 +76,7 @@ def test_it_is_the_same_as_stop_grow_and_start_again(folder, layout, init):
     arguments = ["--load", folder / f"{name}-before", "--save", folder / f"{name}-grown", "--verify"]
     grown = run("tools/reshard_checkpoint.py", *arguments, "--stage", folder / "stage.yaml")
     assert grown.returncode == 0, grown.stderr
-    model = CheckpointReader(folder / f"{name}-grown").metadata["model"]
+    model = to_dict(CheckpointReader(folder / f"{name}-grown").record.model)
     load = {"load": str(folder / f"{name}-grown")}
     train(configure(folder, f"{name}-after", [], model=model, checkpoint=load), *options, ranks=ranks)
     assert_same(folder / f"{name}-inside", folder / f"{name}-after")
@@ -86,7 +87,7 @@ def test_two_stages_one_by_tokens_and_a_restart_between_them(folder):
     train(configure(folder, "straight", growth))
     short = configure(folder, "stopped", growth, training={"train_iters": 3})
     train(short)
-    assert CheckpointReader(folder / "stopped").metadata["model"]["ffn_tokens"] == 96
+    assert CheckpointReader(folder / "stopped").record.model.ffn_tokens == 96
     resumed = train(configure(folder, "stopped", growth))
     assert "at step 3" in resumed.stdout
     assert_same(folder / "straight", folder / "stopped")

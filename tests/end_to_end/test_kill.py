@@ -7,7 +7,7 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support import victims
 from tests.support.processes import context
-from tests.unit.checkpoint.toy import random_tensors, read_all, same, save
+from tests.support.toy import random_tensors, read_all, same, save
 from tools import reshard_checkpoint
 
 KILLS = 50

@@ -29,7 +29,7 @@ def test_it_is_resumed_with_the_losses_it_had(tmp_path, monkeypatch, case):
     assert losses == {step: pytest.approx(before[str(step)], rel=1e-5) for step in (4, 5, 6)}
     saved = CheckpointReader(tmp_path / case / "saved")
     assert saved.step == 6
-    assert saved.metadata["run"]["blend"] == "greedy"  # for the rest of the run
+    assert saved.record.details.blend == "greedy"  # for the rest of the run
 
 
 def test_each_kind_of_run_is_there():

@@ -59,7 +59,7 @@ def test_a_bad_id_to_train_on_is_named_alike_by_every_rank(rank_pool, tmp_path, 
         rf"another tokenizer, or is damaged; preprocess its text again; .*saved holds the state of step \d",
         answers[0],
     )
-    assert CheckpointReader(tmp_path / "saved").metadata["training"]["step"] < 3
+    assert CheckpointReader(tmp_path / "saved").step < 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -72,4 +72,4 @@ def test_a_bad_id_to_evaluate_on_is_named_alike_by_every_rank(rank_pool, tmp_pat
     assert len(set(answers)) == 1
     assert "/d: document 4 has id -2 at offset 7" in answers[0]
     assert "saved holds the state of step 2" in answers[0]
-    assert CheckpointReader(tmp_path / "saved").metadata["training"]["step"] == 2
+    assert CheckpointReader(tmp_path / "saved").step == 2

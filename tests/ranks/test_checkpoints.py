@@ -10,8 +10,9 @@ from safetensors import safe_open
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.inference.model import load_model
-from megatron_tf.training.checkpointing import restore_state, save_state
-from megatron_tf.training.resume import begin
+from megatron_tf.training.checkpointing import save_state
+from megatron_tf.training.resumable import open_resumable
+from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
@@ -23,12 +24,12 @@ TOKENIZER = {"type": "none"}
 
 def train_and_save(mesh, config, steps, root):
     """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
-    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
-    state, progress, losses = begun.state, begun.progress, []
-    while progress.step < steps:
-        losses.append(train_step(state, random_batch(config, progress.step, mesh), 1e-3).loss)
-        progress = progress.after_step(8, 8 * 16, 0.0)
-    save_state(state, config, progress, Path(root))
+    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    state, record, losses = run.state, run.record, []
+    while record.training.step < steps:
+        losses.append(train_step(state, random_batch(config, record.training.step, mesh), 1e-3).loss)
+        record = record.after_step(8, 8 * 16, 0.0)
+    save_state(state, config, record, Path(root))
     return losses
 
 
@@ -172,7 +173,7 @@ def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source,
     assert_only_appended(logical_tensors(root), logical_tensors(grown))
     ids = torch.arange(24)[None]
     assert (load_model(root)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
-    assert load_model(grown).metadata["lineage"][0]["kinds"] == {"qkv": [32, 48], "proj": [24, 40], "ffn": [64, 128]}
+    assert load_model(grown).record.lineage[0].kinds == {"qkv": [32, 48], "proj": [24, 40], "ffn": [64, 128]}
     config = variant_config(target, variant, model=dict(GROWN), checkpoint={"load": grown})
     losses = rank_pool.run(train_and_save, *target, config, 3, after)[0]
     assert losses == pytest.approx([next_loss], rel=1e-6 if variant.endswith("fp32") else 5e-3)
@@ -220,7 +221,7 @@ def test_the_tool_explains_mistakes_and_writes_nothing(trained, tmp_path, capsys
 def test_a_checkpoint_of_another_model_is_refused(trained):
     config = layout_config((1, 1, 1), model={"num_layers": 2}, checkpoint={"load": trained})
     with pytest.raises(CheckpointError, match="num_layers is 3 in the checkpoint, 2 in the configuration"):
-        restore_state(None, config, TOKENIZER, trained)
+        open_resumable(config, trained)
 
 
 def damage(path, kind):
@@ -252,13 +253,13 @@ def test_damage_is_found_and_named(trained, tmp_path, pattern, kind):
 
 def begin_again(mesh, config):
     """(step, what was found damaged, whether this rank's rows are those of the sound checkpoint)."""
-    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
-    sound = CheckpointReader(begun.origin)
+    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    sound = CheckpointReader(run.origin)
     same = all(
         torch.equal(sound.read_rows("model", shard.name, shard.start, shard.stop), shard.tensor)
-        for shard in begun.state.shards
+        for shard in run.state.shards
     )
-    return begun.progress.step, begun.damaged, same
+    return run.record.training.step, run.damaged, same
 
 
 @pytest.mark.parametrize("victim", ["model-pp01-tp00-dp00.safetensors", "manifest.json", "latest"])

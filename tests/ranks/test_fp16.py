@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resume import begin
+from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import layout_config
@@ -24,21 +24,21 @@ def fp16_config(layout, **sections):
 
 def fp16_run(mesh, config, steps, root=None):
     """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    begun = begin(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD))
-    state, progress, seen = begun.state, begun.progress, []
-    while progress.step < steps:
+    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    state, record, seen = run.state, run.record, []
+    while record.training.step < steps:
         before = [shard.tensor.clone() for shard in state.shards]
-        result = train_step(state, random_batch(config, progress.step, mesh), 1e-3)
+        result = train_step(state, random_batch(config, record.training.step, mesh), 1e-3)
         assert bool(result.unsound) == result.is_overflow
         if result.is_overflow:
             assert all((a == shard.tensor).all() for a, shard in zip(before, state.shards, strict=True))
-            progress = progress.after_overflow(8)
+            record = record.after_overflow(8)
         else:
-            progress = progress.after_step(8, 8 * 16, 0.0)
+            record = record.after_step(8, 8 * 16, 0.0)
         seen.append((result.loss, result.grad_norm, state.scaler.scale, result.is_overflow))
     if root is not None:
-        save_state(state, config, progress, Path(root))
-    assert progress.adam_steps == state.optimizer.num_steps == steps
+        save_state(state, config, record, Path(root))
+    assert record.training.adam_steps == state.optimizer.num_steps == steps
     return seen
 
 

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, in_memory, new_metadata
+from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, in_memory, new_record
 from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.config import ModelConfig
 from megatron_tf.data.tokenizer import build_tokenizer
@@ -36,9 +36,10 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
     tau = {path: tau * tau_scale for path, tau in initial_taus(config).items()}
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
-    metadata = new_metadata(config, tau, TokenizerChoice(kind, path, identity, eod_token), 64, 1)
+    choice = TokenizerChoice(kind, path, identity, eod_token)
+    record = new_record(config, tau, choice, seq_length=64, seed=1)
     target = Target(tensor_parallel=1, stages=[range(config.num_layers)])
-    source = ForeignCheckpoint(folder, tensors, metadata)
+    source = ForeignCheckpoint(folder, tensors, record)
     return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
 
 

@@ -12,7 +12,7 @@ from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.training.checkpointing import new_progress
+from tests.support.records import make_record
 from tests.support.training import small_run
 
 VOCAB = 257  # of NullTokenizer
@@ -27,7 +27,7 @@ def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return LanguageModel(transformer, {}).eval()
+    return LanguageModel(transformer, make_record(config)).eval()
 
 
 def greedy_ids(model: LanguageModel, prompts, num_tokens: int):
@@ -39,12 +39,9 @@ def greedy_ids(model: LanguageModel, prompts, num_tokens: int):
 
 def write_checkpoint(root, model: LanguageModel):
     """The model as a checkpoint of a run on bytes; returns its directory."""
-    progress = dataclasses.asdict(new_progress(model.config, {}))
     config = to_dict(small_run(model=_keys(model.config)))
-    metadata = {"model": to_dict(model.config), "config": config, "tau": progress["tau"], "lineage": []}
-    metadata["training"] = {key: progress[key] for key in ("step", "samples", "tokens", "adam_steps")}
-    metadata["tokenizer"] = NullTokenizer().identity
-    save_checkpoint(root, 0, {"model": parameter_shards(model.transformer)}, metadata, "one", None)
+    record = make_record(model.config, config=config, tokenizer=NullTokenizer().identity)
+    save_checkpoint(root, 0, {"model": parameter_shards(model.transformer)}, record, "one", None)
     return root
 
 

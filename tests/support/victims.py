@@ -7,7 +7,7 @@ import torch
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
-from tests.unit.checkpoint.toy import GROUPS, metadata, random_tensors
+from tests.support.toy import GROUPS, random_tensors, record
 from tools import reshard_checkpoint
 
 ROWS = 3000
@@ -23,7 +23,7 @@ def save_for_ever(root, first):
     """One checkpoint after another, the last two stay."""
     step = first
     while True:
-        save_checkpoint(Path(root), step, shards_of(step), metadata(step), "all", None, Retention(keep_last=2))
+        save_checkpoint(Path(root), step, shards_of(step), record(step), "all", None, Retention(keep_last=2))
         step += 1
 
 
@@ -32,7 +32,7 @@ def save_in_background_for_ever(root, first):
     with BackgroundSaver(None, lambda path: None, print) as saver:
         step = first
         while True:
-            saver.save(Path(root), step, shards_of(step), metadata(step), "all", Retention(keep_last=2))
+            saver.save(Path(root), step, shards_of(step), record(step), "all", Retention(keep_last=2))
             torch.randn(300, 300).mm(torch.randn(300, 300))
             step += 1
 

@@ -161,7 +161,7 @@ def test_absent_keys_are_taken_as_in_the_code_that_travels_with_an_export():
 def test_the_length_of_samples_is_that_of_config_json(exported, tmp_path):
     edited = edit(exported, tmp_path, {"max_position_embeddings": 32})
     assert convert("hf", "megatron_tf", edited, tmp_path / "back") == 0
-    assert CheckpointReader(tmp_path / "back").metadata["config"]["training"]["seq_length"] == 32
+    assert CheckpointReader(tmp_path / "back").record.seq_length == 32
 
 
 def with_own_end(tmp_path, eod_token="w7"):

@@ -1,6 +1,5 @@
 """Growth and shrinking of the official fixtures by the tool: the logits stay, or it says that they do not."""
 
-import dataclasses
 import re
 
 import numpy as np
@@ -14,9 +13,9 @@ from megatron_tf.config import to_dict
 from megatron_tf.inference.calibration import mean_loss, read_samples, token_importance
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import parameter_shards
-from megatron_tf.training.checkpointing import new_progress
 from tests.support.data import write_data_set
 from tests.support.golden import golden_model
+from tests.support.records import make_record
 from tests.support.training import small_run
 from tools import reshard_checkpoint
 
@@ -26,12 +25,8 @@ SEQ_LENGTH = 16
 
 def golden_checkpoint(case, root):
     model, tensors, _ = golden_model(case)
-    progress = dataclasses.asdict(new_progress(model.config, {}))
-    training = {key: progress[key] for key in ("step", "samples", "tokens", "adam_steps")}
-    config = to_dict(small_run(training={"seq_length": SEQ_LENGTH}))
-    metadata = {"model": to_dict(model.config), "config": config, "tau": progress["tau"], "lineage": []}
-    metadata |= {"training": training, "tokenizer": {}}
-    save_checkpoint(root, 0, {"model": parameter_shards(model)}, metadata, "one", None)
+    record = make_record(model.config, config=to_dict(small_run(training={"seq_length": SEQ_LENGTH})))
+    save_checkpoint(root, 0, {"model": parameter_shards(model)}, record, "one", None)
     return tensors
 
 
@@ -88,7 +83,7 @@ def test_logits_stay_within_rounding_from_any_size(case, tmp_path):
         for module in after.transformer.pattentions().values():
             module.tau *= 1.01  # the test must see a temperature that is not kept
         assert (before(ids) - after(ids)).abs().max() > 1e-2
-    assert [entry["kinds"] for entry in after.metadata["lineage"]] == [
+    assert [event.kinds for event in after.record.lineage] == [
         {"qkv": [64, 97], "ffn": [256, 301]},
         {"qkv": [97, 130], "proj": [64, 70], "ffn": [301, 512]},
     ]
@@ -186,8 +181,8 @@ def test_grow_then_shrink_is_the_identity(case, tmp_path, text, capsys):
     assert tool(tmp_path / "b", tmp_path / "c", *options, "--target-tensor-parallel-size", 2) == 0
     first, last = CheckpointReader(tmp_path / "a"), CheckpointReader(tmp_path / "c")
     assert list(differences(first, last)) == []
-    assert first.metadata["model"] == last.metadata["model"]
-    assert first.metadata["tau"] == last.metadata["tau"]
+    assert first.record.model == last.record.model
+    assert first.record.tau == last.record.tau
     assert "max |delta logit| before and after: 0 " in capsys.readouterr().out.splitlines()[-3]
 
 
@@ -201,7 +196,7 @@ def test_shrinking_drops_what_does_least(tmp_path, text):
     kept = importance.topk(128).indices.sort().values
     old, new = (m.transformer.get_parameter("layers.1.ffn.key_tokens") for m in (model, smaller))
     assert torch.equal(old[kept], new)
-    assert smaller.metadata["lineage"][0]["kinds"] == {"ffn": [256, 128]}
+    assert smaller.record.lineage[0].kinds == {"ffn": [256, 128]}
     with torch.no_grad():
         x = torch.randn(9, 64)
         module = model.transformer.pattentions()["layers.1.ffn"]
@@ -244,7 +239,7 @@ def test_a_stage_file_says_the_same_as_options(tmp_path):
     assert grow(tmp_path / "a", tmp_path / "c", "ffn@0=300,ffn@1=400", "--rewarmup-iters", 9) == 0
     one, other = CheckpointReader(tmp_path / "b"), CheckpointReader(tmp_path / "c")
     assert list(differences(one, other)) == []
-    assert one.metadata == other.metadata
+    assert one.record == other.record
     (tmp_path / "stage.yaml").write_text("fnn_tokens: 300\n")
     assert tool(tmp_path / "a", tmp_path / "d", "--stage", tmp_path / "stage.yaml") == 1
 

@@ -42,9 +42,9 @@ def test_totals_go_on_over_restarts_and_growth(folder):
     assert [line["flops"] for line in steps] == [128 * (min(i, 4) * small + max(i - 4, 0) * large) for i in range(1, 7)]
     hours = [line["device_hours"] for line in steps]
     assert hours == sorted(set(hours))
-    usage = CheckpointReader(folder / "totals").metadata["usage"]
-    assert usage["flops"] == steps[-1]["flops"]
-    assert usage["device_seconds"] >= 3600 * hours[-1] > 0
+    usage = CheckpointReader(folder / "totals").record.usage
+    assert usage.flops == steps[-1]["flops"]
+    assert usage.device_seconds >= 3600 * hours[-1] > 0
 
 
 def test_each_step_says_what_it_took(folder):
@@ -104,10 +104,10 @@ def test_after_spikes_it_goes_back_and_skips_the_data(folder, monkeypatch, capsy
     assert "went back to" in capsys.readouterr().out
     steps = [line["step"] for line in lines if "loss" in line and "event" not in line]
     assert steps == [*range(1, 47), *range(41, 51)]
-    training = CheckpointReader(folder / "rewound").metadata["training"]
-    assert (training["step"], training["adam_steps"], training["skipped"]) == (50, 50, 6)
-    assert training["samples"] == 8 * 56
-    assert training["tokens"] == 8 * 16 * 50
+    training = CheckpointReader(folder / "rewound").record.training
+    assert (training.step, training.adam_steps, training.skipped) == (50, 50, 6)
+    assert training.samples == 8 * 56
+    assert training.tokens == 8 * 16 * 50
 
 
 def test_spikes_again_and_again_end_the_run(folder, monkeypatch, capsys):

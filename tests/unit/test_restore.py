@@ -1,18 +1,22 @@
 """A checkpoint without moments: one that was converted begins with zeros; one of a run lacks something."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import blend_of, new_progress, restore_state
+from megatron_tf.training.checkpointing import blend_of, restore_state
+from megatron_tf.training.resumable import open_resumable
 from megatron_tf.training.state import build_state
+from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
-TOKENIZER = {"type": "NullTokenizer"}
 
 
 def save(root, config, adam_steps, moments=()):
@@ -20,38 +24,32 @@ def save(root, config, adam_steps, moments=()):
     state = build_state(config, ONE_PROCESS, EOD)
     groups = {"model": list(state.shards)}
     groups |= {m: [shard.with_tensor(torch.ones_like(shard.tensor)) for shard in state.shards] for m in moments}
-    training = {"step": 7, "samples": 56, "tokens": 896, "adam_steps": adam_steps, "skipped": 0}
-    facts = {"model": to_dict(config.model), "config": to_dict(config), "tokenizer": TOKENIZER, "lineage": []}
-    facts |= {"tau": new_progress(config.model, TOKENIZER).tau, "training": training}
-    save_checkpoint(root, 7, groups, facts, "all", None)
+    counters = {"samples": 56, "tokens": 896, "adam_steps": adam_steps}
+    record = make_record(config.model, config=to_dict(config), step=7, **counters)
+    save_checkpoint(root, 7, groups, record, "all", None)
 
 
 def restore(root):
     config = small_run()
     state = build_state(config, ONE_PROCESS, EOD)
-    return state, restore_state(state, config, TOKENIZER, root)
+    resumable = open_resumable(config, root)
+    return state, restore_state(state, config=config, tokenizer=NO_TOKENIZER, resumable=resumable)
 
 
 @pytest.mark.parametrize(
-    "samples, run, blend",
-    [
-        (56, {"blend": "spaced"}, "spaced"),
-        (56, {"blend": "greedy"}, "greedy"),
-        (56, {}, "greedy"),
-        (56, None, "greedy"),
-        (0, None, "spaced"),
-    ],
-    ids=["as named", "greedy", "of version 0.1", "of its first days", "converted"],
+    "samples, recorded, blend",
+    [(56, "spaced", "spaced"), (56, "greedy", "greedy"), (56, None, "greedy"), (0, None, "spaced")],
+    ids=["as named", "greedy", "of version 0.1", "converted"],
 )
-def test_a_run_keeps_the_blend_of_its_checkpoint(samples, run, blend):
-    metadata = {"training": {"samples": samples}} | ({} if run is None else {"run": run})
-    assert blend_of(metadata) == blend
+def test_a_run_keeps_the_blend_of_its_checkpoint(samples, recorded, blend):
+    record = make_record(small_run().model, samples=samples)
+    assert blend_of(replace(record, details=RunDetails(blend=recorded))) == blend
 
 
 def test_a_converted_checkpoint_begins_with_zero_moments(tmp_path):
     save(tmp_path, small_run(), adam_steps=0)
-    state, progress = restore(tmp_path)
-    assert (progress.step, state.optimizer.num_steps) == (7, 0)
+    state, record = restore(tmp_path)
+    assert (record.training.step, state.optimizer.num_steps) == (7, 0)
     assert all(
         not shard.tensor.any() for moment in ("exp_avg", "exp_avg_sq") for shard in state.optimizer.moments(moment)
     )

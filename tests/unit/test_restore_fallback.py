@@ -8,24 +8,27 @@ import torch
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import new_progress, restore_state
-from megatron_tf.training.resume import begin
+from megatron_tf.training.checkpointing import restore_state
+from megatron_tf.training.resumable import open_resumable
+from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
+from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 from tests.unit.checkpoint.test_strangers import FILE, change_manifest, change_metadata, make_fifo
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
-TOKENIZER = {"type": "NullTokenizer"}
 
 
-def save(root, step, **training):
+def build(config):
+    return build_state(config, ONE_PROCESS, EOD)
+
+
+def save(root, step):
     """A checkpoint of fresh parameters without moments; returns its directory."""
     config = small_run()
-    state = build_state(config, ONE_PROCESS, EOD)
-    counters = {"step": step, "samples": 56, "tokens": 896, "adam_steps": 0, "skipped": 0, **training}
-    facts = {"model": to_dict(config.model), "config": to_dict(config), "tokenizer": TOKENIZER, "lineage": []}
-    facts |= {"tau": new_progress(config.model, TOKENIZER).tau, "training": counters}
-    return save_checkpoint(root, step, {"model": list(state.shards)}, facts, "pp00-tp00-dp00", None)
+    state = build(config)
+    record = make_record(config.model, config=to_dict(config), step=step, samples=56, tokens=896)
+    return save_checkpoint(root, step, {"model": list(state.shards)}, record, "pp00-tp00-dp00", None)
 
 
 DAMAGE = {
@@ -45,9 +48,9 @@ def test_a_run_resumes_from_the_intact_checkpoint_before(tmp_path, damage):
     intact = save(tmp_path, 7)
     damage(save(tmp_path, 9))
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = begin(config, ONE_PROCESS, TOKENIZER, lambda staged: build_state(staged, ONE_PROCESS, EOD))
+    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
     assert resumed.origin == intact
-    assert resumed.progress.step == 7
+    assert resumed.record.training.step == 7
     assert "step_00000009" in resumed.damaged[0]
 
 
@@ -55,14 +58,16 @@ def test_a_latest_that_is_a_fifo_is_no_obstacle(tmp_path):
     intact = save(tmp_path, 7)
     make_fifo(tmp_path / "latest")
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = begin(config, ONE_PROCESS, TOKENIZER, lambda staged: build_state(staged, ONE_PROCESS, EOD))
+    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
     assert resumed.origin == intact
 
 
 def test_keys_of_a_later_writer_are_ignored(tmp_path):
-    directory = save(tmp_path, 7, epochs=1)
+    directory = save(tmp_path, 7)
+    change_metadata(directory, lambda m: m["training"].update(epochs=1))
     change_metadata(directory, lambda m: m.update(usage={"flops": 2.0, "watts": 3.0}, future=[1]))
     config = small_run()
-    progress = restore_state(build_state(config, ONE_PROCESS, EOD), config, TOKENIZER, tmp_path)
-    assert (progress.step, progress.samples, progress.flops) == (7, 56, 2.0)
+    resumable = open_resumable(config, tmp_path)
+    record = restore_state(build(config), config=config, tokenizer=NO_TOKENIZER, resumable=resumable)
+    assert (record.training.step, record.training.samples, record.usage.flops) == (7, 56, 2.0)
     assert json.loads((directory / "metadata.json").read_text())["training"]["epochs"] == 1

@@ -3,7 +3,10 @@
 import json
 import math
 import random
+from dataclasses import asdict
 
+from megatron_tf.checkpoint.json_object import JsonObject
+from megatron_tf.checkpoint.record import SpikeHistory
 from megatron_tf.training.faults import SpikeDetector
 
 
@@ -55,8 +58,8 @@ def test_a_restarted_detector_judges_as_the_one_before():
     for step in range(40):
         straight.is_spike(ripple(step))
         stopped.is_spike(ripple(step))
-    history = json.loads(json.dumps(stopped.history()))
-    restarted = SpikeDetector(3.0, history)
+    saved = json.loads(json.dumps(asdict(stopped.history())))
+    restarted = SpikeDetector(3.0, SpikeHistory.from_json(JsonObject("a file", "run.spikes", saved)))
     later = [5.0, 5.0, ripple(42), 5.0]
     assert [restarted.is_spike(loss) for loss in later] == [straight.is_spike(loss) for loss in later]
     assert restarted.history() == straight.history()

@@ -46,8 +46,8 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
         "not finite: layers.1.ffn.key_tokens (rank 0), head.weight (rank 3); the batch that ends at sample 16 is "
         "skipped, 1 so far" in out
     )
-    training = CheckpointReader(folder / "some").metadata["training"]
-    assert (training["step"], training["skipped"], training["samples"], training["tokens"]) == (6, 3, 72, 6 * 8 * 16)
+    training = CheckpointReader(folder / "some").record.training
+    assert (training.step, training.skipped, training.samples, training.tokens) == (6, 3, 72, 6 * 8 * 16)
     lines = [json.loads(line) for line in (folder / "some.jsonl").read_text().splitlines()]
     assert [line["samples"] for line in lines if line.get("event") == "skipped"] == [16, 24, 40]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
@@ -63,10 +63,10 @@ def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch,
     assert "after step 3" in error
     assert run_with_faults(folder, monkeypatch, "straight", set())[0] == 0
     reader = CheckpointReader(folder / "many")
-    assert reader.metadata["training"]["step"] == 3
+    assert reader.step == 3
     monkeypatch.undo()
     assert pretrain.main([str(folder / "many.yaml")]) == 0
-    assert CheckpointReader(folder / "many").metadata["training"]["samples"] == 8 * (6 + 5)
+    assert CheckpointReader(folder / "many").record.training.samples == 8 * (6 + 5)
     rows = reader.read_rows("model", "embedding.weight", 0, 257)
     assert torch.isfinite(rows).all()
 
@@ -74,8 +74,8 @@ def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch,
 def test_overflows_are_no_faults_of_the_data(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "overflows", set(range(1, 9)), is_overflow=True)[0] == 0
     assert "the batch that ends at sample 16 is skipped" in capsys.readouterr().out
-    training = CheckpointReader(folder / "overflows").metadata["training"]
-    assert [training[key] for key in ("step", "skipped", "overflows", "samples")] == [6, 0, 8, 8 * (6 + 8)]
+    training = CheckpointReader(folder / "overflows").record.training
+    assert (training.step, training.skipped, training.overflows, training.samples) == (6, 0, 8, 8 * (6 + 8))
     lines = [json.loads(line) for line in (folder / "overflows.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in lines if "loss" in line]
     assert rates == sorted(rates, reverse=True)

@@ -1,8 +1,6 @@
 """The model card of an export."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
 from megatron_tf.tokenformer.sizes import parameter_count
 
@@ -46,9 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
-def model_card(model: ModelConfig, metadata: Mapping[str, Any], name: str, measured: str | None) -> str:
-    """README.md of an export called `name`, from the checkpoint's metadata; `measured` is a loss in words."""
-    tokenizer = metadata["tokenizer"]
+def model_card(model: ModelConfig, record: RunRecord, name: str, measured: str | None) -> str:
+    """README.md of an export called `name`, from the checkpoint's record; `measured` is a loss in words."""
+    tokenizer = record.tokenizer
     return _CARD.format(
         name=name,
         parameters=parameter_count(model),
@@ -60,8 +58,8 @@ def model_card(model: ModelConfig, metadata: Mapping[str, Any], name: str, measu
         vocab_size=model.vocab_size,
         padded_vocab_size=model.padded_vocab_size,
         tokenizer=f"{tokenizer['type']}, SHA-256 {tokenizer['sha256']}" if tokenizer["sha256"] else tokenizer["type"],
-        seq_length=metadata["config"]["training"]["seq_length"],
-        lineage="\n".join(f"- {line}" for line in _lineage(metadata)),
+        seq_length=record.seq_length,
+        lineage="\n".join(f"- {line}" for line in _lineage(record)),
         measured=measured or "Not measured at the export.",
     )
 
@@ -70,16 +68,16 @@ def _range(counts: list[int]) -> str:
     return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)} by layer"
 
 
-def _lineage(metadata: Mapping[str, Any]) -> list[str]:
-    training, tokens = metadata["training"], "{tokens:,} tokens"
-    lines = [_growth(event) for event in metadata["lineage"]] or ["never grown"]
-    if not training["step"]:
+def _lineage(record: RunRecord) -> list[str]:
+    training = record.training
+    lines = [_growth(event) for event in record.lineage] or ["never grown"]
+    if not training.step:
         return [*lines, "not trained by megatron_tf: imported, or as at birth"]
-    return [*lines, f"step {training['step']:,} ({tokens.format(**training)}): this checkpoint"]
+    return [*lines, f"step {training.step:,} ({training.tokens:,} tokens): this checkpoint"]
 
 
-def _growth(event: Mapping[str, Any]) -> str:
-    kinds = [f"{kind} {old} to {new} tokens" for kind, (old, new) in event["kinds"].items()]
-    if layers := event.get("inserted_layers"):
-        kinds.append(f"new layers {', '.join(map(str, layers))}")
-    return f"step {event['step']:,} ({event['tokens']:,} tokens): {', '.join(kinds)}, by {event['init']}"
+def _growth(event: GrowthEvent) -> str:
+    kinds = [f"{kind} {old} to {new} tokens" for kind, (old, new) in event.kinds.items()]
+    if event.inserted_layers:
+        kinds.append(f"new layers {', '.join(map(str, event.inserted_layers))}")
+    return f"step {event.step:,} ({event.tokens:,} tokens): {', '.join(kinds)}, by {event.init}"

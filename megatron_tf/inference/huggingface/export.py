@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.foreign import ForeignCheckpoint, ForeignTensor, rename
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name, read_tensors
-from megatron_tf.checkpoint.metadata import check_metadata
-from megatron_tf.config import TOKEN_KINDS, ModelConfig, parse_config
+from megatron_tf.checkpoint.json_object import JsonObject
+from megatron_tf.checkpoint.record import RunRecord, read_model
+from megatron_tf.config import TOKEN_KINDS, ModelConfig
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.huggingface.card import model_card
@@ -21,7 +23,6 @@ from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.tokenizer_files import merges_file
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
-_TRAINING_KEYS = ("seq_length", "seed")
 _TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
 
 
@@ -32,16 +33,16 @@ def write_surroundings(
 
     Raises CheckpointError for a model that the code does not know.
     """
-    metadata = checkpoint.metadata
-    model = parse_config(ModelConfig, metadata["model"], str(checkpoint.directory))
+    record = checkpoint.record
+    model = record.model
     if model.layer != "tokenformer":
         raise CheckpointError(f"{checkpoint.directory} is a plain transformer: only TokenFormers are exported")
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name(name), directory / name)
-    _write_json(directory / "config.json", _config(model, metadata, tokenizer.eod))
+    _write_json(directory / "config.json", _config(record, tokenizer.eod))
     _write_json(directory / "generation_config.json", _generation_config(model, tokenizer.eod))
-    _write_tokenizer(directory, tokenizer, tokenizer_file, metadata["config"]["training"]["seq_length"])
-    (directory / "README.md").write_text(model_card(model, metadata, directory.name, measured))
+    _write_tokenizer(directory, tokenizer, tokenizer_file, record.seq_length)
+    (directory / "README.md").write_text(model_card(model, record, directory.name, measured))
 
 
 def read_export(directory: Path) -> ForeignCheckpoint:
@@ -52,36 +53,36 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     path = directory / "config.json"
     try:
         config = json.loads(read_bounded(path, MOST_JSON_BYTES))
-        metadata = _metadata(config)
+        values = _metadata(config)
     except CheckpointError:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no model: it has no config.json") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not of a model that megatron_tf exported: {error!r}") from error
-    check_metadata(metadata, path)
+    record = RunRecord.from_json(values, path)
     tensors = read_tensors(directory)
     # sizes must be those of the tensors in both places that tell them; in the rest of it transformers' place counts
-    _fitting(directory, tensors, config["megatron_tf"]["config"]["model"], metadata["tau"])
-    model, renamed = _fitting(directory, tensors, metadata["model"], metadata["tau"])
-    check_vocabulary(config, model, path)
-    metadata["tau"] = metadata["tau"] or initial_taus(model)  # as transformers does without them
-    return ForeignCheckpoint(directory, renamed, metadata)
+    ours = JsonObject(path, "megatron_tf.config.model", config["megatron_tf"]["config"]["model"])
+    _fitting(directory, tensors, read_model(ours), record.tau)
+    renamed = _fitting(directory, tensors, record.model, record.tau)
+    check_vocabulary(config, record.model, path)
+    tau = record.tau or initial_taus(record.model)  # as transformers does without them
+    return ForeignCheckpoint(directory, renamed, replace(record, tau=tau))
 
 
 def _fitting(
-    directory: Path, tensors: Mapping[str, ForeignTensor], section: dict[str, Any], tau: Mapping[str, float]
-) -> tuple[ModelConfig, dict[str, ForeignTensor]]:
-    """The model of a section, and its tensors by our names. Raises CheckpointError where they are not all there."""
+    directory: Path, tensors: Mapping[str, ForeignTensor], model: ModelConfig, tau: Mapping[str, float]
+) -> dict[str, ForeignTensor]:
+    """The tensors of the model by our names. Raises CheckpointError where they are not all there."""
     path = directory / "config.json"
-    model = parse_config(ModelConfig, section, str(path))
     if model.num_layers > len(tensors):
         raise CheckpointError(f"{path}: there are {model.num_layers:,} layers in it, and {len(tensors):,} tensors")
     differing = tau.keys() ^ initial_taus(model).keys()
     if tau and differing:
         raise CheckpointError(f"{path}: tau is not there for each projection: {min(differing)}")
     expected = model_parameters(model).values()
-    return model, rename(directory, tensors, expected=expected, their_name=huggingface_name)
+    return rename(directory, tensors, expected=expected, their_name=huggingface_name)
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path | None:
@@ -93,7 +94,8 @@ def tokenizer_file(directory: Path, kind: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _config(model: ModelConfig, metadata: Mapping[str, Any], eod: int) -> dict[str, Any]:
+def _config(record: RunRecord, eod: int) -> dict[str, Any]:
+    model = record.model
     return {
         "architectures": ["TokenFormerForCausalLM"],
         "auto_map": {
@@ -113,27 +115,27 @@ def _config(model: ModelConfig, metadata: Mapping[str, Any], eod: int) -> dict[s
         "rotary_base": model.rotary_base,
         "layer_norm_eps": model.layernorm_epsilon,
         "initializer_range": model.init_method_std,
-        "max_position_embeddings": metadata["config"]["training"]["seq_length"],
+        "max_position_embeddings": record.seq_length,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "bos_token_id": eod,
         "eos_token_id": eod,
-        "tau": metadata["tau"],
-        "megatron_tf": _facts(metadata),
+        "tau": dict(record.tau),
+        "megatron_tf": _facts(record),
     }
 
 
-def _facts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(record: RunRecord) -> dict[str, Any]:
     """What a checkpoint of ours knows beyond the model; of the run's configuration only what is used without the run,
     so that nobody's paths are published."""
-    config = metadata["config"]
+    written = record.to_json()
     return {
         "config": {
-            "model": metadata["model"],
-            "training": {key: config["training"][key] for key in _TRAINING_KEYS},
-            "data": _data(config["data"]),
+            "model": written["model"],
+            "training": {"seq_length": record.seq_length, "seed": record.seed},
+            "data": _data(record.data),
         },
-        **{key: metadata[key] for key in ("tokenizer", "lineage", "after_growth") if key in metadata},
-        "training": {"skipped": 0, **metadata["training"], "adam_steps": 0},  # the moments stay behind
+        **{key: written[key] for key in ("tokenizer", "lineage", "after_growth") if key in written},
+        "training": {"skipped": 0, **written["training"], "adam_steps": 0},  # the optimizer state is not exported
     }
 
 

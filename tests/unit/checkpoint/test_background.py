@@ -11,12 +11,12 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import Retention
 from megatron_tf.parallel.sharding import RowShard
-from tests.unit.checkpoint.toy import metadata
+from tests.support.toy import record
 
 
 def begin(saver, root, step, rows):
     shard = RowShard("w", tuple(rows.shape), 0, len(rows), rows, True)
-    saver.save(root, step, {"model": [shard]}, metadata(step), "all", Retention(keep_last=2))
+    saver.save(root, step, {"model": [shard]}, record(step), "all", Retention(keep_last=2))
 
 
 def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import complete, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.ranks import RankPool
-from tests.unit.checkpoint.toy import metadata, random_tensors, read_all, same, save, write
+from tests.support.toy import random_tensors, read_all, record, same, save, write
 from tools import reshard_checkpoint
 
 
@@ -59,7 +60,7 @@ def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             die_before(patch, moment)
             try:
-                complete(root, step, metadata(step), written)
+                complete(root, step, record(step), written)
                 outcomes.append("done")
             except Killed:
                 CheckpointReader(root).verify()
@@ -79,7 +80,7 @@ def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch
 CHILD = """
 import sys, time
 from pathlib import Path
-from tests.unit.checkpoint.toy import random_tensors, save, write
+from tests.support.toy import random_tensors, save, write
 root = Path(sys.argv[1])
 save(root, random_tensors(1))
 write(root, random_tensors(2), step=200)
@@ -151,7 +152,7 @@ def test_a_disk_that_fills_leaves_the_one_before(tmp_path, capsys, room):
     tensors = random_tensors(2)["model"]
     shards = [RowShard(name, tuple(rows.shape), 0, len(rows), rows, True) for name, rows in tensors.items()]
     with files_end_at(room), pytest.raises(CheckpointError) as caught:
-        save_checkpoint(tmp_path / "run", 200, {"model": shards}, metadata(200), "all", None)
+        save_checkpoint(tmp_path / "run", 200, {"model": shards}, record(200), "all", None)
     assert ".step_00000200.tmp/model-all.safetensors: File too large after" in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000100"]
     assert same(read_all(tmp_path / "run"), random_tensors(1))
@@ -164,7 +165,7 @@ def test_a_disk_that_fills_leaves_the_one_before(tmp_path, capsys, room):
 def test_a_failed_save_cleans_up_and_says_why(tmp_path):
     shard = RowShard("w", (2, 2), 0, 2, torch.ones(2, 2), True)
     with pytest.raises(CheckpointError, match=r"saving failed on rank 0: .*not JSON serializable"):
-        save_checkpoint(tmp_path, 1, {"model": [shard]}, {"training": object()}, "all", None)
+        save_checkpoint(tmp_path, 1, {"model": [shard]}, replace(record(1), config={"model": object()}), "all", None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +178,7 @@ def save_on_rank(mesh, root, fails):
     shard = RowShard("w", (4, 3), 2 * rank, 2 * rank + 2, rows, True)
     start = time.monotonic()
     try:
-        return str(save_checkpoint(root, 10, {"model": [shard]}, metadata(10), f"dp{rank:02d}", mesh.world))
+        return str(save_checkpoint(root, 10, {"model": [shard]}, record(10), f"dp{rank:02d}", mesh.world))
     except CheckpointError as error:
         assert time.monotonic() - start < 10  # no waiting for a collective that the failed rank never joins
         return str(error)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_tf.checkpoint.format import MANIFEST, METADATA, CheckpointError, read_manifest
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.unit.checkpoint.toy import metadata, random_tensors, read_all, same, save
+from tests.support.toy import random_tensors, read_all, record, same, save
 from tools import inspect_checkpoint, reshard_checkpoint
 
 SOME_FILE = "exp_avg-pp00-tp01-dp00.safetensors"
@@ -281,7 +281,7 @@ def test_no_change_of_a_byte_goes_unseen(sound, tmp_path_factory, data):
     # white space in the manifest is not covered by its checksum, and changes nothing
     assert path.name == MANIFEST
     assert same(read_all(directory), random_tensors(200))
-    assert found.metadata == metadata(200)
+    assert found.record == record(200)
 
 
 @settings(max_examples=100, deadline=None)

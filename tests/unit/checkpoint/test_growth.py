@@ -1,6 +1,7 @@
 """What growth adds, what it leaves as it was, and what it refuses: tensors and metadata of a toy checkpoint."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.checkpoint.shrink import shrink
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
-from megatron_tf.config import GrowthStage, ModelConfig, parse_token_option
+from megatron_tf.config import GrowthStage, ModelConfig, parse_token_option, to_dict
 from megatron_tf.tokenformer.initial_values import normal_rows
 from megatron_tf.tokenformer.parameters import model_parameters
-from tests.unit.checkpoint.toy import (
+from tests.support.toy import (
     GROUPS,
     HIDDEN,
     LAYERS,
@@ -22,9 +23,9 @@ from tests.unit.checkpoint.toy import (
     MODULES,
     TAU,
     TOKENS,
-    metadata,
     random_tensors,
     read_all,
+    record,
     save,
     target,
 )
@@ -88,11 +89,11 @@ def test_layers_grow_apart(tmp_path):
     base = save(tmp_path / "base", random_tensors())
     stage = GrowthStage(ffn_tokens={"0-1": 48, "2": 60})
     grown = CheckpointReader(grow_to(base, tmp_path / "grown", stage, (2, 1)))
-    assert grown.metadata["model"]["ffn_tokens"] == [48, 48, 60]
+    assert grown.record.model.ffn_tokens == [48, 48, 60]
     assert [grown.shape("exp_avg", f"layers.{i}.ffn.value_tokens")[0] for i in range(LAYERS)] == [48, 48, 60]
     again = grow(grown, GrowthStage(ffn_tokens=60))
-    assert again.metadata["model"]["ffn_tokens"] == 60
-    assert again.metadata["lineage"][-1]["kinds"] == {"ffn": [[48, 48, 60], 60]}
+    assert again.record.model.ffn_tokens == 60
+    assert again.record.lineage[-1].kinds == {"ffn": [[48, 48, 60], 60]}
 
 
 def test_growth_composes(tmp_path):
@@ -104,8 +105,8 @@ def test_growth_composes(tmp_path):
         for name in in_one.names(group):
             rows = in_one.shape(group, name)[0]
             assert torch.equal(in_one.read_rows(group, name, 0, rows), in_two.read_rows(group, name, 0, rows))
-    assert in_two.metadata["model"] == in_one.metadata["model"]
-    assert [event["kinds"] for event in in_two.metadata["lineage"]] == [
+    assert in_two.record.model == in_one.record.model
+    assert [event.kinds for event in in_two.record.lineage] == [
         {"qkv": [12, 14], "ffn": [36, 48]},
         {"qkv": [14, 18], "proj": [12, 24], "ffn": [48, 90]},
     ]
@@ -113,17 +114,17 @@ def test_growth_composes(tmp_path):
 
 def test_metadata_says_what_happened(tmp_path):
     stage = GrowthStage(ffn_tokens=90, rewarmup_iters=5, old_tokens_lr_scale=0.25)
-    grown = CheckpointReader(grow_to(save(tmp_path / "base", random_tensors()), tmp_path / "grown", stage)).metadata
-    before = metadata()
-    assert grown["tau"] == TAU  # kept, not the root of the new number of tokens
-    assert grown["training"] == before["training"]
-    assert grown["model"] == grown["config"]["model"] == {**before["model"], "ffn_tokens": 90}
-    assert grown["lineage"] == [
+    grown = CheckpointReader(grow_to(save(tmp_path / "base", random_tensors()), tmp_path / "grown", stage)).record
+    before = record()
+    assert grown.tau == TAU  # kept, not the root of the new number of tokens
+    assert grown.training == before.training
+    assert to_dict(grown.model) == grown.config["model"] == {**to_dict(before.model), "ffn_tokens": 90}
+    assert [event.to_json() for event in grown.lineage] == [
         {"step": 100, "samples": 6400, "tokens": 51200, "kinds": {"ffn": [36, 90]}, "init": "zero_key", "seed": 7}
     ]
-    after = grown["after_growth"]
-    assert (after["step"], after["rewarmup_iters"], after["old_tokens_lr_scale"]) == (100, 5, 0.25)
-    assert after["old_rows"] == {
+    after = grown.after_growth
+    assert (after.step, after.rewarmup_iters, after.old_tokens_lr_scale) == (100, 5, 0.25)
+    assert after.old_rows == {
         f"layers.{i}.{module}.{side}_tokens": TOKENS[kind]
         for i in range(LAYERS)
         for module, kind in MODULES.items()
@@ -134,7 +135,7 @@ def test_metadata_says_what_happened(tmp_path):
 def test_metadata_given_is_left_as_it_was(tmp_path):
     source = CheckpointReader(save(tmp_path, random_tensors()))
     grow(source, GrowthStage(ffn_tokens=90, insert_layers=[0], moments="reset"))
-    assert source.metadata == metadata()
+    assert source.record == record()
 
 
 def test_duplicates_share_out_values_and_moments(tmp_path):
@@ -156,8 +157,8 @@ def test_duplicates_share_out_values_and_moments(tmp_path):
             else:
                 assert torch.equal(copies, (scale * old).expand(3, -1, -1))
                 assert not new[108:].any()
-    assert grown.metadata["tau"]["layers.1.ffn"] == pytest.approx(TAU["layers.1.ffn"] * 3**0.5)
-    assert grown.metadata["tau"]["layers.1.attention.proj"] == TAU["layers.1.attention.proj"]
+    assert grown.record.tau["layers.1.ffn"] == pytest.approx(TAU["layers.1.ffn"] * 3**0.5)
+    assert grown.record.tau["layers.1.attention.proj"] == TAU["layers.1.attention.proj"]
 
 
 def test_random_growth_is_the_official_one(tmp_path):
@@ -166,7 +167,7 @@ def test_random_growth_is_the_official_one(tmp_path):
     name = "layers.2.ffn.key_tokens"
     drawn = normal_rows(name, seed=7, start=36, stop=72, columns=HIDDEN, std=0.02)
     assert torch.equal(grown.read_rows("model", name, 36, 72), drawn)
-    assert grown.metadata["tau"]["layers.2.ffn"] == 72**0.5
+    assert grown.record.tau["layers.2.ffn"] == 72**0.5
     assert not grown.read_rows("exp_avg", name, 36, 72).any()
 
 
@@ -174,8 +175,8 @@ def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
     tensors = random_tensors()
     source = CheckpointReader(save(tmp_path, tensors))
     grown = grow(source, GrowthStage(insert_layers=[3, 1, 1]))
-    assert grown.metadata["model"]["num_layers"] == 6
-    assert grown.metadata["lineage"][0]["inserted_layers"] == [1, 2, 5]
+    assert grown.record.model.num_layers == 6
+    assert grown.record.lineage[0].inserted_layers == [1, 2, 5]
     for old, new in {0: 0, 1: 3, 2: 4}.items():
         for group in GROUPS:
             rows = grown.read_rows(group, f"layers.{new}.ffn.key_tokens", 0, 36)
@@ -188,7 +189,7 @@ def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
             drawn.append(grown.read_rows("model", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).flatten())
             assert 0.01 < drawn[-1].std() < 0.04
             assert not grown.read_rows("exp_avg", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).any()
-            assert grown.metadata["after_growth"]["old_rows"][f"layers.{new}.{module}.key_tokens"] == 0
+            assert grown.record.after_growth.old_rows[f"layers.{new}.{module}.key_tokens"] == 0
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
     assert grown.names("model")[:2] == ["embedding.weight", "layers.0.attention.query.key_tokens"]
     assert grown.names("model")[-2:] == ["final_norm.weight", "final_norm.bias"]
@@ -199,8 +200,8 @@ def test_moments_can_be_reset(tmp_path):
     grown = grow(source, GrowthStage(ffn_tokens=72, moments="reset"))
     for name in grown.names("exp_avg"):
         assert not grown.read_rows("exp_avg_sq", name, 0, grown.shape("exp_avg_sq", name)[0]).any()
-    assert grown.metadata["training"]["adam_steps"] == 0
-    assert grown.metadata["training"]["step"] == 100
+    assert grown.record.training.adam_steps == 0
+    assert grown.record.training.step == 100
 
 
 @pytest.mark.parametrize(
@@ -248,20 +249,18 @@ def test_growth_that_cannot_be(tmp_path, stage, message):
 
 
 def test_softmax_is_refused_with_the_reason(tmp_path):
-    facts = metadata()
-    facts["model"]["norm_activation"] = "softmax"
+    facts = record().with_model(replace(record().model, norm_activation="softmax"))
     source = CheckpointReader(save(tmp_path, random_tensors(), facts=facts))
     with pytest.raises(CheckpointError, match=r"exp\(0\) = 1"):
         grow(source, STAGE)
     with pytest.raises(CheckpointError, match="to a multiple of its 36 tokens only"):
         grow(source, GrowthStage(ffn_tokens=73, init="duplicate"))
     grown = grow(source, GrowthStage(ffn_tokens=72, init="duplicate"))
-    assert grown.metadata["tau"]["layers.0.ffn"] == 2 * TAU["layers.0.ffn"]
+    assert grown.record.tau["layers.0.ffn"] == 2 * TAU["layers.0.ffn"]
 
 
 def test_a_checkpoint_that_contradicts_itself_is_refused(tmp_path):
-    facts = metadata()
-    facts["model"]["ffn_tokens"] = 30
+    facts = record().with_model(replace(record().model, ffn_tokens=30))
     base = save(tmp_path / "base", random_tensors(), facts=facts)
     with pytest.raises(
         CheckpointError, match=r"ffn\.key_tokens has 36 rows, the checkpoint's metadata says ffn_tokens"

@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.config import GrowthStage
-from tests.unit.checkpoint.toy import random_tensors, read_all, same, save, target
+from tests.support.toy import random_tensors, read_all, same, save, target
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -33,7 +33,7 @@ def test_it_says_what_is_there(tmp_path, inspect, capsys):
     assert inspect(tmp_path / "b", "--verify") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "verified: the checksums of all 4 files hold" in lines
-    assert any(line.endswith("step 100, samples 6,400, tokens 51,200, adam_steps 100") for line in lines)
+    assert any(line.endswith("step 100, samples 6,400, tokens 51,200, adam_steps 100, skipped 0") for line in lines)
     norm = torch.stack([tensors["model"][f"layers.{i}.ffn.key_tokens"] for i in range(3)]).norm()
     assert f"layers.*.ffn.key_tokens 3 72 x 6 float32 1,296 {norm:.5g}" in lines
     assert "6 (the root of 36): 3 modules, such as layers.0.ffn" in lines

@@ -12,9 +12,9 @@ from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.official import official_name
 from megatron_tf.tokenformer.parameters import model_parameters
+from tests.support import toy
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
-from tests.unit.checkpoint import toy
 from tools import convert_checkpoint, reshard_checkpoint
 
 HEADS = 4
@@ -210,7 +210,7 @@ def test_names_and_metadata(tmp_path):
     reader = CheckpointReader(run)
     config, _, _ = golden_case(CASES[0])
     assert reader.groups() == ["model"]
-    assert set(reader.metadata["tau"].values()) == {8.0, 16.0}
+    assert set(reader.record.tau.values()) == {8.0, 16.0}
     declared = model_parameters(config)
     assert len({official_name(parameter, 2) for parameter in declared.values()}) == len(declared)
     assert {math.prod(reader.shape("model", name)) for name in reader.names("model")} <= {64, 4096, 16384}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import toy
 from tests.support.conversion import convert
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
-from tests.unit.checkpoint import toy
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PATTERNS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)

@@ -13,7 +13,7 @@ from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import plan_files, reshard
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
-from tests.unit.checkpoint.toy import metadata, random_tensors, rank_shards, read_all, same, save, target
+from tests.support.toy import random_tensors, rank_shards, read_all, record, same, save, target
 
 PAIRS = [((1, 1), (2, 1)), ((2, 1), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (6, 3)), ((6, 3), (1, 1))]
 
@@ -32,7 +32,7 @@ def test_there_and_back_is_byte_for_byte_the_same(tmp_path, pair):
     second = repartition(first, tmp_path / "b", target(*pair[1]))
     third = repartition(second, tmp_path / "c", target(*pair[0]))
     assert same(read_all(second), tensors)
-    assert CheckpointReader(second).metadata == metadata()
+    assert CheckpointReader(second).record == record()
     files = [{path.name: path.read_bytes() for path in directory.iterdir()} for directory in (first, third)]
     assert files[0] == files[1]
 
@@ -90,7 +90,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(derived, "BLOCK_BYTES", 1 << 16)
     whole = torch.randn(1 << 15, 64)  # 8 MiB
     shard = RowShard("embedding.weight", tuple(whole.shape), 0, len(whole), whole, True)
-    source = save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, metadata(1), "all", None)
+    source = save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, record(1), "all", None)
     largest, original = 0, CheckpointReader.read_rows
 
     def counted(self, *args):

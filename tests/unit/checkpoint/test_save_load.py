@@ -12,14 +12,14 @@ from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import model_parameters
-from tests.unit.checkpoint.toy import (
+from tests.support.toy import (
     MODEL,
     all_ranks,
     blank,
-    metadata,
     random_tensors,
     rank_shards,
     read_all,
+    record,
     same,
     save,
     shapes,
@@ -54,7 +54,7 @@ def test_layouts_leave_no_trace_in_the_values(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
 def test_types_and_bit_patterns_survive(tmp_path, dtype):
     rows = torch.randint(0, 2**60, (5, 3)).view(torch.uint8)[:, : 3 * dtype.itemsize].contiguous().view(dtype)
-    path = save_checkpoint(tmp_path, 1, {"model": [RowShard("w", (5, 3), 0, 5, rows, True)]}, metadata(1), "all", None)
+    path = save_checkpoint(tmp_path, 1, {"model": [RowShard("w", (5, 3), 0, 5, rows, True)]}, record(1), "all", None)
     read = CheckpointReader(path).read_rows("model", "w", 1, 4)
     assert torch.equal(read.view(torch.uint8), rows[1:4].view(torch.uint8))
 
@@ -74,7 +74,7 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
 def test_facts_come_back(tmp_path):
     save(tmp_path, random_tensors(), step=120)
     reader = CheckpointReader(tmp_path)
-    assert (reader.step, reader.metadata) == (120, metadata(120))
+    assert (reader.step, reader.record) == (120, record(120))
     assert reader.shape("exp_avg", "embedding.weight") == (24, 6)
     assert reader.dtype("exp_avg", "embedding.weight") == torch.float32
     assert reader.names("model") == list(shapes())
@@ -110,14 +110,14 @@ def test_what_no_rank_or_two_ranks_write_is_refused(tmp_path):
         "b": [RowShard("w", (6, 2), 0, 4, rows, True), RowShard("w", (6, 2), 2, 6, rows, True)],
     }.items():
         with pytest.raises(CheckpointError, match=r"model w: (pieces end at row 4 of 6|expected a piece from row 4)"):
-            save_checkpoint(tmp_path / name, 1, {"model": shards}, metadata(1), "all", None)
+            save_checkpoint(tmp_path / name, 1, {"model": shards}, record(1), "all", None)
         assert list((tmp_path / name).iterdir()) == []
 
 
 def test_rows_of_other_writers_are_left_out(tmp_path):
     rows = torch.ones(4, 2)
     shards = [RowShard("w", (4, 2), 0, 4, rows, True), RowShard("w", (4, 2), 0, 4, 2 * rows, False)]
-    path = save_checkpoint(tmp_path, 1, {"model": shards}, metadata(1), "all", None)
+    path = save_checkpoint(tmp_path, 1, {"model": shards}, record(1), "all", None)
     assert torch.equal(CheckpointReader(path).read_rows("model", "w", 0, 4), rows)
 
 

@@ -11,7 +11,7 @@ import xxhash
 from megatron_tf.checkpoint.files import file_size
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.unit.checkpoint.toy import random_tensors, read_all, save
+from tests.support.toy import random_tensors, read_all, save
 from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 FILE = "model-pp00-tp00-dp00.safetensors"
@@ -96,10 +96,10 @@ IMPOSSIBLE = {
     "list of tau": (lambda m: m.update(tau=[1]), "tau is list"),
     "NaN in tau": (lambda m: m["tau"].update({"layers.0.ffn": float("nan")}), "tau of layers.0.ffn is nan"),
     "no lineage": (lambda m: m.pop("lineage"), "lineage is missing"),
-    "lineage of words": (lambda m: m.update(lineage=["x"]), "an entry of lineage is str"),
-    "no seed": (lambda m: m["config"]["training"].pop("seed"), "config.training.seed is None"),
+    "lineage of words": (lambda m: m.update(lineage=["x"]), "lineage[0] is str, expected an object"),
+    "no seed": (lambda m: m["config"]["training"].pop("seed"), "config.training.seed is missing"),
     "seq_length": (lambda m: m["config"]["training"].update(seq_length=0), "config.training.seq_length is 0"),
-    "after growth": (lambda m: m.update(after_growth={}), "after_growth.step is None"),
+    "after growth": (lambda m: m.update(after_growth={}), "after_growth.step is missing"),
     "model of a number": (lambda m: m.update(model=3), "model is int, expected an object"),
     "tokenizer": (lambda m: m.update(tokenizer=None), "tokenizer is missing"),
 }

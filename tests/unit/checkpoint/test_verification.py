@@ -1,19 +1,20 @@
 """Verification: NaN, state outside the tensors and data of another tokenizer are found; an exact copy passes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_tf import evaluate
-from megatron_tf.checkpoint.contents import model_of
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.record import GrowthEvent, LossScale
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.inference.calibration import Comparison
+from tests.support import toy
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
 from tests.support.models import random_model, write_checkpoint
-from tests.unit.checkpoint import toy
 from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 
@@ -55,34 +56,37 @@ def test_another_bit_of_a_zero_fails_verification(tmp_path, capsys, monkeypatch)
         reshard_checkpoint.compare_tensors(source, other)
 
 
+RECORD = toy.record()
 STATE = {
-    "tau": lambda m: m["tau"].update({"layers.0.ffn": 2.0}),
-    "training": lambda m: m["training"].update(adam_steps=3),
-    "loss_scale": lambda m: m.update(loss_scale={"scale": 2.0}),
-    "tokenizer": lambda m: m["tokenizer"].update(vocab_size=3),
-    "lineage": lambda m: m["lineage"].append(
-        {"step": 1, "samples": 1, "tokens": 1, "kinds": {}, "init": "zero_key", "seed": 1}
-    ),
+    "tau": {"tau": {**RECORD.tau, "layers.0.ffn": 2.0}},
+    "training": {"training": replace(RECORD.training, adam_steps=3)},
+    "loss_scale": {"loss_scale": LossScale(2.0, 0, 2)},
+    "tokenizer": {"tokenizer": {**RECORD.tokenizer, "vocab_size": 3}},
+    "lineage": {"lineage": (GrowthEvent(step=1, samples=1, tokens=1, kinds={}, init="zero_key", seed=1),)},
 }
 
 
 @pytest.mark.parametrize("key", STATE)
 def test_state_outside_the_tensors_is_a_difference(tmp_path, capsys, key):
-    facts = toy.metadata()
-    STATE[key](facts)
     toy.save(tmp_path / "a", toy.random_tensors())
-    toy.save(tmp_path / "b", toy.random_tensors(), facts=facts)
+    toy.save(tmp_path / "b", toy.random_tensors(), facts=replace(RECORD, **STATE[key]))
     assert inspect_checkpoint.main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 1
     assert f"metadata {key!r} differs" in capsys.readouterr().out
 
 
 def test_where_a_run_kept_its_files_is_no_difference_of_state(tmp_path, capsys):
-    facts = toy.metadata()
-    facts["config"]["data"] = {"data_path": ["elsewhere"]}
     toy.save(tmp_path / "a", toy.random_tensors())
-    toy.save(tmp_path / "b", toy.random_tensors(), facts=facts)
+    toy.save(tmp_path / "b", toy.random_tensors(), facts=RECORD.with_data(data_path=["elsewhere"]))
     assert inspect_checkpoint.main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 0
     assert "metadata 'config' differs" in capsys.readouterr().out
+
+
+def test_which_stages_a_run_counts_is_no_difference_of_state(tmp_path, capsys):
+    """A model that grew in a run trains like one that the tool has grown."""
+    toy.save(tmp_path / "a", toy.random_tensors(), facts=replace(RECORD, growth_stage=1))
+    toy.save(tmp_path / "b", toy.random_tensors())
+    assert inspect_checkpoint.main([str(tmp_path / "a"), "--diff", str(tmp_path / "b")]) == 0
+    assert "metadata 'growth_stage' differs" in capsys.readouterr().out
 
 
 def data_of_bytes(folder):
@@ -131,7 +135,7 @@ def test_evaluation_of_a_model_that_gives_nan_ends_with_an_error(tmp_path, capsy
 
 def test_tokens_of_a_model_that_gives_nan_have_no_order(tmp_path, capsys):
     checkpoint = save_small_model(tmp_path)
-    model = model_of(CheckpointReader(checkpoint))
+    model = CheckpointReader(checkpoint).record.model
     importance = {"layers.0.ffn": torch.tensor([1.0, float("nan")])}
     with pytest.raises(ValueError, match="contributes infinite or NaN values"):
         reshard_checkpoint.keep_most_important(model, importance, {"ffn": 1})

@@ -1,6 +1,5 @@
 """A small model's tensors, and checkpoints of them as any layout's ranks would write them, in one process."""
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -9,7 +8,9 @@ from megatron_tf.checkpoint.commit import prepare, temporary_directory
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import Target
 from megatron_tf.checkpoint.save import complete, write_rank
+from megatron_tf.config import ModelConfig
 from megatron_tf.parallel.sharding import RowShard, split_rows
+from tests.support.records import make_record
 
 GROUPS = ("model", "exp_avg", "exp_avg_sq")
 LAYERS, HIDDEN, VOCABULARY = 3, 6, 24
@@ -31,16 +32,9 @@ MODULES = {
 TAU = {f"layers.{i}.{module}": TOKENS[kind] ** 0.5 for i in range(LAYERS) for module, kind in MODULES.items()}
 
 
-def metadata(step=100):
-    """What a trainer would write beside the tensors."""
-    return {
-        "model": copy.deepcopy(MODEL),
-        "config": {"model": copy.deepcopy(MODEL), "training": {"seed": 7, "seq_length": 8}},
-        "tau": dict(TAU),
-        "tokenizer": {"type": "NullTokenizer"},
-        "lineage": [],
-        "training": {"step": step, "samples": 64 * step, "tokens": 512 * step, "adam_steps": step},
-    }
+def record(step=100):
+    """What a trainer would write next to the tensors."""
+    return make_record(ModelConfig(**MODEL), step=step, samples=64 * step, tokens=512 * step, adam_steps=step)
 
 
 def shapes(tokens=TOKENS):
@@ -116,7 +110,7 @@ def write(root, tensors, layout=(1, 1, 1), step=100):
 
 def save(root, tensors, layout=(1, 1, 1), step=100, facts=None):
     """A checkpoint as that layout's ranks save it; returns its directory."""
-    return complete(root, step, facts or metadata(step), write(root, tensors, layout, step))
+    return complete(root, step, facts or record(step), write(root, tensors, layout, step))
 
 
 def blank(groups):

@@ -1,0 +1,125 @@
+"""Values of a JSON file, each checked where it is read: a stranger may have written the file."""
+
+import math
+from typing import Any
+
+from megatron_tf.checkpoint.errors import CheckpointError
+
+_REQUIRED: Any = object()
+
+
+class JsonObject:
+    """An object of the file `source`, at `path` in it, such as "after_growth".
+
+    Each method returns the value of a key, or the `default` where the key is absent or null. It raises CheckpointError
+    that names file and key where a required one is missing or the value is impossible. Keys that nobody reads are
+    left alone.
+    """
+
+    def __init__(self, source: object, path: str, values: Any) -> None:
+        self.source = source
+        self.path = path
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{source}: {path} is {_kind(values)}, expected an object")
+        self.values: dict[str, Any] = values
+
+    def count(self, key: str, default: int = _REQUIRED, *, least: int = 0, most: int = 2**63 - 1) -> int:
+        """A whole number from `least` to `most`."""
+        value = self._get(key, default, f"a whole number from {least} to {most}")
+        return _checked_count(self._place(key), value, least, most)
+
+    def whole(self, key: str) -> int:
+        """A whole number of any sign and size."""
+        value = self._get(key, _REQUIRED, "a whole number")
+        if type(value) is not int:  # bool is an int to Python
+            raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a whole number")
+        return value
+
+    def number(self, key: str, default: float = _REQUIRED) -> float:
+        """A finite number."""
+        return _checked_number(self._place(key), self._get(key, default, "a finite number"))
+
+    def boolean(self, key: str, default: bool = _REQUIRED) -> bool:
+        """True or false."""
+        value = self._get(key, default, "true or false")
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected true or false")
+        return value
+
+    def text(self, key: str) -> str:
+        """A string."""
+        value = self._get(key, _REQUIRED, "a string")
+        if not isinstance(value, str):
+            raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a string")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        """A list of anything."""
+        value = self._get(key, _REQUIRED, "a list")
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self._place(key)} is {_kind(value)}, expected a list")
+        return value
+
+    def number_items(self, key: str) -> list[float]:
+        """A list of finite numbers."""
+        return [_checked_number(f"{self._place(key)}[{i}]", item) for i, item in enumerate(self.items(key))]
+
+    def section(self, key: str) -> "JsonObject":
+        """An object."""
+        return JsonObject(self.source, self._path(key), self._get(key, _REQUIRED, "an object"))
+
+    def optional_section(self, key: str) -> "JsonObject | None":
+        """An object; None where there is none."""
+        return None if self.values.get(key) is None else self.section(key)
+
+    def sections(self, key: str) -> list["JsonObject"]:
+        """A list of objects."""
+        return [JsonObject(self.source, f"{self._path(key)}[{i}]", item) for i, item in enumerate(self.items(key))]
+
+    def counts(self, key: str) -> dict[str, int]:
+        """Whole numbers by name."""
+        found = self.section(key).values
+        return {name: _checked_count(f"{self._place(key)} of {name}", value) for name, value in found.items()}
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """Finite numbers by name."""
+        found = self.section(key).values
+        return {name: _checked_number(f"{self._place(key)} of {name}", value) for name, value in found.items()}
+
+    def _get(self, key: str, default: Any, expected: str) -> Any:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise CheckpointError(f"{self._place(key)} is missing, expected {expected}")
+        return default
+
+    def _path(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def _place(self, key: str) -> str:
+        return f"{self.source}: {self._path(key)}"
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else type(value).__name__
+
+
+def _checked_count(what: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+    # bool is an int to Python
+    if type(value) is not int or not least <= value <= most:
+        raise CheckpointError(f"{what} is {_shown(value)}, expected a whole number from {least} to {most}")
+    return value
+
+
+def _checked_number(what: str, value: Any) -> float:
+    is_number = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    if not is_number:
+        raise CheckpointError(f"{what} is {_shown(value)}, expected a finite number")
+    number: float = value  # as it was written: 2 is not made 2.0
+    return number
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."

@@ -1,0 +1,80 @@
+"""A checkpoint to resume from, opened once: which stages of growth it has behind it, and which are due."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.config import ModelConfig, RunConfig, to_dict
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A complete checkpoint whose model is one of the configuration's."""
+
+    source: Path
+    """As the configuration, or the run's directory, names it."""
+    reader: CheckpointReader
+    saved_stage: int
+    """Stages of `config.growth` that the checkpoint has behind it."""
+    stage: int
+    """Those, and the ones due since: what a run that resumes from it has behind it."""
+
+    @property
+    def record(self) -> RunRecord:
+        """What the checkpoint knows of its run."""
+        return self.reader.record
+
+
+def open_resumable(config: RunConfig, source: Path) -> Resumable:
+    """Open the checkpoint at `source`, a run's directory or one of its steps.
+
+    Raises CheckpointError where it is of another model than the configured one after any stage of growth,
+    DamagedCheckpointError where it is not what was written.
+    """
+    reader = CheckpointReader(source).complete()
+    saved = due = _saved_stage(reader.record, config, source)
+    training = reader.record.training
+    if not starts_over(config, source):
+        while due < len(config.growth) and config.growth[due].is_due(training.step, training.tokens):
+            due += 1
+    return Resumable(source, reader, saved, due)
+
+
+def starts_over(config: RunConfig, source: Path) -> bool:
+    """Whether only the weights of `source` are taken: it is the one to fine-tune, and not of this run."""
+    return config.checkpoint.finetune and source == config.checkpoint.load
+
+
+def _saved_stage(record: RunRecord, config: RunConfig, source: Path) -> int:
+    """The stage that the record names, if the configuration has that model there. Else models are compared: older
+    checkpoints name none, and those of another run, or of one whose `growth` was rewritten, count other stages."""
+    models = [config.at_stage(stage).model for stage in range(len(config.growth) + 1)]
+    stages = range(len(models))
+    recorded = record.growth_stage if record.growth_stage in stages else None
+    if recorded is not None and models[recorded] == record.model:
+        return recorded
+    if record.model in models:
+        return models.index(record.model)
+    if recorded is None:
+        recorded = min(stages, key=lambda stage: len(_differing_keys(record.model, models[stage])))
+    raise _another_model(record.model, models[recorded], recorded, source)
+
+
+def _another_model(saved: ModelConfig, configured: ModelConfig, stage: int, source: Path) -> CheckpointError:
+    here, there = to_dict(saved), to_dict(configured)
+    after = f" after growth[{stage - 1}]" if stage else ""
+    different = "; ".join(
+        f"model.{key} is {here[key]} in the checkpoint, {there[key]} in the configuration{after}"
+        for key in _differing_keys(saved, configured)
+    )
+    return CheckpointError(
+        f"{source} is a checkpoint of another model: {different}. Change the configuration to match, "
+        f"grow the checkpoint with tools/reshard_checkpoint.py, or choose another checkpoint.save"
+    )
+
+
+def _differing_keys(saved: ModelConfig, configured: ModelConfig) -> list[str]:
+    here, there = to_dict(saved), to_dict(configured)
+    return sorted(key for key in here if here[key] != there[key])
