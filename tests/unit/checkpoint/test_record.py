@@ -55,6 +55,7 @@ FULL = {
         "data": [{"index_bytes": 9, "index": "0f"}, {}],
         "spikes": {"losses": [5.5, 5.25], "in_a_row": 1},
         "evaluation_due": True,
+        "blend": "spaced",
     },
     "loss_scale": {"scale": 4294967296.0, "growth_tracker": 3, "hysteresis_tracker": -1},
     "after_growth": {
