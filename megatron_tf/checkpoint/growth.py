@@ -34,7 +34,15 @@ from megatron_tf.checkpoint.derived import (
     with_model,
 )
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import TOKEN_KINDS, GrowthStage, ModelConfig, grown_model, layer_origins, parse_config
+from megatron_tf.config import (
+    TOKEN_KINDS,
+    ConfigError,
+    GrowthStage,
+    ModelConfig,
+    grown_model,
+    layer_origins,
+    parse_config,
+)
 from megatron_tf.kernels.normalisation import NORMALISATIONS
 from megatron_tf.parallel.random import value_token_std
 
@@ -78,7 +86,7 @@ class _Growth:
         self.model = parse_config(ModelConfig, source.metadata["model"], str(source.directory))
         try:
             self.grown = grown_model(self.model, stage)
-        except ValueError as error:
+        except ConfigError as error:
             raise CheckpointError(str(error)) from None
         self.norm = NORMALISATIONS[self.model.norm_activation]
         self.seed: int = source.metadata["config"]["training"]["seed"]

@@ -11,13 +11,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.schema import RunConfig
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration a user can mend: the message says where and how."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,7 +23,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
     """
     try:
-        values = _read_yaml(path.read_text())
+        values = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -80,13 +77,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
     try:
-        target[name] = _read_yaml(text)
+        target[name] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {override!r}: {_in_one_line(error)}") from error
 
 
-def _read_yaml(text: str) -> Any:
-    """Raises YAMLError for whatever can't be read."""
+def read_yaml(text: str) -> Any:
+    """The value that YAML describes. Raises YAMLError for whatever can't be read, duplicate keys among it."""
     try:
         return yaml.load(text, _UniqueKeys)
     except RecursionError:

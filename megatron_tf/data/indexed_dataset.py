@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf._index import check_index
+from megatron_tf.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -32,7 +33,7 @@ INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that is missing, damaged or of something else: the message names the file and the fact."""
 
 

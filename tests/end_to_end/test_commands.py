@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_tf
-from megatron_tf.__main__ import COMMANDS
+from megatron_tf.commands.registry import COMMANDS
 from tests.support.paths import ROOT
 
 
@@ -38,8 +38,8 @@ def test_each_command_explains_itself(command, tmp_path):
 
 
 def test_every_tool_is_a_command():
-    modules = {module.rpartition(".")[2] for module, _ in COMMANDS.values() if ".tools." in module}
-    assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
+    modules = {entry.module for entry in COMMANDS.values() if entry.is_tool}
+    assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")}
 
 
 def test_the_command_lists_them_and_refuses_others(tmp_path):

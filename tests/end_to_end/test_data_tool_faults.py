@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_tf.commands import inspect_dataset, merge_datasets
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order, order_cache
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
@@ -15,7 +16,6 @@ from megatron_tf.data.order import SampleOrder
 from megatron_tf.training.datasets import build_dataset
 from tests.support.data import write_data_set
 from tests.support.training import small_run
-from tools import inspect_dataset, merge_datasets
 
 
 def merge(output, *prefixes):

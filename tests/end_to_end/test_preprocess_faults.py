@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
+from megatron_tf.commands import preprocess_data, train_tokenizer
 from megatron_tf.data import first_format, preprocess, published
 from megatron_tf.data import part as part_module
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.preprocess import Settings
 from tests.support.data import write_data_set, write_tokenizer
 from tests.support.paths import ROOT
-from tools import preprocess_data, train_tokenizer
 
 
 def write_lines(path, documents):

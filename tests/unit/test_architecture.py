@@ -5,11 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
-    {"_index", "_row_product", "arguments", "interrupt", "tokenizer_files"},
+    {"_index", "_row_product", "errors", "tokenizer_files"},
+    {"extras"},
     {"config", "parallel", "kernels"},
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},
+    {"commands"},
     {"pretrain", "torchrun", "generate", "evaluate", "lm_eval", "__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -4,10 +4,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from megatron_tf.commands import convert_checkpoint
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.inference.huggingface import export
 from tests.support.conversion import save_small_model
-from tools import convert_checkpoint
 
 TEXTS = ["the <s>old</s> fox", "fox</s>dogs", "a <unk> b", "</s>", "<s>"]
 

@@ -11,11 +11,11 @@ import megatron_tf
 from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.official import official_name
+from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
 from megatron_tf.model.parallelize import parameter_shapes
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
 from tests.unit.checkpoint import toy
-from tools import convert_checkpoint, reshard_checkpoint
 
 HEADS = 4
 

@@ -12,10 +12,10 @@ from megatron_tf.checkpoint.contents import model_shapes
 from megatron_tf.checkpoint.files import file_size
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.model.parallelize import parameter_shapes
 from tests.unit.checkpoint.toy import MODEL, random_tensors, read_all, save
-from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 FILE = "model-pp00-tp00-dp00.safetensors"
 

@@ -1,0 +1,350 @@
+"""Convert checkpoints from and to the official implementation's weights and Hugging Face directories.
+
+One side is always megatron_tf. What is written appears under --save when it is complete; whatever goes wrong before
+leaves nothing there. Tensors keep every bit: those of 16 bits become fp32, which holds them exactly, and --dtype rounds
+at an export. Other formats hold no optimizer state: an imported checkpoint begins with none, and can be grown,
+repartitioned and trained on as any other.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.runner import command, import_late
+from megatron_tf.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_tf.checkpoint.derived import Checkpoint
+    from megatron_tf.checkpoint.foreign import TokenizerChoice
+    from megatron_tf.checkpoint.load import CheckpointReader
+    from megatron_tf.config import ModelConfig
+    from megatron_tf.data.tokenizer import Tokenizer
+
+FORMATS = ("megatron_tf", "official", "hf")
+
+
+class ConversionError(UserError):
+    """What a user can fix in the command."""
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Convert. Returns 0 when the result is complete, and for hf checked; after an error nothing is written."""
+    args = parse_arguments(arguments)
+    import_late("torch")  # --help need not wait for it
+    CONVERSIONS[args.source, args.target](args)
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser("convert-checkpoint", __doc__)
+    parser.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
+    parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
+    parser.add_argument(
+        "--load",
+        type=file_path,
+        required=True,
+        help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
+    )
+    parser.add_argument("--save", type=file_path, required=True, help="directory to write")
+    parser.add_argument("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
+    parser.add_argument(
+        "--eod-token", metavar="TOKEN", help="token that ends a document (default: the run's, or what its file names)"
+    )
+    official = parser.add_argument_group(
+        "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
+    )
+    official.add_argument("--num-attention-heads", type=int, metavar="H", help="published: 12 (150M), 16 (the others)")
+    official.add_argument(
+        "--norm-activation",
+        choices=["l2_norm_gelu", "gelu_l2_norm", "softmax"],
+        help="norm_activation_type of its configuration; published: l2_norm_gelu",
+    )
+    official.add_argument(
+        "--tokenizer-type", metavar="T", help="with --tokenizer-model; published: HFTokenizer, GPT-NeoX-20B's"
+    )
+    official.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids of the tokenizer, in place of its file; it is not checked then"
+    )
+    official.add_argument("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration (10000)")
+    official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it (0.25)")
+    official.add_argument("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it (1e-5)")
+    official.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="type of the tensors that --to official writes (fp32)"
+    )
+    official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
+    hf = parser.add_argument_group("to hf")
+    hf.add_argument(
+        "--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on"
+    )
+    hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
+    hf.add_argument(
+        "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
+    )
+    args = parser.parse_args(arguments)
+    for option in ("seq_length", "data_tokens"):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be 1 or more")
+    if (args.source, args.target) not in CONVERSIONS:
+        parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
+    if args.dtype is not None and args.target != "official":
+        parser.error(
+            "--dtype is for --to official: our checkpoints are fp32, and transformers loads an export in any type with "
+            "from_pretrained(DIR, dtype=...)"
+        )
+    return args
+
+
+def import_official(args: argparse.Namespace) -> None:
+    """A .bin file -> our checkpoint."""
+    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
+    from megatron_tf.checkpoint.official import (
+        PUBLISHED,
+        birth_tau,
+        infer_model,
+        official_name,
+        read_official,
+        without_frequencies,
+    )
+    from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
+    from megatron_tf.model.parallelize import parameter_shapes
+
+    needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (args.vocab_size is None)
+    for option in needed:
+        if getattr(args, option) is None:
+            raise ConversionError(f"{args.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
+    tensors = read_official(args.load)
+    choice = choose_tokenizer(args)
+    values = infer_model(args.load, tensors, choice.identity["vocab_size"]) | {
+        **{
+            key: published if getattr(args, key) is None else getattr(args, key) for key, published in PUBLISHED.items()
+        },
+        "num_attention_heads": args.num_attention_heads,
+        "norm_activation": args.norm_activation,
+    }
+    model = parse_config(ModelConfig, values, str(args.load))
+    metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
+    shapes = parameter_shapes(model)
+    tensors = without_frequencies(args.load, tensors, model)
+    renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
+    write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
+
+
+def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
+    """From its file, or from --vocab-size: then any tokenizer of so many ids is accepted later."""
+    from megatron_tf.checkpoint.foreign import TokenizerChoice, unknown_tokenizer
+    from megatron_tf.data.tokenizer import build_tokenizer
+
+    if args.vocab_size is None:
+        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token)
+        check_end(tokenizer, args.eod_token)
+        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity, args.eod_token)
+    if args.tokenizer_model is not None:
+        raise ConversionError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
+    if args.vocab_size < 1:
+        raise ConversionError(f"--vocab-size is {args.vocab_size}: it must be 1 or more")
+    kind = args.tokenizer_type or "HFTokenizer"
+    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size), args.eod_token)
+
+
+def check_end(tokenizer: "Tokenizer", eod_token: str | None) -> None:
+    """Raise DataError where a tokenizer does not have the token that was named as the end of a document."""
+    if eod_token is not None:
+        _ = tokenizer.eod
+
+
+def import_huggingface(args: argparse.Namespace) -> None:
+    """A directory that `export_huggingface` wrote -> our checkpoint."""
+    from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
+
+    if args.save.resolve().is_relative_to(args.load.resolve()):
+        raise ConversionError(f"--save {args.save} is inside --load {args.load}: choose another directory")
+    checkpoint = read_export(args.load)
+    data = checkpoint.metadata["config"]["data"]
+    path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
+    data["tokenizer_model"] = None if path is None else str(path)
+    set_end(checkpoint, args.eod_token)
+    check_end(the_tokenizer(checkpoint, path), args.eod_token)
+    write_ours(checkpoint, args.save)
+
+
+def set_end(checkpoint: "Checkpoint", eod_token: str | None) -> None:
+    """Let documents end with a token other than the run's, where one is given."""
+    if eod_token is not None:
+        checkpoint.metadata["config"]["data"]["eod_token"] = eod_token
+
+
+def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
+    """Stream it to a checkpoint for one rank."""
+    from megatron_tf.checkpoint.reshard import Target, reshard
+    from megatron_tf.model.parallelize import is_replicated
+
+    target = Target(1, 1, lambda name: 0, is_replicated)
+    print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
+
+
+def export_official(args: argparse.Namespace) -> None:
+    """Our checkpoint -> a .bin file."""
+    import torch
+
+    from megatron_tf.checkpoint.foreign import WEIGHT_DTYPES, parameter_bytes
+    from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
+
+    dtype = WEIGHT_DTYPES[args.dtype or "fp32"]
+    source, model = open_ours(args.load)
+    check_representable(source, model)
+    check_told(source.directory, model, {key: getattr(args, key) for key in PUBLISHED})
+    nbytes = parameter_bytes(source) * dtype.itemsize // torch.float32.itemsize
+    with new_directory(args.save, nbytes) as directory:
+        write_official(source, model, directory / FILE, dtype)
+        source.verify()
+    print(f"wrote {args.save / FILE}")
+    end = source.metadata["config"]["data"].get("eod_token")
+    if end is not None:
+        print(f"an official file does not tell the end of a document: import it with --eod-token {end!r}")
+
+
+def export_huggingface(args: argparse.Namespace) -> None:
+    """Our checkpoint -> a directory for transformers, loaded with it and compared."""
+    from megatron_tf.checkpoint.foreign import parameter_bytes
+    from megatron_tf.checkpoint.huggingface import write_tensors
+    from megatron_tf.checkpoint.reshard import progress_bar
+    from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
+    from megatron_tf.inference.huggingface.check import has_transformers
+    from megatron_tf.inference.huggingface.export import write_surroundings
+
+    if not (args.skip_check or has_transformers()):
+        raise ConversionError(
+            "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or give "
+            "--skip-check"
+        )
+    source, _ = open_ours(args.load)
+    set_end(source, args.eod_token)
+    path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
+    tokenizer = the_tokenizer(source, path)
+    measured = measure(source, args.data, args.data_tokens) if args.data else None
+    nbytes = parameter_bytes(source)
+    with new_directory(args.save, nbytes) as directory:
+        write_surroundings(source, directory, tokenizer, path, measured)
+        with progress_bar("writing", nbytes, sys.stderr.isatty()) as bar:
+            write_tensors(source, directory, bar)
+        source.verify()
+        if args.skip_check:
+            print("the logits are not compared: --skip-check")
+        else:
+            check(source, directory, tokenizer)
+    print(f"wrote {args.save}")
+
+
+def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
+    """A checkpoint that is read once from front to back, and its model."""
+    from megatron_tf.checkpoint.load import CheckpointReader
+    from megatron_tf.config import ModelConfig, parse_config
+
+    source = CheckpointReader(path, check_at_end=True).complete()
+    return source, parse_config(ModelConfig, source.metadata["model"], str(source.directory))
+
+
+def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
+    """The tokenizer that the checkpoint was trained with, in the file at `path`.
+
+    Raises ConversionError where it is another."""
+    from megatron_tf.checkpoint.metadata import is_same_tokenizer
+    from megatron_tf.data.tokenizer import build_tokenizer
+    from megatron_tf.inference.tokenizer import check_found
+
+    data = checkpoint.metadata["config"]["data"]
+    kind = data["tokenizer_type"]
+    check_found(kind, path, checkpoint.directory)
+    tokenizer = build_tokenizer(kind, path, eod_token=data.get("eod_token"))
+    if not is_same_tokenizer(checkpoint.metadata["tokenizer"], tokenizer.identity):
+        raise ConversionError(
+            f"{path} is not the tokenizer that {checkpoint.directory} was trained with: give it with --tokenizer-model"
+        )
+    return tokenizer
+
+
+def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
+    """The mean loss on the front of a data set, in words for the model card."""
+    from megatron_tf.inference.calibration import mean_loss, read_samples
+    from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.tokenizer import check_made_with
+
+    check_made_with(data, source.metadata["tokenizer"])
+    model = load_model(source.directory)
+    seq_length = source.metadata["config"]["training"]["seq_length"]
+    samples = read_samples(data, model.config.vocab_size, seq_length, num_tokens)
+    tokens = len(samples) * seq_length
+    loss = mean_loss(model, samples)
+    if not math.isfinite(loss):
+        raise ConversionError(f"the loss on {data} is {loss}: the model of {source.directory} cannot be used")
+    return f"{loss:.4f} nats a token on the first {tokens:,} tokens of {data.name}."
+
+
+def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -> None:
+    """Raise ConversionError unless transformers computes the same logits from the directory, and generates by them."""
+    import torch
+
+    from megatron_tf.data.bpe_engine import PROBES
+    from megatron_tf.inference.huggingface import check as compare
+    from megatron_tf.inference.huggingface.export import texts_with_special_pieces, tokenizer_file
+
+    for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
+        differences, largest = compare.logits_differences(source.directory, directory, dtype)
+        worst = float(torch.tensor(list(differences.values())).max())  # NaN where one of them is
+        what = f"max |delta logit| between megatron_tf and transformers in {str(dtype).removeprefix('torch.')}"
+        print(f"{what}: {worst:.3g} (largest |logit| {largest:.3g})", flush=True)
+        if worst <= compare.TOLERANCE:
+            break
+    else:
+        way = next(way for way, difference in differences.items() if not difference <= compare.TOLERANCE)
+        raise ConversionError(
+            f"the exported model's logits differ by {differences[way]:.3g} in {way}, more than {compare.TOLERANCE:g}"
+        )
+    if not (directory / "tokenizer_config.json").exists():
+        print(f"no tokenizer files: transformers has none for a {tokenizer.identity['type']}")
+        return
+    if not (directory / "tokenizer.json").exists():
+        compare.convert_tokenizer(directory)
+    kind = tokenizer.identity["type"]
+    file = tokenizer_file(directory, kind)
+    special = [] if file is None else texts_with_special_pieces(kind, file)
+    for texts in (PROBES, special):
+        if (text := compare.tokenizer_difference(directory, tokenizer, texts)) is not None:
+            print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
+
+
+@contextmanager
+def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
+    """A directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error."""
+    from megatron_tf.checkpoint.commit import check_room
+    from megatron_tf.checkpoint.destination import check_outside_checkpoints
+
+    check_outside_checkpoints(save, "--save")
+    if save.exists() and not (save.is_dir() and not any(save.iterdir())):
+        raise ConversionError(f"{save} is there already: choose another --save, or remove it")
+    workplace = save.with_name(f".{save.name}.tmp")
+    shutil.rmtree(workplace, ignore_errors=True)
+    directory = workplace / save.name
+    directory.mkdir(parents=True)
+    try:
+        check_room(directory, bytes_needed)
+        yield directory
+        directory.replace(save)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {
+    ("official", "megatron_tf"): import_official,
+    ("megatron_tf", "official"): export_official,
+    ("hf", "megatron_tf"): import_huggingface,
+    ("megatron_tf", "hf"): export_huggingface,
+}

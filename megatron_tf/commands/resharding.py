@@ -1,0 +1,245 @@
+"""What `reshard_checkpoint` does once it has read its options."""
+
+import argparse
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
+from megatron_tf.checkpoint.shrink import keep_most_important, shrink
+from megatron_tf.checkpoint.summary import common_shape, differing_values, kind_of
+from megatron_tf.checkpoint.vocabulary import pad_vocabulary
+from megatron_tf.commands.arguments import read_text
+from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
+from megatron_tf.config.load import read_yaml
+from megatron_tf.errors import UserError
+from megatron_tf.inference.calibration import (
+    Comparison,
+    available_memory,
+    compare_models,
+    read_samples,
+    token_importance,
+)
+from megatron_tf.inference.model import load_model
+from megatron_tf.inference.tokenizer import check_made_with
+from megatron_tf.model.parallelize import is_replicated, stage_layers
+from megatron_tf.model.sizes import training_flops
+
+EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
+
+
+class VerificationError(UserError):
+    """The new checkpoint is there and is not what it should be."""
+
+    exit_code = 3
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do it."""
+    if args.save.resolve() == args.load.resolve():
+        raise CheckpointError("--save is the same directory as --load: choose another")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
+    source = CheckpointReader(args.load, check_at_end=True).complete()
+    result, is_exact = derive(source, args)
+    target = make_target(result, args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    describe(source, result, target)
+    if args.dry_run:
+        return
+    if args.data is not None:
+        check_made_with(args.data, source.metadata["tokenizer"])
+    path = reshard(result, args.save, target, source.verify, sys.stderr.isatty(), allow_existing=args.allow_existing)
+    print(f"wrote {path}", flush=True)
+    if args.verify:
+        compare_tensors(result, path)
+        source.verify()
+        print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
+    if args.verify or args.data:
+        report(source.directory, path, args, is_exact)
+
+
+def derive(source: CheckpointReader, args: argparse.Namespace) -> tuple[Checkpoint, bool]:
+    """(the checkpoint to write, whether it computes the same)."""
+    result: Checkpoint = source
+    stage = growth_stage(args)
+    if args.shrink is not None and stage:
+        raise CheckpointError("--shrink and growth are two steps: run the tool twice")
+    if args.shrink is not None:
+        result = shrunk(source, args)
+    if stage:
+        result = grow(source, stage)
+    if args.make_vocab_size_divisible_by is not None:
+        if args.make_vocab_size_divisible_by < 1:
+            raise CheckpointError(
+                f"--make-vocab-size-divisible-by is {args.make_vocab_size_divisible_by}: it must be 1 or more"
+            )
+        result = pad_vocabulary(result, args.make_vocab_size_divisible_by)
+    return result, args.shrink is None and (stage is None or stage.init != "random")
+
+
+def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
+    """From --stage and the options beside it; None for no growth."""
+    values: dict[str, Any] = {}
+    if args.stage:
+        try:
+            values = read_yaml(read_text(args.stage))
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{args.stage}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{args.stage}: expected the keys of a stage, found {type(values).__name__}")
+    if args.grow is not None:
+        values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", args.grow).items()}
+    if args.insert_layers is not None:
+        layers = args.insert_layers.split(",")
+        if not all(layer.strip().isdecimal() for layer in layers):
+            raise CheckpointError(f"--insert-layers {args.insert_layers!r}: write numbers of layers, such as 0,6,6")
+        values["insert_layers"] = [int(layer) for layer in layers]
+    options = {
+        "init": args.growth_init,
+        "noise": args.growth_noise,
+        "moments": args.moments,
+        "old_tokens_lr_scale": args.old_tokens_lr_scale,
+        "rewarmup_iters": args.rewarmup_iters,
+    }
+    values |= {key: value for key, value in options.items() if value is not None}
+    return parse_config(GrowthStage, values, str(args.stage or "growth")) if values else None
+
+
+def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpoint:
+    """The source without the tokens that do least on the data."""
+    if args.data is None:
+        raise CheckpointError("--shrink needs --data PREFIX: the tokens that do least on it are dropped")
+    tokens = parse_token_option("--shrink", args.shrink)
+    if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
+        raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
+    model = load_model(source.directory)
+    check_made_with(args.data, source.metadata["tokenizer"])
+    samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
+    return shrink(source, keep_most_important(token_importance(model, samples), tokens))  # type: ignore[arg-type]
+
+
+def seq_length_of(checkpoint: Checkpoint) -> int:
+    """Of the run that wrote it."""
+    length: int = checkpoint.metadata["config"]["training"]["seq_length"]
+    return length
+
+
+def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
+    """The target layout, with layers balanced over stages as the trainer does."""
+    config = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
+    if tensor_parallel < 1 or pipeline_parallel < 1:
+        raise CheckpointError("the target's parallel sizes must be 1 or more")
+    if config.num_attention_heads % tensor_parallel:
+        raise CheckpointError(
+            f"{config.num_attention_heads} attention heads cannot be shared equally by "
+            f"{tensor_parallel} tensor-parallel ranks"
+        )
+    stages = stage_layers(config, pipeline_parallel, seq_length_of(checkpoint))
+
+    def stage_of(name: str) -> int:
+        if name.startswith("layers."):
+            layer = int(name.split(".")[1])
+            return next(stage for stage, layers in enumerate(stages) if layer in layers)
+        return 0 if name.startswith("embedding.") else pipeline_parallel - 1
+
+    return Target(tensor_parallel, pipeline_parallel, stage_of, is_replicated)
+
+
+def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> None:
+    """Print what goes in and what comes out."""
+    plans = list(plan_files(result, target))
+    print(f"{source.directory}, step {source.step:,}")
+    print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
+    kinds = dict.fromkeys(kind_of(name) for name in [*source.names("model"), *result.names("model")])
+    for kind in kinds:
+        (old_shape, old), (new_shape, new) = (_size_of_kind(checkpoint, kind) for checkpoint in (source, result))
+        print(f"  {kind:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
+    both = (source, result)
+    rows = {
+        "all parameters": [_parameters(checkpoint) for checkpoint in both],
+        "layers": [checkpoint.metadata["model"]["num_layers"] for checkpoint in both],
+        "FLOPs per token in training": [_flops(checkpoint) for checkpoint in both],
+        "files": [len(source.manifest.files) - 1, len(plans)],
+        "bytes": [sum(file.bytes for file in source.manifest.files.values()), sum(plan.nbytes for plan in plans)],
+    }
+    for name, (before, after) in rows.items():
+        print(f"  {name:<76}{before:>16,}{after:>16,}")
+    largest_row = max(spec.row_bytes for plan in plans for spec in plan.specs)
+    print(
+        f"  to tensor {target.tensor_parallel} x pipeline {target.pipeline_parallel}; memory beyond the interpreter's: "
+        f"at most {MEMORY_BLOCKS * max(BLOCK_BYTES, largest_row):,} bytes",
+        flush=True,
+    )
+
+
+def _size_of_kind(checkpoint: Checkpoint, kind: str) -> tuple[str, int]:
+    """(shapes, parameters) of the tensors that differ in their layer only."""
+    shapes = [checkpoint.shape("model", name) for name in checkpoint.names("model") if kind_of(name) == kind]
+    shape = common_shape(shapes)
+    return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(checkpoint.shape("model", name)) for name in checkpoint.names("model"))
+
+
+def _flops(checkpoint: Checkpoint) -> int:
+    model = parse_config(ModelConfig, checkpoint.metadata["model"], str(checkpoint.directory))
+    return training_flops(model, seq_length_of(checkpoint))
+
+
+def compare_tensors(expected: Checkpoint, path: Path) -> None:
+    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`."""
+    found = CheckpointReader(path, check_at_end=True)
+    tensors = [(group, name) for group in expected.groups() for name in expected.names(group)]
+    total = sum(math.prod(expected.shape(*tensor)) * expected.dtype(*tensor).itemsize for tensor in tensors)
+    with progress_bar("verifying", total, sys.stderr.isatty()) as bar:
+        for group, name in tensors:
+            rows = expected.shape(group, name)[0]
+            sides = (read_blocks(checkpoint, group, name, 0, rows) for checkpoint in (expected, found))
+            for wanted, have in zip(*sides, strict=True):
+                if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
+                    raise VerificationError(f"{path}: {group} {name} is not what it should be")
+                bar.update(have.nbytes)
+    if json.dumps(found.metadata, sort_keys=True) != json.dumps(expected.metadata, sort_keys=True):
+        raise VerificationError(f"{path}: its metadata is not what it should be")
+    try:
+        found.verify()
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+
+
+def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) -> None:
+    """Print how the outputs of both models differ. Raises VerificationError where they should not."""
+    readers = [CheckpointReader(path) for path in (before, after)]
+    needed, available = max(4 * _parameters(reader) for reader in readers), available_memory()
+    if needed > available:
+        print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
+        return
+    samples = None
+    if args.data:
+        vocab_size = readers[0].metadata["model"]["vocab_size"]
+        check_made_with(args.data, readers[0].metadata["tokenizer"])
+        samples = read_samples(args.data, vocab_size, seq_length_of(readers[0]), args.data_tokens)
+    found: Comparison = compare_models(before, after, samples)
+    print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
+    if found.losses:
+        old, new = found.losses
+        print(f"loss on {args.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
+    if found.became_non_finite:
+        raise VerificationError(
+            f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"
+        )
+    if not is_exact:
+        print("this change does not keep the model's outputs, as said in --help")
+    elif not found.difference <= EXACT * found.largest:  # a NaN is neither
+        raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
