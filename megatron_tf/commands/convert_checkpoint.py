@@ -73,18 +73,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     official.add_argument(
         "--vocab-size", type=int, metavar="N", help="ids of the tokenizer, in place of its file; it is not checked then"
     )
-    official.add_argument("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration (10000)")
-    official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it (0.25)")
-    official.add_argument("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it (1e-5)")
     official.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="type of the tensors that --to official writes (fp32)"
+        "--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration; published: 10000"
     )
-    official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with (%(default)s)")
+    official.add_argument("--rotary-percent", type=float, metavar="P", help="rotary_pct of it; published: 0.25")
+    official.add_argument(
+        "--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it; published: 1e-5"
+    )
+    official.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="type of the tensors that --to official writes; by default fp32",
+    )
+    official.add_argument("--seq-length", type=int, default=2048, metavar="S", help="it was trained with")
     hf = parser.add_argument_group("to hf")
     hf.add_argument(
         "--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on"
     )
-    hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it (%(default)s)")
+    hf.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
     hf.add_argument(
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
     )

@@ -27,12 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
     parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
     parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
-    parser.add_argument("--seq-length", type=int, default=2048, help="of samples (default: 2048)")
-    parser.add_argument("--split", default="969,30,1", help="of the run (default: 969,30,1); 1,0,0 for all documents")
+    parser.add_argument("--seq-length", type=int, default=2048, help="of samples")
+    parser.add_argument("--split", default="969,30,1", help="of the run; 1,0,0 for all documents")
     parser.add_argument(
         "--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples (default: 1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples")
     parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
     parser.add_argument("--tokenizer-model", type=file_path, help="the tokenizer's file")
     args = parser.parse_args(arguments)

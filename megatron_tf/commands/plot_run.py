@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--x", choices=AXES, default="tokens", help="what losses are drawn against")
     parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
     parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
-    parser.add_argument("--title", default="")
+    parser.add_argument("--title", default="", help="above the picture")
     args = parser.parse_args(arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")

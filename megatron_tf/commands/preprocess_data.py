@@ -66,12 +66,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
     )
-    add("--json-keys", nargs="+", default=["text"], help="texts to take from each line (default: text)")
+    add("--json-keys", nargs="+", default=["text"], help="texts to take from each line")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--split-by-meta", metavar="KEY", help="a data set for each value of meta.KEY, such as pile_set_name")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize (default: all cores)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize")
     add("--log-interval", type=int, default=10000, help="documents between lines of a log")
-    add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad (default: 0.001)")
+    add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     return args

@@ -6,7 +6,8 @@ from functools import partial
 
 from megatron_tf.commands.arguments import file_path, make_parser
 from megatron_tf.commands.runner import command, say_error
-from megatron_tf.config import RunConfig, describe, load_config
+from megatron_tf.config import RunConfig, load_config
+from megatron_tf.config.describe import describe
 from megatron_tf.parallel.signals import SignalCatcher, caught_signals, exit_code
 
 _MARGIN = timedelta(seconds=30)  # that collectives wait longer than the watch, which has more to say

@@ -52,20 +52,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def describe() -> str:
-    """Every key with its type, default and meaning, for `--help`."""
-    lines = []
-    for section in dataclasses.fields(RunConfig):
-        items = typing.get_args(section.type)  # of a list of such sections
-        kind: Any = items[0] if items else section.type
-        lines.append(f"\n{section.name}: {'a list of: ' if items else ''}{(kind.__doc__ or '').strip()}")
-        for name, info in kind.__pydantic_fields__.items():
-            default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)}"
-            key = f"  {name}" if items else f"  --{section.name}.{name}"
-            lines.append(f"{key}  ({default})\n      {info.description}")
-    return "\n".join(lines)
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
     section, dot, name = key.partition(".")

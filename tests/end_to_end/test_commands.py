@@ -50,17 +50,57 @@ def test_the_command_lists_them_and_refuses_others(tmp_path):
     assert "no command 'preproces-data'" in done.stderr
 
 
-def test_what_is_not_installed_is_named(tmp_path):
-    program = (
-        "import sys\nsys.modules['matplotlib.axes'] = None\nfrom megatron_tf.__main__ import main\nsys.exit(main())"
-    )
-    done = run_installed(tmp_path, "plot-run", "--help", program=program)
+@pytest.mark.parametrize("name", ["preprocess_data", "preprocess-data"])
+def test_a_command_has_two_spellings(name, tmp_path):
+    done = run_installed(tmp_path, name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: megatron-tf preprocess-data ")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("preproces-data", "preprocess-data"), ("Reshard_checkpoint", "reshard-checkpoint"), ("pretran", "pretrain")],
+)
+def test_the_nearest_command_is_suggested_to_a_typo(typo, meant, tmp_path):
+    done = run_installed(tmp_path, typo)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == f"error: megatron-tf has no command {typo!r}; did you mean {meant!r}?"
+
+
+def test_a_name_like_no_command_is_given_no_suggestion(tmp_path):
+    done = run_installed(tmp_path, "xyz")
+    assert done.stderr.splitlines()[0] == "error: megatron-tf has no command 'xyz'"
+
+
+def without(package):
+    """A program that runs `megatron-tf` where a package is not installed."""
+    return f"import sys\nsys.modules[{package!r}] = None\nfrom megatron_tf.__main__ import main\nsys.exit(main())"
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path):
+    done = run_installed(tmp_path, "plot-run", "a.jsonl", "--output", "a.png", program=without("matplotlib"))
     assert done.returncode == 1
-    assert done.stderr == "error: megatron-tf plot-run needs matplotlib.axes, which is not installed\n"
+    assert done.stderr == (
+        "error: megatron-tf plot-run needs matplotlib, which is not installed: pip install 'megatron_tf[plot]'\n"
+    )
+
+
+def test_a_command_explains_itself_without_what_it_needs(tmp_path):
+    done = run_installed(tmp_path, "plot-run", "--help", program=without("matplotlib"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_that_every_command_needs_is_named(tmp_path):
+    done = run_installed(tmp_path, "pretrain", "--help", program=without("pydantic"))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: megatron-tf pretrain needs pydantic, which is not installed: pip install megatron_tf\n"
+    )
 
 
 def test_lm_eval_finds_the_model_class():
     """As releases after 0.4.13 do, by the entry point, and as `register` has it."""
+    pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
     from lm_eval.api.registry import get_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
-    {"_index", "_row_product", "errors", "tokenizer_files"},
+    {"_index", "_row_product", "errors", "help_text", "tokenizer_files"},
     {"extras"},
     {"config", "parallel", "kernels"},
     {"layers", "data", "checkpoint"},
