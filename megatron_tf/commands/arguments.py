@@ -3,15 +3,22 @@
 import argparse
 from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_tf.errors import UserError
 from megatron_tf.help_text import Item, layout
+
+T = TypeVar("T")
 
 
 def make_parser(name: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command by its name in COMMANDS."""
     return _Parser(prog=f"megatron-tf {name}", description=description, epilog=epilog)
+
+
+def parse(parser: argparse.ArgumentParser, kind: type[T], arguments: list[str] | None) -> T:
+    """The arguments, by default those of the process, as the dataclass `kind`, which has a field for each of them."""
+    return kind(**vars(parser.parse_args(arguments)))
 
 
 class _Parser(argparse.ArgumentParser):

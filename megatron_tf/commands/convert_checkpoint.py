@@ -6,16 +6,16 @@ at an export. Other formats hold no optimizer state: an imported checkpoint begi
 repartitioned and trained on as any other.
 """
 
-import argparse
 import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
@@ -33,16 +33,40 @@ class ConversionError(UserError):
     """What a user can fix in the command."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    source: str
+    target: str
+    load: Path
+    save: Path
+    tokenizer_model: Path | None
+    eod_token: str | None
+    num_attention_heads: int | None
+    norm_activation: str | None
+    tokenizer_type: str | None
+    vocab_size: int | None
+    rotary_base: float | None
+    rotary_percent: float | None
+    layernorm_epsilon: float | None
+    dtype: str | None
+    seq_length: int
+    data: Path | None
+    data_tokens: int
+    skip_check: bool
+
+
 @command()
 def main(arguments: list[str] | None = None) -> int:
     """Convert. Returns 0 when the result is complete, and for hf checked; after an error nothing is written."""
-    args = parse_arguments(arguments)
+    options = parse_arguments(arguments)
     import_late("torch")  # --help need not wait for it
-    CONVERSIONS[args.source, args.target](args)
+    CONVERSIONS[options.source, options.target](options)
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     """The command line."""
     parser = make_parser("convert-checkpoint", __doc__)
     parser.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
@@ -94,21 +118,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     hf.add_argument(
         "--skip-check", action="store_true", help="do not load the result with transformers and compare the logits"
     )
-    args = parser.parse_args(arguments)
-    for option in ("seq_length", "data_tokens"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be 1 or more")
-    if (args.source, args.target) not in CONVERSIONS:
+    options = parse(parser, Options, arguments)
+    for name in ("seq_length", "data_tokens"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be 1 or more")
+    if (options.source, options.target) not in CONVERSIONS:
         parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
-    if args.dtype is not None and args.target != "official":
+    if options.dtype is not None and options.target != "official":
         parser.error(
             "--dtype is for --to official: our checkpoints are fp32, and transformers loads an export in any type with "
             "from_pretrained(DIR, dtype=...)"
         )
-    return args
+    return options
 
 
-def import_official(args: argparse.Namespace) -> None:
+def import_official(options: Options) -> None:
     """A .bin file -> our checkpoint."""
     from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_metadata, rename
     from megatron_tf.checkpoint.official import (
@@ -122,42 +146,42 @@ def import_official(args: argparse.Namespace) -> None:
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
     from megatron_tf.model.parallelize import parameter_shapes
 
-    needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (args.vocab_size is None)
+    needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (options.vocab_size is None)
     for option in needed:
-        if getattr(args, option) is None:
-            raise ConversionError(f"{args.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
-    tensors = read_official(args.load)
-    choice = choose_tokenizer(args)
-    values = infer_model(args.load, tensors, choice.identity["vocab_size"]) | {
-        **{
-            key: published if getattr(args, key) is None else getattr(args, key) for key, published in PUBLISHED.items()
-        },
-        "num_attention_heads": args.num_attention_heads,
-        "norm_activation": args.norm_activation,
+        if getattr(options, option) is None:
+            raise ConversionError(f"{options.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
+    tensors = read_official(options.load)
+    choice = choose_tokenizer(options)
+    told = {key: getattr(options, key) for key in PUBLISHED}
+    values = infer_model(options.load, tensors, choice.identity["vocab_size"]) | {
+        **{key: published if told[key] is None else told[key] for key, published in PUBLISHED.items()},
+        "num_attention_heads": options.num_attention_heads,
+        "norm_activation": options.norm_activation,
     }
-    model = parse_config(ModelConfig, values, str(args.load))
-    metadata = new_metadata(model, birth_tau(model), choice, args.seq_length, TrainingConfig.seed)
+    model = parse_config(ModelConfig, values, str(options.load))
+    metadata = new_metadata(model, birth_tau(model), choice, options.seq_length, TrainingConfig.seed)
     shapes = parameter_shapes(model)
-    tensors = without_frequencies(args.load, tensors, model)
-    renamed = rename(args.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
-    write_ours(ForeignCheckpoint(args.load, renamed, metadata), args.save)
+    tensors = without_frequencies(options.load, tensors, model)
+    renamed = rename(options.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
+    write_ours(ForeignCheckpoint(options.load, renamed, metadata), options.save)
 
 
-def choose_tokenizer(args: argparse.Namespace) -> "TokenizerChoice":
+def choose_tokenizer(options: Options) -> "TokenizerChoice":
     """From its file, or from --vocab-size: then any tokenizer of so many ids is accepted later."""
     from megatron_tf.checkpoint.foreign import TokenizerChoice, unknown_tokenizer
     from megatron_tf.data.tokenizer import build_tokenizer
 
-    if args.vocab_size is None:
-        tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, eod_token=args.eod_token)
-        check_end(tokenizer, args.eod_token)
-        return TokenizerChoice(args.tokenizer_type, args.tokenizer_model, tokenizer.identity, args.eod_token)
-    if args.tokenizer_model is not None:
+    if options.vocab_size is None:
+        assert options.tokenizer_type is not None  # `import_official` has demanded it
+        tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, eod_token=options.eod_token)
+        check_end(tokenizer, options.eod_token)
+        return TokenizerChoice(options.tokenizer_type, options.tokenizer_model, tokenizer.identity, options.eod_token)
+    if options.tokenizer_model is not None:
         raise ConversionError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
-    if args.vocab_size < 1:
-        raise ConversionError(f"--vocab-size is {args.vocab_size}: it must be 1 or more")
-    kind = args.tokenizer_type or "HFTokenizer"
-    return TokenizerChoice(kind, None, unknown_tokenizer(kind, args.vocab_size), args.eod_token)
+    if options.vocab_size < 1:
+        raise ConversionError(f"--vocab-size is {options.vocab_size}: it must be 1 or more")
+    kind = options.tokenizer_type or "HFTokenizer"
+    return TokenizerChoice(kind, None, unknown_tokenizer(kind, options.vocab_size), options.eod_token)
 
 
 def check_end(tokenizer: "Tokenizer", eod_token: str | None) -> None:
@@ -166,19 +190,19 @@ def check_end(tokenizer: "Tokenizer", eod_token: str | None) -> None:
         _ = tokenizer.eod
 
 
-def import_huggingface(args: argparse.Namespace) -> None:
+def import_huggingface(options: Options) -> None:
     """A directory that `export_huggingface` wrote -> our checkpoint."""
     from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
 
-    if args.save.resolve().is_relative_to(args.load.resolve()):
-        raise ConversionError(f"--save {args.save} is inside --load {args.load}: choose another directory")
-    checkpoint = read_export(args.load)
+    if options.save.resolve().is_relative_to(options.load.resolve()):
+        raise ConversionError(f"--save {options.save} is inside --load {options.load}: choose another directory")
+    checkpoint = read_export(options.load)
     data = checkpoint.metadata["config"]["data"]
-    path = args.tokenizer_model or tokenizer_file(args.load, data["tokenizer_type"])
+    path = options.tokenizer_model or tokenizer_file(options.load, data["tokenizer_type"])
     data["tokenizer_model"] = None if path is None else str(path)
-    set_end(checkpoint, args.eod_token)
-    check_end(the_tokenizer(checkpoint, path), args.eod_token)
-    write_ours(checkpoint, args.save)
+    set_end(checkpoint, options.eod_token)
+    check_end(the_tokenizer(checkpoint, path), options.eod_token)
+    write_ours(checkpoint, options.save)
 
 
 def set_end(checkpoint: "Checkpoint", eod_token: str | None) -> None:
@@ -196,28 +220,28 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
     print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
 
 
-def export_official(args: argparse.Namespace) -> None:
+def export_official(options: Options) -> None:
     """Our checkpoint -> a .bin file."""
     import torch
 
     from megatron_tf.checkpoint.foreign import WEIGHT_DTYPES, parameter_bytes
     from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
 
-    dtype = WEIGHT_DTYPES[args.dtype or "fp32"]
-    source, model = open_ours(args.load)
+    dtype = WEIGHT_DTYPES[options.dtype or "fp32"]
+    source, model = open_ours(options.load)
     check_representable(source, model)
-    check_told(source.directory, model, {key: getattr(args, key) for key in PUBLISHED})
+    check_told(source.directory, model, {key: getattr(options, key) for key in PUBLISHED})
     nbytes = parameter_bytes(source) * dtype.itemsize // torch.float32.itemsize
-    with new_directory(args.save, nbytes) as directory:
+    with new_directory(options.save, nbytes) as directory:
         write_official(source, model, directory / FILE, dtype)
         source.verify()
-    print(f"wrote {args.save / FILE}")
+    print(f"wrote {options.save / FILE}")
     end = source.metadata["config"]["data"].get("eod_token")
     if end is not None:
         print(f"an official file does not tell the end of a document: import it with --eod-token {end!r}")
 
 
-def export_huggingface(args: argparse.Namespace) -> None:
+def export_huggingface(options: Options) -> None:
     """Our checkpoint -> a directory for transformers, loaded with it and compared."""
     from megatron_tf.checkpoint.foreign import parameter_bytes
     from megatron_tf.checkpoint.huggingface import write_tensors
@@ -226,27 +250,27 @@ def export_huggingface(args: argparse.Namespace) -> None:
     from megatron_tf.inference.huggingface.check import has_transformers
     from megatron_tf.inference.huggingface.export import write_surroundings
 
-    if not (args.skip_check or has_transformers()):
+    if not (options.skip_check or has_transformers()):
         raise ConversionError(
             "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or give "
             "--skip-check"
         )
-    source, _ = open_ours(args.load)
-    set_end(source, args.eod_token)
-    path = args.tokenizer_model or find_tokenizer(source.metadata, source.directory)
+    source, _ = open_ours(options.load)
+    set_end(source, options.eod_token)
+    path = options.tokenizer_model or find_tokenizer(source.metadata, source.directory)
     tokenizer = the_tokenizer(source, path)
-    measured = measure(source, args.data, args.data_tokens) if args.data else None
+    measured = measure(source, options.data, options.data_tokens) if options.data else None
     nbytes = parameter_bytes(source)
-    with new_directory(args.save, nbytes) as directory:
+    with new_directory(options.save, nbytes) as directory:
         write_surroundings(source, directory, tokenizer, path, measured)
         with progress_bar("writing", nbytes, sys.stderr.isatty()) as bar:
             write_tensors(source, directory, bar)
         source.verify()
-        if args.skip_check:
+        if options.skip_check:
             print("the logits are not compared: --skip-check")
         else:
             check(source, directory, tokenizer)
-    print(f"wrote {args.save}")
+    print(f"wrote {options.save}")
 
 
 def open_ours(path: Path) -> "tuple[CheckpointReader, ModelConfig]":
@@ -348,7 +372,7 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
-CONVERSIONS: dict[tuple[str, str], Callable[[argparse.Namespace], None]] = {
+CONVERSIONS: dict[tuple[str, str], Callable[[Options], None]] = {
     ("official", "megatron_tf"): import_official,
     ("megatron_tf", "official"): export_official,
     ("hf", "megatron_tf"): import_huggingface,

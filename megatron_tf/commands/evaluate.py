@@ -4,16 +4,33 @@ Each document is predicted on its own, after an end of document, in windows of t
 `python -m megatron_tf.lm_eval` runs the tasks of lm-evaluation-harness.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.config import ConfigError
 
 PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    checkpoint: Path
+    data_path: list[str]
+    split: str | None
+    part: str
+    seq_length: int | None
+    stride: int | None
+    batch_size: int | None
+    tokenizer_model: Path | None
+    device: str
+    output: Path | None
 
 
 @command()
@@ -31,22 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
     add("--device", default="cpu", help="cpu, or cuda")
     add("--output", type=file_path, metavar="FILE", help="write the figures as JSON")
-    args = parser.parse_args(arguments)
+    options = parse(parser, Options, arguments)
     for name in ("seq_length", "stride", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
+        if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
-    if args.output is not None:
+    if options.output is not None:
         from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
-        check_outside_checkpoints(args.output, "--output")
-    result = evaluate(args)
+        check_outside_checkpoints(options.output, "--output")
+    result = evaluate(options)
     print(table(result))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(options: Options) -> dict[str, Any]:
     """Predict, and return what is to be told. Raises UserError for what a user can fix."""
     import_late("torch")  # --help need not wait for it
     from tqdm import tqdm
@@ -57,36 +74,36 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_tf.inference.perplexity import Prediction, predict_documents, read_documents
     from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
 
-    datasets = [IndexedDataset(prefix) for prefix in args.data_path]
-    model = load_model(args.checkpoint, args.device)
+    datasets = [IndexedDataset(prefix) for prefix in options.data_path]
+    model = load_model(options.checkpoint, options.device)
     for dataset in datasets:
         check_made_with(dataset.prefix, model.metadata["tokenizer"])
-    tokenizer = load_tokenizer(model, args.tokenizer_model)
-    window = args.seq_length or model.metadata["config"]["training"]["seq_length"]
-    stride = args.stride or window
+    tokenizer = load_tokenizer(model, options.tokenizer_model)
+    window = options.seq_length or model.metadata["config"]["training"]["seq_length"]
+    stride = options.stride or window
     predictions: dict[str, Prediction] = {}
     for dataset in datasets:
         documents = range(len(dataset))
-        if args.split is not None:
-            documents = split_documents(len(dataset), args.split)[PARTS.index(args.part)]
+        if options.split is not None:
+            documents = split_documents(len(dataset), options.split)[PARTS.index(options.part)]
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
             read = read_documents(dataset, documents, tokenizer, model.config.vocab_size)
-            found = predict_documents(model, read, tokenizer.eod, window, stride, args.batch_size, bar.update)
+            found = predict_documents(model, read, tokenizer.eod, window, stride, options.batch_size, bar.update)
         for name, prediction in found.items():
             predictions.setdefault(name, Prediction()).add(prediction)
     whole = Prediction()
     for prediction in predictions.values():
         whole.add(prediction)
     if not whole.tokens:
-        raise ConfigError(f"no token to predict in {', '.join(args.data_path)}")
+        raise ConfigError(f"no token to predict in {', '.join(options.data_path)}")
     return {
-        "checkpoint": str(args.checkpoint),
+        "checkpoint": str(options.checkpoint),
         "training": model.metadata["training"],
-        "data_path": args.data_path,
-        "split": args.split,
-        "part": args.part if args.split is not None else None,
+        "data_path": options.data_path,
+        "split": options.split,
+        "part": options.part if options.split is not None else None,
         "seq_length": window,
         "stride": stride,
         "sets": {name: predictions[name].summary() for name in sorted(predictions)},

@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.config import ConfigError
 from megatron_tf.errors import UserError
@@ -29,10 +30,30 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=10)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    checkpoint: Path
+    prompt: list[str] | None
+    prompt_file: Path | None
+    output: Path | None
+    num_samples: int
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: list[str]
+    seed: int
+    dtype: str
+    tokenizer_model: Path | None
+
+
 @command(interrupted="interrupted: what was written before stays")
 def main(arguments: list[str] | None = None) -> int:
     """Continue texts."""
-    generate(_parser().parse_args(arguments))
+    generate(parse(_parser(), Options, arguments))
     return 0
 
 
@@ -62,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def generate(args: argparse.Namespace) -> None:
+def generate(options: Options) -> None:
     """Read prompts, continue them, write. Raises UserError for what a user can fix."""
     import_late("torch")  # --help need not wait for it
     import torch
@@ -75,64 +96,65 @@ def generate(args: argparse.Namespace) -> None:
     from megatron_tf.parallel.launch import number_of
     from megatron_tf.parallel.mesh import init_mesh
 
-    _check(args)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    if args.num_samples > 1 and sampling.is_certain:
+    _check(options)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    if options.num_samples > 1 and sampling.is_certain:
         raise UserError(
-            f"--num-samples {args.num_samples} with --temperature {args.temperature:g} --top-k {args.top_k} would give "
-            f"the same text {args.num_samples} times: choose a temperature above 0 and another top-k than 1"
+            f"--num-samples {options.num_samples} with --temperature {options.temperature:g} --top-k {options.top_k} "
+            f"would give the same text {options.num_samples} times: choose a temperature above 0 and another top-k "
+            f"than 1"
         )
-    limits = Limits(args.max_new_tokens, args.stop)
-    records = _read_records(args)
+    limits = Limits(options.max_new_tokens, options.stop)
+    records = _read_records(options)
     mesh = init_mesh(number_of("WORLD_SIZE"), 1, 1, TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = load_model(args.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model = load_model(options.checkpoint, mesh.device, dtype, mesh.group("tp"))
     if mesh.device.type == "cpu":
         model.arrange_for_decoding()
-    tokenizer = load_tokenizer(model, args.tokenizer_model)
+    tokenizer = load_tokenizer(model, options.tokenizer_model)
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
-        seeds = [seed_of_sample(args.seed, number) for number in numbers]
+        seeds = [seed_of_sample(options.seed, number) for number in numbers]
         return continue_texts(model, tokenizer, prompts, sampling, limits, seeds)
 
     # ranks beside the first do the same work, and say nothing
-    with _opened(os.devnull if not mesh.is_first_rank else args.output) as out:
-        if len(records) == args.num_samples == 1 and args.prompt_file is None and args.output is None:
+    with _opened(os.devnull if not mesh.is_first_rank else options.output) as out:
+        if len(records) == options.num_samples == 1 and options.prompt_file is None and options.output is None:
             _stream(records[0]["prompt"], continue_batch, out)
         else:
-            requests = _requests(records, args.num_samples)
-            batches = [requests[i : i + args.batch_size] for i in range(0, len(requests), args.batch_size)]
+            requests = _requests(records, options.num_samples)
+            batches = [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
             progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
             _write_lines(progress, continue_batch, out)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(options: Options) -> None:
     """Raise UserError for what can't be, before anything is read."""
     from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
-    for option in ("batch_size", "num_samples"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} ({getattr(args, option)}) must be 1 or more")
-    if not -(2**63) <= args.seed < 2**63:
-        raise UserError(f"--seed ({args.seed}) must lie within 64 bits")
-    if args.output is None and sys.stdout is None:
+    for name in ("batch_size", "num_samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed ({options.seed}) must lie within 64 bits")
+    if options.output is None and sys.stdout is None:
         raise UserError("the standard output is closed: give --output FILE")
-    if args.output is not None:
-        check_outside_checkpoints(args.output, "--output")
-        if args.prompt_file is not None and args.output.resolve() == args.prompt_file.resolve():
-            raise UserError(f"--output {args.output} would replace --prompt-file: choose another file")
+    if options.output is not None:
+        check_outside_checkpoints(options.output, "--output")
+        if options.prompt_file is not None and options.output.resolve() == options.prompt_file.resolve():
+            raise UserError(f"--output {options.output} would replace --prompt-file: choose another file")
 
 
-def _read_records(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _read_records(options: Options) -> list[dict[str, Any]]:
     """From --prompt-file or --prompt; none without either. Raises UserError naming a prompt that is not text."""
     from megatron_tf.inference.text import check_text
 
-    if args.prompt_file is not None:
-        return _read_file(args.prompt_file)
-    for number, text in enumerate(args.prompt or [], 1):
+    if options.prompt_file is not None:
+        return _read_file(options.prompt_file)
+    for number, text in enumerate(options.prompt or [], 1):
         check_text(text, f"--prompt, number {number}")
-    return [{"prompt": text} for text in args.prompt or []]
+    return [{"prompt": text} for text in options.prompt or []]
 
 
 def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:

@@ -1,12 +1,12 @@
 """Look into a data set: counts, checks, and documents or samples, decoded where a tokenizer is given."""
 
-import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_tf.commands.arguments import file_path, file_prefix, make_parser
+from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.data.bad_ids import first_bad_id
 from megatron_tf.data.blend import Samples
@@ -18,6 +18,21 @@ from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 
 BLOCK_TOKENS = 1 << 24
 SHOWN_IDS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    prefix: str
+    documents: list[int]
+    samples: list[int]
+    seq_length: int
+    split: str
+    config: Path | None
+    seed: int
+    tokenizer_type: str | None
+    tokenizer_model: Path | None
 
 
 @command()
@@ -35,41 +50,40 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1234, help="of the order of samples")
     parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
     parser.add_argument("--tokenizer-model", type=file_path, help="the tokenizer's file")
-    args = parser.parse_args(arguments)
-    inspect(args)
+    inspect(parse(parser, Options, arguments))
     return 0
 
 
-def inspect(args: argparse.Namespace) -> None:
+def inspect(options: Options) -> None:
     """Print. Raises DataError for a data set that is not sound."""
-    dataset = IndexedDataset(args.prefix)
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model) if args.tokenizer_type else None
+    dataset = IndexedDataset(options.prefix)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
     describe(dataset)
     check_ids(dataset, tokenizer)
-    for index in args.documents:
+    for index in options.documents:
         if not 0 <= index < len(dataset):
             raise DataError(f"document {index}: there are {len(dataset):,}")
         show(f"document {index}", dataset.document(index), tokenizer)
-    if args.samples:
+    if options.samples:
         with tempfile.TemporaryDirectory() as cache:
-            samples, whole = samples_of(args, dataset, Path(cache))
-            for index in args.samples:
+            samples, whole = samples_of(options, dataset, Path(cache))
+            for index in options.samples:
                 if index < 0:
                     raise DataError(f"sample {index}: they are counted from 0")
                 show(f"sample {index} of {whole}", samples[index], tokenizer)
 
 
-def samples_of(args: argparse.Namespace, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
+def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
     """Training samples as a run reads them, and what they are of."""
-    if args.config is not None:
+    if options.config is not None:
         import_late("megatron_tf.training.datasets")
         from megatron_tf.config import load_config
         from megatron_tf.training.datasets import build_dataset
 
-        return build_dataset(load_config(args.config, [])), f"the run of {args.config}"
-    documents = split_documents(len(dataset), args.split)[0]
+        return build_dataset(load_config(options.config, [])), f"the run of {options.config}"
+    documents = split_documents(len(dataset), options.split)[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
-    order = SampleOrder(lengths, args.seq_length, args.seed, f"{dataset.prefix.name}:train", cache)
+    order = SampleOrder(lengths, options.seq_length, options.seed, f"{dataset.prefix.name}:train", cache)
     return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
 
 

@@ -1,6 +1,6 @@
 """Turn Pile shards into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report in PREFIX.json.
 
-On many machines, one of the ranks hands out the inputs: mpiexec -n 5 python tools/preprocess_data.py ... (or srun).
+On many machines, one of the ranks hands out the inputs: mpiexec -n 5 megatron-tf preprocess-data ... (or srun).
 Killed at any point, the same command goes on where it was and gives the same bytes.
 """
 
@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_tf.commands.arguments import file_path, file_prefix, make_parser
+from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
 from megatron_tf.data.inputs import find_inputs
@@ -39,15 +40,32 @@ MAX_KEY_BYTES = 100
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set by mpiexec and srun
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line; names follow Megatron-LM's tool."""
+
+    input: list[str]
+    output_prefix: str
+    tokenizer_type: str
+    tokenizer_model: Path | None
+    eod_token: str | None
+    json_keys: list[str]
+    append_eod: bool
+    split_by_meta: str | None
+    workers: int
+    log_interval: int
+    max_bad_lines: float
+
+
 @command(interrupted="interrupted: run the same command again to go on")
 def main(arguments: list[str] | None = None) -> int:
     """Make the data sets. What is finished before an error is kept."""
-    args = parse_arguments(arguments)
-    os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read by the engines for byte-level BPE when they start
+    options = parse_arguments(arguments)
+    os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by the engines for byte-level BPE when they start
     try:
         with mpi_ranks() as ranks:
             if ranks is not None or is_alone():
-                preprocess(args, ranks)
+                preprocess(options, ranks)
     except OSError as error:
         if is_disk_full(error):
             raise DataError(f"{error}: make room and run the same command again to go on") from error
@@ -55,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     """The command line; names follow Megatron-LM's tool."""
     parser = make_parser("preprocess-data", __doc__)
     add = parser.add_argument
@@ -72,20 +90,20 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize")
     add("--log-interval", type=int, default=10000, help="documents between lines of a log")
     add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
-    args = parser.parse_args(arguments)
-    check_arguments(parser, args)
-    return args
+    options = parse(parser, Options, arguments)
+    check_options(parser, options)
+    return options
 
 
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
     """End with exit code 2 for values that can't be right."""
-    for option in ("workers", "log_interval"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be 1 or more")
-    if not 0 <= args.max_bad_lines <= 1:  # nan too
-        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {args.max_bad_lines}")
-    for key in args.json_keys:
-        if args.json_keys.count(key) > 1:
+    for name in ("workers", "log_interval"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if not 0 <= options.max_bad_lines <= 1:  # nan too
+        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")
+    for key in options.json_keys:
+        if options.json_keys.count(key) > 1:
             parser.error(f"--json-keys names {key!r} twice")
         if not key or "/" in key or "\0" in key or len(os.fsencode(key)) > MAX_KEY_BYTES:
             parser.error(
@@ -93,27 +111,27 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             )
 
 
-def preprocess(args: argparse.Namespace, ranks: Any | None) -> None:
+def preprocess(options: Options, ranks: Any | None) -> None:
     """Tokenize every input and put the data sets together, on the ranks of an executor or in this process."""
-    inputs, prefix = find_inputs(args.input), args.output_prefix
-    tokenizer = build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
-    eod = tokenizer.eod if args.append_eod else None
-    settings = Settings(tokenizer.identity, tuple(args.json_keys), args.append_eod, args.split_by_meta, eod)
-    report = finished_report(inputs, prefix, settings, args.tokenizer_model)
+    inputs, prefix = find_inputs(options.input), options.output_prefix
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
+    eod = tokenizer.eod if options.append_eod else None
+    settings = Settings(tokenizer.identity, tuple(options.json_keys), options.append_eod, options.split_by_meta, eod)
+    report = finished_report(inputs, prefix, settings, options.tokenizer_model)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
     else:
         with exclusive(prefix):
-            if args.split_by_meta is None:  # otherwise the names are known when all has been read
-                claim(prefix, [f"{prefix}_{key}_document" for key in args.json_keys])
+            if options.split_by_meta is None:  # otherwise the names are known when all has been read
+                claim(prefix, [f"{prefix}_{key}_document" for key in options.json_keys])
             if ranks is None:
-                with progress_of(inputs, args.log_interval) as progress:
+                with progress_of(inputs, options.log_interval) as progress:
                     for number, path in enumerate(inputs):
                         tokenize_input(path, number, prefix, settings, tokenizer, progress)
             else:
-                tokenize_on_ranks(ranks, inputs, args, settings)
-            report = assemble(inputs, prefix, settings, token_dtype(tokenizer.vocab_size), args.max_bad_lines)
-    tell(report, args.split_by_meta)
+                tokenize_on_ranks(ranks, inputs, options, settings)
+            report = assemble(inputs, prefix, settings, token_dtype(tokenizer.vocab_size), options.max_bad_lines)
+    tell(report, options.split_by_meta)
 
 
 def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
@@ -174,10 +192,10 @@ def mpi_ranks() -> Iterator[Any | None]:
         yield ranks
 
 
-def tokenize_on_ranks(ranks: Any, inputs: list[Path], args: argparse.Namespace, settings: Settings) -> None:
+def tokenize_on_ranks(ranks: Any, inputs: list[Path], options: Options, settings: Settings) -> None:
     """Hand out the inputs, the largest first. Raises DataError that names each one that failed, after all others."""
     order = sorted(range(len(inputs)), key=lambda number: -inputs[number].stat().st_size)
-    jobs = [(number, ranks.submit(tokenize_alone, inputs[number], number, args, settings)) for number in order]
+    jobs = [(number, ranks.submit(tokenize_alone, inputs[number], number, options, settings)) for number in order]
     failures = []
     for done, (number, job) in enumerate(jobs, 1):
         error = job.exception()
@@ -190,7 +208,7 @@ def tokenize_on_ranks(ranks: Any, inputs: list[Path], args: argparse.Namespace, 
         raise DataError("\n".join([f"{len(failures)} of {len(jobs)} inputs failed; the others are kept:", *failures]))
 
 
-def tokenize_alone(path: Path, number: int, args: argparse.Namespace, settings: Settings) -> int:
+def tokenize_alone(path: Path, number: int, options: Options, settings: Settings) -> int:
     """Documents of one input, tokenized on the rank that got it."""
     documents = 0
 
@@ -198,8 +216,8 @@ def tokenize_alone(path: Path, number: int, args: argparse.Namespace, settings: 
         nonlocal documents
         documents += more_documents
 
-    tokenizer = tokenizer_of(args.tokenizer_type, args.tokenizer_model, args.workers, args.eod_token)
-    tokenize_input(path, number, args.output_prefix, settings, tokenizer, count)
+    tokenizer = tokenizer_of(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
+    tokenize_input(path, number, options.output_prefix, settings, tokenizer, count)
     return documents
 
 

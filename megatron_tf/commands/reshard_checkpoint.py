@@ -5,25 +5,51 @@ on from it with checkpoint.load, or, if it is copied there, checkpoint.save. Ten
 may be larger than the memory.
 """
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line; names follow Megatron-LM's tool."""
+
+    load: Path
+    save: Path
+    allow_existing: bool
+    target_tensor_parallel_size: int
+    target_pipeline_parallel_size: int
+    make_vocab_size_divisible_by: int | None
+    dry_run: bool
+    verify: bool
+    data: Path | None
+    data_tokens: int
+    stage: Path | None
+    grow: str | None
+    growth_init: str | None
+    growth_noise: float | None
+    insert_layers: str | None
+    moments: str | None
+    old_tokens_lr_scale: float | None
+    rewarmup_iters: int | None
+    shrink: str | None
 
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
     """Write the new checkpoint. After an error nothing is written; exit code 3 says that it was written and --verify
     finds fault with it."""
-    args = parse_arguments(arguments)
+    options = parse_arguments(arguments)
     import_late("megatron_tf.commands.resharding")
     from megatron_tf.commands.resharding import run
 
-    run(args)
+    run(options)
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> Options:
     """The command line; names follow Megatron-LM's tool."""
     parser = make_parser(
         "reshard-checkpoint",
@@ -82,4 +108,4 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0"
     )
     parser.add_argument("--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that do most on --data")
-    return parser.parse_args(arguments)
+    return parse(parser, Options, arguments)

@@ -1,6 +1,5 @@
 """What `reshard_checkpoint` does once it has read its options."""
 
-import argparse
 import json
 import math
 import resource
@@ -19,6 +18,7 @@ from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, differing_values, kind_of
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
+from megatron_tf.commands.reshard_checkpoint import Options
 from megatron_tf.config import GrowthStage, ModelConfig, parse_config, parse_token_option
 from megatron_tf.config.load import read_yaml
 from megatron_tf.errors import UserError
@@ -43,87 +43,90 @@ class VerificationError(UserError):
     exit_code = 3
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Do it."""
-    if args.save.resolve() == args.load.resolve():
+    if options.save.resolve() == options.load.resolve():
         raise CheckpointError("--save is the same directory as --load: choose another")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
-    source = CheckpointReader(args.load, check_at_end=True).complete()
-    result, is_exact = derive(source, args)
-    target = make_target(result, args.target_tensor_parallel_size, args.target_pipeline_parallel_size)
+    source = CheckpointReader(options.load, check_at_end=True).complete()
+    result, is_exact = derive(source, options)
+    target = make_target(result, options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
     describe(source, result, target)
-    if args.dry_run:
+    if options.dry_run:
         return
-    if args.data is not None:
-        check_made_with(args.data, source.metadata["tokenizer"])
-    path = reshard(result, args.save, target, source.verify, sys.stderr.isatty(), allow_existing=args.allow_existing)
+    if options.data is not None:
+        check_made_with(options.data, source.metadata["tokenizer"])
+    path = reshard(
+        result, options.save, target, source.verify, sys.stderr.isatty(), allow_existing=options.allow_existing
+    )
     print(f"wrote {path}", flush=True)
-    if args.verify:
+    if options.verify:
         compare_tensors(result, path)
         source.verify()
         print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
-    if args.verify or args.data:
-        report(source.directory, path, args, is_exact)
+    if options.verify or options.data:
+        report(source.directory, path, options, is_exact)
 
 
-def derive(source: CheckpointReader, args: argparse.Namespace) -> tuple[Checkpoint, bool]:
+def derive(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool]:
     """(the checkpoint to write, whether it computes the same)."""
     result: Checkpoint = source
-    stage = growth_stage(args)
-    if args.shrink is not None and stage:
+    stage = growth_stage(options)
+    if options.shrink is not None and stage:
         raise CheckpointError("--shrink and growth are two steps: run the tool twice")
-    if args.shrink is not None:
-        result = shrunk(source, args)
+    if options.shrink is not None:
+        result = shrunk(source, options)
     if stage:
         result = grow(source, stage)
-    if args.make_vocab_size_divisible_by is not None:
-        if args.make_vocab_size_divisible_by < 1:
+    if options.make_vocab_size_divisible_by is not None:
+        if options.make_vocab_size_divisible_by < 1:
             raise CheckpointError(
-                f"--make-vocab-size-divisible-by is {args.make_vocab_size_divisible_by}: it must be 1 or more"
+                f"--make-vocab-size-divisible-by is {options.make_vocab_size_divisible_by}: it must be 1 or more"
             )
-        result = pad_vocabulary(result, args.make_vocab_size_divisible_by)
-    return result, args.shrink is None and (stage is None or stage.init != "random")
+        result = pad_vocabulary(result, options.make_vocab_size_divisible_by)
+    return result, options.shrink is None and (stage is None or stage.init != "random")
 
 
-def growth_stage(args: argparse.Namespace) -> GrowthStage | None:
+def growth_stage(options: Options) -> GrowthStage | None:
     """From --stage and the options beside it; None for no growth."""
     values: dict[str, Any] = {}
-    if args.stage:
+    if options.stage:
         try:
-            values = read_yaml(read_text(args.stage))
+            values = read_yaml(read_text(options.stage))
         except yaml.YAMLError as error:
-            raise CheckpointError(f"{args.stage}: not valid YAML: {error}") from error
+            raise CheckpointError(f"{options.stage}: not valid YAML: {error}") from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{args.stage}: expected the keys of a stage, found {type(values).__name__}")
-    if args.grow is not None:
-        values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", args.grow).items()}
-    if args.insert_layers is not None:
-        layers = args.insert_layers.split(",")
+            raise CheckpointError(f"{options.stage}: expected the keys of a stage, found {type(values).__name__}")
+    if options.grow is not None:
+        values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", options.grow).items()}
+    if options.insert_layers is not None:
+        layers = options.insert_layers.split(",")
         if not all(layer.strip().isdecimal() for layer in layers):
-            raise CheckpointError(f"--insert-layers {args.insert_layers!r}: write numbers of layers, such as 0,6,6")
+            raise CheckpointError(f"--insert-layers {options.insert_layers!r}: write numbers of layers, such as 0,6,6")
         values["insert_layers"] = [int(layer) for layer in layers]
-    options = {
-        "init": args.growth_init,
-        "noise": args.growth_noise,
-        "moments": args.moments,
-        "old_tokens_lr_scale": args.old_tokens_lr_scale,
-        "rewarmup_iters": args.rewarmup_iters,
+    others = {
+        "init": options.growth_init,
+        "noise": options.growth_noise,
+        "moments": options.moments,
+        "old_tokens_lr_scale": options.old_tokens_lr_scale,
+        "rewarmup_iters": options.rewarmup_iters,
     }
-    values |= {key: value for key, value in options.items() if value is not None}
-    return parse_config(GrowthStage, values, str(args.stage or "growth")) if values else None
+    values |= {key: value for key, value in others.items() if value is not None}
+    return parse_config(GrowthStage, values, str(options.stage or "growth")) if values else None
 
 
-def shrunk(source: CheckpointReader, args: argparse.Namespace) -> DerivedCheckpoint:
+def shrunk(source: CheckpointReader, options: Options) -> DerivedCheckpoint:
     """The source without the tokens that do least on the data."""
-    if args.data is None:
+    if options.data is None:
         raise CheckpointError("--shrink needs --data PREFIX: the tokens that do least on it are dropped")
-    tokens = parse_token_option("--shrink", args.shrink)
+    assert options.shrink is not None  # `derive` has looked
+    tokens = parse_token_option("--shrink", options.shrink)
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
         raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
     model = load_model(source.directory)
-    check_made_with(args.data, source.metadata["tokenizer"])
-    samples = read_samples(args.data, model.config.vocab_size, seq_length_of(source), args.data_tokens)
+    check_made_with(options.data, source.metadata["tokenizer"])
+    samples = read_samples(options.data, model.config.vocab_size, seq_length_of(source), options.data_tokens)
     return shrink(source, keep_most_important(token_importance(model, samples), tokens))  # type: ignore[arg-type]
 
 
@@ -218,7 +221,7 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
         raise VerificationError(str(error)) from error
 
 
-def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) -> None:
+def report(before: Path, after: Path, options: Options, is_exact: bool) -> None:
     """Print how the outputs of both models differ. Raises VerificationError where they should not."""
     readers = [CheckpointReader(path) for path in (before, after)]
     needed, available = max(4 * _parameters(reader) for reader in readers), available_memory()
@@ -226,15 +229,15 @@ def report(before: Path, after: Path, args: argparse.Namespace, is_exact: bool) 
         print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
         return
     samples = None
-    if args.data:
+    if options.data:
         vocab_size = readers[0].metadata["model"]["vocab_size"]
-        check_made_with(args.data, readers[0].metadata["tokenizer"])
-        samples = read_samples(args.data, vocab_size, seq_length_of(readers[0]), args.data_tokens)
+        check_made_with(options.data, readers[0].metadata["tokenizer"])
+        samples = read_samples(options.data, vocab_size, seq_length_of(readers[0]), options.data_tokens)
     found: Comparison = compare_models(before, after, samples)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:
         old, new = found.losses
-        print(f"loss on {args.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
+        print(f"loss on {options.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
     if found.became_non_finite:
         raise VerificationError(
             f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"

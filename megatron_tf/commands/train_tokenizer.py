@@ -1,18 +1,30 @@
 """Train a SentencePiece tokenizer (byte-pair encoding that keeps every byte and space) on Pile shards."""
 
-import argparse
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command
 from megatron_tf.data.documents import BadLines, read_documents
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    input: list[str]
+    vocab_size: int
+    output_prefix: Path
+    json_key: str
+    max_sentences: int
+    max_bad_lines: float
 
 
 @command()
@@ -25,34 +37,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json-key", default="text", help="the text of a line")
     parser.add_argument("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
     parser.add_argument("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
-    args = parser.parse_args(arguments)
-    if not 0 <= args.max_bad_lines <= 1:  # nan too
-        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {args.max_bad_lines}")
-    train(args)
+    options = parse(parser, Options, arguments)
+    if not 0 <= options.max_bad_lines <= 1:  # nan too
+        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")
+    train(options)
     return 0
 
 
-def train(args: argparse.Namespace) -> None:
+def train(options: Options) -> None:
     """Train and write the model. Raises DataError for no text, for bad input and for what SentencePiece refuses."""
-    text = Text(find_inputs(args.input), args.json_key)
-    lines = itertools.islice(text, args.max_sentences)
+    text = Text(find_inputs(options.input), options.json_key)
+    lines = itertools.islice(text, options.max_sentences)
     first = next(lines, None)
-    text.check(args.max_bad_lines)
+    text.check(options.max_bad_lines)
     if first is None:
-        raise DataError(f"no text under {args.json_key!r} in {', '.join(args.input)}")
-    args.output_prefix.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{args.output_prefix}.model.tmp")
+        raise DataError(f"no text under {options.json_key!r} in {', '.join(options.input)}")
+    options.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{options.output_prefix}.model.tmp")
     try:
         with temporary.open("wb") as file:
-            fit(itertools.chain([first], lines), file, args.vocab_size)
-        text.check(args.max_bad_lines)
-        temporary.replace(f"{args.output_prefix}.model")
+            fit(itertools.chain([first], lines), file, options.vocab_size)
+        text.check(options.max_bad_lines)
+        temporary.replace(f"{options.output_prefix}.model")
     except RuntimeError as error:
-        text.check(args.max_bad_lines)  # bad input explains more than what SentencePiece makes of the rest
+        text.check(options.max_bad_lines)  # bad input explains more than what SentencePiece makes of the rest
         raise DataError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{args.output_prefix}.model: {args.vocab_size:,} pieces")
+    print(f"{options.output_prefix}.model: {options.vocab_size:,} pieces")
 
 
 def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:

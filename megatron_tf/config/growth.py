@@ -70,7 +70,7 @@ def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
             if layer is not None and new[i] < old[layer]:
                 raise ConfigError(
                     f"{kind}_tokens={new[i]}: there are {old[layer]} in layer {layer} already, and growth only adds; "
-                    f"tools/reshard_checkpoint.py --shrink takes away"
+                    f"megatron-tf reshard-checkpoint --shrink takes away"
                 )
             if layer is not None and new[i] > old[layer]:
                 _check_init(model, stage, f"{kind}_tokens={new[i]}", old[layer], new[i])

@@ -54,7 +54,7 @@ class IndexedDataset:
         index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index_path, data_path):
             if not path.is_file():
-                raise DataError(f"{path} is missing: give the prefix that tools/preprocess_data.py wrote")
+                raise DataError(f"{path} is missing: give the prefix that megatron-tf preprocess-data wrote")
         index = _read_index(index_path)
         self.dtype, self.lengths, self.offsets, self.documents = index.dtype, index.lengths, index.offsets, index.bounds
         self._one_sequence_each, size = index.one_sequence_each or by_sequence, index.data_bytes

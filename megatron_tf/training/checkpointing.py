@@ -229,7 +229,7 @@ def _stage_of_model(checkpoint: Checkpoint, config: RunConfig, source: Path) -> 
     )
     raise CheckpointError(
         f"{source} is a checkpoint of another model: {different}. Change the configuration to match, "
-        f"grow the checkpoint with tools/reshard_checkpoint.py, or choose another checkpoint.save"
+        f"grow the checkpoint with megatron-tf reshard-checkpoint, or choose another checkpoint.save"
     )
 
 
