@@ -9,6 +9,7 @@ lm-eval up to 0.4.13 finds no models outside its own tree; later ones read our e
 import contextlib
 import importlib
 import sys
+import traceback
 
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
@@ -23,21 +24,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         register()
         importlib.import_module("lm_eval.__main__").cli_evaluate()
-    except ValueError as error:
-        if _is_of_lm_eval(error):  # its way to refuse a task, an option or a file
-            raise UserError(str(error)) from error
-        raise
+    except (ValueError, OSError) as error:
+        if _is_of_our_model(error):
+            raise
+        raise UserError(str(error)) from error  # lm-eval's way to refuse a task, an option or a file
     finally:
         leave_ranks()
     return 0
 
 
-def _is_of_lm_eval(error: ValueError) -> bool:
-    """Whether lm-eval raised it, rather than our model that it calls."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lm_eval.")
+def _is_of_our_model(error: Exception) -> bool:
+    """Whether the model raised it, which lm-eval calls, rather than lm-eval itself or what it calls."""
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.startswith("megatron_tf.inference.") for module in modules)
 
 
 def register() -> None:

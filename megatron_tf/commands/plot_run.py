@@ -114,7 +114,10 @@ def draw(stages: list[Stage], output: Path, title: str, x: str = "tokens") -> No
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    try:
+        figure.savefig(output)
+    except ValueError as error:  # of a suffix that is no kind of picture
+        raise UserError(f"--output {output}: {error}") from error
 
 
 def mark_growth(axes: "Axes", before: Stage, after: Stage, x: str) -> None:

@@ -63,10 +63,13 @@ def is_of_user(error: Exception) -> bool:
 
     An OSError with an errno is what the operating system said of the user's files, disk or network: no such file, no
     space, no permission. It need not name a file: a full disk fails in write(), which only has a descriptor. A closed
-    descriptor is a bug of ours, and so is an OSError that a library made up, without an errno.
+    descriptor is a bug of ours, and so is an OSError that a library made up, without an errno. A terminal that can't
+    show a text is the user's too: we ourselves encode nothing but UTF-8.
     """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno != errno.EBADF
+    if isinstance(error, UnicodeEncodeError):
+        return error.encoding not in ("utf-8", "utf8")
     return isinstance(error, UserError)
 
 

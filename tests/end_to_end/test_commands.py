@@ -42,6 +42,24 @@ def test_every_tool_is_a_command():
     assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_only_calls_its_command(path):
+    names = {entry.module: name for name, entry in COMMANDS.items()}
+    _, program = path.read_text().split('"""\n\n')
+    assert program == (
+        "from megatron_tf.commands.runner import run_script\n\n"
+        f'if __name__ == "__main__":\n    raise SystemExit(run_script("{names[path.stem]}"))\n'
+    )
+
+
+def test_no_module_has_two_names():
+    assert importlib.util.find_spec("megatron_tf.tools") is None
+    assert not (ROOT / "tools" / "__init__.py").exists()
+    shared = {f"megatron_tf.{entry.module}" for entry in COMMANDS.values() if not entry.is_tool}
+    for name in shared:
+        assert importlib.import_module(name).main.__module__ == name.replace("megatron_tf.", "megatron_tf.commands.")
+
+
 def test_the_command_lists_them_and_refuses_others(tmp_path):
     for arguments, code in (["--help"], 0), ([], 0), (["preproces-data"], 2):
         done = run_installed(tmp_path, *arguments)

@@ -77,6 +77,11 @@ def test_what_the_operating_system_says_is_for_the_user():
     assert not is_of_user(io.UnsupportedOperation("not writable"))
 
 
+def test_a_terminal_that_can_not_show_a_text_is_for_the_user():
+    assert is_of_user(UnicodeEncodeError("ascii", "\u00e9", 0, 1, "ordinal not in range(128)"))
+    assert not is_of_user(UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"))
+
+
 def test_an_error_without_a_message_says_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert failing(LostRankError(""))([]) == 1
