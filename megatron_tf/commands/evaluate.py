@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
-from megatron_tf.config import ConfigError
+from megatron_tf.errors import UserError
 
 PARTS = ("train", "validation", "test")
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(parser, Options, arguments)
     for name in ("seq_length", "stride", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
     if options.output is not None:
         from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
@@ -97,7 +97,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     for prediction in predictions.values():
         whole.add(prediction)
     if not whole.tokens:
-        raise ConfigError(f"no token to predict in {', '.join(options.data_path)}")
+        raise UserError(f"no token to predict in {', '.join(options.data_path)}")
     return {
         "checkpoint": str(options.checkpoint),
         "training": model.metadata["training"],

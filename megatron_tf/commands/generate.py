@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
-from megatron_tf.config import ConfigError
 from megatron_tf.errors import UserError
 
 if TYPE_CHECKING:
@@ -186,13 +185,13 @@ def _write_lines(
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    """Records with a prompt each. Raises ConfigError naming the line that holds none."""
+    """Records with a prompt each. Raises UserError naming the line that holds none."""
     from megatron_tf.inference.text import check_text
 
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 at byte {error.start:,}: {error.reason}") from None
+        raise UserError(f"{path} is not UTF-8 at byte {error.start:,}: {error.reason}") from None
     if path.suffix != ".jsonl":
         return _not_empty([{"prompt": line} for line in lines if line], path)
     records = []
@@ -201,9 +200,9 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise ConfigError(f'{path}, line {number} is not an object with a text as its "prompt"')
+                raise UserError(f'{path}, line {number} is not an object with a text as its "prompt"')
             # the whole record: its other keys are handed on
             check_text(json.dumps(record, ensure_ascii=False), f"{path}, line {number}")
             records.append(record)
@@ -212,12 +211,12 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 def _not_empty(records: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
     if not records:
-        raise ConfigError(f"{path} holds no prompt")
+        raise UserError(f"{path} holds no prompt")
     return records
 
 
 def _read_standard_input(mesh: "Mesh") -> list[str]:
-    """Lines that are not empty, as the first rank reads them. Raises ConfigError where there is none."""
+    """Lines that are not empty, as the first rank reads them. Raises UserError where there is none."""
     import torch
     import torch.distributed as dist
 
@@ -226,7 +225,7 @@ def _read_standard_input(mesh: "Mesh") -> list[str]:
         dist.broadcast_object_list(lines, 0, mesh.world, torch.device("cpu"))
     prompts = [line for line in lines[0] or [] if line]
     if not prompts:
-        raise ConfigError("the standard input holds no prompt: give one there, with --prompt or with --prompt-file")
+        raise UserError("the standard input holds no prompt: give one there, with --prompt or with --prompt-file")
     return prompts
 
 
@@ -237,7 +236,7 @@ def _lines_of_standard_input() -> list[str]:
     try:
         return sys.stdin.read().split("\n")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the standard input is not UTF-8 at byte {error.start:,}: {error.reason}") from None
+        raise UserError(f"the standard input is not UTF-8 at byte {error.start:,}: {error.reason}") from None
 
 
 def _opened(path: str | Path | None) -> AbstractContextManager[TextIO]:
