@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, ROOT
+from tests.support.commands import ENVIRONMENT
+from tests.support.paths import ROOT
 
 
 @pytest.fixture

@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -20,8 +22,9 @@ from megatron_tf.data.document_sets import sets_path
 from megatron_tf.errors import UserError
 from megatron_tf.inference.harness import MegatronTF
 from megatron_tf.inference.model import load_model
-from tests.support.commands import ENVIRONMENT, ROOT
+from tests.support.commands import ENVIRONMENT, free_port
 from tests.support.models import SEQ_LENGTH, random_model, write_checkpoint
+from tests.support.processes import run_ranks
 
 EOD = 256
 DOCUMENTS = [
@@ -165,15 +168,13 @@ def run_on_two_ranks(checkpoint, folder):
     """(results of tasks, samples of tasks) of the command, run away from the source tree."""
     options = ["--tasks", write_tasks(folder), "--include_path", str(folder), "--output_path", str(folder / "out")]
     options += ["--model", "megatron_tf", "--model_args", f"checkpoint={checkpoint}", "--batch_size", "2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_tf.lm_eval"]
-    done = subprocess.run(
-        [*launcher, "run", *options, "--log_samples"],
+    done = run_ranks(
+        [sys.executable, "-m", "megatron_tf.lm_eval", "run", *options, "--log_samples"],
+        2,
+        environment={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        port=free_port(),
         cwd=folder,
-        env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
         timeout=200,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     results = next((folder / "out").rglob("results_*.json"))

@@ -2,14 +2,15 @@
 
 import io
 import json
-import subprocess
 import sys
+import time
 
 import pytest
 
 from megatron_tf.generate import main
-from tests.support.commands import ENVIRONMENT, ROOT, run
+from tests.support.commands import ENVIRONMENT, run
 from tests.support.models import random_model, write_checkpoint
+from tests.support.processes import PythonProcess
 
 OPTIONS = ["--max-new-tokens", "12", "--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--seed", "3"]
 SAMPLED = ["--max-new-tokens", "12", "--temperature", "2", "--seed", "3"]
@@ -95,11 +96,14 @@ def test_ranks_of_torchrun_give_one_text_that_of_one_process(checkpoint, generat
 def test_tokens_are_written_as_they_come(checkpoint):
     """The prompt is there before the process has ended."""
     command = [sys.executable, "-m", "megatron_tf.generate", str(checkpoint), "--prompt", "the quick"]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "1000000"], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE
-    )
+    process = PythonProcess([*command, "--max-new-tokens", "1000000"], environment=ENVIRONMENT)
     try:
-        assert process.stdout.read(200).startswith(b"the quick")
+        written, limit = "", time.monotonic() + 60
+        while len(written) < 200:
+            assert time.monotonic() < limit, written
+            time.sleep(0.05)
+            written += process.read()
+        assert written.startswith("the quick")
         assert process.poll() is None
     finally:
         process.kill()

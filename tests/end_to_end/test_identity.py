@@ -3,14 +3,15 @@
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 import yaml
 
-from tests.support.commands import ENVIRONMENT, ROOT, free_port, make_run
+from tests.support.commands import ENVIRONMENT, free_port, make_run
+from tests.support.paths import ROOT
+from tests.support.processes import PythonProcess
 
 LIMIT = 6
 WAIT = 90
@@ -24,13 +25,10 @@ def folder(tmp_path_factory):
 def start(folder, rank, port, *options, size=2, **environment):
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
     limit = f"--parallel.distributed_timeout_seconds={LIMIT}"
-    return subprocess.Popen(
+    return PythonProcess(
         [sys.executable, "-m", "megatron_tf.pretrain", str(folder / "run.yaml"), limit, *options],
         cwd=environment.pop("cwd", ROOT),
-        env={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        environment={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tf.commands.registry import COMMANDS
-from tests.support.commands import ENVIRONMENT, ROOT
+from tests.support.commands import ENVIRONMENT
+from tests.support.paths import ROOT
 
 # runs a command as a script, whose first work is interrupted
 PROGRAM = """

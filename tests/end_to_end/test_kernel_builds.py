@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 
-from tests.support.commands import ENVIRONMENT, ROOT, free_port, make_run
+from tests.support.commands import ENVIRONMENT, free_port, make_run
+from tests.support.paths import ROOT
+from tests.support.processes import PythonProcess
 
 PRETRAIN = [sys.executable, "-m", "megatron_tf.pretrain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_tf.pretrain"]
@@ -151,14 +153,7 @@ def test_another_error_of_the_first_rank_ends_the_others_at_once(config, tmp_pat
     script.write_text(BUG_ON_RANK_0)
     command = [sys.executable, str(script), str(config), COMPILED, "--parallel.tensor_model_parallel_size=2"]
     ranks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**ENVIRONMENT, **places, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
+        PythonProcess(command, environment={**ENVIRONMENT, **places, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     assert "RuntimeError: a bug" in ranks[0].communicate(timeout=120)[1]
     start = time.monotonic()

@@ -1,6 +1,5 @@
 """kill -9 at 50 random instants, with other work on the machine: a loadable newest checkpoint each time."""
 
-import multiprocessing
 import random
 
 import pytest
@@ -8,27 +7,26 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import reshard_checkpoint
 from tests.support import victims
+from tests.support.processes import context
 from tests.unit.checkpoint.toy import random_tensors, read_all, same, save
 
 KILLS = 50
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Processes that start at once, from one that has imported everything."""
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.support.victims"])
-    load = [found.Process(target=victims.burn, daemon=True) for _ in range(2)]
+@pytest.fixture(scope="module", autouse=True)
+def _load():
+    """Other work on both cores."""
+    load = [context().Process(target=victims.burn, daemon=True) for _ in range(2)]
     for process in load:
         process.start()
-    yield found
+    yield
     for process in load:
         process.kill()
 
 
-def kill_while(context, target, *args, seconds):
+def kill_while(target, *args, seconds):
     """Start, and kill after `seconds` that are counted from a moment at which the process is there."""
-    process = context.Process(target=target, args=args, daemon=True)
+    process = context().Process(target=target, args=args, daemon=True)
     process.start()
     process.join(seconds)
     assert process.exitcode is None, "it ended by itself"
@@ -37,11 +35,11 @@ def kill_while(context, target, *args, seconds):
 
 
 @pytest.mark.parametrize("victim", [victims.save_for_ever, victims.save_in_background_for_ever])
-def test_a_save_that_is_killed_leaves_the_newest_complete(context, tmp_path, victim):
+def test_a_save_that_is_killed_leaves_the_newest_complete(tmp_path, victim):
     chance = random.Random(0)
     newest, litter = 0, 0
     for _ in range(KILLS):
-        kill_while(context, victim, str(tmp_path), newest + 1, seconds=chance.uniform(0.05, 0.6))
+        kill_while(victim, str(tmp_path), newest + 1, seconds=chance.uniform(0.05, 0.6))
         litter += any(path.name.startswith(".") for path in tmp_path.iterdir())
         if not (tmp_path / "latest").exists():
             continue
@@ -57,13 +55,13 @@ def test_a_save_that_is_killed_leaves_the_newest_complete(context, tmp_path, vic
     assert all(path.name.startswith(("step_", "latest")) for path in tmp_path.iterdir())
 
 
-def test_the_tool_killed_leaves_the_newest_complete_and_its_source_alone(context, tmp_path):
+def test_the_tool_killed_leaves_the_newest_complete_and_its_source_alone(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     tensors = random_tensors()
     save(source, tensors, (2, 2, 1))
     chance, complete, litter = random.Random(1), 0, 0
     for _ in range(KILLS):
-        kill_while(context, victims.repartition_for_ever, str(source), str(target), seconds=chance.uniform(0.02, 0.3))
+        kill_while(victims.repartition_for_ever, str(source), str(target), seconds=chance.uniform(0.02, 0.3))
         if not target.exists():
             continue
         litter += any(path.name.startswith(".") for path in target.iterdir())

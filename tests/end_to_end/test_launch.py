@@ -11,7 +11,8 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
 from megatron_tf.parallel import launch
-from tests.support.commands import ENVIRONMENT, ROOT, free_port, make_run
+from tests.support.commands import ENVIRONMENT, free_port, make_run
+from tests.support.paths import ROOT
 
 OPTIONS = ["--parallel.tensor_model_parallel_size=2", "--logging.log_interval=1"]
 

@@ -3,13 +3,14 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, ROOT, make_run
+from tests.support.commands import ENVIRONMENT, make_run
+from tests.support.paths import ROOT
+from tests.support.processes import PythonProcess
 
 LIMIT = 8
 MINUTE = 60
@@ -70,13 +71,9 @@ def test_it_is_named(folder, deed, messages):
     options = ["--parallel.tensor_model_parallel_size=2", f"--parallel.distributed_timeout_seconds={LIMIT}"]
     command = [sys.executable, str(folder / "victim.py"), deed, str(folder / "run.yaml"), *options]
     ranks = [
-        subprocess.Popen(
+        PythonProcess(
             command,
-            cwd=ROOT,
-            env={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            environment={**ENVIRONMENT, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
         )
         for rank in range(2)
     ]

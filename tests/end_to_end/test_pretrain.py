@@ -1,13 +1,13 @@
 """From text to a grown, continued run through the command lines, and what they say to mistakes."""
 
 import json
-import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.processes import run_python
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_one_failing_rank_ends_all_within_a_minute(folder):
         f"sys.exit(main([{str(folder / 'run.yaml')!r}, *options]))\n"
     )
     start = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=100, check=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
+    done = run_python(command, environment=ENVIRONMENT)
     assert done.returncode != 0
     assert "[rank 1] error: " in done.stderr
     assert "rank 1 (host" in done.stderr

@@ -2,14 +2,14 @@
 
 import json
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
-from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.processes import run_python
 
 # dies when a micro-batch of training (0) or evaluation (1) is run for the given time
 VICTIM = """
@@ -68,14 +68,7 @@ def test_it_goes_on_bit_for_bit(folder, straight, where, count):
     expected, measured = straight
     name = f"killed-{where}"
     command = [sys.executable, folder / "victim.py", str(where), str(count), folder / "run.yaml"]
-    killed = subprocess.run(
-        [*command, *options_of(folder, name)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    killed = run_python([*command, *options_of(folder, name)], environment=ENVIRONMENT)
     assert killed.returncode == -signal.SIGKILL
     assert CheckpointReader(folder / name).step < 4
     again = run("megatron_tf.pretrain", folder / "run.yaml", *options_of(folder, name))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.processes import PythonProcess, run_python
 
 ENDLESS = 100_000
 WAIT = 90
@@ -76,8 +76,7 @@ def wait_until_caught(process, number):
 def send_within(folder, number, kind, count, config):
     """The finished run that sends itself a signal."""
     command = [sys.executable, folder / "sender.py", str(int(number)), str(kind), str(count), config]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WAIT, check=False)
+    return run_python(command, environment=ENVIRONMENT, timeout=WAIT)
 
 
 def validation_losses(folder, name):
@@ -153,14 +152,7 @@ def test_the_second_interrupt_ends_the_run_at_once(folder):
     config = configure(folder, "twice", train_iters=ENDLESS)
     program = (folder / "sender.py").read_text().replace("os.kill(os.getpid(), number)", "import time; time.sleep(600)")
     (folder / "sleeper.py").write_text(program)
-    process = subprocess.Popen(
-        [sys.executable, folder / "sleeper.py", "0", "0", "4", config],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    process = PythonProcess([sys.executable, folder / "sleeper.py", "0", "0", "4", config], environment=ENVIRONMENT)
     wait_for_steps(folder, "twice")
     process.send_signal(signal.SIGINT)
     time.sleep(1)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.support.commands import ENVIRONMENT, ROOT, make_run
+from tests.support.commands import ENVIRONMENT, make_run
+from tests.support.paths import ROOT
 
 SRUN = """#!/usr/bin/env python
 import os, subprocess, sys

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.paths import ROOT
 from tests.support.slurm import slurm_cluster, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,9 @@ import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
-from tests.support.commands import ENVIRONMENT, ROOT, make_run, run
+from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.paths import ROOT
+from tests.support.processes import PythonProcess
 
 STEPS = 400
 
@@ -21,7 +22,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run that takes some seconds."""
-    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS})
+    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS, "micro_batch_size": 4})
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,11 @@ def start(folder, name, ranks=1, **logging):
     """A run in the background, once it has done some steps."""
     module = ["-m", "megatron_tf.pretrain", str(configure(folder, name, logging))]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, *module]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = PythonProcess([sys.executable, *launcher, *module], environment=ENVIRONMENT)
     metrics, limit = folder / f"{name}.jsonl", time.monotonic() + 60
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         assert time.monotonic() < limit, "it does not begin"
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
 

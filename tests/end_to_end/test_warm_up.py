@@ -1,11 +1,11 @@
 """One rank of a host compiles; the others find what it compiled in the cache."""
 
 import json
-import subprocess
 import sys
 
-from tests.support.commands import ENVIRONMENT, ROOT, make_run
+from tests.support.commands import ENVIRONMENT, free_port, make_run
 from tests.support.inductor import require_inductor
+from tests.support.processes import run_ranks
 
 SCRIPT = """
 import json, os, sys
@@ -24,16 +24,13 @@ def test_only_one_rank_compiles(tmp_path):
     require_inductor()
     make_run(tmp_path, training={"train_iters": 1})
     (tmp_path / "counting.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "counting.py"]
     options = ["--kernels.pattention=compiled", "--parallel.tensor_model_parallel_size=2"]
-    done = subprocess.run(
-        [*launcher, tmp_path, tmp_path / "run.yaml", *options],
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
+    done = run_ranks(
+        [sys.executable, tmp_path / "counting.py", tmp_path, tmp_path / "run.yaml", *options],
+        2,
+        environment={**ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        port=free_port(),
         timeout=300,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1))

@@ -23,7 +23,8 @@ def run_of_sizes(mesh, config, sizes):
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_a_pipeline_takes_batches_as_they_come(rank_pool, schedule):
-    training, sizes = {"rampup_batch_size": [2, 2, 30]}, [2, 4, 4, 8, 6, 8]
+    training = {"micro_batch_size": 1, "rampup_batch_size": [2, 2, 30]}
+    sizes = [2, 4, 4, 8, 6, 8]
     whole = rank_pool.run(run_of_sizes, 1, 1, 1, layout_config((1, 1, 1), untied=True, training=training), sizes)
     config = layout_config((1, 2, 1), untied=True, schedule=schedule, training=training)
     assert rank_pool.run(run_of_sizes, 1, 2, 1, config, sizes) == whole * 2

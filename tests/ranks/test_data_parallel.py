@@ -86,7 +86,7 @@ def counting(collective, kind, seen):
 def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
     """And parameters are gathered once, however many micro-batches there are; in fp32, whatever activations are."""
     for micro_batches in (2, 4):
-        training = {"global_batch_size": micro_batches * layout[2], "precision": "bf16"}
+        training = {"micro_batch_size": 1, "global_batch_size": micro_batches * layout[2], "precision": "bf16"}
         config = layout_config(layout, training=training)
         for seen, units, parameters in rank_pool.run(exchanges, *layout, config, shard_size=shard_size):
             expected = {}

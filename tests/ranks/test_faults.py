@@ -41,7 +41,7 @@ def plain_run(mesh, config):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 2)], ids=str)
 def test_a_gradient_that_is_not_finite_is_skipped_and_named(rank_pool, layout, poison):
-    config = layout_config(layout, layout[0] > 1, training={"global_batch_size": 24})
+    config = layout_config(layout, layout[0] > 1, training={"micro_batch_size": 6, "global_batch_size": 24})
     answers = rank_pool.run(poisoned_run, *layout, config, poison)
     expected = rank_pool.run(plain_run, *layout, config)
     culprit = [poisoned for _, poisoned, _, _ in answers].index(True)

@@ -14,7 +14,7 @@ UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"]
 
 
 def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b", **sections):
-    """The small run on `layout` = (tensor, pipeline, data)."""
+    """The small run on `layout` = (tensor, pipeline, data), with two micro-batches a step."""
     tensor, pipeline, data = layout
     parallel = {
         "tensor_model_parallel_size": tensor,
@@ -24,7 +24,8 @@ def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b"
         "pipeline_schedule": schedule,
     }
     model = {"untie_embeddings_and_output_weights": untied} | sections.pop("model", {})
-    return small_run(model=model, parallel=parallel, **sections)
+    training = {"micro_batch_size": max(1, 4 // data)} | sections.pop("training", {})
+    return small_run(model=model, training=training, parallel=parallel, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_loss_is_a_mean_over_targets_that_count(rank_pool):
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("stages, micro_batches", [(3, 5), (4, 8)])
 def test_schedules_with_uneven_layers(rank_pool, schedule, stages, micro_batches):
-    sections = {"model": {"num_layers": 5}, "training": {"global_batch_size": micro_batches}}
+    sections = {"model": {"num_layers": 5}, "training": {"micro_batch_size": 1, "global_batch_size": micro_batches}}
     reference = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), untied=True, **sections), 5)[0][0]
     config = layout_config((1, stages, 1), untied=True, schedule=schedule, **sections)
     for curve, _ in rank_pool.run(training_run, 1, stages, 1, config, 5):

@@ -3,32 +3,28 @@
 import json
 import os
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import yaml
 
 from megatron_tf.config.load import to_dict
+from tests.support.processes import run_python, run_ranks
 from tests.support.training import small_run
 
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*command, ranks=1, timeout=120, restarts=0):
-    """A finished command: `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`."""
-    if command[0].endswith(".py"):
-        start = [sys.executable, *command]
-    elif ranks == 1:
-        start = [sys.executable, "-m", *command]
-    else:
-        launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
-        start = [sys.executable, "-m", *launcher, "-m", *command]
-    arguments = [str(part) for part in start]
-    return subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    """A finished command: `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`; under torchrun if it is to
+    restart them."""
+    module = [] if str(command[0]).endswith(".py") else ["-m"]
+    start = [sys.executable, *module, *map(str, command)]
+    if restarts:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+        return run_python([start[0], *launcher, *start[1:]], environment=ENVIRONMENT, timeout=timeout)
+    if ranks == 1:
+        return run_python(start, environment=ENVIRONMENT, timeout=timeout)
+    return run_ranks(start, ranks, environment=ENVIRONMENT, port=free_port(), timeout=timeout)
 
 
 def make_run(folder, **sections):

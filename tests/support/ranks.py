@@ -9,10 +9,10 @@ from queue import Empty
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from megatron_tf.parallel.mesh import Mesh, lay_mesh
+from tests.support.processes import context
 from tests.support.seed import SEED
 
 TIMEOUT = timedelta(seconds=30)
@@ -27,11 +27,11 @@ class RankPool:
         self._start()
 
     def _start(self):
-        context, size = mp.get_context("spawn"), self.size
-        self.results = context.Queue()
-        self.tasks = [context.Queue() for _ in range(size)]
+        size = self.size
+        self.results = context().Queue()
+        self.tasks = [context().Queue() for _ in range(size)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, self.tasks[rank], self.results), daemon=True)
+            context().Process(target=_serve, args=(rank, self.tasks[rank], self.results), daemon=True)
             for rank in range(size)
         ]
         for process in self.processes:

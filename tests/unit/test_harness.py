@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+
 from lm_eval.api.instance import Instance
 
 from megatron_tf.config import ConfigError

@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from megatron_tf.checkpoint import huggingface

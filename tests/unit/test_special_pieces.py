@@ -2,6 +2,9 @@
 
 import pytest
 import sentencepiece
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from transformers import AutoTokenizer
 
 from megatron_tf.commands import convert_checkpoint
