@@ -159,7 +159,7 @@ def import_official(options: Options) -> None:
         "norm_activation": options.norm_activation,
     }
     model = parse_config(ModelConfig, values, str(options.load))
-    metadata = new_metadata(model, birth_tau(model), choice, options.seq_length, TrainingConfig.seed)
+    metadata = new_metadata(model, birth_tau(model), choice, seq_length=options.seq_length, seed=TrainingConfig.seed)
     shapes = parameter_shapes(model)
     tensors = without_frequencies(options.load, tensors, model)
     renamed = rename(options.load, tensors, shapes, lambda name: official_name(name, model.num_layers))
@@ -216,8 +216,9 @@ def write_ours(checkpoint: "Checkpoint", save: Path) -> None:
     from megatron_tf.checkpoint.reshard import Target, reshard
     from megatron_tf.model.parallelize import is_replicated
 
-    target = Target(1, 1, lambda name: 0, is_replicated)
-    print(f"wrote {reshard(checkpoint, save, target, lambda: None, sys.stderr.isatty())}")
+    target = Target(tensor_parallel=1, pipeline_parallel=1, stage_of=lambda name: 0, is_replicated=is_replicated)
+    path = reshard(checkpoint, save, target, check_source=lambda: None, on_terminal=sys.stderr.isatty())
+    print(f"wrote {path}")
 
 
 def export_official(options: Options) -> None:
@@ -262,7 +263,7 @@ def export_huggingface(options: Options) -> None:
     measured = measure(source, options.data, options.data_tokens) if options.data else None
     nbytes = parameter_bytes(source)
     with new_directory(options.save, nbytes) as directory:
-        write_surroundings(source, directory, tokenizer, path, measured)
+        write_surroundings(source, directory, tokenizer, tokenizer_file=path, measured=measured)
         with progress_bar("writing", nbytes, sys.stderr.isatty()) as bar:
             write_tensors(source, directory, bar)
         source.verify()

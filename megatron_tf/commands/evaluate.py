@@ -90,7 +90,15 @@ def evaluate(options: Options) -> dict[str, Any]:
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
             read = read_documents(dataset, documents, tokenizer, model.config.vocab_size)
-            found = predict_documents(model, read, tokenizer.eod, window, stride, options.batch_size, bar.update)
+            found = predict_documents(
+                model,
+                read,
+                eod=tokenizer.eod,
+                window=window,
+                stride=stride,
+                batch_size=options.batch_size,
+                progress=bar.update,
+            )
         for name, prediction in found.items():
             predictions.setdefault(name, Prediction()).add(prediction)
     whole = Prediction()

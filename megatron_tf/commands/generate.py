@@ -105,7 +105,7 @@ def generate(options: Options) -> None:
         )
     limits = Limits(options.max_new_tokens, options.stop)
     records = _read_records(options)
-    mesh = init_mesh(number_of("WORLD_SIZE"), 1, 1, TIMEOUT)
+    mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     model = load_model(options.checkpoint, mesh.device, dtype, mesh.group("tp"))
@@ -115,7 +115,7 @@ def generate(options: Options) -> None:
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
         seeds = [seed_of_sample(options.seed, number) for number in numbers]
-        return continue_texts(model, tokenizer, prompts, sampling, limits, seeds)
+        return continue_texts(model, tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds)
 
     # ranks beside the first do the same work, and say nothing
     with _opened(os.devnull if not mesh.is_first_rank else options.output) as out:

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")
     stages = [stage for path in args.metrics for stage in read_stages(path)]
-    draw(stages, args.output, args.title, args.x)
+    draw(stages, args.output, title=args.title, x=args.x)
     table = summarize(stages)
     print(table)
     if args.summary:
@@ -89,7 +89,7 @@ def read_stages(path: Path) -> list[Stage]:
     return stages
 
 
-def draw(stages: list[Stage], output: Path, title: str, x: str = "tokens") -> None:
+def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") -> None:
     """Loss against `x`, a colour for each stage, a line at each growth. Raises UserError for metrics without it."""
     if missing := [stage for stage in stages if any(x not in values for values in stage.steps.values())]:
         raise UserError(f"there are steps without {x!r} in the stage of {missing[0].parameters:,} parameters")
@@ -109,7 +109,7 @@ def draw(stages: list[Stage], output: Path, title: str, x: str = "tokens") -> No
     for before, after in itertools.pairwise(stages):
         goes_on = min(after.series("tokens")) > max(before.series("tokens"))
         if before.parameters != after.parameters and goes_on:
-            mark_growth(axes, before, after, x)
+            mark_growth(axes, before=before, after=after, x=x)
     axes.set(xlabel=AXES[x], ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
@@ -120,7 +120,7 @@ def draw(stages: list[Stage], output: Path, title: str, x: str = "tokens") -> No
         raise UserError(f"--output {output}: {error}") from error
 
 
-def mark_growth(axes: "Axes", before: Stage, after: Stage, x: str) -> None:
+def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:
     """A vertical line where the model grew."""
     position = before.series(x)[-1]
     axes.axvline(position, color="0.3", linestyle="--", linewidth=1)

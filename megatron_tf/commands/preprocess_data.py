@@ -116,7 +116,13 @@ def preprocess(options: Options, ranks: Any | None) -> None:
     inputs, prefix = find_inputs(options.input), options.output_prefix
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
     eod = tokenizer.eod if options.append_eod else None
-    settings = Settings(tokenizer.identity, tuple(options.json_keys), options.append_eod, options.split_by_meta, eod)
+    settings = Settings(
+        tokenizer=tokenizer.identity,
+        keys=tuple(options.json_keys),
+        append_eod=options.append_eod,
+        split_by_meta=options.split_by_meta,
+        eod=eod,
+    )
     report = finished_report(inputs, prefix, settings, options.tokenizer_model)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
@@ -127,10 +133,13 @@ def preprocess(options: Options, ranks: Any | None) -> None:
             if ranks is None:
                 with progress_of(inputs, options.log_interval) as progress:
                     for number, path in enumerate(inputs):
-                        tokenize_input(path, number, prefix, settings, tokenizer, progress)
+                        tokenize_input(
+                            path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=progress
+                        )
             else:
-                tokenize_on_ranks(ranks, inputs, options, settings)
-            report = assemble(inputs, prefix, settings, token_dtype(tokenizer.vocab_size), options.max_bad_lines)
+                tokenize_on_ranks(ranks, inputs, options=options, settings=settings)
+            dtype = token_dtype(tokenizer.vocab_size)
+            report = assemble(inputs, prefix, settings, dtype=dtype, max_bad_lines=options.max_bad_lines)
     tell(report, options.split_by_meta)
 
 
@@ -192,10 +201,13 @@ def mpi_ranks() -> Iterator[Any | None]:
         yield ranks
 
 
-def tokenize_on_ranks(ranks: Any, inputs: list[Path], options: Options, settings: Settings) -> None:
+def tokenize_on_ranks(ranks: Any, inputs: list[Path], *, options: Options, settings: Settings) -> None:
     """Hand out the inputs, the largest first. Raises DataError that names each one that failed, after all others."""
     order = sorted(range(len(inputs)), key=lambda number: -inputs[number].stat().st_size)
-    jobs = [(number, ranks.submit(tokenize_alone, inputs[number], number, options, settings)) for number in order]
+    jobs = []
+    for number in order:
+        job = ranks.submit(tokenize_alone, inputs[number], number, options=options, settings=settings)
+        jobs.append((number, job))
     failures = []
     for done, (number, job) in enumerate(jobs, 1):
         error = job.exception()
@@ -208,7 +220,7 @@ def tokenize_on_ranks(ranks: Any, inputs: list[Path], options: Options, settings
         raise DataError("\n".join([f"{len(failures)} of {len(jobs)} inputs failed; the others are kept:", *failures]))
 
 
-def tokenize_alone(path: Path, number: int, options: Options, settings: Settings) -> int:
+def tokenize_alone(path: Path, number: int, *, options: Options, settings: Settings) -> int:
     """Documents of one input, tokenized on the rank that got it."""
     documents = 0
 
@@ -217,7 +229,8 @@ def tokenize_alone(path: Path, number: int, options: Options, settings: Settings
         documents += more_documents
 
     tokenizer = tokenizer_of(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
-    tokenize_input(path, number, options.output_prefix, settings, tokenizer, count)
+    prefix = options.output_prefix
+    tokenize_input(path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=count)
     return documents
 
 

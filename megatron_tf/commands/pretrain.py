@@ -50,12 +50,12 @@ def run(config: RunConfig, signals: SignalCatcher) -> int:
     parallel = config.at_stage(first_stage(config)).parallel
     limit = timedelta(seconds=parallel.distributed_timeout_seconds)
     mesh = init_mesh(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.data_parallel_size,
-        limit + _MARGIN,
-        parallel.data_parallel_shard_size,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        data=parallel.data_parallel_size,
+        timeout=limit + _MARGIN,
+        shard_size=parallel.data_parallel_shard_size,
         limit=limit,
         check=partial(check_same_run, config, data),
     )
-    return train(config, mesh, signals, data, _abort)
+    return train(config, mesh, signals, data=data, end=_abort)

@@ -58,7 +58,12 @@ def run(options: Options) -> None:
     if options.data is not None:
         check_made_with(options.data, source.metadata["tokenizer"])
     path = reshard(
-        result, options.save, target, source.verify, sys.stderr.isatty(), allow_existing=options.allow_existing
+        result,
+        options.save,
+        target,
+        check_source=source.verify,
+        on_terminal=sys.stderr.isatty(),
+        allow_existing=options.allow_existing,
     )
     print(f"wrote {path}", flush=True)
     if options.verify:
@@ -66,7 +71,7 @@ def run(options: Options) -> None:
         source.verify()
         print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
     if options.verify or options.data:
-        report(source.directory, path, options, is_exact)
+        report(source.directory, path, options, is_exact=is_exact)
 
 
 def derive(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool]:
@@ -208,7 +213,7 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
     with progress_bar("verifying", total, sys.stderr.isatty()) as bar:
         for group, name in tensors:
             rows = expected.shape(group, name)[0]
-            sides = (read_blocks(checkpoint, group, name, 0, rows) for checkpoint in (expected, found))
+            sides = (read_blocks(checkpoint, group, name, start=0, stop=rows) for checkpoint in (expected, found))
             for wanted, have in zip(*sides, strict=True):
                 if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
                     raise VerificationError(f"{path}: {group} {name} is not what it should be")
@@ -221,7 +226,7 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
         raise VerificationError(str(error)) from error
 
 
-def report(before: Path, after: Path, options: Options, is_exact: bool) -> None:
+def report(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
     """Print how the outputs of both models differ. Raises VerificationError where they should not."""
     readers = [CheckpointReader(path) for path in (before, after)]
     needed, available = max(4 * _parameters(reader) for reader in readers), available_memory()

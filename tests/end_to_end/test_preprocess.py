@@ -231,8 +231,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(shards, tmp_path, monkeyp
 
 def test_a_changed_input_is_tokenized_anew(shards, tmp_path, monkeypatch):
     inputs, items = shards
-    monkeypatch.setattr(preprocess, "assemble", lambda *_: {"data_sets": {}, "bad_lines": {}})
-    monkeypatch.setattr(preprocess_data, "assemble", lambda *_: {"data_sets": {}, "bad_lines": {}})
+    monkeypatch.setattr(preprocess, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
+    monkeypatch.setattr(preprocess_data, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
     assert run(inputs, tmp_path / "out") == 0
     monkeypatch.undo()
     changed = list(make_documents(7, seed=9))

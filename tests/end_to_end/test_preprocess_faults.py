@@ -234,7 +234,9 @@ def test_a_rank_builds_its_tokenizer_once(tmp_path, monkeypatch):
     parsed = preprocess_data.parse_arguments([*arguments, "--output-prefix", str(tmp_path / "out")])
     settings = Settings({"type": "NullTokenizer"}, ("text",), append_eod=False, split_by_meta=None)
     published.parts_directory(parsed.output_prefix).mkdir()
-    assert [preprocess_data.tokenize_alone(path, i, parsed, settings) for i, path in enumerate(shards)] == [1] * 5
+    assert [
+        preprocess_data.tokenize_alone(path, i, options=parsed, settings=settings) for i, path in enumerate(shards)
+    ] == [1] * 5
     assert len(built) == 1
 
 
