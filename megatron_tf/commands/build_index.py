@@ -1,6 +1,6 @@
 """Build the index files a run will read from its configuration, without a GPU: build_index.py CONFIG [--section.key=v].
 
-A run builds what is missing by itself; for large data sets this saves its ranks the waiting.
+A run builds what is missing by itself; for large data sets its ranks would have to wait.
 """
 
 import math

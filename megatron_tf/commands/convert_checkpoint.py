@@ -1,9 +1,9 @@
 """Convert checkpoints from and to the official implementation's weights and Hugging Face directories.
 
-One side is always megatron_tf. What is written appears under --save when it is complete; whatever goes wrong before
-leaves nothing there. Tensors keep every bit: those of 16 bits become fp32, which holds them exactly, and --dtype rounds
-at an export. Other formats hold no optimizer state: an imported checkpoint begins with none, and can be grown,
-repartitioned and trained on as any other.
+One side is always megatron_tf. What is written appears under --save when it is complete; an error leaves
+nothing there. Tensors keep every bit: those of 16 bits become fp32, which holds them exactly, and --dtype rounds
+at an export. Other formats hold no optimizer state: an imported checkpoint starts with none, and can be grown,
+resharded and trained as any other.
 """
 
 import math

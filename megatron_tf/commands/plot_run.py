@@ -1,6 +1,6 @@
 """Draw losses from the metrics files of runs, stage after stage, with growth marked, and sum them up in a table.
 
-A file that goes on where the one before ended is a stage of the same run; others are runs beside it.
+A file that continues where the previous one ended is a stage of the same run; others are separate runs.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """Turn Pile shards into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report in PREFIX.json.
 
 On many machines, one of the ranks hands out the inputs: mpiexec -n 5 megatron-tf preprocess-data ... (or srun).
-Killed at any point, the same command goes on where it was and gives the same bytes.
+Killed at any point, the same command resumes where it was and gives the same bytes.
 """
 
 import argparse

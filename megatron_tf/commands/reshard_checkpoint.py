@@ -1,8 +1,8 @@
-"""Repartition a checkpoint for other parallel degrees, grow it or shrink it, offline and without a GPU.
+"""Reshard a checkpoint for other parallel degrees, grow it or shrink it, offline and without a GPU.
 
-The new checkpoint appears under --save when it is complete; whatever goes wrong before leaves nothing there. A run goes
-on from it with checkpoint.load, or, if it is copied there, checkpoint.save. Tensors are streamed in blocks: checkpoints
-may be larger than the memory.
+The new checkpoint appears under --save when it is complete; an error leaves nothing there. A run resumes from
+it with checkpoint.load, or, if it is copied there, checkpoint.save. Tensors are streamed in blocks: checkpoints may be
+larger than the memory.
 """
 
 from dataclasses import dataclass

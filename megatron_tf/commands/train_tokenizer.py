@@ -101,6 +101,8 @@ class Text(Iterator[str]):
     def __next__(self) -> str:
         try:
             return next(self._lines)
+        except StopIteration:
+            raise
         except Exception as error:
             self.error = error
             raise StopIteration from None
