@@ -1,4 +1,4 @@
-"""Build the index files a run will read from its configuration, without a GPU: build_index.py CONFIG [--section.key=v].
+"""Build the index files a run will read from its configuration: build-index CONFIG [--section.key=value].
 
 A run builds what is missing by itself; for large data sets its ranks would have to wait.
 """

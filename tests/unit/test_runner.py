@@ -4,13 +4,14 @@ import errno
 import io
 import json
 import signal
+import sys
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.lock import LockedError
-from megatron_tf.commands import build_index
+from megatron_tf.commands import build_index, lm_eval
 from megatron_tf.commands.resharding import VerificationError
 from megatron_tf.commands.runner import command, import_late, is_of_user
 from megatron_tf.config import ConfigError
@@ -137,3 +138,18 @@ def test_a_missing_package_is_named_with_what_brings_it():
             raise ModuleNotFoundError("no", name="matplotlib.figure")
     with pytest.raises(ModuleNotFoundError), needed_by("a bug of ours"):
         import_late("megatron_tf.no_such_module")
+
+
+@pytest.mark.parametrize(("module", "is_ours"), [("lm_eval.tasks", False), ("megatron_tf.inference.harness", True)])
+def test_what_lm_eval_refuses_is_one_line_and_a_bug_of_our_model_is_not(module, is_ours, monkeypatch, capsys):
+    namespace = {"__name__": module}
+    exec("def fail():\n    raise ValueError('no such task')", namespace)
+    monkeypatch.setattr(sys, "argv", ["lm-eval"])
+    monkeypatch.setattr(lm_eval, "import_late", lambda module: None)
+    monkeypatch.setattr(lm_eval, "register", namespace["fail"])
+    if is_ours:
+        with pytest.raises(ValueError, match="no such task"):
+            lm_eval.main([])
+    else:
+        assert lm_eval.main([]) == 1
+        assert capsys.readouterr().err == "error: no such task\n"
