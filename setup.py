@@ -44,8 +44,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[*find_packages(include=["megatron_tf*"]), "megatron_tf.tools"],
-    package_dir={"megatron_tf.tools": "tools"},
+    packages=find_packages(include=["megatron_tf*"]),
     package_data={"megatron_tf": ["py.typed", "*.pyi"]},
     entry_points={
         "console_scripts": ["megatron-tf = megatron_tf.__main__:main"],

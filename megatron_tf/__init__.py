@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:
     """The model of a checkpoint of any layout, a plain nn.Module on one device: `logits = load(DIR)(token_ids)`.
 
-    `dtype` is that of parameters and activations, fp32 by default. Raises ValueError naming what is wrong with the
-    checkpoint.
+    `dtype` is that of parameters and activations, fp32 by default. Raises UserError (megatron_tf.errors) naming
+    what is wrong with the checkpoint.
     """
     import torch  # tools that need no torch import this package too
 

@@ -1,116 +1,12 @@
-"""Perplexity and bits per byte of data sets, for each of the sets their documents come from.
+"""Evaluate: `python -m megatron_tf.evaluate CHECKPOINT`; see megatron_tf.commands.evaluate."""
 
-Each document is predicted on its own, after an end of document, in windows of the length the model was trained with.
-`python -m megatron_tf.lm_eval` runs the tasks of lm-evaluation-harness.
-"""
-
-import argparse
-import json
 import sys
-from typing import Any
 
-from megatron_tf.arguments import file_path
-from megatron_tf.config import ConfigError
-from megatron_tf.interrupt import import_late, run_command
-
-PARTS = ("train", "validation", "test")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """0 when all is predicted, 1 after an error."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_tf.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
-    add("--data-path", nargs="+", required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs")
-    add("--split", metavar="SHARES", help="how the documents divide into training, validation and test, as 969,30,1")
-    add("--part", choices=PARTS, default="test", help="the part of --split that is predicted (default: test)")
-    add("--seq-length", type=int, help="tokens of a window (default: the run's training.seq_length)")
-    add("--stride", type=int, help="new tokens of a window after the first; fewer see more (default: all of them)")
-    add("--batch-size", type=int, help="windows at a time (default: by their length)")
-    add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
-    add("--device", default="cpu", help="cpu, or cuda (default: cpu)")
-    add("--output", type=file_path, metavar="FILE", help="write the figures as JSON")
-    args = parser.parse_args(arguments)
-    try:
-        for name in ("seq_length", "stride", "batch_size"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
-        if args.output is not None:
-            from megatron_tf.checkpoint.destination import check_outside_checkpoints
-
-            check_outside_checkpoints(args.output, "--output")
-        result = evaluate(args)
-        print(table(result))
-        if args.output:
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Predict, and return what is to be told. Raises ValueError for what a user can mend."""
-    import_late("torch")  # --help need not wait for it
-    from tqdm import tqdm
-
-    from megatron_tf.data.gpt_dataset import split_documents
-    from megatron_tf.data.indexed_dataset import IndexedDataset
-    from megatron_tf.inference.model import load_model
-    from megatron_tf.inference.perplexity import Prediction, predict_documents, read_documents
-    from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
-
-    datasets = [IndexedDataset(prefix) for prefix in args.data_path]
-    model = load_model(args.checkpoint, args.device)
-    for dataset in datasets:
-        check_made_with(dataset.prefix, model.record.tokenizer)
-    tokenizer = load_tokenizer(model, args.tokenizer_model)
-    window = args.seq_length or model.record.seq_length
-    stride = args.stride or window
-    predictions: dict[str, Prediction] = {}
-    for dataset in datasets:
-        documents = range(len(dataset))
-        if args.split is not None:
-            documents = split_documents(len(dataset), args.split)[PARTS.index(args.part)]
-        tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
-        interval = 0.1 if sys.stderr.isatty() else 30
-        with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
-            read = read_documents(dataset, documents, tokenizer, model.config.vocab_size)
-            found = predict_documents(model, read, tokenizer.eod, window, stride, args.batch_size, bar.update)
-        for name, prediction in found.items():
-            predictions.setdefault(name, Prediction()).add(prediction)
-    whole = Prediction()
-    for prediction in predictions.values():
-        whole.add(prediction)
-    if not whole.tokens:
-        raise ConfigError(f"no token to predict in {', '.join(args.data_path)}")
-    return {
-        "checkpoint": str(args.checkpoint),
-        "training": model.record.to_json()["training"],
-        "data_path": args.data_path,
-        "split": args.split,
-        "part": args.part if args.split is not None else None,
-        "seq_length": window,
-        "stride": stride,
-        "sets": {name: predictions[name].summary() for name in sorted(predictions)},
-        "all": whole.summary(),
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The figures as lines."""
-    rows = [
-        f"{'set':<24}{'documents':>12}{'tokens':>14}{'bytes':>16}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>11}"
-    ]
-    for name, figures in [*result["sets"].items(), ("all", result["all"])]:
-        counts = f"{figures['documents']:>12,}{figures['tokens']:>14,}{figures['text_bytes']:>16,}"
-        ratios = [figures[key] for key in ("nats_per_token", "perplexity", "bits_per_byte")]
-        shown = ["-" if ratio is None else f"{ratio:.4f}" for ratio in ratios]
-        rows.append(f"{name:<24}{counts}{shown[0]:>12}{shown[1]:>12}{shown[2]:>11}")
-    return "\n".join(rows)
-
+from megatron_tf.commands.runner import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_script("evaluate"))
+
+from megatron_tf.commands.evaluate import main
+
+__all__ = ["main"]

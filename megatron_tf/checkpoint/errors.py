@@ -1,7 +1,9 @@
 """What is wrong with a checkpoint."""
 
+from megatron_tf.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A checkpoint that is not there, damaged, or of something else: the message names the file or tensor."""
 
 

@@ -34,7 +34,7 @@ from megatron_tf.checkpoint.derived import (
 )
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
-from megatron_tf.config import TOKEN_KINDS, GrowthStage, grown_model, layer_origins
+from megatron_tf.config import TOKEN_KINDS, ConfigError, GrowthStage, grown_model, layer_origins
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from megatron_tf.tokenformer.parameters import Parameter, Role, initial_taus, key_tokens, model_parameters
 
@@ -59,7 +59,7 @@ class _Growth:
         self.model = source.record.model
         try:
             self.grown = grown_model(self.model, stage)
-        except ValueError as error:
+        except ConfigError as error:
             raise CheckpointError(str(error)) from None
         self.old = model_parameters(self.model)
         self.new = model_parameters(self.grown)

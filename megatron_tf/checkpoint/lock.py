@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_tf.errors import UserError
 from megatron_tf.files import take_lock
 from megatron_tf.parallel.launch import job_name
 
@@ -34,7 +35,7 @@ LEFTOVER_SECONDS = (
 _LEFTOVER = re.compile(rf"{re.escape(LOCK)}\.[0-9a-f]{{32}}")
 
 
-class LockedError(ValueError):
+class LockedError(UserError):
     """Another run writes there."""
 
 

@@ -12,6 +12,7 @@ from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temp
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.errors import UserError
 from megatron_tf.parallel.sharding import RowShard
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[
     try:
         outcome = action(), None
     except Exception as error:  # whatever it is: a rank that stayed away would leave the others waiting
-        outcome = None, str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+        outcome = None, str(error) if isinstance(error, (OSError, UserError)) else repr(error)
     outcomes: list[Any] = [outcome]
     if group is not None:
         outcomes = [None] * group.size()

@@ -1,7 +1,8 @@
 """Typed configuration: what a run is, checked before anything starts."""
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.growth import GrowthStage, grown_model, layer_origins, parse_token_option
-from megatron_tf.config.load import ConfigError, describe, load_config, parse_config, to_dict
+from megatron_tf.config.load import load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
 from megatron_tf.config.schema import (
@@ -32,7 +33,6 @@ __all__ = [
     "ParameterKind",
     "RunConfig",
     "TrainingConfig",
-    "describe",
     "grown_model",
     "layer_origins",
     "load_config",

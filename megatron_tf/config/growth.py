@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Size
 
@@ -53,12 +54,12 @@ class GrowthStage:
 
 
 def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
-    """The model after `stage`. Raises ValueError where that adds nothing, takes away, or names layers it has not."""
+    """The model after `stage`. Raises ConfigError where that adds nothing, takes away, or names layers it has not."""
     if model.layer != "tokenformer":
-        raise ValueError(f"a model of layer: {model.layer} has no parameter tokens to add to")
+        raise ConfigError(f"a model of layer: {model.layer} has no parameter tokens to add to")
     insertions = sorted(stage.insert_layers)
     if insertions and insertions[-1] > model.num_layers:
-        raise ValueError(f"insert_layers names layer {insertions[-1]}, the model has {model.num_layers}")
+        raise ConfigError(f"insert_layers names layer {insertions[-1]}, the model has {model.num_layers}")
     origin = layer_origins(model.num_layers, insertions)
     changes: dict[str, object] = {"num_layers": len(origin)}
     for kind in TOKEN_KINDS:
@@ -67,16 +68,16 @@ def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
         new = _asked_counts(kind, kept, getattr(stage, f"{kind}_tokens"))
         for i, layer in enumerate(origin):
             if layer is not None and new[i] < old[layer]:
-                raise ValueError(
+                raise ConfigError(
                     f"{kind}_tokens={new[i]}: there are {old[layer]} in layer {layer} already, and growth only adds; "
-                    f"tools/reshard_checkpoint.py --shrink takes away"
+                    f"megatron-tf reshard-checkpoint --shrink takes away"
                 )
             if layer is not None and new[i] > old[layer]:
                 _check_init(model, stage, f"{kind}_tokens={new[i]}", old[layer], new[i])
         changes[f"{kind}_tokens"] = new[0] if len(set(new)) == 1 else new
     grown = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
     if grown == model:
-        raise ValueError("the growth adds nothing: ask for more tokens of some kind, or for layers")
+        raise ConfigError("the growth adds nothing: ask for more tokens of some kind, or for layers")
     return grown
 
 
@@ -93,7 +94,7 @@ def layer_origins(num_layers: int, insertions: list[int]) -> list[int | None]:
 def parse_token_option(option: str, text: str) -> dict[str, LayerTokens]:
     """Kind -> tokens, from "qkv=N,proj=N,ffn@0-5=N": for all layers, or for the ones named after the @.
 
-    Raises ValueError naming the `option` where the text can't be read.
+    Raises ConfigError naming the `option` where the text can't be read.
     """
     counts: dict[str, LayerTokens] = {}
     for part in text.split(","):
@@ -102,12 +103,12 @@ def parse_token_option(option: str, text: str) -> dict[str, LayerTokens]:
         if kind not in TOKEN_KINDS:
             near = difflib.get_close_matches(kind, TOKEN_KINDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TOKEN_KINDS)}"
-            raise ValueError(f"{option}: unknown kind {kind!r}; {hint}")
+            raise ConfigError(f"{option}: unknown kind {kind!r}; {hint}")
         if not number.isdecimal() or int(number) == 0:
-            raise ValueError(f"{option} {part.strip()}: write KIND=NUMBER, such as ffn=4096, or KIND@LAYERS=NUMBER")
+            raise ConfigError(f"{option} {part.strip()}: write KIND=NUMBER, such as ffn=4096, or KIND@LAYERS=NUMBER")
         known = counts.get(kind)
         if known is not None and (isinstance(known, int) or not at or layers in known):
-            raise ValueError(f"{option}: {place} is given twice")
+            raise ConfigError(f"{option}: {place} is given twice")
         counts[kind] = {**(known or {}), layers: int(number)} if at else int(number)
     return counts
 
@@ -116,17 +117,17 @@ def _check_init(model: ModelConfig, stage: GrowthStage, what: str, old: int, new
     """Raise where the kind of growth can't keep the promise it makes."""
     is_softmax = model.norm_activation == "softmax"
     if stage.init == "zero_key" and is_softmax:
-        raise ValueError(
+        raise ConfigError(
             f"{what}: a softmax model cannot be grown exactly by zero keys: each new token takes a share exp(0) = 1 of "
             f"every row's sum; init duplicate to a multiple of the {old} tokens is exact"
         )
     if stage.init == "duplicate" and new < 2 * old:
-        raise ValueError(
+        raise ConfigError(
             f"{what}: duplicate makes as many copies of every one of the {old} tokens, so it needs {2 * old} or more; "
             f"use zero_key for fewer"
         )
     if stage.init == "duplicate" and is_softmax and new % old:
-        raise ValueError(
+        raise ConfigError(
             f"{what}: a softmax model is duplicated exactly to a multiple of its {old} tokens only: "
             f"another token would take a share of every row's sum"
         )
@@ -149,9 +150,9 @@ def _asked_counts(kind: str, counts: list[int], asked: LayerTokens | None) -> li
         try:
             chosen = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise ValueError(f"{kind}_tokens: layers are written 3 or 0-5, not {layers!r}") from None
+            raise ConfigError(f"{kind}_tokens: layers are written 3 or 0-5, not {layers!r}") from None
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(new):
-            raise ValueError(f"{kind}_tokens: there are no layers {layers} among {len(new)}")
+            raise ConfigError(f"{kind}_tokens: there are no layers {layers} among {len(new)}")
         for layer in chosen:
             new[layer] = count
     return new

@@ -11,13 +11,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.schema import RunConfig
 
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration a user can mend: the message says where and how."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,7 +23,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
     """
     try:
-        values = _read_yaml(path.read_text())
+        values = read_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -55,20 +52,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def describe() -> str:
-    """Every key with its type, default and meaning, for `--help`."""
-    lines = []
-    for section in dataclasses.fields(RunConfig):
-        items = typing.get_args(section.type)  # of a list of such sections
-        kind: Any = items[0] if items else section.type
-        lines.append(f"\n{section.name}: {'a list of: ' if items else ''}{(kind.__doc__ or '').strip()}")
-        for name, info in kind.__pydantic_fields__.items():
-            default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)}"
-            key = f"  {name}" if items else f"  --{section.name}.{name}"
-            lines.append(f"{key}  ({default})\n      {info.description}")
-    return "\n".join(lines)
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.removeprefix("--").partition("=")
     section, dot, name = key.partition(".")
@@ -80,13 +63,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not isinstance(target, dict):
         raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
     try:
-        target[name] = _read_yaml(text)
+        target[name] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {override!r}: {_in_one_line(error)}") from error
 
 
-def _read_yaml(text: str) -> Any:
-    """Raises YAMLError for whatever can't be read."""
+def read_yaml(text: str) -> Any:
+    """The value that YAML describes. Raises YAMLError for whatever can't be read, duplicate keys among it."""
     try:
         return yaml.load(text, _UniqueKeys)
     except RecursionError:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.types import STRICT, Number, Size
 
 NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
@@ -49,21 +50,21 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"hidden_size ({self.hidden_size}) must be divisible by "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
         for kind in ("qkv", "proj"):
             is_given = getattr(self, f"{kind}_tokens") is not None
             if is_given != (self.layer == "tokenformer"):
-                raise ValueError(
+                raise ConfigError(
                     f"{kind}_tokens is {'given, and a transformer has none' if is_given else 'missing'}: "
                     f"layer is {self.layer}"
                 )
         for kind in self.token_kinds:
             counts = getattr(self, f"{kind}_tokens")
             if isinstance(counts, list) and len(counts) != self.num_layers:
-                raise ValueError(f"{kind}_tokens has {len(counts)} numbers for {self.num_layers} layers")
+                raise ConfigError(f"{kind}_tokens has {len(counts)} numbers for {self.num_layers} layers")
 
     @property
     def token_kinds(self) -> tuple[str, ...]:
@@ -76,21 +77,21 @@ class ModelConfig:
         return list(counts) if isinstance(counts, list) else [counts] * self.num_layers
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise ValueError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
+        """Raise ConfigError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
         values = [(key, getattr(self, key)) for key in ("num_attention_heads", "padded_vocab_size")]
         values += [(f"{kind}_tokens", count) for kind in self.token_kinds for count in self.token_counts(kind)]
         for key, value in values:
             if value % size:
-                raise ValueError(
+                raise ConfigError(
                     f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
                 )
 
     def check_rotary(self) -> None:
-        """Raise ValueError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before
+        """Raise ConfigError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before
         this was checked can still be read."""
         rotated = int(self.head_dim * self.rotary_percent)
         if rotated == 0 or rotated % 2:
-            raise ValueError(
+            raise ConfigError(
                 f"model.rotary_percent ({self.rotary_percent}) of heads of hidden_size ({self.hidden_size}) / "
                 f"num_attention_heads ({self.num_attention_heads}) = {self.head_dim} dimensions is {rotated}: "
                 f"it must be an even number above 0"

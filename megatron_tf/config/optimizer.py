@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.types import STRICT, Count, NonNegative, Number, ParameterKind
 
 
@@ -25,7 +26,7 @@ class LossScaleConfig:
 
     def __post_init__(self) -> None:
         if self.initial_loss_scale < self.min_loss_scale:
-            raise ValueError(
+            raise ConfigError(
                 f"initial_loss_scale ({self.initial_loss_scale}) is below min_loss_scale ({self.min_loss_scale})"
             )
 
@@ -69,29 +70,31 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
+            raise ConfigError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
         by_steps, by_tokens = (
             [key for key in (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}") if getattr(self, key)]
             for unit in ("iters", "tokens")
         )
         if by_tokens and (by_steps or self.lr_decay_tokens is None):
-            raise ValueError(
+            raise ConfigError(
                 f"a schedule by tokens needs lr_decay_tokens and no key by steps: given are {by_tokens + by_steps}"
             )
         if self.lr_warmup_fraction is not None and (self.lr_warmup_iters or self.lr_warmup_tokens):
-            raise ValueError("a warm-up is given twice: as lr_warmup_fraction, and in steps or tokens; give one")
+            raise ConfigError("a warm-up is given twice: as lr_warmup_fraction, and in steps or tokens; give one")
         decay = self.lr_wsd_decay_iters or self.lr_wsd_decay_tokens
         if decay is not None and self.lr_decay_style != "WSD":
-            raise ValueError(f"lr_wsd_decay_iters and _tokens are for lr_decay_style: WSD, it is {self.lr_decay_style}")
+            raise ConfigError(
+                f"lr_wsd_decay_iters and _tokens are for lr_decay_style: WSD, it is {self.lr_decay_style}"
+            )
         for unit in ("iters", "tokens"):
             if (end := getattr(self, f"lr_decay_{unit}")) is not None:
                 self.check_end(unit, f"lr_decay_{unit}", end)
 
     def check_end(self, unit: str, key: str, end: int) -> None:
-        """Raise ValueError where a part of the schedule is longer than the whole, which ends after `end`, by `key`."""
+        """Raise ConfigError where a part of the schedule is longer than the whole, which ends after `end`, by `key`."""
         if self.lr_decay_style == "constant":
             return
         for part in (f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}"):
             length = getattr(self, part) or 0
             if length > end:
-                raise ValueError(f"{part} ({length}) is longer than the schedule, which ends at {key} ({end})")
+                raise ConfigError(f"{part} ({length}) is longer than the schedule, which ends at {key} ({end})")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.growth import GrowthStage, grown_model
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
@@ -20,17 +21,17 @@ DATA_CONTENT = "data.content"
 
 
 def check_weights(key: str, entries: Sequence[str]) -> None:
-    """Raise ValueError, with `key`, for data sets of which some have a weight and others none, or with weights that are
-    no shares of a whole."""
+    """Raise ConfigError, with `key`, for data sets of which some have a weight and others none, or with weights that
+    are no shares of a whole."""
     fields = [entry.split(maxsplit=1) for entry in entries]
     if all(len(field) == 1 for field in fields):
         return
     try:
         weights = [float(weight) for weight, _ in fields]
     except ValueError:
-        raise ValueError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
+        raise ConfigError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
     if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-        raise ValueError(f"{key}: weights must be finite and not negative, and not all of them zero: {weights}")
+        raise ConfigError(f"{key}: weights must be finite and not negative, and not all of them zero: {weights}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -55,7 +56,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
+            raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -152,14 +153,14 @@ class TrainingConfig:
         if self.rampup_batch_size is not None:
             start, increment, _ = self.rampup_batch_size
             if start >= self.global_batch_size or (self.global_batch_size - start) % increment:
-                raise ValueError(
+                raise ConfigError(
                     f"rampup_batch_size cannot go from {start} by {increment} at a time to global_batch_size "
                     f"({self.global_batch_size}): START must be below it, and what is between divisible by INCREMENT"
                 )
         for size in self.batch_sizes:
             if size % self.micro_batch_size:
                 key = "global_batch_size" if size == self.global_batch_size else "a batch of rampup_batch_size"
-                raise ValueError(f"{key} ({size}) must be divisible by micro_batch_size ({self.micro_batch_size})")
+                raise ConfigError(f"{key} ({size}) must be divisible by micro_batch_size ({self.micro_batch_size})")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -231,13 +232,13 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         ends = self.profile_step_start, self.profile_step_end
         if (None in ends) != (ends == (None, None)):
-            raise ValueError("profile_step_start and profile_step_end belong together: give both, or neither")
+            raise ConfigError("profile_step_start and profile_step_end belong together: give both, or neither")
         if self.profile_step_start and self.profile_step_end and self.profile_step_start > self.profile_step_end:
-            raise ValueError(
+            raise ConfigError(
                 f"profile_step_end ({self.profile_step_end}) is before profile_step_start ({self.profile_step_start})"
             )
         if ends != (None, None) and self.profile_dir is None:
-            raise ValueError("profile_step_start needs profile_dir: a directory for the traces")
+            raise ConfigError("profile_step_start needs profile_dir: a directory for the traces")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -257,7 +258,7 @@ class RunConfig:
     """Stages of growth within the run, in their order; `model` is what it begins with."""
 
     def at_stage(self, number: int) -> "RunConfig":
-        """The run's configuration after `number` stages of growth. Raises ValueError for a growth that can't be."""
+        """The run's configuration after `number` stages of growth. Raises ConfigError for a growth that can't be."""
         model, layout = self.model, {}
         for stage in self.growth[:number]:
             model = grown_model(model, stage)
@@ -277,12 +278,12 @@ class RunConfig:
             self.optimizer.check_end("iters", "training.train_iters", self.training.train_iters)
         self._check_attention()
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
-            raise ValueError(
+            raise ConfigError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
             )
         parallel = self.parallel
         if parallel.pipeline_model_parallel_size > self.model.num_layers:
-            raise ValueError(
+            raise ConfigError(
                 f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}) is more "
                 f"than model.num_layers ({self.model.num_layers}): every stage needs a layer"
             )
@@ -291,7 +292,7 @@ class RunConfig:
         size = self.parallel.tensor_model_parallel_size
         self.model.check_tensor_parallel(size)
         if self.parallel.sequence_parallel and self.training.seq_length % size:
-            raise ValueError(
+            raise ConfigError(
                 f"training.seq_length ({self.training.seq_length}) must be divisible by "
                 f"parallel.tensor_model_parallel_size ({size}) under sequence_parallel"
             )
@@ -299,22 +300,22 @@ class RunConfig:
     def _check_growth(self) -> None:
         for number, stage in enumerate(self.growth):
             if (stage.at_step is None) == (stage.at_tokens is None):
-                raise ValueError(f"growth[{number}]: say when, by either at_step or at_tokens")
+                raise ConfigError(f"growth[{number}]: say when, by either at_step or at_tokens")
             try:
                 self.at_stage(number + 1)
-            except ValueError as error:
-                raise ValueError(f"growth[{number}]: {error}") from None
+            except ConfigError as error:
+                raise ConfigError(f"growth[{number}]: {error}") from None
         for key in ("at_step", "at_tokens"):
             times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
             if times != sorted(set(times)):
-                raise ValueError(f"growth: {key} must increase from stage to stage, it is {times}")
+                raise ConfigError(f"growth: {key} must increase from stage to stage, it is {times}")
         if self.growth and self.checkpoint.save is None:
-            raise ValueError("growth needs checkpoint.save: the model is saved before it grows")
+            raise ConfigError("growth needs checkpoint.save: the model is saved before it grows")
 
     def _check_attention(self) -> None:
         for key in ("attention_dropout", "deterministic"):
             if getattr(self.training, key) and self.kernels.attention not in ("auto", "sdpa"):
-                raise ValueError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
+                raise ConfigError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
 
     def _check_data(self) -> None:
         for key in ("data_path", "valid_data_path"):
@@ -324,9 +325,9 @@ class RunConfig:
         except ValueError:
             shares = []
         if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
-            raise ValueError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
+            raise ConfigError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
         if self.data.order == "megatron" and self.training.seed >= _NUMPY_SEEDS:
-            raise ValueError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
+            raise ConfigError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
 
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint
@@ -340,15 +341,15 @@ class RunConfig:
         for key, why in needed.items():
             section, _, name = key.partition(".")
             if getattr(getattr(self, section), name) and checkpoint.save is None:
-                raise ValueError(f"{key} needs checkpoint.save: {why}")
+                raise ConfigError(f"{key} needs checkpoint.save: {why}")
         if checkpoint.finetune and checkpoint.load is None:
-            raise ValueError("checkpoint.finetune needs checkpoint.load: the checkpoint whose weights to take")
+            raise ConfigError("checkpoint.finetune needs checkpoint.load: the checkpoint whose weights to take")
         known = self._keys()
         for key in checkpoint.allow_changes:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "write section.key"
-                raise ValueError(f"checkpoint.allow_changes: unknown key {key!r}; {hint}")
+                raise ConfigError(f"checkpoint.allow_changes: unknown key {key!r}; {hint}")
 
     def _keys(self) -> list[str]:
         sections = [field.name for field in dataclasses.fields(self) if field.name != "growth"]

@@ -5,33 +5,35 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from megatron_tf.config.errors import ConfigError
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _no_boolean(value: Any) -> Any:
     """Python takes true for 1."""
     if isinstance(value, bool):
-        raise ValueError(f"should be a number, got {str(value).lower()}")  # noqa: TRY004  # pydantic reports ValueError
+        raise ConfigError(f"should be a number, got {str(value).lower()}")
     return value
 
 
 def _not_empty(value: Any) -> Any:
     """An empty path would be the current directory."""
     if isinstance(value, str) and not value.strip():
-        raise ValueError("is empty: write a path, or null for none")
+        raise ConfigError("is empty: write a path, or null for none")
     return _no_nul(value)
 
 
 def _no_nul(value: Any) -> Any:
     """No file has such a name, and the error of opening one names no key."""
     if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"holds a NUL character, got {value!r}")
+        raise ConfigError(f"holds a NUL character, got {value!r}")
     return value
 
 
 def _not_blank(value: str) -> str:
     if not value.strip():
-        raise ValueError("is empty: write a name, or null for none")
+        raise ConfigError("is empty: write a name, or null for none")
     return value
 
 

@@ -1,6 +1,5 @@
 """The configured data sets as batches for this replica."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
 from megatron_tf.data.order import SampleOrder, samples_in
 from megatron_tf.data.order_cache import Order
+from megatron_tf.data.published import report_of
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.parallel.mesh import Mesh
 
@@ -198,10 +198,9 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
         if config.data.eod_mask_loss or config.data.reset_attention_mask:
             check_ends(IndexedDataset(prefix), tokenizer.eod)
-        report = Path(f"{prefix}.json")
-        if report.exists():
-            content = json.loads(report.read_text())
-            made_with, eod = content.get("tokenizer"), content.get("eod")
+        report = report_of(prefix)
+        if report is not None:
+            made_with, eod = report["tokenizer"], report.get("eod")
             if eod not in (None, tokenizer.eod):
                 raise DataError(
                     f"{prefix}: documents end with id {eod}, the configured tokenizer ends them with {tokenizer.eod}: "

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf._index import check_index
+from megatron_tf.errors import UserError
 from megatron_tf.files import sync_file
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -33,7 +34,7 @@ INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that is missing, damaged or of something else: the message names the file and the fact."""
 
 
@@ -54,7 +55,7 @@ class IndexedDataset:
         index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         for path in (index_path, data_path):
             if not path.is_file():
-                raise DataError(f"{path} is missing: give the prefix that tools/preprocess_data.py wrote")
+                raise DataError(f"{path} is missing: give the prefix that megatron-tf preprocess-data wrote")
         index = _read_index(index_path)
         self.dtype, self.lengths, self.offsets, self.documents = index.dtype, index.lengths, index.offsets, index.bounds
         self._one_sequence_each, size = index.one_sequence_each or by_sequence, index.data_bytes

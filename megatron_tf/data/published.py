@@ -52,6 +52,23 @@ def read_report(prefix: str) -> dict[str, Any] | None:
     return report
 
 
+def report_of(prefix: str | Path) -> dict[str, Any] | None:
+    """The report next to a data set, whose `tokenizer` made it; None where there is none, as of other programs.
+
+    Raises DataError where it is no report.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.exists():
+        return None
+    try:
+        report: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not the report of a data set: {error}") from error
+    if not isinstance(report, dict) or not isinstance(report.get("tokenizer"), dict):
+        raise DataError(f"{path} is not the report of a data set: it names no tokenizer")
+    return report
+
+
 def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
     """A file of the data sets of a report that is gone; None where all are there.
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling, choose
 
@@ -27,10 +28,10 @@ class Generation:
         sampling: Sampling,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        """`prompts` are ids, at least one in each; `seed` is one for all, or one for each. Raises ValueError for an
+        """`prompts` are ids, at least one in each; `seed` is one for all, or one for each. Raises UserError for an
         empty prompt."""
         if not all(len(prompt) for prompt in prompts):
-            raise ValueError("a prompt is empty: it takes a token to begin with, such as the end of a document")
+            raise UserError("a prompt is empty: it takes a token to begin with, such as the end of a document")
         self.active = list(range(len(prompts)))
         self._model = model
         self._prompts = prompts
@@ -42,11 +43,11 @@ class Generation:
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
-        """The next token of every active sample. Raises ValueError where the model gives what is not a number."""
+        """The next token of every active sample. Raises UserError where the model gives what is not a number."""
         hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
         logits = self._model.score(hidden)[:, 0, : self._model.config.vocab_size]
         if not logits.sum().isfinite():
-            raise ValueError("the model's logits are not finite: its checkpoint is of a run that had gone astray")
+            raise UserError("the model's logits are not finite: its checkpoint is of a run that had gone astray")
         uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
         tokens = choose(logits, self._sampling, uniform.to(logits.device))
         if self._model.group is not None:

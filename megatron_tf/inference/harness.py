@@ -60,7 +60,7 @@ class MegatronTF(TemplateLM):
     `batch_size` is lm-eval's: a number of sequences, or "auto" for as many as suits their length. `max_length` is the
     length of contexts, by default the one the model was trained with. Every wait for another rank ends with an error
     after `distributed_timeout_seconds`. `dtype` is that of weights and activations, by default fp32. Raises
-    ValueError for what a user can fix.
+    UserError for what a user can fix.
     """
 
     def __init__(

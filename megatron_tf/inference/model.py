@@ -90,7 +90,7 @@ def load_model(
     """The model of a checkpoint of any layout, with parameters and activations of `dtype`.
 
     Each rank of `group` reads its own rows of tokens alone. Raises CheckpointError naming what is wrong with the
-    checkpoint, and ValueError where the ranks can't share the model evenly.
+    checkpoint, and UserError where the ranks can't share the model evenly.
     """
     reader = CheckpointReader(Path(path)).complete()
     config = reader.record.model

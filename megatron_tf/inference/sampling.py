@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tf.errors import UserError
+
 _LEAST_TEMPERATURE = 1e-20
 """Below it any difference of logits decides: what is not a tie has probability 1 or 0."""
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, and of no pattern: seeds of samples are far apart, in their lower half too
@@ -17,7 +19,7 @@ def seed_of_sample(seed: int, number: int) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature and truncation. Raises ValueError for values without a meaning."""
+    """Temperature and truncation. Raises UserError for values without a meaning."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0, and what is so small that they would overflow, takes the likeliest token."""
@@ -38,11 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature ({self.temperature}) must be 0 or more")
+            raise UserError(f"temperature ({self.temperature}) must be 0 or more")
         if self.top_k < 0:
-            raise ValueError(f"top_k ({self.top_k}) must be 0, for all, or more")
+            raise UserError(f"top_k ({self.top_k}) must be 0, for all, or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p ({self.top_p}) must lie above 0, and at most at 1")
+            raise UserError(f"top_p ({self.top_p}) must lie above 0, and at most at 1")
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

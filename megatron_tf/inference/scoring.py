@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.layers.cross_entropy import cross_entropy
 
@@ -42,10 +43,10 @@ def rolling_windows(ids: Sequence[int], window: int, stride: int, first: int = 1
     """Requests that score ids[first:] once each, in turns of `stride`, given all that fits into `window` inputs.
 
     With stride == window and first == 1 these are lm-evaluation-harness's windows of context_len 1: the first id of a
-    turn has but one id before it, and the last turn as many as fit. Raises ValueError unless 1 <= stride <= window.
+    turn has but one id before it, and the last turn as many as fit. Raises UserError unless 1 <= stride <= window.
     """
     if not 1 <= stride <= window:
-        raise ValueError(f"windows of {window} tokens can't move by {stride}: choose from 1 to {window}")
+        raise UserError(f"windows of {window} tokens can't move by {stride}: choose from 1 to {window}")
     done = first
     while done < len(ids):
         stop = min(len(ids), done + (window if done == first else stride))
@@ -77,6 +78,6 @@ def _score_batch(model: LanguageModel, requests: Sequence[Request]) -> Iterator[
         chosen = row_logits[stop - 1 - request.num_scored : stop - 1]
         loss = cross_entropy(chosen, targets, None).double().sum()
         if loss.isnan():
-            raise ValueError("the model's logits are NaN: its checkpoint cannot be used")
+            raise UserError("the model's logits are NaN: its checkpoint cannot be used")
         likeliest = chosen[:, : model.config.vocab_size].argmax(-1)
         yield Score(-float(loss), bool((likeliest == targets).all()))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_tf.data.tokenizer import Tokenizer
+from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling
@@ -22,9 +23,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens ({self.max_new_tokens}) must be 1 or more")
+            raise UserError(f"max_new_tokens ({self.max_new_tokens}) must be 1 or more")
         if not all(self.stop):
-            raise ValueError("a stop string is empty: every text would end at once")
+            raise UserError("a stop string is empty: every text would end at once")
 
 
 class Continuation:
@@ -87,11 +88,11 @@ class Continuation:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raise ValueError naming the `source` of a text that is no Unicode text, as of bytes that are not UTF-8."""
+    """Raise UserError naming the `source` of a text that is no Unicode text, as of bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{source}: character {error.start + 1} is {text[error.start]!a}, which is not text: it must be valid UTF-8"
         ) from None
 

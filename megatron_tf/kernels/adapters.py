@@ -12,24 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tf.errors import UserError
+from megatron_tf.extras import how_to_install
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [S, B, h, d] -> [S, B, h, d]: causal attention scaled by 1/sqrt(d)."""
 Normalise = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
 """(x [..., D], weight [D], bias [D], epsilon) -> layer norm of x over D."""
 
 HOW_TO_GET = {
-    "flash_attn": "pip install flash-attn (2), or flash-attn-4, on a GPU machine with a compiler",
-    "transformer_engine": "pip install transformer_engine[pytorch] on a GPU machine",
+    "flash_attn": f"{how_to_install('flash_attn')}, or flash-attn-4, on a GPU machine with a compiler",
+    "transformer_engine": f"{how_to_install('transformer_engine')} on a GPU machine",
     "apex": "build it from its sources with --cuda_ext: https://github.com/NVIDIA/apex",
 }
 
 
 def require(key: str, choice: str, device: torch.device) -> None:
-    """Raise ValueError, saying how to get it, unless the package `choice` can be used on `device`."""
+    """Raise UserError, saying how to get it, unless the package `choice` can be used on `device`."""
     if choice in HOW_TO_GET and importlib.util.find_spec(choice) is None:
-        raise ValueError(f"kernels.{key}={choice}: it is not installed: {HOW_TO_GET[choice]}; or choose auto")
+        raise UserError(f"kernels.{key}={choice}: it is not installed: {HOW_TO_GET[choice]}; or choose auto")
     if choice in HOW_TO_GET and device.type != "cuda":
-        raise ValueError(f"kernels.{key}={choice} needs a GPU: choose auto or torch's own")
+        raise UserError(f"kernels.{key}={choice} needs a GPU: choose auto or torch's own")
 
 
 def is_installed(package: str) -> bool:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from megatron_tf.errors import UserError
+
 _COMPILERS = {"compiled": "install g++ or set CXX", "triton": "install gcc or set CC"}
 _CACHES = {"compiled": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
 _NO_C_COMPILER = "Failed to find C compiler"  # a plain RuntimeError of Triton's
 
 
 def make_compiler_cache() -> None:
-    """Make the directory TORCHINDUCTOR_CACHE_DIR, which torch needs whatever the kernels. Raises ValueError where it
+    """Make the directory TORCHINDUCTOR_CACHE_DIR, which torch needs whatever the kernels. Raises UserError where it
     can't be made."""
     directory = os.environ.get(_CACHES["compiled"])
     if not directory:
@@ -23,7 +25,7 @@ def make_compiler_cache() -> None:
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"TORCHINDUCTOR_CACHE_DIR can't be made: {error}: set it to a writable directory, or unset it"
         ) from error
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
 from megatron_tf.kernels.adapters import Attend, Normalise
 from megatron_tf.kernels.eager import EagerKernels
@@ -34,7 +35,7 @@ class Kernels:
 def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for a device and a type of activations; `asked` is the `kernels` section of a configuration.
 
-    Raises ValueError where one that is asked for can't be had, saying how to get it.
+    Raises UserError where one that is asked for can't be had, saying how to get it.
     """
     pattention = choose_kernels(asked["pattention"], device)
     names: dict[str, str] = {"pattention": pattention.name}
@@ -42,9 +43,7 @@ def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -
         adapters.require(key, asked[key], device)
         names[key] = _automatic(key, device, dtype) if asked[key] == "auto" else asked[key]
     if names["attention"] == "flash_attn" and dtype == torch.float32:
-        raise ValueError(
-            "kernels.attention=flash_attn computes in 16 bits: set training.precision=bf16, or choose sdpa"
-        )
+        raise UserError("kernels.attention=flash_attn computes in 16 bits: set training.precision=bf16, or choose sdpa")
     automatic = {key: name for key, name in names.items() if asked[key] == "auto"}
     attend, normalise = _attend(names["attention"], device), _normalise(names["norm"])
     return Kernels(pattention, attend, normalise, names["optimizer"], automatic)
@@ -53,10 +52,10 @@ def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -
 def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:
     """Eager kernels in the place of those that `auto` took between a Pattention's products and that can't be built.
 
-    `failure` says why. Raises ValueError where the configuration names the kernels.
+    `failure` says why. Raises UserError where the configuration names the kernels.
     """
     if "pattention" not in kernels.automatic:
-        raise ValueError(f"kernels.pattention: {failure}, or choose eager")
+        raise UserError(f"kernels.pattention: {failure}, or choose eager")
     return replace(
         kernels,
         pattention=EagerKernels(),

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tf.errors import UserError
+from megatron_tf.extras import how_to_install
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.tokenformer.normalisation import Normalisation, Reduce
@@ -37,16 +39,18 @@ class PattentionKernels(Protocol):
 
 def choose_kernels(choice: Choice, device: torch.device) -> PattentionKernels:
     """The kernels for a device. `auto` is triton on a GPU that has it, compiled on one that has not, eager on
-    a CPU. Raises ValueError where what is asked for is not there, saying how to get it."""
+    a CPU. Raises UserError where what is asked for is not there, saying how to get it."""
     has_triton = importlib.util.find_spec("triton") is not None
     name = choice
     if choice == "auto":
         name = "eager" if device.type == "cpu" else "triton" if has_triton else "compiled"
     if name == "triton":
         if not has_triton:
-            raise ValueError("kernels.pattention=triton: triton is not installed: pip install triton, or choose auto")
+            raise UserError(
+                f"kernels.pattention=triton: triton is not installed: {how_to_install('triton')}, or choose auto"
+            )
         if device.type == "cpu":
-            raise ValueError("kernels.pattention=triton needs a GPU: choose auto, eager or compiled")
+            raise UserError("kernels.pattention=triton needs a GPU: choose auto, eager or compiled")
         from megatron_tf.kernels.triton_kernels import TritonKernels
 
         return TritonKernels()

@@ -3,11 +3,14 @@
 import os
 import socket
 
+from megatron_tf.errors import UserError
+from megatron_tf.extras import how_to_install
+
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Ports of jobs under slurm, below those that systems hand out by themselves; examples/slurm counts alike."""
 
 
-class LaunchError(ValueError):
+class LaunchError(UserError):
     """The launcher did not say what ranks need to find each other."""
 
 
@@ -71,7 +74,7 @@ def _adopt_mpi() -> None:
         from mpi4py import MPI
     except ImportError:
         raise LaunchError(
-            "started by mpiexec, which needs mpi4py: pip install mpi4py, or start with torchrun"
+            f"started by mpiexec, which needs mpi4py: {how_to_install('mpi4py')}, or start with torchrun"
         ) from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)

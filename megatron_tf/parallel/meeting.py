@@ -80,7 +80,10 @@ class _Joining(threading.Thread):
     def _join(self) -> dist.Store:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        store, rank, size = next(rendezvous("env://", timeout=self.limit))
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=self.limit))
+        except ValueError as error:  # torch's, naming the environment variable that is missing
+            raise LaunchError(str(error)) from error
         self.has_met.set()
         # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one
         # before
@@ -94,7 +97,7 @@ class _Joining(threading.Thread):
 
 def _explained(error: Exception, place: str, size: int, limit: timedelta) -> Exception:
     text, lines = str(error), str(error).splitlines() or [repr(error)]
-    if isinstance(error, (ValueError, OSError)) and not isinstance(error, dist.DistError):
+    if not isinstance(error, RuntimeError):  # of which torch's errors of communication are
         return error
     if "EADDRINUSE" in text or "ddress already in use" in text:
         return LaunchError(f"the port of {place} is taken by another program: choose another MASTER_PORT")

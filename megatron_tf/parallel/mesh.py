@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron_tf.errors import UserError
 from megatron_tf.parallel.launch import adopt_launcher, number_of
 from megatron_tf.parallel.meeting import Check, meet
 
@@ -22,7 +23,7 @@ Axis = Literal["pp", "dp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """The ranks that were started do not make the layout that was asked for."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from megatron_tf.parallel.data_parallel import set_gradient_sync
-from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.mesh import LayoutError, Mesh
 
 Schedule = Schedule1F1B | ScheduleGPipe
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -23,12 +23,12 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def partition_layers(costs: Sequence[float], first: float, last: float, num_stages: int) -> list[range]:
     """Cut layers of the given costs into contiguous stages, at least a layer each, so that the dearest is cheapest.
 
-    `first` and `last` are the costs of the embedding and of the output layer. Raises ValueError for more stages than
+    `first` and `last` are the costs of the embedding and of the output layer. Raises LayoutError for more stages than
     layers.
     """
     layers = len(costs)
     if num_stages > layers:
-        raise ValueError(f"{num_stages} pipeline stages for {layers} layer(s): every stage needs a layer")
+        raise LayoutError(f"{num_stages} pipeline stages for {layers} layer(s): every stage needs a layer")
     # best[i] = (cost of the dearest stage, cuts) for layers [0, i) in as many stages as rounds have passed
     best = {0: (0.0, [0])}
     for stage in range(num_stages):

@@ -16,6 +16,8 @@ from typing import Self
 
 import torch.distributed as dist
 
+from megatron_tf.errors import UserError
+
 BEAT_SECONDS = 1.0
 _LISTED = 4  # ranks that a message lists
 
@@ -37,12 +39,16 @@ class Beat:
     """Whether that line is one that waits for other ranks."""
 
 
+class LostRankError(UserError):
+    """A rank that no longer answers; without a message where another rank says which."""
+
+
 class Watch:
     """A thread on every rank that tells the others through `store` what this one does, as long as it is entered.
 
     `now` gives the present operation and since when it is under way, by time.perf_counter. An operation that takes
     longer than `limit_seconds` ends the process: `end` gets a sentence about who is to blame, on one of the ranks that
-    are left, and None on the others. Errors of communication become a ConnectionError that says the same.
+    are left, and None on the others. Errors of communication become a LostRankError that says the same.
     """
 
     def __init__(
@@ -74,7 +80,8 @@ class Watch:
         if error is None:
             return
         if _is_of_communication(error):
-            raise ConnectionError(self._diagnose(f"({textwrap.shorten(str(error), 160)})")) from error
+            diagnosis = self._diagnose(f"({textwrap.shorten(str(error), 160)})")
+            raise LostRankError(diagnosis or "") from error
         self._tell(self._beat(f"ended in {self.now()[0]}: {error}", 0.0, None))
 
     def _watch(self, main_thread: int) -> None:

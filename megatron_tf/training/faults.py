@@ -7,12 +7,17 @@ from collections import deque
 from collections.abc import Mapping
 
 from megatron_tf.checkpoint.record import SpikeHistory
+from megatron_tf.errors import UserError
 
 _HISTORY = 100  # losses that noise is measured by
 _RECENT = 16  # those that tell where the loss is
 _LEAST_HISTORY = 32
 _LEAST_DEVIATION = 0.005  # of the loss: one that hardly moves makes no spike of every ripple
 _SIGMA = 1.4826 / math.sqrt(2)  # of normal noise, from the median of the differences between neighbours
+
+
+class DivergedError(UserError):
+    """A model that does not train any more: the message says where its last sound state is."""
 
 
 class SpikeDetector:

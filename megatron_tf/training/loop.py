@@ -18,7 +18,7 @@ from megatron_tf.data.loader import BatchLoader
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.batch_ids import bad_id_of_batch
 from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.faults import SpikeDetector, name_unsound
+from megatron_tf.training.faults import DivergedError, SpikeDetector, name_unsound
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.phases import Phases
 from megatron_tf.training.profiling import Profiler
@@ -261,12 +261,12 @@ class Loop:
         return True
 
     def _give_up(self, reason: str) -> NoReturn:
-        """Save the state, which is the one before what went wrong, and raise ArithmeticError."""
+        """Save the state, which is the one before what went wrong, and raise DivergedError."""
         saved = ""
         if self.config.checkpoint.save:
             self._save(waits=True)
             saved = f"; {self.config.checkpoint.save} holds the state before them: started again it goes on behind them"
-        raise ArithmeticError(f"{reason} after step {self.done.step}{saved}: lower optimizer.lr, or look at the data")
+        raise DivergedError(f"{reason} after step {self.done.step}{saved}: lower optimizer.lr, or look at the data")
 
     def _check_ids(self, loader: BatchLoader, batch: Tensor, first: int) -> None:
         """Save, and raise DataError on every rank, where the batch from sample `first` on has an id that the

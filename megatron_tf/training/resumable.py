@@ -71,7 +71,7 @@ def _another_model(saved: ModelConfig, configured: ModelConfig, stage: int, sour
     )
     return CheckpointError(
         f"{source} is a checkpoint of another model: {different}. Change the configuration to match, "
-        f"grow the checkpoint with tools/reshard_checkpoint.py, or choose another checkpoint.save"
+        f"grow the checkpoint with megatron-tf reshard-checkpoint, or choose another checkpoint.save"
     )
 
 

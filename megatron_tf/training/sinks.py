@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.config import ConfigError, LoggingConfig
+from megatron_tf.extras import needed_by
 
 
 class Sink(Protocol):
@@ -57,7 +58,8 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, first_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
+        with needed_by("logging.tensorboard_dir"):
+            from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
 
         self.name = str(directory)
         self._open = partial(SummaryWriter, str(directory))
@@ -91,12 +93,8 @@ class WeightsAndBiases:
     """
 
     def __init__(self, project: str, name: str | None, directory: Path | None, warn: Callable[[str], None]) -> None:
-        try:
+        with needed_by("logging.wandb_project"):
             wandb = importlib.import_module("wandb")
-        except ImportError:
-            raise ConfigError(
-                "logging.wandb_project needs Weights & Biases: pip install wandb, or leave the key out"
-            ) from None
         self.name, self.warn = f"Weights & Biases project {project}", warn
         self.has_repeated = False
         try:
@@ -162,7 +160,7 @@ class Guarded:
 def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: int = 0) -> list[Guarded]:
     """The configured sinks of a job that starts after `first_step` steps.
 
-    Raises OSError for a path that can't be written, ConfigError for a missing package.
+    Raises OSError for a path that can't be written, UserError for a missing package.
     """
     sinks: list[Sink] = []
     if config.metrics_file:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_tf.config import ModelConfig, OptimizerConfig, RunConfig, to_dict
+from megatron_tf.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, to_dict
 from megatron_tf.kernels.dispatch import Kernels, choose, without_pattention_kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import (
@@ -59,7 +59,7 @@ class TrainState:
 def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
     """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
 
-    Raises ValueError for a layout that cannot be, and for kernels that can't be built.
+    Raises UserError for a layout that cannot be, and for kernels that can't be built.
     """
     training, parallel = config.training, config.parallel
     dtype = DTYPES[training.precision]
@@ -81,8 +81,8 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None =
 
 
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
-    """Raise ValueError, with the numbers, where a batch does not split into micro-batches of every replica, or into too
-    few of them for the pipeline's schedule."""
+    """Raise ConfigError, with the numbers, where a batch does not split into micro-batches of every replica, or into
+    too few of them for the pipeline's schedule."""
     check_batches(config, mesh.size("pp"), mesh.size("dp"))
 
 
@@ -94,12 +94,12 @@ def check_batches(config: RunConfig, stages: int, replicas: int) -> None:
         key = "training.global_batch_size" if whole else "a batch of training.rampup_batch_size"
         count, rest = divmod(size, training.micro_batch_size * replicas)
         if rest:
-            raise ValueError(
+            raise ConfigError(
                 f"{key} ({size}) must be divisible by "
                 f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
             )
         if config.parallel.pipeline_schedule == "1f1b" and stages > 1 and count < stages:
-            raise ValueError(
+            raise ConfigError(
                 f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, {key} ({size}) "
                 f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
             )

@@ -13,8 +13,9 @@ from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ConfigError, RunConfig, to_dict
 from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
+from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import Kernels
-from megatron_tf.parallel.mesh import Mesh, data_parallel_size
+from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
 from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.parallel.watch import Watch
 from megatron_tf.tokenformer.sizes import parameter_count
@@ -46,8 +47,8 @@ def train(
     training sets, `resumable` is the checkpoint that gave the ranks their layout. `end` ends the process when ranks
     wait for each other too long, with the reason.
 
-    Raises ValueError (ConfigError, DataError, CheckpointError among them) for what a user can fix, ConnectionError
-    where a rank is lost, ArithmeticError where the model does not train any more.
+    Raises UserError for what a user can fix: LostRankError where a rank is lost, DivergedError where the model does
+    not train any more.
     """
     began = time.monotonic()
     phases = Phases()
@@ -129,7 +130,7 @@ def _tokenizer(config: RunConfig) -> Tokenizer:
     key = "tokenizer_model" if data.tokenizer_type in TYPES else "tokenizer_type"
     try:
         return build_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise ConfigError(f"data.{key}: {error}") from error
 
 
@@ -138,7 +139,7 @@ def _open_log(config: RunConfig, mesh: Mesh, step: int) -> MetricsLog:
     failure, log = None, None
     try:
         log = MetricsLog(config.logging, step, config.training.train_iters, mesh.is_first_rank)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         failure = str(error)
     if reason := mesh.first_failure(failure):
         raise ConfigError(reason)
@@ -172,7 +173,7 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
                 num_ranks, tensor, pipeline, parallel.data_parallel_size, parallel.data_parallel_shard_size
             )
             check_batches(staged, pipeline, replicas)
-        except ValueError as error:
+        except (ConfigError, LayoutError) as error:
             raise ConfigError(f"growth[{number}]: {error}") from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import megatron_tf
-from megatron_tf.__main__ import COMMANDS
+from megatron_tf.commands.registry import COMMANDS
 from tests.support.paths import ROOT
 
 
@@ -38,8 +38,26 @@ def test_each_command_explains_itself(command, tmp_path):
 
 
 def test_every_tool_is_a_command():
-    modules = {module.rpartition(".")[2] for module, _ in COMMANDS.values() if ".tools." in module}
-    assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
+    modules = {entry.module for entry in COMMANDS.values() if entry.is_tool}
+    assert modules == {path.stem for path in (ROOT / "tools").glob("*.py")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_only_calls_its_command(path):
+    names = {entry.module: name for name, entry in COMMANDS.items()}
+    _, program = path.read_text().split('"""\n\n')
+    assert program == (
+        "from megatron_tf.commands.runner import run_script\n\n"
+        f'if __name__ == "__main__":\n    raise SystemExit(run_script("{names[path.stem]}"))\n'
+    )
+
+
+def test_no_module_has_two_names():
+    assert importlib.util.find_spec("megatron_tf.tools") is None
+    assert not (ROOT / "tools" / "__init__.py").exists()
+    shared = {f"megatron_tf.{entry.module}" for entry in COMMANDS.values() if not entry.is_tool}
+    for name in shared:
+        assert importlib.import_module(name).main.__module__ == name.replace("megatron_tf.", "megatron_tf.commands.")
 
 
 def test_the_command_lists_them_and_refuses_others(tmp_path):
@@ -50,17 +68,57 @@ def test_the_command_lists_them_and_refuses_others(tmp_path):
     assert "no command 'preproces-data'" in done.stderr
 
 
-def test_what_is_not_installed_is_named(tmp_path):
-    program = (
-        "import sys\nsys.modules['matplotlib.axes'] = None\nfrom megatron_tf.__main__ import main\nsys.exit(main())"
-    )
-    done = run_installed(tmp_path, "plot-run", "--help", program=program)
+@pytest.mark.parametrize("name", ["preprocess_data", "preprocess-data"])
+def test_a_command_has_two_spellings(name, tmp_path):
+    done = run_installed(tmp_path, name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: megatron-tf preprocess-data ")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("preproces-data", "preprocess-data"), ("Reshard_checkpoint", "reshard-checkpoint"), ("pretran", "pretrain")],
+)
+def test_the_nearest_command_is_suggested_to_a_typo(typo, meant, tmp_path):
+    done = run_installed(tmp_path, typo)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == f"error: megatron-tf has no command {typo!r}; did you mean {meant!r}?"
+
+
+def test_a_name_like_no_command_is_given_no_suggestion(tmp_path):
+    done = run_installed(tmp_path, "xyz")
+    assert done.stderr.splitlines()[0] == "error: megatron-tf has no command 'xyz'"
+
+
+def without(package):
+    """A program that runs `megatron-tf` where a package is not installed."""
+    return f"import sys\nsys.modules[{package!r}] = None\nfrom megatron_tf.__main__ import main\nsys.exit(main())"
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path):
+    done = run_installed(tmp_path, "plot-run", "a.jsonl", "--output", "a.png", program=without("matplotlib"))
     assert done.returncode == 1
-    assert done.stderr == "error: megatron-tf plot-run needs matplotlib.axes, which is not installed\n"
+    assert done.stderr == (
+        "error: megatron-tf plot-run needs matplotlib, which is not installed: pip install 'megatron_tf[plot]'\n"
+    )
+
+
+def test_a_command_explains_itself_without_what_it_needs(tmp_path):
+    done = run_installed(tmp_path, "plot-run", "--help", program=without("matplotlib"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_that_every_command_needs_is_named(tmp_path):
+    done = run_installed(tmp_path, "pretrain", "--help", program=without("pydantic"))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: megatron-tf pretrain needs pydantic, which is not installed: pip install megatron_tf\n"
+    )
 
 
 def test_lm_eval_finds_the_model_class():
     """As releases after 0.4.13 do, by the entry point, and as `register` has it."""
+    pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
     from lm_eval.api.registry import get_model
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_tf.commands import inspect_dataset, merge_datasets
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order, order_cache
 from megatron_tf.data.build import build_dataset
@@ -18,7 +19,6 @@ from megatron_tf.data.order import SampleOrder
 from tests.support.data import write_data_set
 from tests.support.paths import ROOT
 from tests.support.training import small_run
-from tools import inspect_dataset, merge_datasets
 
 
 def merge(output, *prefixes):

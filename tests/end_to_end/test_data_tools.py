@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_tf.commands import build_index, inspect_dataset, merge_datasets
 from megatron_tf.config.load import load_config, to_dict
 from megatron_tf.data import order_cache
 from megatron_tf.data.build import build_dataset
@@ -13,7 +14,6 @@ from megatron_tf.data.document_sets import ROW, DocumentSets, read_document_sets
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from tests.support.data import write_data_set
 from tests.support.training import small_run
-from tools import build_index, inspect_dataset, merge_datasets
 
 REPORT = {"tokenizer": {"type": "NullTokenizer", "vocab_size": 257, "sha256": None}}
 

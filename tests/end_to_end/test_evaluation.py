@@ -9,18 +9,22 @@ import sys
 import pytest
 import torch
 import yaml
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from megatron_tf import evaluate, lm_eval
+from megatron_tf.commands import preprocess_data
 from megatron_tf.data.document_sets import sets_path
+from megatron_tf.errors import UserError
 from megatron_tf.inference.harness import MegatronTF
 from megatron_tf.inference.model import load_model
 from tests.support.commands import ENVIRONMENT, free_port
 from tests.support.models import SEQ_LENGTH, random_model, write_checkpoint
 from tests.support.processes import run_ranks
-from tools import preprocess_data
 
 EOD = 256
 DOCUMENTS = [
@@ -265,15 +269,15 @@ def test_lm_eval_says_what_is_wrong(tmp_path, capfd):
     ],
 )
 def test_the_class_says_what_is_wrong(checkpoint, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         MegatronTF(str(checkpoint), **options)
 
 
 def test_continuations_that_cannot_be_are_named(checkpoint):
     model = MegatronTF(str(checkpoint))
-    with pytest.raises(ValueError, match="no token to the continuation of"):
+    with pytest.raises(UserError, match="no token to the continuation of"):
         model.loglikelihood([request("loglikelihood", "A dog", "")])
-    with pytest.raises(ValueError, match="max_gen_toks 16 leaves no room for a context in max_length 16"):
+    with pytest.raises(UserError, match="max_gen_toks 16 leaves no room for a context in max_length 16"):
         model.generate_until([request("generate_until", "A dog", {"max_gen_toks": SEQ_LENGTH})])
 
 

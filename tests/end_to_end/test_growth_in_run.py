@@ -8,9 +8,9 @@ import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
+from megatron_tf.commands import plot_run
 from megatron_tf.config import to_dict
 from tests.support.commands import make_run, run
-from tools import plot_run
 
 STAGE = {
     "at_step": 3,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tf.__main__ import COMMANDS
+from megatron_tf.commands.registry import COMMANDS
 from tests.support.commands import ENVIRONMENT
 from tests.support.paths import ROOT
 
@@ -27,11 +27,16 @@ else:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 SCRIPTS = [
-    module.replace("megatron_tf.tools.", "tools/") + ".py" if ".tools." in module else module
-    for command, (module, _) in COMMANDS.items()
+    f"tools/{entry.module}.py" if entry.is_tool else f"megatron_tf.{entry.module}"
+    for command, entry in COMMANDS.items()
     if command not in ("pretrain", "lm-eval")  # the trainer saves first; the harness reads its own options
 ]
 COMPLETE = {
+    "megatron_tf.torchrun": [],
+    "tools/build_index.py": ["nowhere"],
+    "tools/inspect_checkpoint.py": ["nowhere"],
+    "tools/plot_run.py": ["nowhere", "--output", "nowhere"],
+    "tools/reshard_checkpoint.py": ["--load", "nowhere", "--save", "nowhere"],
     "megatron_tf.generate": ["nowhere", "--prompt", "a"],
     "megatron_tf.evaluate": ["nowhere", "--data-path", "nowhere"],
     "tools/convert_checkpoint.py": ["--from", "megatron_tf", "--to", "hf", "--load", "nowhere", "--save", "nowhere"],

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import reshard_checkpoint
 from tests.support import victims
 from tests.support.processes import context
 from tests.support.toy import random_tensors, read_all, same, save
-from tools import reshard_checkpoint
 
 KILLS = 50
 

@@ -143,5 +143,6 @@ def test_the_other_tokenizers(call):
 
 
 def test_a_command_without_its_extra_says_so(call):
-    assert "needs matplotlib" in call("megatron_tf", "plot-run", "x.jsonl", code=1)
+    error = call("megatron_tf", "plot-run", "x.jsonl", "--output", "x.png", code=1)
+    assert error.endswith("needs matplotlib, which is not installed: pip install 'megatron_tf[plot]'\n")
     assert "megatron_tf[eval]" in call("megatron_tf", "lm-eval", "run", code=1)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from backports import zstd
 
+from megatron_tf.commands import preprocess_data
 from megatron_tf.data import documents, preprocess
 from megatron_tf.data.document_sets import read_document_sets
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from tests.support.paths import ROOT
-from tools import preprocess_data
 
 EOD = 256
 
@@ -231,8 +231,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(shards, tmp_path, monkeyp
 
 def test_a_changed_input_is_tokenized_anew(shards, tmp_path, monkeypatch):
     inputs, items = shards
-    monkeypatch.setattr(preprocess, "assemble", lambda *_: {"data_sets": {}, "bad_lines": {}})
-    monkeypatch.setattr(preprocess_data, "assemble", lambda *_: {"data_sets": {}, "bad_lines": {}})
+    monkeypatch.setattr(preprocess, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
+    monkeypatch.setattr(preprocess_data, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
     assert run(inputs, tmp_path / "out") == 0
     monkeypatch.undo()
     changed = list(make_documents(7, seed=9))
@@ -273,7 +273,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_importing_the_trainer_is_no_part_of_tokenizing():
-    code = "import sys, tools.preprocess_data; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
+    module = "megatron_tf.commands.preprocess_data"
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert start([sys.executable, "-c", code]).wait(60) == 0
 
 

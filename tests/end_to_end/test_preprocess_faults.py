@@ -1,6 +1,5 @@
 """What happens around preprocessing: files gone or in the way, many values, no locks, wrong arguments."""
 
-import argparse
 import errno
 import fcntl
 import json
@@ -12,13 +11,13 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
+from megatron_tf.commands import preprocess_data, train_tokenizer
 from megatron_tf.data import first_format, preprocess, published
 from megatron_tf.data import part as part_module
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.preprocess import Settings
 from tests.support.data import write_data_set, write_tokenizer
 from tests.support.paths import ROOT
-from tools import preprocess_data, train_tokenizer
 
 
 def write_lines(path, documents):
@@ -231,11 +230,13 @@ def test_a_rank_builds_its_tokenizer_once(tmp_path, monkeypatch):
     build, built = preprocess_data.build_tokenizer, []
     monkeypatch.setattr(preprocess_data, "build_tokenizer", lambda *rest: built.append(1) or build(*rest))
     preprocess_data.tokenizer_of.cache_clear()
-    arguments = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "workers": 1, "eod_token": None}
-    args = argparse.Namespace(**arguments, output_prefix=str(tmp_path / "out"))
+    arguments = ["--tokenizer-type", "NullTokenizer", "--workers", "1", "--input", *map(str, shards)]
+    parsed = preprocess_data.parse_arguments([*arguments, "--output-prefix", str(tmp_path / "out")])
     settings = Settings({"type": "NullTokenizer"}, ("text",), append_eod=False, split_by_meta=None)
-    published.parts_directory(args.output_prefix).mkdir()
-    assert [preprocess_data.tokenize_alone(path, i, args, settings) for i, path in enumerate(shards)] == [1] * 5
+    published.parts_directory(parsed.output_prefix).mkdir()
+    assert [
+        preprocess_data.tokenize_alone(path, i, options=parsed, settings=settings) for i, path in enumerate(shards)
+    ] == [1] * 5
     assert len(built) == 1
 
 

@@ -152,6 +152,22 @@ def test_an_error_of_the_ranks_is_the_last_that_is_read(start, folder):
     assert all(re.match(r"\[rank [01]\] error: .*hidden_sise", line) for line in lines)
 
 
+def test_the_root_cause_of_torchrun_is_our_message(start, folder):
+    wrong = "--model.hidden_sise=3"
+    process = start(*on_two_ranks(TORCHRUN), "-m", "megatron_tf.pretrain", configure(folder, "cause"), wrong)
+    _, error = process.communicate(timeout=WAIT)
+    assert process.returncode == 1
+    said = [line for line in error.splitlines() if line.startswith("[rank ")]
+    message = said[0].removeprefix("[rank 0] ").removeprefix("[rank 1] ")
+    assert "unknown key 'model.hidden_sise'; did you mean 'hidden_size'?" in message
+    assert sorted(said) == [f"[rank {rank}] {message}" for rank in range(2)]
+    _, _, cause = error.partition("Root Cause (first observed failure):\n")
+    assert cause.splitlines()[-2:] == [f"  traceback : {message}", "=" * 60]
+    assert len(cause.splitlines()) == 8  # nothing of ours around it
+    assert "To enable traceback see" not in error
+    assert error.count("Traceback") == 1  # of torchrun itself, above its table
+
+
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(start, folder):
     assert ending(start, folder, "0", "0") == (0, "")
     assert ending(start, folder, "wait", "75") == (75, "")

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.inference.model import load_model
 from megatron_tf.training.checkpointing import save_state
 from megatron_tf.training.resumable import open_resumable
@@ -17,7 +18,6 @@ from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
 from tests.support.training import EOD, random_batch
-from tools import reshard_checkpoint
 
 TOKENIZER = {"type": "none"}
 
@@ -130,7 +130,7 @@ def test_there_and_back_gives_identical_tensors(trained, tmp_path):
 
 
 def test_models_too_large_for_the_memory_are_not_compared(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reshard_checkpoint, "available_memory", lambda: 1000)
+    monkeypatch.setattr(resharding, "available_memory", lambda: 1000)
     assert reshard(trained, tmp_path / "grown", "--grow", "ffn=128", "--verify") == 0
     out = capsys.readouterr().out
     assert "the logits are not compared" in out

@@ -2,6 +2,7 @@
 
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.sampling import Sampling
@@ -36,7 +37,7 @@ def refusal(mesh, root):
     """What loading says on ranks that can't share the model."""
     try:
         load_model(root, group=mesh.group("tp"))
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return None
 

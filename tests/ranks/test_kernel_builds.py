@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.training.state import build_state
@@ -37,7 +38,7 @@ def with_kernels(mesh, errors, function):
     dispatch.choose_kernels = lambda choice, device: kernels
     try:
         return function(dataclasses.replace(mesh, local_rank=rank)), kernels.calls
-    except ValueError as error:
+    except UserError as error:
         return str(error), kernels.calls
     finally:
         dispatch.choose_kernels = saved

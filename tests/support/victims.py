@@ -6,9 +6,9 @@ import torch
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
+from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.toy import GROUPS, random_tensors, record
-from tools import reshard_checkpoint
 
 ROWS = 3000
 

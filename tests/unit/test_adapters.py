@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
 from megatron_tf.kernels.dispatch import choose
 
@@ -154,14 +155,17 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install flash-attn"),
-        ({"attention": "transformer_engine"}, r"attention=transformer_engine: it is not installed: pip install transf"),
+        ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install 'megatron_tf\[gpu\]'"),
+        (
+            {"attention": "transformer_engine"},
+            r"n=transformer_engine: it is not installed: pip install 'megatron_tf\[gpu\]'",
+        ),
         ({"norm": "apex"}, r"norm=apex: it is not installed: build it from its sources"),
         ({"optimizer": "transformer_engine"}, r"optimizer=transformer_engine: it is not installed"),
     ],
 )
 def test_what_is_not_there_is_an_error_that_says_how_to_get_it(asked, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         choose(AUTO | asked, CPU, torch.float32)
 
 

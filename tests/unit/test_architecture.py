@@ -5,13 +5,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "megatron_tf"
 FLOORS = [
-    {"_index", "_row_product", "arguments", "files", "interrupt", "tokenizer_files"},
+    {"_index", "_row_product", "errors", "files", "help_text", "tokenizer_files"},
+    {"extras"},
     {"config"},
     {"tokenformer"},
     {"parallel", "kernels"},
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},
+    {"commands"},
     {"pretrain", "torchrun", "generate", "evaluate", "lm_eval", "__main__"},
 ]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, TritonMissing
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels.build_failure import describe_build_failure, is_build_failure, make_compiler_cache
 
 LINKER = "/usr/bin/ld: cannot find -ltorch: No such file or directory\ncollect2: error: ld returned 1 exit status\n"
@@ -74,5 +75,5 @@ def test_a_cache_directory_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     assert (tmp_path / "new" / "cache").is_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ValueError, match=r"TORCHINDUCTOR_CACHE_DIR can't be made: .*file/cache': set it to a writable"):
+    with pytest.raises(UserError, match=r"TORCHINDUCTOR_CACHE_DIR can't be made: .*file/cache': set it to a writable"):
         make_compiler_cache()

@@ -5,6 +5,7 @@ import yaml
 
 from megatron_tf.config import ConfigError, load_config
 from megatron_tf.config.load import to_dict
+from megatron_tf.errors import UserError
 from megatron_tf.parallel.mesh import LayoutError, data_parallel_size
 from megatron_tf.parallel.pipeline import partition_layers
 from tests.support.training import small_run
@@ -58,5 +59,5 @@ def test_stages_are_balanced_with_the_head_counted():
     costs = [len(stage) + (3 if stage is stages[-1] else 0) for stage in stages]
     assert max(costs) == 5
     assert [layer for stage in stages for layer in stage] == list(range(10))
-    with pytest.raises(ValueError, match="every stage needs a layer"):
+    with pytest.raises(UserError, match="every stage needs a layer"):
         partition_layers([1.0], 0.0, 0.0, 2)

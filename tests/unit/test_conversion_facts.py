@@ -11,12 +11,12 @@ import torch
 import megatron_tf
 from megatron_tf import generate
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import convert_checkpoint
 from megatron_tf.inference.huggingface import configuration, configuration_tokenformer
 from megatron_tf.inference.huggingface.check import load_export
 from megatron_tf.inference.tokenizer import load_tokenizer
 from tests.support.conversion import save_small_model
 from tests.support.data import write_tokenizer
-from tools import convert_checkpoint
 
 UNUSUAL = {"rotary_base": 500000.0, "rotary_percent": 0.5, "layernorm_epsilon": 1e-3}
 PADDED = {"vocab_size": 60, "make_vocab_size_divisible_by": 128}

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from megatron_tf.extras import EXTRAS
 from tests.support.paths import ROOT
 
 NOT_INSTALLED = {
@@ -98,6 +99,16 @@ def test_every_requirement_has_a_lower_bound():
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     for requirement in [*declared(), *map(Requirement, build)]:
         assert ">=" in {bound.operator for bound in requirement.specifier}, f"{requirement} has no lower bound"
+
+
+@pytest.mark.parametrize("package, extra", EXTRAS.items())
+def test_the_extra_that_a_message_names_brings_the_package(package, extra):
+    brought = [
+        canonicalize_name(requirement.name)
+        for requirement in declared()
+        if requirement.marker is not None and f'extra == "{extra}"' in str(requirement.marker)
+    ]
+    assert canonicalize_name(package) in brought
 
 
 @pytest.mark.parametrize("name", ["tested", "oldest"])

@@ -3,8 +3,7 @@
 import pytest
 
 from megatron_tf import evaluate, generate, pretrain
-from tests.support.conversion import save_small_model
-from tools import (
+from megatron_tf.commands import (
     build_index,
     convert_checkpoint,
     inspect_checkpoint,
@@ -15,6 +14,7 @@ from tools import (
     reshard_checkpoint,
     train_tokenizer,
 )
+from tests.support.conversion import save_small_model
 
 
 @pytest.mark.parametrize(

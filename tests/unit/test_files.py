@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tf import files
+from megatron_tf.commands import convert_checkpoint, merge_datasets, preprocess_data
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import open_or_build
 from megatron_tf.files import concatenate, locked, replace_durably, write_json
-from tools import convert_checkpoint, merge_datasets, preprocess_data
 
 
 class Killed(BaseException):

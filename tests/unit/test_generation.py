@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.sampling import Sampling, choose
 from tests.support.models import VOCAB, random_model
@@ -121,9 +122,9 @@ def test_what_is_not_a_number_is_told():
     model = random_model()
     with torch.no_grad():
         model.transformer.final_norm.weight[3] = torch.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         Generation(model, PROMPTS, GREEDY).step()
-    with pytest.raises(ValueError, match="a prompt is empty"):
+    with pytest.raises(UserError, match="a prompt is empty"):
         Generation(model, [[1], []], GREEDY)
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.checkpoint.summary import differences
+from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.config import to_dict
 from megatron_tf.inference.calibration import mean_loss, read_samples, token_importance
 from megatron_tf.inference.model import load_model
@@ -17,7 +18,6 @@ from tests.support.data import write_data_set
 from tests.support.golden import golden_model
 from tests.support.records import make_record
 from tests.support.training import small_run
-from tools import reshard_checkpoint
 
 L2_CASES = ["A_l2_norm_gelu", "B_gelu_l2_norm"]
 SEQ_LENGTH = 16
@@ -252,6 +252,6 @@ def test_softmax_is_refused_with_the_reason(tmp_path, capsys):
 
 def test_what_verification_finds_is_told_by_the_exit_code(tmp_path, capsys, monkeypatch):
     golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
-    monkeypatch.setattr(reshard_checkpoint, "EXACT", -1.0)
+    monkeypatch.setattr(resharding, "EXACT", -1.0)
     assert grow(tmp_path / "a", tmp_path / "b", "ffn=512") == 3
     assert "the logits moved by" in capsys.readouterr().err

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.inference.model import load_model
 from megatron_tf.layers.pattention import Pattention
 from tests.support.conversion import save_small_model
-from tools import reshard_checkpoint
 
 EXACT = [
     *(("l2_norm_gelu", old, new) for old, new in ((8, 9), (24, 40), (40, 75), (104, 150), (128, 256))),

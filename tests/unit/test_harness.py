@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+
 from lm_eval.api.instance import Instance
 
 from megatron_tf.config import ConfigError
+from megatron_tf.errors import UserError
 from megatron_tf.inference.harness import MegatronTF
 from tests.support.models import random_model, write_checkpoint
 
@@ -79,5 +83,5 @@ def test_dtype_is_that_of_weights_and_activations(checkpoint, name, dtype):
 
 
 def test_a_request_that_is_not_text_is_named(model):
-    with pytest.raises(ValueError, match=r"a request of the task: character 2 is .* which is not text"):
+    with pytest.raises(UserError, match=r"a request of the task: character 2 is .* which is not text"):
         model.loglikelihood([request("loglikelihood", "a", "\ud83d")])

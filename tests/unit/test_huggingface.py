@@ -5,16 +5,19 @@ import shutil
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from megatron_tf.checkpoint import huggingface
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import train_tokenizer
 from megatron_tf.inference.huggingface import check, export
 from megatron_tf.inference.huggingface.check import load_export
 from tests.support import toy
 from tests.support.conversion import convert, save_small_model
 from tests.support.data import write_data_set
-from tools import train_tokenizer
 
 MODELS = {
     "l2_norm_gelu": {},

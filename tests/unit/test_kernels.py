@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.pattention import choose_kernels
@@ -41,5 +42,7 @@ def test_what_a_cpu_can_choose():
     cpu = torch.device("cpu")
     assert choose_kernels("auto", cpu).name == "eager"
     assert choose_kernels("compiled", cpu).name == "compiled"
-    with pytest.raises(ValueError, match=r"kernels\.pattention=triton( needs a GPU|: .*pip install triton)"):
+    with pytest.raises(
+        UserError, match=r"kernels\.pattention=triton( needs a GPU|: .*pip install 'megatron_tf\[gpu\]')"
+    ):
         choose_kernels("triton", cpu)

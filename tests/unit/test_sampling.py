@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.sampling import Sampling, candidates, choose
 
 LOGITS = torch.tensor([[0.1, 2.0, -1.0, 1.5, 0.3], [3.0, 0.0, 0.0, 2.9, -4.0]])
@@ -55,5 +56,5 @@ def test_temperature_zero_takes_the_likeliest():
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}])
 def test_values_without_a_meaning_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from megatron_tf.errors import UserError
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.scoring import Request, rolling_windows, score
 from tests.support.models import random_model, write_checkpoint
@@ -74,5 +75,5 @@ def test_windows_are_those_of_lm_eval(length):
 
 
 def test_windows_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="windows of 4 tokens can't move by 5"):
+    with pytest.raises(UserError, match="windows of 4 tokens can't move by 5"):
         list(rolling_windows([1, 2, 3], 4, 5))

@@ -2,12 +2,15 @@
 
 import pytest
 import sentencepiece
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 from transformers import AutoTokenizer
 
+from megatron_tf.commands import convert_checkpoint
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.inference.huggingface import export
 from tests.support.conversion import save_small_model
-from tools import convert_checkpoint
 
 TEXTS = ["the <s>old</s> fox", "fox</s>dogs", "a <unk> b", "</s>", "<s>"]
 

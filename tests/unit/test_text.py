@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_tf.data.tokenizer import NullTokenizer
+from megatron_tf.errors import UserError
 from megatron_tf.inference.text import Continuation, Limits
 
 
@@ -71,7 +72,7 @@ def test_length():
 
 
 def test_limits_without_a_meaning_are_refused():
-    with pytest.raises(ValueError, match="max_new_tokens"):
+    with pytest.raises(UserError, match="max_new_tokens"):
         Limits(max_new_tokens=0)
-    with pytest.raises(ValueError, match="stop string is empty"):
+    with pytest.raises(UserError, match="stop string is empty"):
         Limits(stop=["a", ""])

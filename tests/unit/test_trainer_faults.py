@@ -9,10 +9,10 @@ import yaml
 
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import plot_run
 from megatron_tf.training import loop
 from megatron_tf.training.step import StepResult
 from tests.support.commands import make_run
-from tools import plot_run
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from megatron_tf.checkpoint.commit import complete_checkpoints, prepare, prune, 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import complete, save_checkpoint
+from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.ranks import RankPool
 from tests.support.toy import random_tensors, read_all, record, same, save, write
-from tools import reshard_checkpoint
 
 
 class Killed(BaseException):

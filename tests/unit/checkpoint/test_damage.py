@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_tf.checkpoint.format import MANIFEST, METADATA, CheckpointError, read_manifest
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import inspect_checkpoint, reshard_checkpoint
 from tests.support.toy import random_tensors, read_all, record, same, save
-from tools import inspect_checkpoint, reshard_checkpoint
 
 SOME_FILE = "exp_avg-pp00-tp01-dp00.safetensors"
 

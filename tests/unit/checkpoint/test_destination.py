@@ -4,10 +4,10 @@ import pytest
 
 from megatron_tf import evaluate
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
 from tests.support.toy import random_tensors, read_all, same, save
-from tools import convert_checkpoint, reshard_checkpoint
 
 
 def tool(source, target, *options):

@@ -1,6 +1,5 @@
-"""tools/inspect_checkpoint.py, and the format read without us."""
+"""The command inspect-checkpoint, and the format read without us."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
+from megatron_tf.commands import inspect_checkpoint
 from megatron_tf.config import GrowthStage
 from tests.support.toy import random_tensors, read_all, same, save, target
 
@@ -19,11 +19,8 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def inspect():
-    """The tool's main()."""
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", REPOSITORY / "tools/inspect_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(argument) for argument in arguments])
+    """The command's main()."""
+    return lambda *arguments: inspect_checkpoint.main([str(argument) for argument in arguments])
 
 
 def test_it_says_what_is_there(tmp_path, inspect, capsys):

@@ -11,11 +11,11 @@ import megatron_tf
 from megatron_tf.checkpoint import derived
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.official import official_name
+from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
 from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support import toy
 from tests.support.data import write_tokenizer
 from tests.support.golden import CASES, golden_case
-from tools import convert_checkpoint, reshard_checkpoint
 
 HEADS = 4
 

@@ -11,8 +11,8 @@ import xxhash
 from megatron_tf.checkpoint.files import file_size
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 from tests.support.toy import random_tensors, read_all, save
-from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 FILE = "model-pp00-tp00-dp00.safetensors"
 

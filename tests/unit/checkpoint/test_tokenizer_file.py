@@ -8,8 +8,8 @@ import pytest
 from megatron_tf import generate
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.tokenizer_file import STORED
+from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
 from tests.support.conversion import save_small_model
-from tools import convert_checkpoint, reshard_checkpoint
 
 
 @pytest.fixture

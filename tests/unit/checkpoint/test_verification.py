@@ -9,13 +9,14 @@ import torch
 from megatron_tf import evaluate
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import GrowthEvent, LossScale
+from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint, resharding
 from megatron_tf.data.tokenizer import NullTokenizer
+from megatron_tf.errors import UserError
 from megatron_tf.inference.calibration import Comparison
 from tests.support import toy
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
 from tests.support.models import random_model, write_checkpoint
-from tools import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 
 
 def tool(source, target, *options):
@@ -31,7 +32,7 @@ def test_growth_to_nan_fails_verification(tmp_path, capsys, change):
 
 def test_growth_that_is_not_exact_fails_too_where_it_gives_nan(tmp_path, capsys, monkeypatch):
     comparison = Comparison(float("nan"), 1.0, None, became_non_finite=3)
-    monkeypatch.setattr(reshard_checkpoint, "compare_models", lambda *arguments: comparison)
+    monkeypatch.setattr(resharding, "compare_models", lambda *arguments: comparison)
     checkpoint = save_small_model(tmp_path)
     assert tool(checkpoint, tmp_path / "grown", "--grow", "ffn=128", "--growth-init", "random", "--verify") == 3
     assert "3 logits became infinite or NaN" in capsys.readouterr().err
@@ -48,12 +49,12 @@ def test_a_copy_of_a_nan_passes_verification(tmp_path, group):
 
 def test_another_bit_of_a_zero_fails_verification(tmp_path, capsys, monkeypatch):
     toy.save(tmp_path / "a", toy.random_tensors())
-    source = reshard_checkpoint.CheckpointReader(tmp_path / "a")
+    source = resharding.CheckpointReader(tmp_path / "a")
     changed = toy.random_tensors()
     changed["exp_avg"]["final_norm.bias"][0] = float("nan")
     other = toy.save(tmp_path / "b", changed)
-    with pytest.raises(reshard_checkpoint.VerificationError, match=r"exp_avg final_norm\.bias is not what"):
-        reshard_checkpoint.compare_tensors(source, other)
+    with pytest.raises(resharding.VerificationError, match=r"exp_avg final_norm\.bias is not what"):
+        resharding.compare_tensors(source, other)
 
 
 RECORD = toy.record()
@@ -137,6 +138,6 @@ def test_tokens_of_a_model_that_gives_nan_have_no_order(tmp_path, capsys):
     checkpoint = save_small_model(tmp_path)
     model = CheckpointReader(checkpoint).record.model
     importance = {"layers.0.ffn": torch.tensor([1.0, float("nan")])}
-    with pytest.raises(ValueError, match="contributes infinite or NaN values"):
-        reshard_checkpoint.keep_most_important(model, importance, {"ffn": 1})
+    with pytest.raises(UserError, match="contributes infinite or NaN values"):
+        resharding.keep_most_important(model, importance, {"ffn": 1})
     assert checkpoint.exists()

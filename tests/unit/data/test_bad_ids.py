@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_tf.commands import inspect_dataset
 from megatron_tf.data.bad_ids import first_bad_id
 from megatron_tf.data.blend import BlendedDataset, SpacedBlend
 from megatron_tf.data.gpt_dataset import GPTDataset
@@ -12,7 +13,6 @@ from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.inference.calibration import read_samples
 from megatron_tf.inference.perplexity import read_documents
 from tests.support.data import write_data_set
-from tools import inspect_dataset
 
 VOCAB = 257
 

@@ -206,7 +206,7 @@ def test_batches_do_not_depend_on_the_number_of_replicas(dataset, replicas):
     "text", ["", "the tab\tand\n\nlines  ", " leading", "naïve café — 你好 \U0001f600", "a\x00b", "0123456789"]
 )
 def test_tokenizers_give_the_text_back(tmp_path_factory, text):
-    from tools import train_tokenizer
+    from megatron_tf.commands import train_tokenizer
 
     prefix = tmp_path_factory.getbasetemp() / "tokenizer"
     if not Path(f"{prefix}.model").exists():

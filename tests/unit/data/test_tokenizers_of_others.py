@@ -9,8 +9,12 @@ import shutil
 import sys
 
 import pytest
-import tiktoken
 from backports import zstd
+
+pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import tiktoken
 from tiktoken_ext.openai_public import cl100k_base, r50k_pat_str
 from transformers import GPT2Tokenizer
 

@@ -1,0 +1,56 @@
+"""Build the index files a run will read from its configuration: build-index CONFIG [--section.key=value].
+
+A run builds what is missing by itself; for large data sets its ranks would have to wait.
+"""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.runner import command, import_late
+
+if TYPE_CHECKING:
+    from megatron_tf.data.blend import Samples
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Build everything."""
+    parser = make_parser("build-index", __doc__)
+    parser.add_argument("config", type=file_path, help="YAML file of the run")
+    known, overrides = parser.parse_known_args(arguments)
+    import_late("megatron_tf.data.build")
+    from megatron_tf.config import load_config
+    from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
+
+    config = load_config(known.config, overrides)
+    training = config.training
+    report("train", build_dataset(config), samples_of_run(training, "train"))
+    if training.eval_interval:
+        for part in build_validation(config):
+            report(f"validation {part.name}", part.samples, training.eval_iters * training.global_batch_size)
+    return 0
+
+
+def report(name: str, dataset: "Samples", samples: int) -> None:
+    """Build, and say how long it took."""
+    started = time.perf_counter()
+    build(dataset, samples)
+    print(f"{name}: {samples:,} samples, {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def build(dataset: "Samples", samples: int) -> None:
+    """Every epoch that so many samples reach into."""
+    from megatron_tf.data.blend import BlendedDataset
+    from megatron_tf.data.gpt_dataset import GPTDataset
+    from megatron_tf.data.order import SampleOrder
+
+    if isinstance(dataset, BlendedDataset):
+        # no blend takes more than one sample beyond the share that a set has of a few more steps, one for each set
+        steps = samples + len(dataset.datasets)
+        for part, share in zip(dataset.datasets, dataset.blend.shares.tolist(), strict=True):
+            build(part, math.ceil(share * steps) + 1)
+    elif isinstance(dataset, GPTDataset) and isinstance(dataset.order, SampleOrder):
+        for first in range(0, samples, dataset.order.samples_per_epoch):
+            dataset.order.locate(first)

@@ -1,0 +1,243 @@
+"""Continue texts: `python -m megatron_tf.generate CHECKPOINT --prompt TEXT`.
+
+One prompt's continuation is printed as its tokens come. Several prompts, those of a file, or several samples give a
+line of JSON each, in the order of the prompts. `torchrun --nproc-per-node N -m megatron_tf.generate ...` shares the
+model among N ranks.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
+
+from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.runner import command, import_late
+from megatron_tf.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_tf.inference.text import Continuation
+    from megatron_tf.parallel.mesh import Mesh
+
+    ContinueBatch: TypeAlias = Callable[[Sequence[str], Sequence[int]], Iterator[tuple[int, str, Continuation]]]
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    checkpoint: Path
+    prompt: list[str] | None
+    prompt_file: Path | None
+    output: Path | None
+    num_samples: int
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop: list[str]
+    seed: int
+    dtype: str
+    tokenizer_model: Path | None
+
+
+@command(interrupted="interrupted: what was written before stays")
+def main(arguments: list[str] | None = None) -> int:
+    """Continue texts."""
+    generate(parse(_parser(), Options, arguments))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("generate", __doc__)
+    add = parser.add_argument
+    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    source.add_argument(
+        "--prompt-file",
+        type=file_path,
+        help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are handed on "
+        "(without this and --prompt: a prompt on each line of the standard input)",
+    )
+    add("--output", type=file_path, help="write results here as JSON lines")
+    add("--num-samples", type=int, default=1, help="continuations of each prompt, each a sample of its own")
+    add("--batch-size", type=int, default=8, help="continuations that are computed together")
+    add("--max-new-tokens", type=int, default=100, help="tokens after each prompt, at most")
+    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
+    add("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
+    add("--top-p", type=float, default=1.0, help="of those, choose among the likeliest that reach this sum")
+    add("--stop", action="append", default=[], help="end before this text; may be given several times")
+    add("--seed", type=int, default=0, help="of each prompt's random numbers, whatever else is in the batch")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
+    return parser
+
+
+def generate(options: Options) -> None:
+    """Read prompts, continue them, write. Raises UserError for what a user can fix."""
+    import_late("torch")  # --help need not wait for it
+    import torch
+    from tqdm import tqdm
+
+    from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.sampling import Sampling, seed_of_sample
+    from megatron_tf.inference.text import Limits, continue_texts
+    from megatron_tf.inference.tokenizer import load_tokenizer
+    from megatron_tf.parallel.launch import number_of
+    from megatron_tf.parallel.mesh import init_mesh
+
+    _check(options)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    if options.num_samples > 1 and sampling.is_certain:
+        raise UserError(
+            f"--num-samples {options.num_samples} with --temperature {options.temperature:g} --top-k {options.top_k} "
+            f"would give the same text {options.num_samples} times: choose a temperature above 0 and another top-k "
+            f"than 1"
+        )
+    limits = Limits(options.max_new_tokens, options.stop)
+    records = _read_records(options)
+    mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
+    records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model = load_model(options.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    if mesh.device.type == "cpu":
+        model.arrange_for_decoding()
+    tokenizer = load_tokenizer(model, options.tokenizer_model)
+
+    def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
+        seeds = [seed_of_sample(options.seed, number) for number in numbers]
+        return continue_texts(model, tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds)
+
+    # ranks beside the first do the same work, and say nothing
+    with _opened(os.devnull if not mesh.is_first_rank else options.output) as out:
+        if len(records) == options.num_samples == 1 and options.prompt_file is None and options.output is None:
+            _stream(records[0]["prompt"], continue_batch, out)
+        else:
+            requests = _requests(records, options.num_samples)
+            batches = [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
+            progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
+            _write_lines(progress, continue_batch, out)
+
+
+def _check(options: Options) -> None:
+    """Raise UserError for what can't be, before anything is read."""
+    from megatron_tf.checkpoint.destination import check_outside_checkpoints
+
+    for name in ("batch_size", "num_samples"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
+    if not -(2**63) <= options.seed < 2**63:
+        raise UserError(f"--seed ({options.seed}) must lie within 64 bits")
+    if options.output is None and sys.stdout is None:
+        raise UserError("the standard output is closed: give --output FILE")
+    if options.output is not None:
+        check_outside_checkpoints(options.output, "--output")
+        if options.prompt_file is not None and options.output.resolve() == options.prompt_file.resolve():
+            raise UserError(f"--output {options.output} would replace --prompt-file: choose another file")
+
+
+def _read_records(options: Options) -> list[dict[str, Any]]:
+    """From --prompt-file or --prompt; none without either. Raises UserError naming a prompt that is not text."""
+    from megatron_tf.inference.text import check_text
+
+    if options.prompt_file is not None:
+        return _read_file(options.prompt_file)
+    for number, text in enumerate(options.prompt or [], 1):
+        check_text(text, f"--prompt, number {number}")
+    return [{"prompt": text} for text in options.prompt or []]
+
+
+def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
+    """The prompt and what follows it, as it comes."""
+    print(prompt, end="", file=out, flush=True)
+    for _, piece, _ in continue_batch([prompt], [0]):
+        print(piece, end="", file=out, flush=True)
+    print(file=out)
+
+
+def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple[dict[str, Any], int]]:
+    """(record, number of its sample) of each continuation; the record says its number where there are several."""
+    numbers = range(num_samples)
+    if num_samples == 1:
+        return [(record, 0) for record in records]
+    return [(record | {"sample": number}, number) for record in records for number in numbers]
+
+
+def _write_lines(
+    batches: Iterable[Sequence[tuple[dict[str, Any], int]]], continue_batch: "ContinueBatch", out: TextIO
+) -> None:
+    """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
+    for requests in batches:
+        prompts, numbers = [record["prompt"] for record, _ in requests], [number for _, number in requests]
+        texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
+        for i, (record, _) in enumerate(requests):
+            found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
+            print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    """Records with a prompt each. Raises UserError naming the line that holds none."""
+    from megatron_tf.inference.text import check_text
+
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start:,}: {error.reason}") from None
+    if path.suffix != ".jsonl":
+        return _not_empty([{"prompt": line} for line in lines if line], path)
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise UserError(f'{path}, line {number} is not an object with a text as its "prompt"')
+            # the whole record: its other keys are handed on
+            check_text(json.dumps(record, ensure_ascii=False), f"{path}, line {number}")
+            records.append(record)
+    return _not_empty(records, path)
+
+
+def _not_empty(records: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    if not records:
+        raise UserError(f"{path} holds no prompt")
+    return records
+
+
+def _read_standard_input(mesh: "Mesh") -> list[str]:
+    """Lines that are not empty, as the first rank reads them. Raises UserError where there is none."""
+    import torch
+    import torch.distributed as dist
+
+    lines = [_lines_of_standard_input() if mesh.is_first_rank else None]
+    if mesh.world is not None:
+        dist.broadcast_object_list(lines, 0, mesh.world, torch.device("cpu"))
+    prompts = [line for line in lines[0] or [] if line]
+    if not prompts:
+        raise UserError("the standard input holds no prompt: give one there, with --prompt or with --prompt-file")
+    return prompts
+
+
+def _lines_of_standard_input() -> list[str]:
+    """None of a standard input that is closed."""
+    if sys.stdin is None:
+        return []
+    try:
+        return sys.stdin.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the standard input is not UTF-8 at byte {error.start:,}: {error.reason}") from None
+
+
+def _opened(path: str | Path | None) -> AbstractContextManager[TextIO]:
+    return nullcontext(sys.stdout) if path is None else Path(path).open("w", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""Look into a data set: counts, checks, and documents or samples, decoded where a tokenizer is given."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
+from megatron_tf.commands.runner import command, import_late
+from megatron_tf.data.bad_ids import first_bad_id
+from megatron_tf.data.blend import Samples
+from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
+from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.published import report_of
+from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
+
+BLOCK_TOKENS = 1 << 24
+SHOWN_IDS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    prefix: str
+    documents: list[int]
+    samples: list[int]
+    seq_length: int
+    split: str
+    config: Path | None
+    seed: int
+    tokenizer_type: str | None
+    tokenizer_model: Path | None
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Print what is asked for. Raises DataError for a data set that is not sound."""
+    parser = make_parser("inspect-dataset", __doc__)
+    parser.add_argument("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
+    parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
+    parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
+    parser.add_argument("--seq-length", type=int, default=2048, help="of samples")
+    parser.add_argument("--split", default="969,30,1", help="of the run; 1,0,0 for all documents")
+    parser.add_argument(
+        "--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples")
+    parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
+    parser.add_argument("--tokenizer-model", type=file_path, help="the tokenizer's file")
+    inspect(parse(parser, Options, arguments))
+    return 0
+
+
+def inspect(options: Options) -> None:
+    """Print. Raises DataError for a data set that is not sound."""
+    dataset = IndexedDataset(options.prefix)
+    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
+    describe(dataset)
+    check_ids(dataset, tokenizer)
+    for index in options.documents:
+        if not 0 <= index < len(dataset):
+            raise DataError(f"document {index}: there are {len(dataset):,}")
+        show(f"document {index}", dataset.document(index), tokenizer)
+    if options.samples:
+        with tempfile.TemporaryDirectory() as cache:
+            samples, whole = samples_of(options, dataset, Path(cache))
+            for index in options.samples:
+                if index < 0:
+                    raise DataError(f"sample {index}: they are counted from 0")
+                show(f"sample {index} of {whole}", samples[index], tokenizer)
+
+
+def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
+    """Training samples as a run reads them, and what they are of."""
+    if options.config is not None:
+        import_late("megatron_tf.training.resume")
+        from megatron_tf.config import load_config
+        from megatron_tf.data.build import build_dataset
+        from megatron_tf.training.resume import blend_of_run
+
+        config = load_config(options.config, [])
+        return build_dataset(config, blend_of_run(config)), f"the run of {options.config}"
+    documents = split_documents(len(dataset), options.split)[0]
+    lengths = dataset.document_lengths[documents.start : documents.stop]
+    order = SampleOrder(lengths, options.seq_length, options.seed, f"{dataset.prefix.name}:train", cache)
+    return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
+
+
+def describe(dataset: IndexedDataset) -> None:
+    """Counts, lengths, and the report beside the data."""
+    lengths = dataset.document_lengths
+    print(f"{dataset.prefix}: {len(dataset):,} documents, {len(dataset.tokens):,} tokens of type {dataset.dtype}")
+    if len(lengths):
+        marks = np.percentile(lengths, [0, 25, 50, 75, 99, 100]).astype(np.int64)
+        names = ("shortest", "25 %", "median", "75 %", "99 %", "longest")
+        print("  tokens a document: " + ", ".join(f"{n} {m:,}" for n, m in zip(names, marks.tolist(), strict=True)))
+        print(f"  empty documents: {int((lengths == 0).sum()):,}")
+    content = report_of(dataset.prefix)
+    if content is not None:
+        tokenizer = content["tokenizer"]
+        print(f"  made with {tokenizer['type']} of {tokenizer['vocab_size']:,} ids, sha256 {tokenizer['sha256']}")
+        for name, counts in content.get("pile_sets", {}).items():
+            print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+
+
+def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
+    """Raise DataError where an id is beyond the vocabulary."""
+    highest = max((int(dataset.tokens[i : i + BLOCK_TOKENS].max()) for i in starts(dataset)), default=0)
+    lowest = min((int(dataset.tokens[i : i + BLOCK_TOKENS].min()) for i in starts(dataset)), default=0)
+    print(f"  ids from {lowest:,} to {highest:,}")
+    size = highest + 1 if tokenizer is None else tokenizer.vocab_size
+    if lowest < 0 or highest >= size:
+        document, offset, value = first_outside(dataset, size)
+        of = "" if tokenizer is None else f" of {size:,}"
+        raise DataError(
+            f"{dataset.prefix}.bin holds ids from {lowest:,} to {highest:,}, outside the vocabulary{of}: document "
+            f"{document:,} has id {value} at offset {offset:,}"
+        )
+
+
+def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, int]:
+    """(document, offset in it, id) of the first id that a vocabulary has not; there is one."""
+    for document in range(len(dataset)):
+        ids = dataset.document(document)
+        bad = first_bad_id(ids, vocab_size)
+        if bad is not None:
+            return document, bad, int(ids[bad])
+    raise AssertionError("no id is outside the vocabulary")
+
+
+def starts(dataset: IndexedDataset) -> range:
+    """Where blocks of tokens begin."""
+    return range(0, len(dataset.tokens), BLOCK_TOKENS)
+
+
+def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
+    """Ids, and the text of all of them."""
+    first = " ".join(map(str, ids[:SHOWN_IDS].tolist()))
+    print(f"\n{name}, {len(ids):,} tokens: {first}{' ...' if len(ids) > SHOWN_IDS else ''}")
+    if tokenizer is not None:
+        print(tokenizer.decode(ids.tolist()))

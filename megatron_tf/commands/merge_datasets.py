@@ -1,0 +1,102 @@
+"""Put data sets together into one; documents stay as they are, in the order of the prefixes given."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tf.commands.arguments import file_prefix, make_parser
+from megatron_tf.commands.runner import command
+from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
+from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
+from megatron_tf.data.published import report_of
+from megatron_tf.files import concatenate, sync_directory, write_json
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Merge. Nothing is left under the new name after an error."""
+    parser = make_parser("merge-datasets", __doc__)
+    parser.add_argument(
+        "--input", nargs="+", type=file_prefix, required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs"
+    )
+    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new data set")
+    args = parser.parse_args(arguments)
+    merge(args.input, args.output_prefix)
+    return 0
+
+
+def merge(prefixes: list[str], output: str) -> None:
+    """Write the new data set; it appears under its name when it is complete."""
+    for path in (*(Path(f"{output}.{kind}") for kind in ("idx", "bin", "json")), sets_path(output)):
+        if os.path.lexists(path):
+            raise DataError(f"{path} exists: remove that data set, or choose another --output-prefix")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    dtypes = {dataset.dtype for dataset in datasets}
+    if len(dtypes) > 1:
+        raise DataError(f"the data sets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
+    report = merged_report(prefixes)
+    data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
+    data.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        concatenate([Path(f"{prefix}.bin") for prefix in prefixes], data)
+        write_index(index, datasets[0].dtype, lambda: blocks(datasets))
+    except BaseException:
+        for path in (data, index):
+            path.unlink(missing_ok=True)
+        raise
+    if report:
+        write_json(Path(f"{output}.json"), report)
+    merge_sets(datasets, output)
+    data.replace(f"{output}.bin")
+    index.replace(f"{output}.idx")
+    sync_directory(index.parent)
+    merged = IndexedDataset(output)
+    print(f"{output}: {len(merged):,} documents, {len(merged.tokens):,} tokens")
+
+
+def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
+    """Write the sets of all documents, where all are known."""
+    known = [read_document_sets(dataset.prefix, len(dataset)) for dataset in datasets]
+    parts = [part for part in known if part is not None]
+    if len(parts) == len(known):
+        joined_sets(parts).write(sets_path(output))
+
+
+def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+    """See megatron_tf.data.indexed_dataset.Blocks."""
+    for dataset in datasets:
+        for start in range(0, len(dataset), INDEX_BLOCK):
+            bounds = dataset.documents[start : start + INDEX_BLOCK + 1]
+            yield dataset.lengths[int(bounds[0]) : int(bounds[-1])], np.diff(bounds)
+
+
+def merged_report(prefixes: list[str]) -> dict[str, Any]:
+    """The sum of the reports; none where one has none. Raises DataError where tokenizers differ."""
+    paths = [Path(f"{prefix}.json") for prefix in prefixes]
+    if not all(path.exists() for path in paths):
+        print("no report is written: " + ", ".join(str(path) for path in paths if not path.exists()) + " missing")
+        return {}
+    reports = [report_of(prefix) or {} for prefix in prefixes]
+    for path, report in zip(paths, reports, strict=True):
+        if report["tokenizer"] != reports[0]["tokenizer"]:
+            raise DataError(f"{path} and {paths[0]} tell of different tokenizers")
+        if report.get("eod") != reports[0].get("eod"):
+            raise DataError(f"{path} and {paths[0]} tell of documents with different ends")
+    sets: dict[str, dict[str, int]] = {}
+    for report in reports:
+        for name, counts in report["pile_sets"].items():
+            sets[name] = add(sets.get(name, {}), counts)
+    total: dict[str, int] = {}
+    for report in reports:
+        total = add(total, {key: report[key] for key in ("documents", "tokens", "text_bytes")})
+    ends = {"eod": reports[0]["eod"]} if "eod" in reports[0] else {}
+    return {"tokenizer": reports[0]["tokenizer"], **ends, **total, "pile_sets": sets}
+
+
+def add(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """Counts of both."""
+    return {key: one.get(key, 0) + value for key, value in other.items()}

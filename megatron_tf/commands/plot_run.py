@@ -1,0 +1,151 @@
+"""Draw losses from the metrics files of runs, stage after stage, with growth marked, and sum them up in a table.
+
+A file that continues where the previous one ended is a stage of the same run; others are separate runs.
+"""
+
+import itertools
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_tf.commands.arguments import file_path, make_parser, read_text
+from megatron_tf.commands.runner import command, import_late
+from megatron_tf.errors import UserError
+from megatron_tf.extras import needed_by
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING_STEPS = 10
+AXES = {
+    "tokens": "tokens",
+    "flops": "floating-point operations of the model",
+    "device_hours": "hours of devices",
+    "step": "steps",
+}
+
+
+@dataclass
+class Stage:
+    """A run under one model and layout."""
+
+    parameters: int
+    layout: dict[str, int]
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Step -> metrics; a step done again after an interruption counts once, as it was the last time."""
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def series(self, key: str) -> list[float]:
+        """One metric, in the order of steps."""
+        return [self.steps[step][key] for step in sorted(self.steps)]
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Draw the picture."""
+    parser = make_parser("plot-run", __doc__)
+    parser.add_argument(
+        "metrics", nargs="+", type=file_path, help="metrics files (logging.metrics_file), of a run oldest first"
+    )
+    parser.add_argument("--x", choices=AXES, default="tokens", help="what losses are drawn against")
+    parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
+    parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
+    parser.add_argument("--title", default="", help="above the picture")
+    args = parser.parse_args(arguments)
+    with needed_by("megatron-tf plot-run"):
+        import_late("matplotlib.figure")
+    stages = [stage for path in args.metrics for stage in read_stages(path)]
+    draw(stages, args.output, title=args.title, x=args.x)
+    table = summarize(stages)
+    print(table)
+    if args.summary:
+        args.summary.write_text(table + "\n")
+    return 0
+
+
+def read_stages(path: Path) -> list[Stage]:
+    """The stages in a metrics file: a growth begins one. Raises UserError naming the line where it is damaged."""
+    stages: list[Stage] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            values: dict[str, Any] = json.loads(line)
+            if values.get("event") in ("start", "growth"):
+                stage = Stage(values["parameters"], values["layout"])
+                if not stages or (stage.parameters, stage.layout) != (stages[-1].parameters, stages[-1].layout):
+                    stages.append(stage)
+            elif "event" in values:
+                continue
+            elif "validation_loss" in values:
+                stages[-1].validation[values["step"]] = values["validation_loss"]
+            else:
+                stages[-1].steps[values["step"]] = values
+        except (ValueError, KeyError, AttributeError, IndexError) as error:
+            raise UserError(f"{path}:{number}: not a line of metrics ({error})") from error
+    stages = [stage for stage in stages if stage.steps]
+    if not stages:
+        raise UserError(f"{path} holds no training step")
+    return stages
+
+
+def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") -> None:
+    """Loss against `x`, a colour for each stage, a line at each growth. Raises UserError for metrics without it."""
+    if missing := [stage for stage in stages if any(x not in values for values in stage.steps.values())]:
+        raise UserError(f"there are steps without {x!r} in the stage of {missing[0].parameters:,} parameters")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for number, stage in enumerate(stages):
+        layout = ", ".join(f"{axis} {size}" for axis, size in stage.layout.items() if size > 1) or "one rank"
+        colour = f"C{number}"
+        place, loss = stage.series(x), stage.series("loss")
+        axes.plot(place, loss, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(place, smooth(loss), color=colour, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
+        points = [(stage.steps[step][x], loss) for step, loss in stage.validation.items() if step in stage.steps]
+        axes.scatter([at for at, _ in points], [loss for _, loss in points], color=colour, s=24, zorder=3)
+    axes.scatter([], [], color="0.4", s=24, label="held-out text")
+    for before, after in itertools.pairwise(stages):
+        goes_on = min(after.series("tokens")) > max(before.series("tokens"))
+        if before.parameters != after.parameters and goes_on:
+            mark_growth(axes, before=before, after=after, x=x)
+    axes.set(xlabel=AXES[x], ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(output)
+    except ValueError as error:  # of a suffix that is no kind of picture
+        raise UserError(f"--output {output}: {error}") from error
+
+
+def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:
+    """A vertical line where the model grew."""
+    position = before.series(x)[-1]
+    axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
+    text = f" grown: {before.parameters / 1e6:.1f} M to {after.parameters / 1e6:.1f} M"
+    axes.text(position, 0.72, text, transform=axes.get_xaxis_transform(), va="top")
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean over the last steps."""
+    return [statistics.fmean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
+
+
+def summarize(stages: list[Stage]) -> str:
+    """A Markdown table, a row a stage; first and last loss are means over 10 steps."""
+    rows = [
+        "| stage | layout (tp, pp, dp) | parameters | steps | tokens | first loss | last loss | held-out | rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for number, stage in enumerate(stages, 1):
+        loss, tokens = stage.series("loss"), int(stage.series("tokens")[-1])
+        layout = ", ".join(str(stage.layout[axis]) for axis in ("tp", "pp", "dp"))
+        held_out = f"{stage.validation[max(stage.validation)]:.3f}" if stage.validation else "-"
+        rows.append(
+            f"| {number} | {layout} | {stage.parameters:,} | {min(stage.steps)}-{max(stage.steps)} "
+            f"| {tokens:,} | {statistics.fmean(loss[:10]):.3f} | {statistics.fmean(loss[-10:]):.3f} "
+            f"| {held_out} | {statistics.median(stage.series('tokens_per_second')):,.0f} |"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,120 @@
+"""Train a SentencePiece tokenizer (byte-pair encoding that keeps every byte and space) on Pile shards."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.runner import command
+from megatron_tf.data.documents import BadLines, read_documents
+from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.inputs import find_inputs
+
+MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    input: list[str]
+    vocab_size: int
+    output_prefix: Path
+    json_key: str
+    max_sentences: int
+    max_bad_lines: float
+
+
+@command()
+def main(arguments: list[str] | None = None) -> int:
+    """Train, and write PREFIX.model."""
+    parser = make_parser("train-tokenizer", __doc__)
+    parser.add_argument("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .jsonl.zst files, or patterns")
+    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, bytes and special ones included")
+    parser.add_argument("--output-prefix", type=file_path, required=True, help="writes PREFIX.model")
+    parser.add_argument("--json-key", default="text", help="the text of a line")
+    parser.add_argument("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
+    parser.add_argument("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
+    options = parse(parser, Options, arguments)
+    if not 0 <= options.max_bad_lines <= 1:  # nan too
+        parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")
+    train(options)
+    return 0
+
+
+def train(options: Options) -> None:
+    """Train and write the model. Raises DataError for no text, for bad input and for what SentencePiece refuses."""
+    text = Text(find_inputs(options.input), options.json_key)
+    lines = itertools.islice(text, options.max_sentences)
+    first = next(lines, None)
+    text.check(options.max_bad_lines)
+    if first is None:
+        raise DataError(f"no text under {options.json_key!r} in {', '.join(options.input)}")
+    options.output_prefix.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{options.output_prefix}.model.tmp")
+    try:
+        with temporary.open("wb") as file:
+            fit(itertools.chain([first], lines), file, options.vocab_size)
+        text.check(options.max_bad_lines)
+        temporary.replace(f"{options.output_prefix}.model")
+    except RuntimeError as error:
+        text.check(options.max_bad_lines)  # bad input explains more than what SentencePiece makes of the rest
+        raise DataError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{options.output_prefix}.model: {options.vocab_size:,} pieces")
+
+
+def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:
+    """Train on lines and write the model. Raises RuntimeError as SentencePiece does."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=file,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        max_sentence_length=MAX_LINE_BYTES,
+        num_threads=2,
+        minloglevel=1,
+    )
+
+
+class Text(Iterator[str]):
+    """Non-empty lines of the documents, with long ones cut. An error ends them and is kept: SentencePiece would wrap it
+    into a report of its own."""
+
+    def __init__(self, paths: list[Path], key: str) -> None:
+        self.bad = BadLines()
+        self.error: Exception | None = None
+        self._documents = read_documents(paths, [key], self.bad)
+        self._lines = self._split(key)
+
+    def __next__(self) -> str:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.error = error
+            raise StopIteration from None
+
+    def check(self, max_bad_lines: float) -> None:
+        """Raise what ended the lines, or DataError where too many of those read were bad."""
+        if self.error is not None:
+            raise self.error
+        self.bad.check(max_bad_lines)
+
+    def _split(self, key: str) -> Iterator[str]:
+        for document in self._documents:
+            for line in document[key].splitlines():
+                if line.strip():
+                    yield line[: MAX_LINE_BYTES // 4]
