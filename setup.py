@@ -113,7 +113,7 @@ setup(
                 "csrc/sample_index.hpp",
             ],
             cxx_std=20,
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-pthread"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
         ),
         Pybind11Extension(
             "megatron_tf._row_product",

@@ -70,7 +70,8 @@ class SpacedBlend:
 
     def steps(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the dataset, and which of its samples, of steps [first, first + count); both int64 [count]."""
-        datasets, phases = len(self.shares), float(self._phases.sum())
+        datasets = len(self.shares)
+        phases = float(self._phases.sum())
         # floor(w t + phase), summed over datasets, is at most t + phases, and less than one a dataset below that:
         # two times that surely enclose the steps. Rounding can put one sample of each dataset on the wrong side of
         # such a time, so both leave as many steps between; the last term is what it does to the sum of shares.
@@ -107,7 +108,8 @@ class GreedyBlend:
     """
 
     def __init__(self, weights: Sequence[float], are_shares: bool = False) -> None:
-        self._weights, self._are_shares = np.array(weights, dtype=np.float64), are_shares
+        self._weights = np.array(weights, dtype=np.float64)
+        self._are_shares = are_shares
         self.shares = self._weights / self._weights.sum()
         self._grow(_FIRST_STEPS)
 
@@ -127,7 +129,8 @@ class BlendedDataset:
     """`dataset[i]` is step i of a blend. The order of a prefix does not depend on how far the run goes."""
 
     def __init__(self, datasets: Sequence[Samples], blend: Blend) -> None:
-        self.datasets, self.blend = datasets, blend
+        self.datasets = datasets
+        self.blend = blend
 
     def __getitem__(self, step: int) -> NDArray[np.integer]:
         dataset, sample = self._locate(step)

@@ -27,11 +27,11 @@ def build_loader(
     """This replica's batches of a data set from the given position on; of full size where they are not to train on."""
     return BatchLoader(
         dataset,
-        training.batch_size_at if is_training else lambda _: training.global_batch_size,
-        training.micro_batch_size,
-        mesh.rank("dp"),
-        mesh.size("dp"),
-        consumed_samples,
+        batch_size=training.batch_size_at if is_training else lambda _: training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        replica=mesh.rank("dp"),
+        replicas=mesh.size("dp"),
+        consumed_samples=consumed_samples,
     )
 
 
@@ -160,9 +160,11 @@ def _ordered(
     name = f"{Path(prefix).name}:{split}"
     order: Order
     if is_megatron:
-        order = MegatronOrder(lengths, training.seq_length, training.seed, name, cache, asked)
+        order = MegatronOrder(
+            lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache, samples=asked
+        )
     else:
-        order = SampleOrder(lengths, training.seq_length, training.seed, name, cache)
+        order = SampleOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)
     return GPTDataset(indexed, documents, order)
 
 
