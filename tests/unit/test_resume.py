@@ -9,7 +9,7 @@ from megatron_tf import pretrain
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
-from megatron_tf.training import state
+from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.training.resumable import open_resumable
 from tests.support.commands import make_run
 from tests.unit.checkpoint.test_strangers import change_metadata
@@ -39,20 +39,20 @@ def configured(folder, *overrides, growth=None):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What is opened, and the models that are built to be trained."""
+    """What is opened, and the models that are built, with the number of their FFN tokens."""
     opened, built = [], []
-    open_, build = CheckpointReader.__init__, state.build_stage
+    open_, build = CheckpointReader.__init__, TokenFormer.__init__
 
     def init(self, path, *arguments, **options):
         opened.append(path.name)
         open_(self, path, *arguments, **options)
 
-    def build_stage(config, *arguments, **options):
+    def init_model(self, config, *arguments, **options):
         built.append(config.ffn_tokens)
-        return build(config, *arguments, **options)
+        build(self, config, *arguments, **options)
 
     monkeypatch.setattr(CheckpointReader, "__init__", init)
-    monkeypatch.setattr(state, "build_stage", build_stage)
+    monkeypatch.setattr(TokenFormer, "__init__", init_model)
     return opened, built
 
 
