@@ -38,7 +38,7 @@ def run_on(layout, data, folder, **training):
 def outcome(mesh, config):
     """What a run says when it ends, on one rank."""
     try:
-        train(config, mesh, SignalCatcher(), [{}], lambda reason: None)
+        train(config, mesh, signals=SignalCatcher(), data=[{}], end=lambda reason: None, resumable=None)
     except (DataError, ConfigError) as error:
         return f"{type(error).__name__}: {error}"
     return "done"

@@ -91,8 +91,8 @@ def test_the_card_tells_lineage_and_loss(tmp_path):
 def alter_tau(write):
     """As `write_surroundings`, with one temperature a hundredth larger."""
 
-    def altered(checkpoint, directory, *arguments):
-        write(checkpoint, directory, *arguments)
+    def altered(checkpoint, directory, *arguments, **options):
+        write(checkpoint, directory, *arguments, **options)
         config = json.loads((directory / "config.json").read_text())
         config["tau"]["layers.1.attention.proj"] *= 1.01
         (directory / "config.json").write_text(json.dumps(config))
@@ -112,8 +112,8 @@ def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, mon
 def edit_code(write, old, new):
     """As `write_surroundings`, with a fault in the model's code."""
 
-    def edited(checkpoint, directory, *arguments):
-        write(checkpoint, directory, *arguments)
+    def edited(checkpoint, directory, *arguments, **options):
+        write(checkpoint, directory, *arguments, **options)
         path = directory / "modeling_tokenformer.py"
         code = path.read_text()
         assert code.count(old) == 1

@@ -9,6 +9,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from megatron_tf.config import ConfigError, LoggingConfig
+from megatron_tf.errors import UserError
 from megatron_tf.training.metrics import MetricsLog
 from megatron_tf.training.sinks import Guarded, JsonLines, open_sinks
 
@@ -148,7 +149,7 @@ def test_a_restart_without_a_name_says_that_it_is_another_run(monkeypatch, capsy
 
 def test_weights_and_biases_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"pip install 'megatron_tf\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install 'megatron_tf\[wandb\]'"):
         open_sinks(LoggingConfig(wandb_project="growth"), print)
 
 
