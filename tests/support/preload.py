@@ -3,13 +3,20 @@
 import contextlib
 import importlib
 
-import torch._dynamo
-import torch.distributed.pipelining
-import torch.distributed.run  # noqa: F401
+NEEDED = (
+    "torch._dynamo",
+    "torch.distributed.pipelining",
+    "torch.distributed.run",
+    "megatron_tf.commands.resharding",
+    "megatron_tf.inference.generation",
+    "megatron_tf.training.trainer",
+    "tests.support.ranks",
+    "tests.support.victims",
+)
+OPTIONAL = ("transformers", "lm_eval")
 
-import tests.support.ranks
-import tests.support.victims  # noqa: F401
-
-for optional in ("transformers", "lm_eval"):
+for name in NEEDED:
+    importlib.import_module(name)
+for name in OPTIONAL:
     with contextlib.suppress(ImportError):
-        importlib.import_module(optional)
+        importlib.import_module(name)
