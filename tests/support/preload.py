@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 
 NEEDED = (
     "torch._dynamo",
@@ -14,6 +15,8 @@ NEEDED = (
     "tests.support.victims",
 )
 OPTIONAL = ("transformers", "lm_eval")
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: what is forked later keeps the number of threads
 
 for name in NEEDED:
     importlib.import_module(name)
