@@ -2,6 +2,7 @@
 # Set up, then lint, types and all tests:
 #
 #   bash tests/run.sh                              in .venv, on the versions of requirements/tested.txt
+#   bash tests/run.sh fast                         lint, types, what takes little time, --help of each command: two minutes
 #   bash tests/run.sh tests/unit -k golden         arguments go to pytest
 #   bash tests/run.sh --with oldest                the fast tests in .venv-oldest, on the lower bounds of setup.py
 #   bash tests/run.sh --with oldest --torch 2.11.0      with another release of PyTorch
@@ -27,6 +28,11 @@ if [ $environment = tested ]; then
     ruff check .
     ruff format --check .
     mypy megatron_tf tools
+fi
+if [ "${1:-}" = fast ]; then
+    explains=tests/end_to_end/test_commands.py::test_each_command_explains_itself
+    OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 -m "not slow" tests/unit $explains
+    exit
 fi
 if [ $# -gt 0 ]; then
     python -m pytest "$@"

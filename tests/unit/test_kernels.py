@@ -19,6 +19,7 @@ def compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("norm", NORMALISATIONS.values(), ids=NORMALISATIONS.keys())
 @pytest.mark.parametrize("shared", [False, True], ids=["one rank", "shared"])

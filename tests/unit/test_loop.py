@@ -13,6 +13,8 @@ from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training import loop
 from tests.support.commands import make_run
 
+pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -14,6 +14,8 @@ from megatron_tf.training import loop
 from megatron_tf.training.step import StepResult
 from tests.support.commands import make_run
 
+pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -89,6 +89,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_during_a_save_leaves_the_one_before(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "written\n"
@@ -184,6 +185,7 @@ def save_on_rank(mesh, root, fails):
         return str(error)
 
 
+@pytest.mark.slow
 def test_real_ranks_save_together_and_fail_together(tmp_path):
     pool = RankPool(2)
     try:

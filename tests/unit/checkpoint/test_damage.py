@@ -238,6 +238,7 @@ def test_swapped_files_are_named(root):
         use(root)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_found_by_reader_inspection_and_tool(sound, tmp_path, capsys):
     """200 places drawn over all files; the tool leaves nothing behind."""
     chance = random.Random(0)

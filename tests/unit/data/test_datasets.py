@@ -152,6 +152,7 @@ def build_and_tell(arguments):
     return order.locate(3)[1], len(built)
 
 
+@pytest.mark.slow
 def test_many_processes_build_an_order_once(tmp_path):
     lengths = np.full(200_000, 30, dtype=np.int32)
     with multiprocessing.get_context("spawn").Pool(4) as pool:

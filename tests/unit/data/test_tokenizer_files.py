@@ -181,6 +181,7 @@ def reference_of(name, ranks, monkeypatch):
     return tiktoken.Encoding(**described)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
 def test_ids_of_every_character_are_those_of_tiktoken(tmp_path, monkeypatch, name):
     ranks = write_ranks(tmp_path / f"{name}.tiktoken")

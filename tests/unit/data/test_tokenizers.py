@@ -43,6 +43,7 @@ def test_real_text(neox):
         assert_same_ids(neox, [line.decode() for line in file])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["a{}b", "a\u0345{}\u0334", "'s{}'s"])
 def test_every_character_there_is(neox, template):
     """Library versions differ in their Unicode tables; this covers classes and the order of combining marks."""

@@ -76,6 +76,7 @@ def write_pair(folder, vocabulary="vocab.json", merges="merges.txt", count=0):
     return folder / vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "gpt2-"])
 def test_a_vocabulary_with_its_merges_gives_the_ids_of_transformers(tmp_path, prefix):
     path = write_pair(tmp_path, f"{prefix}vocab.json", f"{prefix}merges.txt")
@@ -165,6 +166,7 @@ def write_tekken(path, **changes):
     return path
 
 
+@pytest.mark.slow
 def test_a_tekken_file_gives_the_ids_of_tiktoken_behind_the_special_tokens(tmp_path):
     """mistral-common encodes so: tiktoken with the file's pattern and ranks, and as many ids further."""
     tokenizer = build_tokenizer("TikTokenizer", write_tekken(tmp_path / "tekken.json"))
@@ -208,6 +210,7 @@ def describe(path, **content):
     path.with_name(f"{path.name.removesuffix('.tiktoken')}.tiktoken.json").write_text(json.dumps(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen.tiktoken", "tokenizer.model", "ranks"])
 def test_ranks_of_any_name_are_cut_as_the_description_next_to_them_says(tmp_path, name):
     path = write_ranks(tmp_path / name)
