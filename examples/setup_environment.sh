@@ -3,7 +3,7 @@
 #
 #   tested   .venv          requirements/tested.txt, in the checkout itself
 #   oldest   .venv-oldest   requirements/oldest.txt, with the release TORCH of PyTorch if one is given
-#   newest   .venv-newest   today's newest releases that setup.py allows
+#   newest   .venv-newest   today's newest releases that pyproject.toml allows
 #
 # The last two work in a copy of the checkout, so that their builds do not replace what .venv has built.
 #
@@ -139,7 +139,7 @@ wanted_packages() {
     local name=$1 torch=$2
     echo "# For $PWD."
     if [ "$name" = newest ]; then
-        echo "# The newest releases of $(date +%F) that setup.py allows ($(cksum <setup.py))."
+        echo "# The newest releases of $(date +%F) that pyproject.toml allows ($(cksum <pyproject.toml))."
     else
         sed "${torch:+s/^torch==.*/torch==$torch/}" "requirements/$name.txt"
     fi

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from megatron_tf.inference.model import LanguageModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> LanguageModel:

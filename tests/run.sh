@@ -4,7 +4,7 @@
 #   bash tests/run.sh                              in .venv, on the versions of requirements/tested.txt
 #   bash tests/run.sh fast                         lint, types, what takes little time, --help of each command: two minutes
 #   bash tests/run.sh tests/unit -k golden         arguments go to pytest
-#   bash tests/run.sh --with oldest                the fast tests in .venv-oldest, on the lower bounds of setup.py
+#   bash tests/run.sh --with oldest                the fast tests in .venv-oldest, on the lower bounds of pyproject.toml
 #   bash tests/run.sh --with oldest --torch 2.11.0      with another release of PyTorch
 #   bash tests/run.sh --with newest                the fast tests in .venv-newest, on today's newest releases
 set -euo pipefail
