@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.support.models import random_model, write_checkpoint
 from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "parameter_tokens.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 def blocks(page: Path):
@@ -44,6 +46,26 @@ def test_the_page_on_parameter_tokens_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "parameter_tokens.png").stat().st_size > 10_000
     assert "of 64 tokens" in capsys.readouterr().out
     assert all(found["after"][text] != found["before"][text] for text in ("prose", "code"))
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path, monkeypatch, capfd):
+    """Its own checks hold, and its commands say what the page says of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    found = {}
+    for number, block in enumerate(blocks(TUTORIAL), 1):
+        exec(compile(block, f"{TUTORIAL.name}, block {number}", "exec"), found)
+    said = capfd.readouterr().out
+    assert "41,024 -> 61,504 parameters, logits differ by 0.0" in said
+    assert re.search(r"^step +20/20 .*^wrote .*grown/step_00000020$.*^step +40/40 ", said, re.MULTILINE | re.DOTALL)
+    # the page's own Pattention is the models' one for every input, and tau from the new N is not
+    x = torch.randn(50, found["D"], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = found["layer"](x)
+        grown = found["pattention"](x, found["grown_keys"], found["grown_values"], found["tau"])
+    torch.testing.assert_close(grown, y)
+    assert (found["moved"] - found["y"]).abs().max() > 0.1
 
 
 def test_pictures_are_small():
