@@ -1,6 +1,8 @@
 """The pages of docs that are programs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,15 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capfd):
         grown = found["pattention"](x, found["grown_keys"], found["grown_values"], found["tau"])
     torch.testing.assert_close(grown, y)
     assert (found["moved"] - found["y"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["pattention", "mesh", "growth"])
+def test_drawings_are_what_their_script_draws(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, ROOT / "docs" / "drawings.py", tmp_path], check=True, timeout=120)
+    words = re.compile(r"<text[^>]*>([^<]*)</text>")
+    drawn, kept = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
+    assert words.findall(drawn) == words.findall(kept) != []
 
 
 def test_pictures_are_small():
