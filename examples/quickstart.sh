@@ -1,16 +1,29 @@
 #!/usr/bin/env bash
-# From text to a grown model: tokenize, train on two tensor-parallel ranks, grow and repartition, train on two pipeline
-# stages, generate. About nine minutes on two cores after the set-up. Run it again to go on after an interruption;
-# remove runs/quickstart to start over.
+# From text to a grown model: tokenize, train on two tensor-parallel ranks, grow and reshard, train on two pipeline
+# stages, generate.
+#
+#   bash examples/quickstart.sh           under four minutes on two cores after the set-up; in runs/quickstart
+#   bash examples/quickstart.sh --full    three times the steps, for a better model; in runs/quickstart_full
+#
+# After an interruption, run it again to resume. Remove the directory of the run to start over.
 set -euo pipefail
+run=runs/quickstart base_steps=160 all_steps=420
+case ${1:-} in
+    "") ;;
+    --full) run=runs/quickstart_full base_steps=500 all_steps=1200 ;;
+    *) echo "error: $1 is no option: --full is the only one" >&2 && exit 2 ;;
+esac
 . "$(dirname "$0")/setup_environment.sh" tested
 export OMP_NUM_THREADS=1
 
-run=runs/quickstart
 data=$run/data
 mkdir -p $data
+for config in base:$base_steps grown:$all_steps; do
+    sed "s|runs/quickstart|$run|; s/train_iters: .*/train_iters: ${config#*:}/" "examples/quickstart/${config%:*}.yaml" \
+        >"$run/${config%:*}.yaml"
+done
 
-echo "== 1/5 tokenizer and data"
+echo "== 1/5 train a tokenizer, and turn text into token ids"
 [ -e $data/tokenizer.model ] ||
     python tools/train_tokenizer.py --input examples/data/pile_sample_00.jsonl.zst --vocab-size 2048 \
         --output-prefix $data/tokenizer
@@ -21,19 +34,32 @@ done
 
 echo "== 2/5 train on two tensor-parallel ranks with sequence parallelism"
 [ -e $run/grown/latest ] ||
-    python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/base.yaml
+    python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain $run/base.yaml
 
 echo "== 3/5 grow every projection to twice its parameter tokens, for two pipeline stages"
 [ -e $run/grown/latest ] ||
     python tools/reshard_checkpoint.py --load $run/base --save $run/grown --grow qkv=256,proj=256,ffn=1024 \
         --target-tensor-parallel-size 1 --target-pipeline-parallel-size 2 --verify
 
-echo "== 4/5 go on training the grown model on two pipeline stages"
-python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain examples/quickstart/grown.yaml
+echo "== 4/5 continue training the grown model on two pipeline stages"
+python -m megatron_tf.torchrun --nproc-per-node 2 -m megatron_tf.pretrain $run/grown.yaml
 
-echo "== 5/5 generate, plot and sum up"
+echo "== 5/5 generate text, and plot the loss"
 OMP_NUM_THREADS=2 python -m megatron_tf.generate $run/continued --prompt "The history of the" --max-new-tokens 80 \
     --temperature 0.8 --top-p 0.9 --seed 1
 python tools/plot_run.py $run/base.jsonl $run/continued.jsonl --output $run/loss.png --summary $run/summary.md \
     --title "TokenFormer grown during training"
-echo "The loss curve is in $run/loss.png, the table in $run/summary.md."
+
+cat <<END
+
+Done. The model grew at step $base_steps, without a change of its logits (max |delta logit| above), and trained on.
+  $run/loss.png      loss against tokens, with the growth marked
+  $run/summary.md    the table above
+  $run/continued     checkpoints of the grown model
+
+Try next, with .venv/bin on your PATH:
+  megatron-tf inspect-checkpoint $run/continued
+  megatron-tf generate $run/continued --prompt "In the beginning"
+  megatron-tf evaluate $run/continued --data-path $data/heldout_text_document
+  docs/tutorial.md explains what you have seen, from a Pattention in 30 lines up.
+END
