@@ -1,6 +1,7 @@
 """The pages of docs that are programs."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,24 @@ def test_drawings_are_what_their_script_draws(name, tmp_path):
     words = re.compile(r"<text[^>]*>([^<]*)</text>")
     drawn, kept = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
     assert words.findall(drawn) == words.findall(kept) != []
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every link and anchor leads somewhere, every page is in the menu, and the API's names exist."""
+    pytest.importorskip("zensical")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "megatron_tf").symlink_to(ROOT / "megatron_tf")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", "mkdocs.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert all(f"- {page}.md\n" in menu for page in pages)
+    names = re.findall(r"^::: (.*)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    assert all(f'id="{name}"' in api for name in names)
+    assert len(names) > 5
 
 
 def test_pictures_are_small():
