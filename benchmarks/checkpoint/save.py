@@ -17,9 +17,9 @@ from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import new_record, save_state
-from megatron_tf.training.state import TrainState, build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import new_record, save_state
+from megatron_tf.training.step.state import TrainState, build_state
+from megatron_tf.training.step.step import train_step
 
 STEPS = 6
 MODEL = {

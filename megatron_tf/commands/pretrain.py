@@ -8,7 +8,7 @@ from megatron_tf.commands.arguments import file_path, make_parser
 from megatron_tf.commands.runner import command, say_error
 from megatron_tf.config import RunConfig, load_config
 from megatron_tf.config.describe import describe
-from megatron_tf.parallel.signals import SignalCatcher, caught_signals, exit_code
+from megatron_tf.training.supervision.signals import SignalCatcher, caught_signals, exit_code
 
 _MARGIN = timedelta(seconds=30)  # that collectives wait longer than the watch, which has more to say
 
@@ -39,10 +39,10 @@ def run(config: RunConfig, signals: SignalCatcher) -> int:
 
     make_compiler_cache()  # the imports below raise a bare OSError without it
     from megatron_tf.parallel.mesh import init_mesh
-    from megatron_tf.training.determinism import use_deterministic_algorithms
-    from megatron_tf.training.identity import check_same_run, data_identities
-    from megatron_tf.training.resume import open_newest
-    from megatron_tf.training.trainer import train
+    from megatron_tf.training.run.identity import check_same_run, data_identities
+    from megatron_tf.training.run.resume import open_newest
+    from megatron_tf.training.run.trainer import train
+    from megatron_tf.training.step.determinism import use_deterministic_algorithms
 
     if config.training.deterministic:
         use_deterministic_algorithms()

@@ -21,7 +21,7 @@ from types import FrameType
 from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
-from megatron_tf.parallel.signals import catch_from_first_line
+from megatron_tf.training.supervision.signals import catch_from_first_line
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 INTERRUPTED = "interrupted: start the same command again"

@@ -74,7 +74,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(folder, expected)
     script.write_text(
         "import os, signal, sys\n"
         "from megatron_tf import pretrain\n"
-        "from megatron_tf.training import loop\n"
+        "from megatron_tf.training.run import loop\n"
         "step, count = loop.train_step, 0\n"
         "def die(*arguments):\n"
         "    global count\n"

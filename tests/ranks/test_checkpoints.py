@@ -11,11 +11,11 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.inference.model import load_model
-from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import save_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
 from tests.support.training import EOD, random_batch
 

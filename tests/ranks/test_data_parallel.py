@@ -12,11 +12,11 @@ from megatron_tf.model.parallelize import stage_layers
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.checkpointing import new_record, restore_state, save_state
-from megatron_tf.training.optimizer import MOMENTS
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import prepare
+from megatron_tf.training.run.checkpointing import new_record, restore_state, save_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import prepare
 from tests.ranks.test_layouts import layout_config, whole_model
 from tests.support.training import EOD, random_batch, training_run
 

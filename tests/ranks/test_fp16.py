@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import save_state
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
 from tests.support.training import EOD, random_batch
 

@@ -6,8 +6,8 @@ from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import mask_scale, mean_loss, prepare, train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import mask_scale, mean_loss, prepare, train_step
 
 VOCAB = 100
 EOD = 48

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from megatron_tf.config import ConfigError, RunConfig, load_config, parse_config, to_dict
-from megatron_tf.training.schedule import learning_rate
+from megatron_tf.training.step.schedule import learning_rate
 from tests.support.training import small_run
 
 

@@ -11,7 +11,7 @@ from megatron_tf.config import ConfigError, TrainingConfig
 from megatron_tf.data.build import samples_of_run
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.state import check_batch_sizes
+from megatron_tf.training.step.state import check_batch_sizes
 from tests.support.training import small_run
 
 

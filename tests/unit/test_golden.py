@@ -7,7 +7,7 @@ from megatron_tf.config import OptimizerConfig
 from megatron_tf.model.parallelize import mean_token_loss, parameter_shards
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.optimizer import Optimizer
+from megatron_tf.training.step.optimizer import Optimizer
 from tests.support.golden import CASES, fixture_name, golden_model
 
 ONE_PROCESS = Mesh(torch.device("cpu"))

@@ -10,7 +10,7 @@ from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
 from megatron_tf.tokenformer.sizes import training_flops
-from megatron_tf.training import loop
+from megatron_tf.training.run import loop
 from tests.support.commands import make_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data

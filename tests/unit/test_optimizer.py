@@ -7,7 +7,7 @@ from megatron_tf.config import ConfigError, OptimizerConfig
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.optimizer import MOMENTS, Optimizer
+from megatron_tf.training.step.optimizer import MOMENTS, Optimizer
 from tests.support.training import small_run
 
 NAME, OLD, ROWS = "layers.0.ffn.key_tokens", 4, 7

@@ -10,9 +10,9 @@ from megatron_tf.checkpoint.record import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import blend_of, restore_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.state import build_state
+from megatron_tf.training.run.checkpointing import blend_of, restore_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 

@@ -8,10 +8,10 @@ import torch
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import restore_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
+from megatron_tf.training.run.checkpointing import restore_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 from tests.unit.checkpoint.test_strangers import FILE, change_manifest, change_metadata, make_fifo

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.training.schedule import learning_rate, rewarmup
+from megatron_tf.training.step.schedule import learning_rate, rewarmup
 
 BASE = {"lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 10, "lr_decay_iters": 110}
 CORNERS = {

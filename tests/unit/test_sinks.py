@@ -10,8 +10,8 @@ import pytest
 
 from megatron_tf.config import ConfigError, LoggingConfig
 from megatron_tf.errors import UserError
-from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.sinks import Guarded, JsonLines, open_sinks
+from megatron_tf.training.observability.metrics import MetricsLog
+from megatron_tf.training.observability.sinks import Guarded, JsonLines, open_sinks
 
 
 def log_of(**options):

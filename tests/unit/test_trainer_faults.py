@@ -10,8 +10,8 @@ import yaml
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import plot_run
-from megatron_tf.training import loop
-from megatron_tf.training.step import StepResult
+from megatron_tf.training.run import loop
+from megatron_tf.training.step.step import StepResult
 from tests.support.commands import make_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data

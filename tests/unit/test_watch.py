@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_tf.parallel.watch import Beat, explain
+from megatron_tf.training.supervision.watchdog import Beat, explain
 
 
 def beat(count, operation="forward-backward of step 7", is_waiting=True, place="x.py:1 in f"):

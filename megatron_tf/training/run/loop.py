@@ -16,18 +16,18 @@ from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.tokenformer.sizes import training_flops
-from megatron_tf.training.batch_ids import bad_id_of_batch
-from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.faults import DivergedError, SpikeDetector, name_unsound
-from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.phases import Phases
-from megatron_tf.training.profiling import Profiler
-from megatron_tf.training.resume import RestoredRun
-from megatron_tf.training.schedule import learning_rate, rewarmup
-from megatron_tf.training.state import TrainState
-from megatron_tf.training.step import StepResult, evaluation_loss, train_step
-from megatron_tf.training.stopping import Stopping
-from megatron_tf.training.throughput import peak_flops, peak_memory
+from megatron_tf.training.observability.metrics import MetricsLog
+from megatron_tf.training.observability.profiling import Profiler
+from megatron_tf.training.observability.step_timer import Phases
+from megatron_tf.training.observability.throughput import peak_flops, peak_memory
+from megatron_tf.training.run.checkpointing import save_state
+from megatron_tf.training.run.resume import RestoredRun
+from megatron_tf.training.run.spikes import DivergedError, SpikeDetector, name_unsound
+from megatron_tf.training.step.batch_ids import bad_id_of_batch
+from megatron_tf.training.step.schedule import learning_rate, rewarmup
+from megatron_tf.training.step.state import TrainState
+from megatron_tf.training.step.step import StepResult, evaluation_loss, train_step
+from megatron_tf.training.supervision.stop_signal import Stopping
 
 _REWINDS_IN_A_ROW = 3
 

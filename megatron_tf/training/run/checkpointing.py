@@ -14,9 +14,9 @@ from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.blend import GREEDY, SPACED
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
-from megatron_tf.training.optimizer import MOMENTS
-from megatron_tf.training.resumable import Resumable, starts_over
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.run.resumable import Resumable, starts_over
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import TrainState
 
 
 def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] = ()) -> RunRecord:

@@ -12,7 +12,7 @@ from megatron_tf.data.loader import sample_numbers
 from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.step.state import TrainState
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_tf.config import LoggingConfig
-from megatron_tf.training.sinks import Guarded, open_sinks
+from megatron_tf.training.observability.sinks import Guarded, open_sinks
 
 
 class MetricsLog:

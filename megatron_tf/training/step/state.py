@@ -23,9 +23,9 @@ from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.loss_scale import LossScaler
-from megatron_tf.training.optimizer import Optimizer
-from megatron_tf.training.phases import Phases
+from megatron_tf.training.observability.step_timer import Phases
+from megatron_tf.training.step.loss_scale import LossScaler
+from megatron_tf.training.step.optimizer import Optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -16,19 +16,19 @@ from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
-from megatron_tf.parallel.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
-from megatron_tf.parallel.watch import Watch
 from megatron_tf.tokenformer.sizes import parameter_count
-from megatron_tf.training.checkpointing import blend_of
-from megatron_tf.training.loop import Loop, Tools
-from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.phases import Phases
-from megatron_tf.training.preflight import preflight
-from megatron_tf.training.profiling import Profiler
-from megatron_tf.training.resumable import Resumable, open_resumable
-from megatron_tf.training.resume import Resume, has_layout
-from megatron_tf.training.state import TrainState, build_state, check_batches
-from megatron_tf.training.stopping import Stopping
+from megatron_tf.training.observability.metrics import MetricsLog
+from megatron_tf.training.observability.profiling import Profiler
+from megatron_tf.training.observability.step_timer import Phases
+from megatron_tf.training.run.checkpointing import blend_of
+from megatron_tf.training.run.loop import Loop, Tools
+from megatron_tf.training.run.resumable import Resumable, open_resumable
+from megatron_tf.training.run.resume import Resume, has_layout
+from megatron_tf.training.step.state import TrainState, build_state, check_batches
+from megatron_tf.training.supervision.preflight import preflight
+from megatron_tf.training.supervision.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
+from megatron_tf.training.supervision.stop_signal import Stopping
+from megatron_tf.training.supervision.watchdog import Watch
 
 
 def train(

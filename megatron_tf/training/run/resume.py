@@ -11,10 +11,10 @@ from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.data.blend import SPACED
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.changes import check_changes
-from megatron_tf.training.checkpointing import blend_of, new_record, restore_state
-from megatron_tf.training.resumable import Resumable, open_resumable, starts_over
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.run.changes import check_changes
+from megatron_tf.training.run.checkpointing import blend_of, new_record, restore_state
+from megatron_tf.training.run.resumable import Resumable, open_resumable, starts_over
+from megatron_tf.training.step.state import TrainState
 
 
 @dataclass(frozen=True)

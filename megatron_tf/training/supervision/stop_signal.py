@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.parallel.signals import SignalCatcher, name_of
+from megatron_tf.training.supervision.signals import SignalCatcher, name_of
 
 
 class Stopping:

@@ -10,10 +10,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.kernels.adapters import adamw, set_adam_state
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import Module, Parameter
+from megatron_tf.training.step.adam import adamw, set_adam_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -24,7 +24,7 @@ class Optimizer:
     Working on plain local tensors keeps every layout on one path: what is sharded over ranks is elementwise here.
     `shards` name the rows behind `parameters`, in the same order; `declared` are all parameters of the whole model, in
     the order in which their norms are summed. `tied_group` joins the stages that hold a copy of the embedding, if they
-    are two. `implementation` is a name that `megatron_tf.kernels.adapters.adamw` knows.
+    are two. `implementation` is a name that `megatron_tf.training.step.adam.adamw` knows.
     """
 
     def __init__(
