@@ -28,7 +28,7 @@ LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
 def curve_and_checkpoint(mesh, config, root):
     """As training_run; and a checkpoint of a new state, which is read again."""
     answer = training_run(mesh, config, 6)
-    save_state(build_state(config, mesh, EOD), config, new_record(config, TOKENIZER), Path(root))
+    save_state(build_state(config, mesh, EOD), config, new_record(config, TOKENIZER), root=Path(root))
     again = build_state(config, mesh, EOD)
     before = [shard.tensor.clone() for shard in again.shards]
     for shard in again.shards:

@@ -75,7 +75,7 @@ def training_run(mesh, config: RunConfig, steps: int = 20):
     inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
     loss, scale = state.runner.train(inputs, targets, options), mask_scale(state, targets)
     gradients = whole_gradients(state)
-    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale))]
+    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale).norm)]
     for step in range(1, steps):
         result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
         curve.append((result.loss, result.grad_norm))

@@ -142,7 +142,9 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
     found = {}
     for choice in ("torch", package):
         p = start.clone()
-        adam = adamw(choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], 1e-2, (0.9, 0.95), 1e-8)
+        adam = adamw(
+            choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8
+        )
         state = {"exp_avg": moments[0].clone(), "exp_avg_sq": moments[1].clone()}
         set_adam_state(adam, [(p, state)], 7)
         for gradient in gradients:

@@ -147,5 +147,5 @@ def test_growth_stages_are_checked_alike():
 def test_every_decay_is_at_min_lr_where_it_ends(style, end):
     schedule = {"lr": 1.0, "min_lr": 0.125, "lr_decay_style": style, "lr_decay_iters": end}
     config = small_run(optimizer=schedule).optimizer
-    assert [learning_rate(config, step, 20) for step in range(end, end + 3)] == [0.125] * 3
-    assert learning_rate(config, end - 1, 20) > 0.125
+    assert [learning_rate(config, step, train_iters=20) for step in range(end, end + 3)] == [0.125] * 3
+    assert learning_rate(config, end - 1, train_iters=20) > 0.125

@@ -50,6 +50,6 @@ def test_five_adam_steps():
         loss = loss_function(model(inputs), labels)
         loss.backward()
         assert abs(loss.item() - expected_loss) < 1e-5
-        assert optimizer.step(config.lr) == pytest.approx(expected_norm, rel=1e-5)
+        assert optimizer.step(config.lr).norm == pytest.approx(expected_norm, rel=1e-5)
     for name, parameter in model.named_parameters():
         assert (parameter - tensors[f"after/{fixture_name(model, name)}"]).abs().max() < 1e-5, name

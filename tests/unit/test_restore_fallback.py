@@ -48,7 +48,7 @@ def test_a_run_resumes_from_the_intact_checkpoint_before(tmp_path, damage):
     intact = save(tmp_path, 7)
     damage(save(tmp_path, 9))
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
+    resumed = Resume(config, ONE_PROCESS, tokenizer=NO_TOKENIZER, build=build).restore()
     assert resumed.origin == intact
     assert resumed.record.training.step == 7
     assert "step_00000009" in resumed.damaged[0]
@@ -58,7 +58,7 @@ def test_a_latest_that_is_a_fifo_is_no_obstacle(tmp_path):
     intact = save(tmp_path, 7)
     make_fifo(tmp_path / "latest")
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
+    resumed = Resume(config, ONE_PROCESS, tokenizer=NO_TOKENIZER, build=build).restore()
     assert resumed.origin == intact
 
 

@@ -32,7 +32,7 @@ def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] 
 
 
 def save_state(
-    state: TrainState, config: RunConfig, record: RunRecord, root: Path, saver: BackgroundSaver | None = None
+    state: TrainState, config: RunConfig, record: RunRecord, *, root: Path, saver: BackgroundSaver | None = None
 ) -> Path | None:
     """Write the whole run's checkpoint under `root`; every rank calls it and writes what it holds.
 
@@ -40,6 +40,10 @@ def save_state(
     checkpoint's directory.
     """
     mesh = state.mesh
+    for name, module in state.model.pattentions().items():  # tau travels with the model, the record keeps a copy
+        assert module.tau == record.tau[name], (
+            f"{name} computes with tau {module.tau}, the record says {record.tau[name]}"
+        )
     groups = {"model": list(state.shards)} | {moment: state.optimizer.moments(moment) for moment in MOMENTS}
     record = replace(record, model=config.model, config=to_dict(config), loss_scale=state.scaler.state())
     step = record.training.step

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def adamw(
-    choice: str, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+    choice: str, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
 ) -> torch.optim.Optimizer:
     """AdamW over groups of plain tensors: torch's fused one, or FusedAdam of apex or transformer-engine.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_tf.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, to_dict
+from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.kernels.dispatch import Kernels, choose, without_pattention_kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import (
@@ -23,7 +23,8 @@ from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.observability.step_timer import Phases
+from megatron_tf.training.observability.step_timer import StepTimer
+from megatron_tf.training.step.batch_sizes import check_batch_sizes
 from megatron_tf.training.step.loss_scale import LossScaler
 from megatron_tf.training.step.optimizer import Optimizer
 
@@ -31,81 +32,81 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Boundaries:
+class DocumentMasking:
     """What an end of document means in a sample."""
 
     eod: int
+    """The id that ends a document."""
     mask_loss: bool
+    """Whether targets after it count in no loss."""
     reset_attention: bool
+    """Whether documents of a sample do not see each other, and positions count from the start of each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a step changes, and the means to run it."""
+    """This rank's part of what is trained, and the means to train it.
+
+    A step changes the model's parameters (by `shards`, which are their storage), the optimizer and the scaler; the
+    other fields stay as they are until the next growth.
+    """
 
     mesh: Mesh
     model: TokenFormer
     shards: Sequence[RowShard]
     """The rows of parameters this rank holds."""
     optimizer: Optimizer
-    runner: Runner
     scaler: LossScaler
-    boundaries: Boundaries
+    runner: Runner
+    masking: DocumentMasking
     kernels: Kernels
-    phases: Phases
+    """What the model computes with."""
+    timer: StepTimer
     """Told what a step is doing."""
 
 
-def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
+def build_state(config: RunConfig, mesh: Mesh, eod: int, *, timer: StepTimer | None = None) -> TrainState:
     """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
 
     Raises UserError for a layout that cannot be, and for kernels that can't be built.
     """
-    training, parallel = config.training, config.parallel
-    dtype = DTYPES[training.precision]
-    check_batch_sizes(config, mesh)
-    shapes = micro_batch_shapes(
-        config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+    check_batch_sizes(config, mesh.size("pp"), mesh.size("dp"))
+    dtype = DTYPES[config.training.precision]
+    model = _build_model(config, mesh, dtype)
+    kernels = _build_kernels(model, config, mesh=mesh, dtype=dtype)
+    shards = parameter_shards(model)
+    initialize(shards, config.model, config.training.seed)
+    return TrainState(
+        mesh=mesh,
+        model=model,
+        shards=shards,
+        optimizer=_build_optimizer(model, config, mesh=mesh, shards=shards, implementation=kernels.optimizer),
+        scaler=LossScaler(config.loss_scale, config.training.precision == "fp16"),
+        runner=_build_runner(model, config, mesh=mesh, dtype=dtype),
+        masking=DocumentMasking(eod, config.data.eod_mask_loss, config.data.reset_attention_mask),
+        kernels=kernels,
+        timer=timer or StepTimer(),
     )
+
+
+def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenFormer:
+    """The stage of this rank, without values."""
+    training, parallel = config.training, config.parallel
     model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     if training.hidden_dropout or training.attention_dropout:
         model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
-    kernels = _build_kernels(model, config, mesh, dtype)
-    shards = parameter_shards(model)
-    initialize(shards, config.model, training.seed)
-    runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
-    optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
-    boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
-    scaler = LossScaler(config.loss_scale, training.precision == "fp16")
-    return TrainState(mesh, model, shards, optimizer, runner, scaler, boundaries, kernels, phases or Phases())
+    return model
 
 
-def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:
-    """Raise ConfigError, with the numbers, where a batch does not split into micro-batches of every replica, or into
-    too few of them for the pipeline's schedule."""
-    check_batches(config, mesh.size("pp"), mesh.size("dp"))
+def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Runner:
+    training, parallel = config.training, config.parallel
+    shapes = micro_batch_shapes(
+        config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+    )
+    return make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
 
 
-def check_batches(config: RunConfig, stages: int, replicas: int) -> None:
-    """As `check_batch_sizes`, for a layout that is yet to come."""
-    training = config.training
-    for size in training.batch_sizes:
-        whole = size == training.global_batch_size
-        key = "training.global_batch_size" if whole else "a batch of training.rampup_batch_size"
-        count, rest = divmod(size, training.micro_batch_size * replicas)
-        if rest:
-            raise ConfigError(
-                f"{key} ({size}) must be divisible by "
-                f"training.micro_batch_size ({training.micro_batch_size}) x data-parallel size ({replicas})"
-            )
-        if config.parallel.pipeline_schedule == "1f1b" and stages > 1 and count < stages:
-            raise ConfigError(
-                f"the 1f1b schedule over {stages} stages needs at least as many micro-batches, {key} ({size}) "
-                f"gives {count} on each of {replicas} replicas: raise it, lower micro_batch_size, or choose gpipe"
-            )
-
-
-def _build_kernels(model: TokenFormer, config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> Kernels:
+def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
     """The kernels that the model computes with from here on; the same on every rank, which all call it."""
     training = config.training
     kernels = choose(_asked_kernels(config), mesh.device, dtype)
@@ -125,20 +126,15 @@ def _asked_kernels(config: RunConfig) -> dict[str, Any]:
 
 
 def _build_optimizer(
-    model: TokenFormer,
-    shards: Sequence[RowShard],
-    model_config: ModelConfig,
-    config: OptimizerConfig,
-    mesh: Mesh,
-    implementation: str,
+    model: TokenFormer, config: RunConfig, *, mesh: Mesh, shards: Sequence[RowShard], implementation: str
 ) -> Optimizer:
-    tied_group = None if model_config.untie_embeddings_and_output_weights else first_and_last_stage_group(mesh)
+    is_tied = not config.model.untie_embeddings_and_output_weights
     return Optimizer(
         parameters=list(model.parameters()),
         shards=shards,
-        declared=model_parameters(model_config),
-        config=config,
+        declared=model_parameters(config.model),
+        config=config.optimizer,
         mesh=mesh,
-        tied_group=tied_group,
+        tied_group=first_and_last_stage_group(mesh) if is_tied else None,
         implementation=implementation,
     )

@@ -1,6 +1,7 @@
-"""Stopping a run at the next step, on a signal or when its time is up, on all ranks together."""
+"""Stopping all ranks of a run at one step: on a signal, when its time is up, or when an observer requests it."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -9,41 +10,51 @@ from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.supervision.signals import SignalCatcher, name_of
 
 
-class Stopping:
-    """What was requested of any rank: a stop, by one of the signals or by a limit of time; a trace of the next step.
+@dataclass(frozen=True)
+class Stop:
+    """Why the ranks stop."""
 
-    `since` is when the run began, by time.monotonic.
-    """
+    reason: str
+    number: int = 0
+    """The signal that was sent to one of them; 0 for none."""
+    is_final: bool = False
+    """Whether the run is not to be started again on its own account."""
 
-    def __init__(self, mesh: Mesh, signals: SignalCatcher, limit_minutes: float | None, since: float) -> None:
-        self.mesh, self.signals = mesh, signals
-        self.deadline = None if limit_minutes is None else since + 60 * limit_minutes
-        self.is_trace_asked = False
-        self.number = 0
-        """The signal that stops the run, once `agreed` has said so; 0 for none."""
-        self.reason = ""
-        """Why the run stops, once `agreed` has said so."""
 
-    def agreed(self, *, by_time: bool = True) -> bool:
-        """Whether any rank was asked to stop, `by_time` too; the same answer on every rank, which all call it together.
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks have agreed on."""
 
-        A trace that one was asked for is then asked of all.
+    stop: Stop | None
+    is_trace_requested: bool
+    """Whether any rank was sent SIGUSR2 since the last agreement."""
+
+
+class StopSignal:
+    """Finds out together whether to stop. The limit of time counts from when it is made."""
+
+    def __init__(self, mesh: Mesh, signals: SignalCatcher, limit_minutes: float | None) -> None:
+        self.mesh = mesh
+        self.signals = signals
+        self.deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+
+    def agree(self, reason: str | None = None, *, by_time: bool = True) -> Agreement:
+        """Ask all ranks; each gets the same answer, and all call it together.
+
+        `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
         """
         is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
-        requests = [self.signals.number, int(is_late), int(self.signals.is_trace_requested)]
+        requests = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
         self.signals.is_trace_requested = False
-        asked = torch.tensor(requests, device=self.mesh.device)
+        asked = torch.tensor([int(request) for request in requests], device=self.mesh.device)
         if self.mesh.world is not None:
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world)
-        number, late, trace = asked.tolist()
-        self.is_trace_asked = self.is_trace_asked or bool(trace)
-        if number:
-            self.number, self.reason = number, name_of(number)
+        number, late, trace, observed = asked.tolist()
+        stop = None
+        if observed:  # it comes before a signal: what is to be started again would lose the reason
+            stop = Stop(self.mesh.first_failure(reason) or "", is_final=True)
+        elif number:
+            stop = Stop(name_of(number), number)
         elif late:
-            self.reason = "its time is up (training.exit_duration_in_mins)"
-        return bool(self.reason)
-
-    def take_trace_asked(self) -> bool:
-        """Whether a trace was asked for, by the last `agreed`; the question is then answered."""
-        asked, self.is_trace_asked = self.is_trace_asked, False
-        return asked
+            stop = Stop("its time is up (training.exit_duration_in_mins)")
+        return Agreement(stop, bool(trace))
