@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.sizes import parameter_count, training_flops
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 
 WIDTH, LAYERS, VOCABULARY, SEQ_LENGTH, BATCH = 512, 12, 8192, 512, 4
 TOKENS = {"qkv_tokens": WIDTH, "proj_tokens": WIDTH, "ffn_tokens": 4 * WIDTH}

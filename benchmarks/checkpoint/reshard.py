@@ -58,7 +58,7 @@ def main() -> None:
             print(f"{name}: {seconds:.1f} s, {mib:,.0f} MiB", flush=True)
             best[name] = min(best.get(name, (seconds, mib)), (seconds, mib))
     shutil.rmtree(target, ignore_errors=True)
-    interpreter = timed([sys.executable, "-c", "import torch, megatron_tf.training.checkpointing"])[1]
+    interpreter = timed([sys.executable, "-c", "import torch, megatron_tf.training.run.checkpointing"])[1]
     print(f"\n{size:,} bytes; the interpreter with its libraries takes {interpreter:,.0f} MiB")
     print("| job | time | against cp | GB/s written | peak, MiB |\n|---|---|---|---|---|")
     copied = best["cp -r"][0]
@@ -77,7 +77,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
     from megatron_tf.tokenformer.parameters import model_parameters
-    from megatron_tf.training.checkpointing import new_record
+    from megatron_tf.training.run.checkpointing import new_record
 
     config = load_config(config_file)
     target = Target(ranks, stage_layers(config.model, stages, config.training.seq_length))

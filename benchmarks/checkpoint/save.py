@@ -17,9 +17,9 @@ from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import new_record, save_state
-from megatron_tf.training.state import TrainState, build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import new_record, save_state
+from megatron_tf.training.step.state import TrainState, build_state
+from megatron_tf.training.step.step import train_step
 
 STEPS = 6
 MODEL = {
@@ -59,7 +59,7 @@ def main() -> None:
         note("steps without a save", steps(state, batch))
         step = record.after_step(turn + 1, 0, 0.0)
         start = time.perf_counter()
-        save_state(state, config, step, args.directory / "waiting")
+        save_state(state, config, step, root=args.directory / "waiting")
         note("a save that training waits for", time.perf_counter() - start)
         stall, both, whole = in_background(state, config, step, args.directory / "background", batch)
         note("stall of a save in the background", stall)
@@ -94,7 +94,7 @@ def in_background(
     """Seconds of (the call, the steps that follow, all until the checkpoint is there)."""
     with BackgroundSaver(None, lambda path: None, print) as saver:
         start = time.perf_counter()
-        save_state(state, config, record, root, saver)
+        save_state(state, config, record, root=root, saver=saver)
         stall = time.perf_counter() - start
         both = steps(state, batch)
         saver.wait()

@@ -76,10 +76,10 @@ def inspect(options: Options) -> None:
 def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
     """Training samples as a run reads them, and what they are of."""
     if options.config is not None:
-        import_late("megatron_tf.training.resume")
+        import_late("megatron_tf.training.run.resume")
         from megatron_tf.config import load_config
         from megatron_tf.data.build import build_dataset
-        from megatron_tf.training.resume import blend_of_run
+        from megatron_tf.training.run.resume import blend_of_run
 
         config = load_config(options.config, [])
         return build_dataset(config, blend_of_run(config)), f"the run of {options.config}"

@@ -17,32 +17,33 @@ import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
-from megatron_tf.parallel.signals import catch_from_first_line
+from megatron_tf.training.supervision.signals import catch_from_first_line
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 INTERRUPTED = "interrupted: start the same command again"
 
-Main = Callable[[list[str] | None], int]
-"""Takes the arguments, by default those of the process; returns the exit code."""
+Main = Callable[..., int]
+"""Takes the arguments, by default those of the process, and options of its own; returns the exit code."""
 
 
-def command(*, interrupted: str = INTERRUPTED) -> Callable[[Main], Callable[..., int]]:
+def command(*, interrupted: str = INTERRUPTED) -> Callable[[Main], Main]:
     """Make a function the `main` of a command: it then returns an exit code for what a user did, whatever that was.
 
     `interrupted` is the line after Ctrl-C. What the command left unfinished, it removes or keeps itself.
     """
 
-    def decorate(main: Main) -> Callable[..., int]:
+    def decorate(main: Main) -> Main:
         @functools.wraps(main)
-        def run(arguments: list[str] | None = None) -> int:
+        def run(arguments: list[str] | None = None, **options: Any) -> int:
             try:
                 if signal.getsignal(signal.SIGINT) is _end:
                     signal.signal(signal.SIGINT, signal.default_int_handler)
-                return main(arguments)
+                return main(arguments, **options)
             except KeyboardInterrupt:
                 say(interrupted)
                 return EXIT_INTERRUPTED

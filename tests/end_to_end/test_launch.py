@@ -74,7 +74,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(folder, expected)
     script.write_text(
         "import os, signal, sys\n"
         "from megatron_tf import pretrain\n"
-        "from megatron_tf.training import loop\n"
+        "from megatron_tf.training.run import loop\n"
         "step, count = loop.train_step, 0\n"
         "def die(*arguments):\n"
         "    global count\n"
@@ -91,7 +91,7 @@ def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(folder, expected)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert list(differences(expected, CheckpointReader(folder / "again"))) == []
 
 

@@ -80,7 +80,7 @@ def test_data_made_with_another_tokenizer(folder):
 def test_a_full_disk_under_the_metrics_does_not_end_the_run(folder):
     done = run("megatron_tf.pretrain", folder / "run.yaml", "--logging.metrics_file=/dev/full")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: /dev/full: [Errno 28] No space left on device; training goes on") == 1
+    assert done.stderr.count("warning: /dev/full: [Errno 28] No space left on device; training continues") == 1
 
 
 def test_a_place_that_cannot_be_written_is_named_before_the_first_step(folder):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_tf.training.profiling import length_of_union
+from megatron_tf.training.observability.profiling import length_of_union
 from tests.end_to_end.test_stopping import folder, start, workers_of  # noqa: F401
 from tests.support.commands import run
 

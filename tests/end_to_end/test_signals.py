@@ -20,7 +20,7 @@ WAIT = 90
 SENDER = """
 import os, sys
 from megatron_tf import pretrain
-from megatron_tf.training import loop
+from megatron_tf.training.run import loop
 
 number, kind, count = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 name = ("train_step", "evaluation_loss")[kind]

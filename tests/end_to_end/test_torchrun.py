@@ -20,7 +20,7 @@ OURS, TORCHRUN = "megatron_tf.torchrun", "torch.distributed.run"
 SLEEPER = """
 import sys, time
 from megatron_tf import pretrain
-from megatron_tf.training import loop
+from megatron_tf.training.run import loop
 
 steps, compute = 0, loop.train_step
 

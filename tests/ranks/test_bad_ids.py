@@ -8,8 +8,8 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import ConfigError
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.parallel.signals import SignalCatcher
-from megatron_tf.training.trainer import train
+from megatron_tf.training.run.trainer import train
+from megatron_tf.training.supervision.signals import SignalCatcher
 from tests.ranks.test_layouts import layout_config
 from tests.support.data import write_data_set
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import evaluation_loss, train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import evaluation_loss, train_step
 from tests.ranks.test_layouts import layout_config
 from tests.support.training import EOD, random_batch
 

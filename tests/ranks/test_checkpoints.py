@@ -11,11 +11,11 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.inference.model import load_model
-from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import save_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
 from tests.support.training import EOD, random_batch
 
@@ -24,12 +24,12 @@ TOKENIZER = {"type": "none"}
 
 def train_and_save(mesh, config, steps, root):
     """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
-    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
     state, record, losses = run.state, run.record, []
     while record.training.step < steps:
         losses.append(train_step(state, random_batch(config, record.training.step, mesh), 1e-3).loss)
         record = record.after_step(8, 8 * 16, 0.0)
-    save_state(state, config, record, Path(root))
+    save_state(state, config, record, root=Path(root))
     return losses
 
 
@@ -253,7 +253,7 @@ def test_damage_is_found_and_named(trained, tmp_path, pattern, kind):
 
 def begin_again(mesh, config):
     """(step, what was found damaged, whether this rank's rows are those of the sound checkpoint)."""
-    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
     sound = CheckpointReader(run.origin)
     same = all(
         torch.equal(sound.read_rows("model", shard.name, shard.start, shard.stop), shard.tensor)

@@ -12,11 +12,11 @@ from megatron_tf.model.parallelize import stage_layers
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.checkpointing import new_record, restore_state, save_state
-from megatron_tf.training.optimizer import MOMENTS
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import prepare
+from megatron_tf.training.run.checkpointing import new_record, restore_state, save_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import prepare
 from tests.ranks.test_layouts import layout_config, whole_model
 from tests.support.training import EOD, random_batch, training_run
 
@@ -28,7 +28,7 @@ LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
 def curve_and_checkpoint(mesh, config, root):
     """As training_run; and a checkpoint of a new state, which is read again."""
     answer = training_run(mesh, config, 6)
-    save_state(build_state(config, mesh, EOD), config, new_record(config, TOKENIZER), Path(root))
+    save_state(build_state(config, mesh, EOD), config, new_record(config, TOKENIZER), root=Path(root))
     again = build_state(config, mesh, EOD)
     before = [shard.tensor.clone() for shard in again.shards]
     for shard in again.shards:

@@ -6,8 +6,8 @@ import torch
 
 from megatron_tf.kernels.adapters import sdpa
 from megatron_tf.layers.dropout import Dropout
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
 from tests.support.training import EOD, random_batch
 

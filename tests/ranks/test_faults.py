@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
 from tests.support.training import EOD, random_batch
 
@@ -12,7 +12,7 @@ VICTIM = "layers.1.ffn.key_tokens"
 
 
 def poisoned_run(mesh, config, poison):
-    """What was unsound in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
+    """What was not finite in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
     state = build_state(config, mesh, EOD)
     take, found, poisoned = state.optimizer._take_gradients, [], []
 
@@ -26,7 +26,7 @@ def poisoned_run(mesh, config, poison):
 
     for step in (0, 0, 1, 2):
         state.optimizer._take_gradients = take_poison if len(found) == 1 else take
-        found.append(train_step(state, random_batch(config, step, mesh), 1e-3).unsound)
+        found.append(train_step(state, random_batch(config, step, mesh), 1e-3).nonfinite)
     return found, bool(poisoned), state.optimizer.num_steps, {s.name: s.tensor.clone().numpy() for s in state.shards}
 
 
@@ -60,7 +60,7 @@ def nan_loss(mesh, config):
                 parameter.fill_(float("inf"))
     result = train_step(state, random_batch(config, 0, mesh), 1e-3)
     same = [torch.equal(a, s.tensor) for a, s in zip(before, state.shards, strict=True) if s.name != "final_norm.bias"]
-    return result.unsound, all(same)
+    return result.nonfinite, all(same)
 
 
 @pytest.mark.parametrize("layout, first_of_last_stage", [((1, 1, 1), 0), ((2, 2, 1), 2)], ids=str)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tf.training.checkpointing import save_state
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import train_step
+from megatron_tf.training.run.checkpointing import save_state
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
 from tests.support.training import EOD, random_batch
 
@@ -24,12 +24,12 @@ def fp16_config(layout, **sections):
 
 def fp16_run(mesh, config, steps, root=None):
     """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    run = Resume(config, mesh, TOKENIZER, lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
     state, record, seen = run.state, run.record, []
     while record.training.step < steps:
         before = [shard.tensor.clone() for shard in state.shards]
         result = train_step(state, random_batch(config, record.training.step, mesh), 1e-3)
-        assert bool(result.unsound) == result.is_overflow
+        assert bool(result.nonfinite) == result.is_overflow
         if result.is_overflow:
             assert all((a == shard.tensor).all() for a, shard in zip(before, state.shards, strict=True))
             record = record.after_overflow(8)
@@ -37,7 +37,7 @@ def fp16_run(mesh, config, steps, root=None):
             record = record.after_step(8, 8 * 16, 0.0)
         seen.append((result.loss, result.grad_norm, state.scaler.scale, result.is_overflow))
     if root is not None:
-        save_state(state, config, record, Path(root))
+        save_state(state, config, record, root=Path(root))
     assert record.training.adam_steps == state.optimizer.num_steps == steps
     return seen
 

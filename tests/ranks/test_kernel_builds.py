@@ -7,7 +7,7 @@ import pytest
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.training.state import build_state
+from megatron_tf.training.step.state import build_state
 from tests.support.training import EOD, small_run, training_run
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import evaluation_loss, prepare
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import evaluation_loss, prepare
 from tests.support.training import EOD, random_batch, small_run, training_run
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]

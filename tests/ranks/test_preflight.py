@@ -9,7 +9,7 @@ import torch
 
 from megatron_tf.config import ConfigError
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training import preflight
+from megatron_tf.training.supervision import preflight
 from tests.support.training import small_run
 
 ALONE = Mesh(torch.device("cpu"))

@@ -10,7 +10,7 @@ NEEDED = (
     "torch.distributed.run",
     "megatron_tf.commands.resharding",
     "megatron_tf.inference.generation",
-    "megatron_tf.training.trainer",
+    "megatron_tf.training.run.trainer",
     "tests.support.ranks",
     "tests.support.victims",
 )

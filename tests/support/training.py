@@ -6,8 +6,8 @@ from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import mask_scale, mean_loss, prepare, train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import mask_scale, mean_loss, prepare, train_step
 
 VOCAB = 100
 EOD = 48
@@ -75,7 +75,7 @@ def training_run(mesh, config: RunConfig, steps: int = 20):
     inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
     loss, scale = state.runner.train(inputs, targets, options), mask_scale(state, targets)
     gradients = whole_gradients(state)
-    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale))]
+    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale).norm)]
     for step in range(1, steps):
         result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
         curve.append((result.loss, result.grad_norm))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
 from megatron_tf.kernels.dispatch import choose
+from megatron_tf.training.step.adam import adamw, set_adam_state
 
 CPU = torch.device("cpu")
 AUTO = {"pattention": "auto", "attention": "auto", "norm": "auto", "optimizer": "auto"}
@@ -141,9 +142,11 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
     found = {}
     for choice in ("torch", package):
         p = start.clone()
-        adam = adapters.adamw(choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], 1e-2, (0.9, 0.95), 1e-8)
+        adam = adamw(
+            choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8
+        )
         state = {"exp_avg": moments[0].clone(), "exp_avg_sq": moments[1].clone()}
-        adapters.set_adam_state(adam, [(p, state)], 7)
+        set_adam_state(adam, [(p, state)], 7)
         for gradient in gradients:
             p.grad = gradient.clone()
             adam.step()

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from megatron_tf.config import ConfigError, RunConfig, load_config, parse_config, to_dict
-from megatron_tf.training.schedule import learning_rate
+from megatron_tf.training.step.schedule import learning_rate
 from tests.support.training import small_run
 
 
@@ -147,5 +147,5 @@ def test_growth_stages_are_checked_alike():
 def test_every_decay_is_at_min_lr_where_it_ends(style, end):
     schedule = {"lr": 1.0, "min_lr": 0.125, "lr_decay_style": style, "lr_decay_iters": end}
     config = small_run(optimizer=schedule).optimizer
-    assert [learning_rate(config, step, 20) for step in range(end, end + 3)] == [0.125] * 3
-    assert learning_rate(config, end - 1, 20) > 0.125
+    assert [learning_rate(config, step, train_iters=20) for step in range(end, end + 3)] == [0.125] * 3
+    assert learning_rate(config, end - 1, train_iters=20) > 0.125

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from megatron_tf.config import ConfigError, TrainingConfig
 from megatron_tf.data.build import samples_of_run
 from megatron_tf.data.loader import BatchLoader
-from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.state import check_batch_sizes
+from megatron_tf.training.step.batch_sizes import check_batch_sizes
 from tests.support.training import small_run
 
 
@@ -92,13 +91,6 @@ def test_a_ramp_that_cannot_be_is_explained(values, message):
         small_run(training={"rampup_batch_size": values, "global_batch_size": 16, "micro_batch_size": 2})
 
 
-class Layout(Mesh):
-    """Sizes without ranks."""
-
-    def size(self, axis):
-        return {"pp": 3, "dp": 2, "tp": 1}[axis]
-
-
 @pytest.mark.parametrize(
     ("ramp", "message"),
     [
@@ -114,7 +106,7 @@ class Layout(Mesh):
 def test_every_size_must_fit_the_layout(ramp, message):
     config = small_run(training={"rampup_batch_size": ramp, "global_batch_size": 12})
     if message is None:
-        check_batch_sizes(config, Layout(device=None))
+        check_batch_sizes(config, stages=3, replicas=2)
     else:
         with pytest.raises(ValueError, match=message):
-            check_batch_sizes(config, Layout(device=None))
+            check_batch_sizes(config, stages=3, replicas=2)

@@ -9,7 +9,7 @@ import yaml
 from megatron_tf import pretrain
 from megatron_tf.config import ConfigError
 from megatron_tf.config.load import to_dict
-from megatron_tf.training import determinism
+from megatron_tf.training.step import determinism
 from tests.support.training import small_run
 
 

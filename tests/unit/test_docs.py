@@ -4,11 +4,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.docs import python_blocks
 from tests.support.models import random_model, write_checkpoint
 from tests.support.paths import ROOT
 
@@ -16,15 +16,11 @@ PAGE = ROOT / "docs" / "parameter_tokens.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
-def blocks(page: Path):
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 def test_the_page_on_parameter_tokens_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = random_model()
     root = write_checkpoint(tmp_path / "run", model)
-    first, *others = blocks(PAGE)
+    first, *others = python_blocks(PAGE)
     assert re.fullmatch(r'CHECKPOINT = ".*?".*\n', first)
     found = {"CHECKPOINT": str(root)}
     for number, block in enumerate(others, 1):

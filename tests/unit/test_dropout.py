@@ -8,8 +8,8 @@ from megatron_tf.layers.attention import LinearAttention
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.state import build_state
-from megatron_tf.training.step import evaluation_loss, train_step
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import evaluation_loss, train_step
 from tests.support.training import EOD, random_batch, small_run
 
 ONE_PROCESS = Mesh(torch.device("cpu"))

@@ -7,7 +7,7 @@ from megatron_tf.config import OptimizerConfig
 from megatron_tf.model.parallelize import mean_token_loss, parameter_shards
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.parameters import model_parameters
-from megatron_tf.training.optimizer import Optimizer
+from megatron_tf.training.step.optimizer import Optimizer
 from tests.support.golden import CASES, fixture_name, golden_model
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
@@ -50,6 +50,6 @@ def test_five_adam_steps():
         loss = loss_function(model(inputs), labels)
         loss.backward()
         assert abs(loss.item() - expected_loss) < 1e-5
-        assert optimizer.step(config.lr) == pytest.approx(expected_norm, rel=1e-5)
+        assert optimizer.step(config.lr).norm == pytest.approx(expected_norm, rel=1e-5)
     for name, parameter in model.named_parameters():
         assert (parameter - tensors[f"after/{fixture_name(model, name)}"]).abs().max() < 1e-5, name

@@ -10,7 +10,7 @@ from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
 from megatron_tf.tokenformer.sizes import training_flops
-from megatron_tf.training import loop
+from megatron_tf.training.run import loop
 from tests.support.commands import make_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
@@ -103,7 +103,7 @@ def test_after_spikes_it_goes_back_and_skips_the_data(folder, monkeypatch, capsy
     with_spikes(monkeypatch, {44, 45})
     code, lines = train(folder, "rewound", *LONG, "--training.rewind_after_spikes=2")
     assert code == 0
-    assert "went back to" in capsys.readouterr().out
+    assert "rewound to" in capsys.readouterr().out
     steps = [line["step"] for line in lines if "loss" in line and "event" not in line]
     assert steps == [*range(1, 47), *range(41, 51)]
     training = CheckpointReader(folder / "rewound").record.training
@@ -123,5 +123,5 @@ def test_spikes_before_the_first_checkpoint_are_reported_only(folder, monkeypatc
     with_spikes(monkeypatch, {34, 35})
     code, lines = train(folder, "early", "--training.train_iters=40", "--training.rewind_after_spikes=2")
     assert code == 0
-    assert "there is no checkpoint to go back to: going on" in capsys.readouterr().out
+    assert "there is no checkpoint to rewind to: training continues" in capsys.readouterr().out
     assert [line["step"] for line in lines if "loss" in line and "event" not in line] == list(range(1, 41))

@@ -7,7 +7,7 @@ from megatron_tf.config import LossScaleConfig
 from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
-from megatron_tf.training.loss_scale import LossScaler
+from megatron_tf.training.step.loss_scale import LossScaler
 
 CONFIG = LossScaleConfig(initial_loss_scale=8.0, min_loss_scale=2.0, loss_scale_window=3, hysteresis=2)
 

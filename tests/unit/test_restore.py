@@ -10,9 +10,9 @@ from megatron_tf.checkpoint.record import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import blend_of, restore_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.state import build_state
+from megatron_tf.training.run.checkpointing import blend_of, new_record, restore_state, save_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 
@@ -66,3 +66,14 @@ def test_a_run_that_lost_its_moments_is_refused(adam_steps, moments, missing, tm
     save(tmp_path, small_run(), adam_steps, moments)
     with pytest.raises(CheckpointError, match=f"holds no '{missing}'"):
         restore(tmp_path)
+
+
+def test_a_tau_that_the_record_does_not_have_is_not_saved(tmp_path):
+    config = small_run()
+    state = build_state(config, ONE_PROCESS, EOD)
+    record = new_record(config, NO_TOKENIZER)
+    save_state(state, config, record, root=tmp_path / "sound")
+    state.model.pattentions()["layers.1.ffn"].tau += 1.0
+    with pytest.raises(AssertionError, match=r"layers.1.ffn computes with tau"):
+        save_state(state, config, record, root=tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()

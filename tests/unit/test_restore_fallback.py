@@ -8,10 +8,10 @@ import torch
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.checkpointing import restore_state
-from megatron_tf.training.resumable import open_resumable
-from megatron_tf.training.resume import Resume
-from megatron_tf.training.state import build_state
+from megatron_tf.training.run.checkpointing import restore_state
+from megatron_tf.training.run.resumable import open_resumable
+from megatron_tf.training.run.resume import Resume
+from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import EOD, small_run
 from tests.unit.checkpoint.test_strangers import FILE, change_manifest, change_metadata, make_fifo
@@ -48,7 +48,7 @@ def test_a_run_resumes_from_the_intact_checkpoint_before(tmp_path, damage):
     intact = save(tmp_path, 7)
     damage(save(tmp_path, 9))
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
+    resumed = Resume(config, ONE_PROCESS, tokenizer=NO_TOKENIZER, build=build).restore()
     assert resumed.origin == intact
     assert resumed.record.training.step == 7
     assert "step_00000009" in resumed.damaged[0]
@@ -58,7 +58,7 @@ def test_a_latest_that_is_a_fifo_is_no_obstacle(tmp_path):
     intact = save(tmp_path, 7)
     make_fifo(tmp_path / "latest")
     config = small_run(checkpoint={"save": str(tmp_path)})
-    resumed = Resume(config, ONE_PROCESS, NO_TOKENIZER, build).restore()
+    resumed = Resume(config, ONE_PROCESS, tokenizer=NO_TOKENIZER, build=build).restore()
     assert resumed.origin == intact
 
 

@@ -10,7 +10,7 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.training.resumable import open_resumable
+from megatron_tf.training.run.resumable import open_resumable
 from tests.support.commands import make_run
 from tests.unit.checkpoint.test_strangers import change_metadata
 

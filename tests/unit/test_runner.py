@@ -20,8 +20,8 @@ from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
 from megatron_tf.parallel.launch import LaunchError
 from megatron_tf.parallel.mesh import LayoutError
-from megatron_tf.parallel.watch import LostRankError
-from megatron_tf.training.faults import DivergedError
+from megatron_tf.training.run.recovery import DivergedError
+from megatron_tf.training.supervision.watchdog import LostRankError
 
 
 def failing(error):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.training.schedule import learning_rate, rewarmup
+from megatron_tf.training.step.schedule import learning_rate, rewarmup
 
 BASE = {"lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 10, "lr_decay_iters": 110}
 CORNERS = {
@@ -23,19 +23,20 @@ CORNERS = {
 def test_corners(style):
     options, corners = CORNERS[style]
     config = OptimizerConfig(lr_decay_style=style, **BASE, **options)
-    found = {step: learning_rate(config, step, 5000) for step in corners}
+    found = {step: learning_rate(config, step, train_iters=5000) for step in corners}
     assert found == pytest.approx(corners, abs=1e-7)
 
 
 def test_a_tenth_decays_by_default_and_warm_up_can_be_a_fraction():
     config = OptimizerConfig(lr=1.0, lr_decay_style="WSD", lr_warmup_fraction=0.05)
-    found = [learning_rate(config, step, 200) for step in (4, 9, 10, 180, 190, 200)]
+    found = [learning_rate(config, step, train_iters=200) for step in (4, 9, 10, 180, 190, 200)]
     assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_the_decay_of_one_that_is_all_warm_up_is_safe():
     config = OptimizerConfig(lr=1.0, lr_warmup_iters=10, lr_decay_iters=10)
-    assert [learning_rate(config, step, 10) for step in (9, 10, 11)] == [1.0, 0.0, 0.0]  # min_lr at lr_decay_iters
+    found = [learning_rate(config, step, train_iters=10) for step in (9, 10, 11)]
+    assert found == [1.0, 0.0, 0.0]  # min_lr at lr_decay_iters
 
 
 def test_the_warm_up_after_growth():
@@ -87,8 +88,11 @@ def schedules(draw):
 @given(schedules())
 def test_any_schedule_is_continuous_clamped_and_the_same_by_steps_and_by_tokens(case):
     config, in_tokens, step_tokens, end = case
-    rates = [learning_rate(config, step, 10**6) for step in range(end + 20)]
-    by_tokens = [learning_rate(in_tokens, 0, 10**6, step * step_tokens, step_tokens) for step in range(end + 20)]
+    rates = [learning_rate(config, step, train_iters=10**6) for step in range(end + 20)]
+    by_tokens = [
+        learning_rate(in_tokens, 0, train_iters=10**6, tokens=step * step_tokens, step_tokens=step_tokens)
+        for step in range(end + 20)
+    ]
     assert by_tokens == pytest.approx(rates, rel=1e-9)
     assert all(0 < rate <= config.lr for rate in rates[: config.lr_warmup_iters + 1])
     assert all(config.min_lr * (1 - 1e-9) <= rate <= config.lr * (1 + 1e-9) for rate in rates[config.lr_warmup_iters :])
@@ -102,7 +106,7 @@ def test_any_schedule_is_continuous_clamped_and_the_same_by_steps_and_by_tokens(
 @given(schedules(), st.integers(1, 7), st.integers(0, 20000))
 def test_a_warm_up_by_tokens_ends_at_the_rate_whatever_a_step_has(case, factor, tokens):
     _, config, step_tokens, _ = case
-    rate = learning_rate(config, 0, 10**6, tokens, step_tokens * factor)
+    rate = learning_rate(config, 0, train_iters=10**6, tokens=tokens, step_tokens=step_tokens * factor)
     assert 0 <= rate <= config.lr * (1 + 1e-9)
     if tokens < config.lr_warmup_tokens <= tokens + step_tokens * factor:
         assert rate == config.lr

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 
-from megatron_tf.parallel.signals import STOP_SIGNALS, SignalCatcher
+from megatron_tf.training.supervision.signals import STOP_SIGNALS, SignalCatcher
 
 
 def test_a_forked_worker_can_be_terminated():

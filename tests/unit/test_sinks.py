@@ -10,19 +10,19 @@ import pytest
 
 from megatron_tf.config import ConfigError, LoggingConfig
 from megatron_tf.errors import UserError
-from megatron_tf.training.metrics import MetricsLog
-from megatron_tf.training.sinks import Guarded, JsonLines, open_sinks
+from megatron_tf.training.observability.metrics import MetricsLog
+from megatron_tf.training.observability.sinks import BestEffortSink, JsonLines, open_sinks
 
 
 def log_of(**options):
-    return MetricsLog(LoggingConfig(**options), 0, 10, True)
+    return MetricsLog(LoggingConfig(**options), first_step=0, train_iters=10, enabled=True)
 
 
 def test_a_full_disk_is_warned_of_once_and_lines_lost_are_counted(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     sink = JsonLines(path)
     warnings = []
-    guarded = Guarded(sink, warnings.append)
+    guarded = BestEffortSink(sink, warnings.append)
     guarded.scalars({"loss": 1.0}, 1)
     sound, sink.file = sink.file, open("/dev/full", "ab", buffering=0)  # noqa: PTH123, SIM115
     for step in (2, 3, 4):
@@ -31,7 +31,7 @@ def test_a_full_disk_is_warned_of_once_and_lines_lost_are_counted(tmp_path, caps
     guarded.scalars({"loss": 1.0}, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5]
     assert len(warnings) == 2
-    assert "No space left on device; training goes on without it" in warnings[0]
+    assert "No space left on device; training continues without it" in warnings[0]
     assert "takes metrics again, 3 were lost" in warnings[1]
 
 
@@ -127,7 +127,7 @@ def test_weights_and_biases_has_each_step_once_after(monkeypatch, capsys, how):
             for step in (3, 4, 5):
                 log.step(step, 128, {"loss": 10.0 * step})
     if how == "a kill":
-        with MetricsLog(LoggingConfig(**options), 2, 10, True) as log:
+        with MetricsLog(LoggingConfig(**options), first_step=2, train_iters=10, enabled=True) as log:
             log.event(start | {"step": 2})
             for step in (3, 4, 5):
                 log.step(step, 128, {"loss": 10.0 * step})
@@ -142,7 +142,7 @@ def test_weights_and_biases_has_each_step_once_after(monkeypatch, capsys, how):
 def test_a_restart_without_a_name_says_that_it_is_another_run(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", Service())
     for first_step, count in ((0, 0), (3, 1)):
-        with MetricsLog(LoggingConfig(wandb_project="growth"), first_step, 10, True):
+        with MetricsLog(LoggingConfig(wandb_project="growth"), first_step=first_step, train_iters=10, enabled=True):
             pass
         assert capsys.readouterr().err.count("without logging.wandb_exp_name this restart is another run") == count
 
@@ -180,8 +180,16 @@ def test_a_log_that_closes_is_warned_of_once(monkeypatch, capsys):
 def test_shares_of_an_interval_are_of_all_its_time(capsys):
     values = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
     with log_of() as log:
-        log.interval(1, values, {"start": 3.0, "data": 1.0}, "")
+        log.interval(1, values, phases={"start": 3.0, "data": 1.0}, notes="")
     assert "(start 75%, data 25%)" in capsys.readouterr().out
+
+
+def test_the_rate_of_the_first_interval_leaves_the_start_out(capsys):
+    values = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0}
+    with log_of() as log:
+        log.step(1, 128, values)
+        log.interval(1, values, phases={"start": 60.0, "data": 1.0, "optimizer": 1.0}, notes="")
+    assert " 64 tokens/s " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["a kill", "a rewind"])
@@ -194,7 +202,7 @@ def test_tensorboard_shows_each_step_once_after(tmp_path, how):
             for step in (3, 4, 5):
                 log.step(step, 128, {"loss": 10.0 * step})
     if how == "a kill":
-        with MetricsLog(LoggingConfig(tensorboard_dir=tmp_path), 2, 10, True) as log:
+        with MetricsLog(LoggingConfig(tensorboard_dir=tmp_path), first_step=2, train_iters=10, enabled=True) as log:
             for step in (3, 4, 5):
                 log.step(step, 128, {"loss": 10.0 * step})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

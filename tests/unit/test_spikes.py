@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from megatron_tf.checkpoint.json_object import JsonObject
 from megatron_tf.checkpoint.record import SpikeHistory
-from megatron_tf.training.faults import SpikeDetector
+from megatron_tf.training.run.spikes import SpikeDetector
 
 
 def wandering(steps, seed=0):

@@ -5,7 +5,7 @@ import torch
 
 from megatron_tf.config import ConfigError, RunConfig, parse_config, to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.trainer import _check_stages
+from megatron_tf.training.run.trainer import _check_stages
 from tests.support.training import small_run
 
 ALONE = Mesh(torch.device("cpu"))

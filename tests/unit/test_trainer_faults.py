@@ -10,8 +10,8 @@ import yaml
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import plot_run
-from megatron_tf.training import loop
-from megatron_tf.training.step import StepResult
+from megatron_tf.training.run import loop
+from megatron_tf.training.step.step import StepResult
 from tests.support.commands import make_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
@@ -33,8 +33,8 @@ def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
     def step(*arguments):
         positions.append(arguments[3])
         if next(seen) in faults:
-            unsound = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
-            return StepResult(math.nan, math.nan, unsound=unsound, is_overflow=is_overflow)
+            nonfinite = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
+            return StepResult(math.nan, math.nan, nonfinite=nonfinite, is_overflow=is_overflow)
         return original(*arguments)
 
     monkeypatch.setattr(loop, "train_step", step)
@@ -45,7 +45,7 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "some", {1, 2, 4}) == (0, list(range(0, 72, 8)))
     out = capsys.readouterr().out
     assert (
-        "not finite: layers.1.ffn.key_tokens (rank 0), head.weight (rank 3); the batch that ends at sample 16 is "
+        "non-finite: layers.1.ffn.key_tokens (rank 0), head.weight (rank 3); the batch that ends at sample 16 is "
         "skipped, 1 so far" in out
     )
     training = CheckpointReader(folder / "some").record.training
@@ -61,7 +61,7 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
 def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8)))[0] == 1
     error = capsys.readouterr().err
-    assert "5 batches in a row were not finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
+    assert "5 batches in a row were non-finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
     assert "after step 3" in error
     assert run_with_faults(folder, monkeypatch, "straight", set())[0] == 0
     reader = CheckpointReader(folder / "many")

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -11,7 +10,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_tf.config import LoggingConfig
-from megatron_tf.training.sinks import Guarded, open_sinks
+from megatron_tf.training.observability.sinks import BestEffortSink, open_sinks
 
 
 class MetricsLog:
@@ -21,9 +20,11 @@ class MetricsLog:
     run.
     """
 
-    def __init__(self, config: LoggingConfig, first_step: int, train_iters: int, enabled: bool) -> None:
-        self.config, self.enabled, self.train_iters = config, enabled, train_iters
-        self.sinks: Sequence[Guarded] = open_sinks(config, self._warn, first_step) if enabled else ()
+    def __init__(self, config: LoggingConfig, *, first_step: int, train_iters: int, enabled: bool) -> None:
+        self.config = config
+        self.enabled = enabled
+        self.train_iters = train_iters
+        self.sinks: Sequence[BestEffortSink] = open_sinks(config, self._warn, first_step) if enabled else ()
         self.bar = tqdm(
             initial=first_step,
             total=train_iters,
@@ -31,7 +32,7 @@ class MetricsLog:
             disable=not enabled or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._interval_start, self._interval_tokens = time.perf_counter(), 0
+        self._interval_tokens = 0
         self._is_full = False
 
     def __enter__(self) -> Self:
@@ -78,16 +79,18 @@ class MetricsLog:
         self.bar.update()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
-    def interval(self, step: int, values: Mapping[str, float], phases: Mapping[str, float], notes: str) -> None:
-        """The line of an interval: `values` and rate of its last step, shares of time in its phases, and notes."""
-        now = time.perf_counter()
-        seconds = now - self._interval_start
-        rate = self._interval_tokens / seconds
-        self._interval_start, self._interval_tokens = now, 0
+    def interval(self, step: int, values: Mapping[str, float], *, phases: Mapping[str, float], notes: str) -> None:
+        """The line of an interval: `values` of its last step, its rate, notes, and shares of the seconds in `phases`.
+
+        The first interval includes the start of the run, which the rate leaves out.
+        """
+        seconds = sum(phases.values())
+        rate = self._interval_tokens / max(seconds - phases.get("start", 0.0), 1e-9)
+        self._interval_tokens = 0
         shown = f"loss {values['loss']:.4f}  grad_norm {values['grad_norm']:.4g}  lr {values['learning_rate']:.4g}"
-        whole = sum(phases.values())  # of the first interval it includes the start
-        shares = ", ".join(f"{name} {part / whole:.0%}" for name, part in phases.items() if part >= 0.005 * whole)
-        self.say(f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s  {notes}  ({shares})")
+        shares = [f"{name} {part / seconds:.0%}" for name, part in phases.items() if part >= 0.005 * seconds]
+        line = f"step {step:>6}/{self.train_iters}  {shown}  {rate:,.0f} tokens/s  {notes}  ({', '.join(shares)})"
+        self.say(line)
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Losses on the validation split after `step` steps: of the blend under "", of its data sets by name."""

@@ -5,7 +5,9 @@ import math
 from megatron_tf.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: int, train_iters: int, tokens: int = 0, step_tokens: int = 1) -> float:
+def learning_rate(
+    config: OptimizerConfig, step: int, *, train_iters: int, tokens: int = 0, step_tokens: int = 1
+) -> float:
     """Rate of step `step` (the first is 0): linear warm-up from zero, then decay to min_lr, then min_lr.
 
     By `lr_decay_tokens` the same over the `tokens` trained on before the step, which itself has `step_tokens`.

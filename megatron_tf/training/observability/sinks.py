@@ -23,7 +23,7 @@ class Sink(Protocol):
         """Something that happened: a start, a growth, a skipped batch."""
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """Finish what was taken: nothing is written after this."""
 
 
 class JsonLines:
@@ -92,10 +92,11 @@ class WeightsAndBiases:
     order only.
     """
 
-    def __init__(self, project: str, name: str | None, directory: Path | None, warn: Callable[[str], None]) -> None:
+    def __init__(self, project: str, *, name: str | None, directory: Path | None, warn: Callable[[str], None]) -> None:
         with needed_by("logging.wandb_project"):
             wandb = importlib.import_module("wandb")
-        self.name, self.warn = f"Weights & Biases project {project}", warn
+        self.name = f"Weights & Biases project {project}"
+        self.warn = warn
         self.has_repeated = False
         try:
             self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
@@ -125,8 +126,8 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-class Guarded:
-    """A sink whose failures are told to `warn` when they begin and when they end, and counted in between."""
+class BestEffortSink:
+    """A sink that can't end a run: `warn` is told when its failures begin and end, and how many there were."""
 
     def __init__(self, sink: Sink, warn: Callable[[str], None]) -> None:
         self.sink, self.warn = sink, warn
@@ -150,14 +151,14 @@ class Guarded:
         except Exception as error:  # whatever a service or a disk has: a month of training is worth more than its log
             self.lost += 1
             if self.lost == 1:
-                self.warn(f"{self.sink.name}: {error}; training goes on without it until it takes metrics again")
+                self.warn(f"{self.sink.name}: {error}; training continues without it until it takes metrics again")
         else:
             if self.lost:
                 self.warn(f"{self.sink.name} takes metrics again, {self.lost} were lost")
             self.lost = 0
 
 
-def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: int = 0) -> list[Guarded]:
+def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: int = 0) -> list[BestEffortSink]:
     """The configured sinks of a job that starts after `first_step` steps.
 
     Raises OSError for a path that can't be written, UserError for a missing package.
@@ -170,5 +171,8 @@ def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: i
     if config.wandb_project:
         if first_step and config.wandb_exp_name is None:
             warn("logging.wandb_project: without logging.wandb_exp_name this restart is another run there")
-        sinks.append(WeightsAndBiases(config.wandb_project, config.wandb_exp_name, config.wandb_save_dir, warn))
-    return [Guarded(sink, warn) for sink in sinks]
+        service = WeightsAndBiases(
+            config.wandb_project, name=config.wandb_exp_name, directory=config.wandb_save_dir, warn=warn
+        )
+        sinks.append(service)
+    return [BestEffortSink(sink, warn) for sink in sinks]

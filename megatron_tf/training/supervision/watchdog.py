@@ -23,7 +23,7 @@ _LISTED = 4  # ranks that a message lists
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank says of itself, about once a second."""
 
     host: str
@@ -43,7 +43,7 @@ class LostRankError(UserError):
     """A rank that no longer answers; without a message where another rank says which."""
 
 
-class Watch:
+class Watchdog:
     """A thread on every rank that tells the others through `store` what this one does, as long as it is entered.
 
     `now` gives the present operation and since when it is under way, by time.perf_counter. An operation that takes
@@ -54,13 +54,16 @@ class Watch:
     def __init__(
         self,
         store: dist.Store | None,
+        *,
         now: Callable[[], tuple[str, float]],
         limit_seconds: float,
         end: Callable[[str | None], None],
     ) -> None:
         self.store = None if store is None else store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
         self.rank, self.size = (0, 1) if store is None else (dist.get_rank(), dist.get_world_size())
-        self.now, self.limit_seconds, self.end = now, limit_seconds, end
+        self.now = now
+        self.limit_seconds = limit_seconds
+        self.end = end
         self.count = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True, name="watch")
@@ -92,21 +95,29 @@ class Watch:
             if seconds > self.limit_seconds:
                 self.end(self._diagnose(f"(the limit of {self.limit_seconds:.0f} s is reached)"))
 
-    def _beat(self, operation: str, seconds: float, frame: FrameType | None) -> Beat:
+    def _beat(self, operation: str, seconds: float, frame: FrameType | None) -> Heartbeat:
         self.count += 1
         place, is_waiting = ("", False) if frame is None else _place_of(frame)
-        return Beat(socket.gethostname(), os.getpid(), self.count, operation, seconds, place, is_waiting)
+        return Heartbeat(
+            host=socket.gethostname(),
+            process=os.getpid(),
+            count=self.count,
+            operation=operation,
+            seconds=seconds,
+            place=place,
+            is_waiting=is_waiting,
+        )
 
-    def _tell(self, beat: Beat) -> None:
+    def _tell(self, beat: Heartbeat) -> None:
         with contextlib.suppress(RuntimeError):  # whoever kept the store is gone, which every rank will notice
             self._store().set(f"beat/{self.rank}", json.dumps(asdict(beat)))
 
     def _diagnose(self, symptom: str) -> str | None:
-        """Who keeps the run from going on; None on all ranks but one that can say so."""
+        """Who blocks the run; None on all ranks but one that can say so."""
         try:
             before = self._beats()
             deadline = time.monotonic() + 3 * BEAT_SECONDS
-            while time.monotonic() < deadline:  # this rank's own beat is to be seen going on, too
+            while time.monotonic() < deadline:  # this rank's own beat must be seen to continue, too
                 time.sleep(BEAT_SECONDS / 2)
                 operation, since = self.now()
                 frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -114,20 +125,22 @@ class Watch:
             after = self._beats()
         except RuntimeError:
             return f"the rank that kept the run's store, usually rank 0, is gone {symptom}"
-        return explain(before, after, self.rank, symptom)
+        return explain(before, after, rank=self.rank, symptom=symptom)
 
-    def _beats(self) -> dict[int, Beat | None]:
+    def _beats(self) -> dict[int, Heartbeat | None]:
         keys = {rank: f"beat/{rank}" for rank in range(self.size)}
         there = {rank: self._store().check([key]) for rank, key in keys.items()}
         texts = {rank: self._store().get(key) for rank, key in keys.items() if there[rank]}
-        return {rank: Beat(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
+        return {rank: Heartbeat(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
 
     def _store(self) -> dist.Store:
         assert self.store is not None
         return self.store
 
 
-def explain(before: Mapping[int, Beat | None], after: Mapping[int, Beat | None], rank: int, symptom: str) -> str | None:
+def explain(
+    before: Mapping[int, Heartbeat | None], after: Mapping[int, Heartbeat | None], *, rank: int, symptom: str
+) -> str | None:
     """A sentence about the ranks that others wait for, from two looks at all beats, some seconds apart.
 
     To blame are those whose beat stood still, else those that failed, else those that do something other than wait.
@@ -145,10 +158,10 @@ def explain(before: Mapping[int, Beat | None], after: Mapping[int, Beat | None],
         return f"{_list(ended, after, 'has')} {symptom}"
     if busy and len(busy) < len(left):
         return f"{_list(busy, after, 'keeps the others waiting, in')} {symptom}"
-    return f"no rank goes on: {_list(left, after, 'is in')} {symptom}"
+    return f"all ranks are blocked: {_list(left, after, 'is in')} {symptom}"
 
 
-def _list(ranks: Sequence[int], beats: Mapping[int, Beat | None], verb: str) -> str:
+def _list(ranks: Sequence[int], beats: Mapping[int, Heartbeat | None], verb: str) -> str:
     texts = []
     for rank in ranks[:_LISTED]:
         beat = beats[rank]
@@ -162,7 +175,7 @@ def _list(ranks: Sequence[int], beats: Mapping[int, Beat | None], verb: str) -> 
     return "; ".join(texts) + (f"; and {more} more" if more > 0 else "")
 
 
-def _has_ended(beat: Beat) -> bool:
+def _has_ended(beat: Heartbeat) -> bool:
     return beat.operation.startswith("ended")
 
 

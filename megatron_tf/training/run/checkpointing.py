@@ -14,9 +14,9 @@ from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.blend import GREEDY, SPACED
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
-from megatron_tf.training.optimizer import MOMENTS
-from megatron_tf.training.resumable import Resumable, starts_over
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.run.resumable import Resumable, starts_over
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import TrainState
 
 
 def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] = ()) -> RunRecord:
@@ -32,7 +32,7 @@ def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] 
 
 
 def save_state(
-    state: TrainState, config: RunConfig, record: RunRecord, root: Path, saver: BackgroundSaver | None = None
+    state: TrainState, config: RunConfig, record: RunRecord, *, root: Path, saver: BackgroundSaver | None = None
 ) -> Path | None:
     """Write the whole run's checkpoint under `root`; every rank calls it and writes what it holds.
 
@@ -40,6 +40,10 @@ def save_state(
     checkpoint's directory.
     """
     mesh = state.mesh
+    for name, module in state.model.pattentions().items():  # tau travels with the model, the record keeps a copy
+        assert module.tau == record.tau[name], (
+            f"{name} computes with tau {module.tau}, the record says {record.tau[name]}"
+        )
     groups = {"model": list(state.shards)} | {moment: state.optimizer.moments(moment) for moment in MOMENTS}
     record = replace(record, model=config.model, config=to_dict(config), loss_scale=state.scaler.state())
     step = record.training.step

@@ -1,7 +1,7 @@
 """Where a run resumes: its newest sound checkpoint, at the stage of growth that is due."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
@@ -11,10 +11,10 @@ from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.data.blend import SPACED
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.changes import check_changes
-from megatron_tf.training.checkpointing import blend_of, new_record, restore_state
-from megatron_tf.training.resumable import Resumable, open_resumable, starts_over
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.run.changes import check_changes
+from megatron_tf.training.run.checkpointing import blend_of, new_record, restore_state
+from megatron_tf.training.run.resumable import Resumable, open_resumable, starts_over
+from megatron_tf.training.step.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Resume:
     config: RunConfig
     """Of the run, before any growth."""
     mesh: Mesh
+    _: KW_ONLY
     tokenizer: Identity
     build: Callable[[RunConfig], TrainState]
     """Makes the state of a stage's configuration."""
@@ -65,7 +66,8 @@ class Resume:
     def _newest(self, opened: Resumable | None, state: TrainState | None) -> RestoredRun:
         damaged: list[str] = []
         for source in sources(self.config):
-            reason, restored = None, None
+            reason = None
+            restored = None
             try:
                 resumable = opened if opened and opened.source == source else open_resumable(self.config, source)
                 restored = self._read(resumable, state)
@@ -83,7 +85,8 @@ class Resume:
 
     def _read(self, resumable: Resumable, state: TrainState | None) -> RestoredRun:
         """The run of a checkpoint, which is then closed. Raises as `restore`, and DamagedCheckpointError."""
-        config, source, changes = self.config, resumable.source, ""
+        config, source = self.config, resumable.source
+        changes = ""
         staged = config.at_stage(resumable.stage)
         if not has_layout(staged.parallel, self.mesh):
             raise CheckpointError(

@@ -8,7 +8,7 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import DATA_CONTENT, RunConfig, to_dict
 from megatron_tf.data.build import parse_data_path
-from megatron_tf.training.identity import flatten
+from megatron_tf.training.run.identity import flatten
 
 _NOT_COMPARED = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.allow_changes", "growth")
 _DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order")

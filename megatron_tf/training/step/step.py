@@ -12,7 +12,7 @@ from megatron_tf.data.loader import sample_numbers
 from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.state import TrainState
+from megatron_tf.training.step.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class StepResult:
     """Global L2 norm before clipping."""
     norms: Mapping[str, float] = field(default_factory=dict)
     """The same by kind of parameter."""
-    unsound: Mapping[str, int] = field(default_factory=dict)
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
     """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
     that the vocabulary has not has such a loss."""
     is_overflow: bool = False
@@ -49,11 +49,11 @@ def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: in
     value = mean_loss(loss, state.mesh) * scale
     if not math.isfinite(value):
         state.optimizer.discard()
-        return StepResult(value, math.nan, unsound={"loss": _first_rank_unsound(loss, state.mesh)})
-    state.phases.enter("optimizer")
-    grad_norm = state.optimizer.step(lr, scale / loss_scale)
-    is_overflow = state.scaler.update(math.isfinite(grad_norm))
-    return StepResult(value, grad_norm, state.optimizer.norms, state.optimizer.unsound, is_overflow)
+        return StepResult(value, math.nan, nonfinite={"loss": _first_rank_nonfinite(loss, state.mesh)})
+    state.timer.enter("optimizer")
+    update = state.optimizer.step(lr, scale / loss_scale)
+    is_overflow = state.scaler.update(math.isfinite(update.norm))
+    return StepResult(value, update.norm, update.norms, update.nonfinite, is_overflow)
 
 
 def evaluation_loss(state: TrainState, batch: Tensor) -> float:
@@ -71,11 +71,11 @@ def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str,
         batch = torch.zeros_like(batch)
     ids = batch.to(state.mesh.device).flatten(0, 1)
     inputs, targets, options = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), {}
-    boundaries = state.boundaries
-    if boundaries.mask_loss:
-        targets = mask_targets_after_eod(inputs, targets, boundaries.eod)
-    if boundaries.reset_attention:
-        options["document_starts"] = document_starts(inputs, boundaries.eod)
+    masking = state.masking
+    if masking.mask_loss:
+        targets = mask_targets_after_eod(inputs, targets, masking.eod)
+    if masking.reset_attention:
+        options["document_starts"] = document_starts(inputs, masking.eod)
     return inputs, targets, options
 
 
@@ -92,7 +92,7 @@ def _unless_bad_ids(state: TrainState, batch: Tensor, loss: Tensor | None) -> Te
 
 def mask_scale(state: TrainState, targets: Tensor) -> float:
     """What makes a mean over all targets of the global batch one over those that are not ignored."""
-    if not state.boundaries.mask_loss:
+    if not state.masking.mask_loss:
         return 1.0
     counts = torch.tensor([targets.numel(), int((targets != IGNORE_INDEX).sum())], device=state.mesh.device)
     group = state.mesh.group("dp")
@@ -102,12 +102,12 @@ def mask_scale(state: TrainState, targets: Tensor) -> float:
     return every / max(counted, 1)
 
 
-def _first_rank_unsound(loss: Tensor | None, mesh: Mesh) -> int:
+def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
     """The first rank whose own loss is not finite."""
     if mesh.world is None:
         return 0
-    is_sound = loss is None or math.isfinite(float(loss))
-    first = torch.tensor(mesh.world.size() if is_sound else mesh.world.rank(), device=mesh.device)
+    is_finite = loss is None or math.isfinite(float(loss))
+    first = torch.tensor(mesh.world.size() if is_finite else mesh.world.rank(), device=mesh.device)
     dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.world)
     return int(first)
 

@@ -32,7 +32,7 @@ def data_identities(config: RunConfig) -> list[DataIdentity]:
 
 
 def check_same_run(
-    config: RunConfig, data: Sequence[DataIdentity], store: dist.Store, rank: int, num_ranks: int
+    store: dist.Store, rank: int, num_ranks: int, *, config: RunConfig, data: Sequence[DataIdentity]
 ) -> None:
     """Raise ConfigError on every rank, naming ranks, keys and both values, where one is of another job, configuration,
     code or data than the first. Every rank calls it."""

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,12 +12,36 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.kernels.adapters import adamw, set_adam_state
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import Module, Parameter
+from megatron_tf.training.step.adam import adamw, set_adam_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# A parameter has three bodies, all over the same storage of this rank's rows:
+#
+#   nn.Parameter (a DTensor under FSDP)    the model's; autograd leaves .grad there
+#     RowShard.tensor                      the same rows as a plain tensor, with their place in the logical parameter:
+#       |                                  what is saved, loaded and summed in norms
+#       +-- slice in adam.param_groups     what AdamW steps: all rows, or the old and the new ones apart
+#
+# The Adam moments are ours (`_moments`, one tensor for each RowShard): checkpoints read and write them there, and they
+# outlive `adam`, which is built again when old rows get another learning rate. adam.state holds slices of them, put
+# there by `set_adam_state`, so that a step writes into ours. Only the number of steps is kept twice: `num_steps` sets
+# both.
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step did; the same on every rank."""
+
+    norm: float
+    """Global L2 norm of the gradients, before clipping."""
+    norms: Mapping[str, float]
+    """The same by kind: embedding, qkv, proj, ffn, final_norm, head."""
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    """Parameters whose gradient was not finite, and the first rank that holds such rows. Nothing was updated then."""
 
 
 class Optimizer:
@@ -24,7 +50,7 @@ class Optimizer:
     Working on plain local tensors keeps every layout on one path: what is sharded over ranks is elementwise here.
     `shards` name the rows behind `parameters`, in the same order; `declared` are all parameters of the whole model, in
     the order in which their norms are summed. `tied_group` joins the stages that hold a copy of the embedding, if they
-    are two. `implementation` is a name that `megatron_tf.kernels.adapters.adamw` knows.
+    are two. `implementation` is a name that `megatron_tf.training.step.adam.adamw` knows.
     """
 
     def __init__(
@@ -45,15 +71,12 @@ class Optimizer:
         self.tied_group = tied_group
         self.implementation = implementation
         self.declared = declared
-        self.position = {name: i for i, name in enumerate(declared)}
+        self.position = {name: i for i, name in enumerate(declared)}  # in the sum of the global norm
         self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
         self._num_steps = 0
-        self.unsound: dict[str, int] = {}
-        """Parameters whose gradient was not finite at the last step, and the first rank that holds such rows; the same
-        on every rank."""
-        self.norms: dict[str, float] = {}
-        """The gradients' norm at the last step by kind: embedding, qkv, proj, ffn, final_norm, head."""
-        self.scale_old_rows({}, 1.0)
+        self._old = [0] * len(shards)  # how many of the first rows of each shard are old
+        self._lr_scale = 1.0
+        self._build_adam()
 
     def scale_old_rows(self, old_rows: Mapping[str, int], lr_scale: float) -> None:
         """Train the first `old_rows[name]` rows of the tensors named at `lr_scale` times the learning rate.
@@ -64,26 +87,36 @@ class Optimizer:
             min(max(old_rows.get(shard.name, 0) - shard.start, 0), len(shard.tensor)) if lr_scale != 1.0 else 0
             for shard in self.shards
         ]
-        self._frozen = [old if lr_scale == 0 else 0 for old in self._old]
+        self._lr_scale = lr_scale
+        self._build_adam()
+
+    def _build_adam(self) -> None:
+        """Make the third body of each parameter: slices of its shard, in groups of one weight decay and learning rate.
+
+        A shard is one slice, or two where a growth gave its old rows a learning rate of their own; of frozen rows there
+        is no slice. A shard without rows is an empty slice.
+        """
         groups: dict[tuple[float, float], list[Tensor]] = {}
         self._trained: list[tuple[int, slice, Tensor]] = []
         for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
             decay = self._weight_decay(self.declared[shard.name])
-            for rows, scale in ((slice(0, old), lr_scale), (slice(old, len(shard.tensor)), 1.0)):
+            for rows, scale in ((slice(0, old), self._lr_scale), (slice(old, len(shard.tensor)), 1.0)):
                 if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
                     part = shard.tensor[rows]
                     self._trained.append((i, rows, part))
                     groups.setdefault((decay, scale), []).append(part)
+        param_groups: list[dict[str, Any]] = [
+            {"params": parts, "weight_decay": decay, "lr_scale": scale}
+            for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        ]
+        if not param_groups:  # all rows here are frozen, and AdamW takes no empty list
+            param_groups = [{"params": [torch.empty(0, device=self.mesh.device)], "lr_scale": 1.0}]
         self.adam = adamw(
             self.implementation,
-            [
-                {"params": parts, "weight_decay": decay, "lr_scale": scale}
-                for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-            ]
-            or [{"params": [torch.empty(0, device=self.mesh.device)], "lr_scale": 1.0}],  # all rows here are frozen
-            self.config.lr,
-            (self.config.adam_beta1, self.config.adam_beta2),
-            self.config.adam_eps,
+            param_groups,
+            lr=self.config.lr,
+            betas=(self.config.adam_beta1, self.config.adam_beta2),
+            eps=self.config.adam_eps,
         )
         self._fill_state()
 
@@ -97,17 +130,19 @@ class Optimizer:
         ]
         set_adam_state(self.adam, moments, self._num_steps)
 
-    def step(self, lr: float, scale: float = 1.0) -> float:
-        """Apply the gradients in the parameters' .grad times `scale` and clear them; their norm before clipping.
+    def step(self, lr: float, scale: float = 1.0) -> Update:
+        """Apply the gradients in the parameters' .grad times `scale` and clear them.
 
-        Where the norm is not finite nothing changes but the gradients, and `unsound` names the parameters to blame.
+        Where their norm is not finite nothing else changes, and the result names the parameters to blame.
         """
         gradients = self._take_gradients()
         if scale != 1.0:
             torch._foreach_mul_(gradients, scale)
-        norm = self._global_norm(gradients)
+        squares = self._squares(gradients)
+        norm = float(squares.sum().sqrt())
+        norms = self._by_kind(squares.tolist())
         if not math.isfinite(norm):
-            return norm
+            return Update(norm, norms, self._find_nonfinite(gradients))
         limit = self.config.clip_grad
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
@@ -118,7 +153,7 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         self._num_steps += 1
-        return norm
+        return Update(norm, norms)
 
     def discard(self) -> None:
         """Clear the gradients; nothing else changes."""
@@ -126,7 +161,7 @@ class Optimizer:
             parameter.grad = None
 
     def moments(self, moment: str) -> list[RowShard]:
-        """The rows of `moment` ("exp_avg" or "exp_avg_sq") beside those of the parameters."""
+        """The rows of `moment` ("exp_avg" or "exp_avg_sq"), sharded as those of the parameters."""
         return [shard.with_tensor(rows) for shard, rows in zip(self.shards, self._moments[moment], strict=True)]
 
     @property
@@ -141,20 +176,21 @@ class Optimizer:
 
     def _take_gradients(self) -> list[Tensor]:
         gradients = []
-        for parameter, shard, frozen in zip(self.parameters, self.shards, self._frozen, strict=True):
+        for parameter, shard, old in zip(self.parameters, self.shards, self._old, strict=True):
             gradient = parameter.grad
             if gradient is None:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
                 dist.all_reduce(local, group=self.tied_group)
-            local[:frozen].zero_()
+            if self._lr_scale == 0:
+                local[:old].zero_()
             gradients.append(local)
             parameter.grad = None
         return gradients
 
-    def _global_norm(self, gradients: Sequence[Tensor]) -> float:
-        """Root of the sum of squares over all logical parameters, each counted once, summed in canonical order.
+    def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The squared norm of each logical parameter of the whole model, in canonical order: float64, [parameters].
 
         One axis is summed after the other, each over the same ranks whatever the size of "pp", whose sum only adds
         zeros: so the bits do not depend on how the layers are split into stages.
@@ -167,10 +203,7 @@ class Optimizer:
             group = self.mesh.group(axis)
             if group is not None:
                 dist.all_reduce(squares, group=group)
-        total = float(squares.sum().sqrt())
-        self.norms = self._by_kind(squares.tolist())
-        self.unsound = {} if math.isfinite(total) else self._find_unsound(gradients)
-        return total
+        return squares
 
     def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -178,7 +211,7 @@ class Optimizer:
             sums[parameter.kind] = sums.get(parameter.kind, 0.0) + square
         return {kind: math.sqrt(total) for kind, total in sums.items()}
 
-    def _find_unsound(self, gradients: Iterable[Tensor]) -> dict[str, int]:
+    def _find_nonfinite(self, gradients: Iterable[Tensor]) -> dict[str, int]:
         size = self.mesh.world.size() if self.mesh.world is not None else 1
         rank = self.mesh.world.rank() if self.mesh.world is not None else 0
         first = torch.full((len(self.position),), size, device=self.mesh.device)

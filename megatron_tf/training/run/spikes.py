@@ -1,23 +1,17 @@
-"""What goes wrong in single steps: batches that are not finite, and losses that jump."""
+"""Telling a loss that jumps from one that is noisy."""
 
 import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
 
 from megatron_tf.checkpoint.record import SpikeHistory
-from megatron_tf.errors import UserError
 
 _HISTORY = 100  # losses that noise is measured by
 _RECENT = 16  # those that tell where the loss is
 _LEAST_HISTORY = 32
 _LEAST_DEVIATION = 0.005  # of the loss: one that hardly moves makes no spike of every ripple
 _SIGMA = 1.4826 / math.sqrt(2)  # of normal noise, from the median of the differences between neighbours
-
-
-class DivergedError(UserError):
-    """A model that does not train any more: the message says where its last sound state is."""
 
 
 class SpikeDetector:
@@ -51,10 +45,3 @@ class SpikeDetector:
         self.in_a_row = 0
         self.losses.append(loss)
         return False
-
-
-def name_unsound(unsound: Mapping[str, int]) -> str:
-    """What was not finite, and where, for a line of the log."""
-    names = [f"{name} (rank {rank})" for name, rank in list(unsound.items())[:3]]
-    more = len(unsound) - len(names)
-    return f"{', '.join(names)}{f' and {more} more' if more else ''}"

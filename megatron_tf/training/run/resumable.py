@@ -59,10 +59,10 @@ def _saved_stage(record: RunRecord, config: RunConfig, source: Path) -> int:
         return models.index(record.model)
     if recorded is None:
         recorded = min(stages, key=lambda stage: len(_differing_keys(record.model, models[stage])))
-    raise _another_model(record.model, models[recorded], recorded, source)
+    raise _another_model(record.model, models[recorded], stage=recorded, source=source)
 
 
-def _another_model(saved: ModelConfig, configured: ModelConfig, stage: int, source: Path) -> CheckpointError:
+def _another_model(saved: ModelConfig, configured: ModelConfig, *, stage: int, source: Path) -> CheckpointError:
     here, there = to_dict(saved), to_dict(configured)
     after = f" after growth[{stage - 1}]" if stage else ""
     different = "; ".join(

@@ -1,0 +1,141 @@
+"""What a run does when steps go wrong: it skips what is not finite, and rewinds where the loss keeps jumping."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_tf.checkpoint.record import RunRecord, SpikeHistory
+from megatron_tf.config import RunConfig
+from megatron_tf.errors import UserError
+from megatron_tf.training.observability.observer import Fault
+from megatron_tf.training.run.context import RunContext
+from megatron_tf.training.run.resume import RestoredRun
+from megatron_tf.training.run.spikes import SpikeDetector
+from megatron_tf.training.step.state import TrainState
+from megatron_tf.training.step.step import StepResult
+
+_REWINDS_IN_A_ROW = 3
+
+
+class DivergedError(UserError):
+    """The model no longer trains: the message says where its last good state is."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A run after a step that went wrong."""
+
+    record: RunRecord
+    failure: str = ""
+    """Why the run must end, after this record and the state are saved; empty if it can continue."""
+
+
+class Recovery:
+    """Counts what goes wrong in a stage of growth, and undoes it.
+
+    `run` is the run at the start of the stage, `reload` restores the newest checkpoint into its state.
+    """
+
+    def __init__(
+        self, config: RunConfig, run: RestoredRun, *, context: RunContext, reload: Callable[[TrainState], RestoredRun]
+    ) -> None:
+        self.training = config.training
+        self.state = run.state
+        self.context = context
+        self.reload = reload
+        self.spikes = SpikeDetector(config.training.loss_spike_sigmas, run.record.details.spikes)
+        self.skipped_in_a_row = 0
+        self.rewinds_in_a_row = 0
+
+    def history(self) -> SpikeHistory:
+        """What a checkpoint keeps, so that a resumed run finds the same spikes."""
+        return self.spikes.history()
+
+    def on_saved(self) -> None:
+        """Called at each save: a rewind from now on returns to another checkpoint."""
+        self.rewinds_in_a_row = 0
+
+    def recover(self, result: StepResult, record: RunRecord) -> Recovered | None:
+        """Report what is wrong with a step; None where nothing is, or nothing is to be undone.
+
+        `record` already counts the step, or that it was skipped.
+        """
+        if result.is_overflow:
+            self._report_overflow(record)
+            return Recovered(record)
+        if result.nonfinite:
+            return self._skip(result.nonfinite, record)
+        self.skipped_in_a_row = 0
+        if self.spikes.is_spike(result.loss):
+            self._report_spike(result.loss, record)
+            if self.spikes.in_a_row == self.training.rewind_after_spikes:
+                return self._rewind(record)
+        return None
+
+    def _report_overflow(self, record: RunRecord) -> None:
+        scale = self.state.scaler.scale
+        self._report(
+            "overflow",
+            record,
+            f"gradients overflow in fp16, the loss scale is now {scale:g}; the batch that ends at sample "
+            f"{record.training.samples:,} is skipped",
+            loss_scale=scale,
+        )
+
+    def _skip(self, nonfinite: Mapping[str, int], record: RunRecord) -> Recovered:
+        counters, culprits = record.training, name_nonfinite(nonfinite)
+        self.skipped_in_a_row += 1
+        self._report(
+            "skipped",
+            record,
+            f"warning: non-finite: {culprits}; the batch that ends at sample {counters.samples:,} is skipped, "
+            f"{counters.skipped} so far",
+            unsound=dict(nonfinite),
+        )
+        if self.skipped_in_a_row < self.training.max_skipped_steps:
+            return Recovered(record)
+        return Recovered(record, f"{self.skipped_in_a_row} batches in a row were non-finite in {culprits}")
+
+    def _report_spike(self, loss: float, record: RunRecord) -> None:
+        self._report(
+            "spike",
+            record,
+            f"warning: the loss jumped to {loss:.4f}, {self.spikes.in_a_row} step(s) in a row; the batch ends at "
+            f"sample {record.training.samples:,}",
+            loss=loss,
+        )
+
+    def _rewind(self, record: RunRecord) -> Recovered | None:
+        """Return to the last checkpoint, and continue after the data read since; None where there is none."""
+        spent = record.training
+        self.context.saver.wait()
+        restored = self.reload(self.state)
+        if restored.origin is None:
+            self.context.say(f"step {spent.step:>6}  there is no checkpoint to rewind to: training continues")
+            return None
+        self.rewinds_in_a_row += 1
+        self.spikes.in_a_row = 0
+        # parameters, optimizer state and schedule of the checkpoint, but the position in the data of now
+        training = replace(
+            restored.record.training,
+            samples=spent.samples,
+            skipped=spent.skipped + spent.step - restored.record.training.step,
+            overflows=spent.overflows,
+        )
+        rewound = replace(restored.record, training=training, usage=record.usage)
+        self._report("rewind", rewound, f"rewound to {restored.origin}; skipping data up to sample {spent.samples:,}")
+        if self.rewinds_in_a_row < _REWINDS_IN_A_ROW:
+            return Recovered(rewound)
+        return Recovered(rewound, f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
+
+    def _report(self, kind: str, record: RunRecord, message: str, **values: Any) -> None:
+        training = record.training
+        values["samples"] = training.samples
+        self.context.observer.on_fault(Fault(kind=kind, step=training.step, message=message, values=values))
+
+
+def name_nonfinite(nonfinite: Mapping[str, int]) -> str:
+    """What was not finite, and on which rank, for a line of the log."""
+    names = [f"{name} (rank {rank})" for name, rank in list(nonfinite.items())[:3]]
+    more = len(nonfinite) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")

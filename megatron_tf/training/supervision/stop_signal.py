@@ -1,0 +1,60 @@
+"""Stopping all ranks of a run at one step: on a signal, when its time is up, or when an observer requests it."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.supervision.signals import SignalCatcher, name_of
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why the ranks stop."""
+
+    reason: str
+    number: int = 0
+    """The signal that was sent to one of them; 0 for none."""
+    is_final: bool = False
+    """Whether the run is not to be started again on its own account."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks have agreed on."""
+
+    stop: Stop | None
+    is_trace_requested: bool
+    """Whether any rank was sent SIGUSR2 since the last agreement."""
+
+
+class StopSignal:
+    """Finds out together whether to stop. The limit of time counts from when it is made."""
+
+    def __init__(self, mesh: Mesh, signals: SignalCatcher, limit_minutes: float | None) -> None:
+        self.mesh = mesh
+        self.signals = signals
+        self.deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+
+    def agree(self, reason: str | None = None, *, by_time: bool = True) -> Agreement:
+        """Ask all ranks; each gets the same answer, and all call it together.
+
+        `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
+        """
+        is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
+        requests = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
+        self.signals.is_trace_requested = False
+        asked = torch.tensor([int(request) for request in requests], device=self.mesh.device)
+        if self.mesh.world is not None:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world)
+        number, late, trace, observed = asked.tolist()
+        stop = None
+        if observed:  # it comes before a signal: what is to be started again would lose the reason
+            stop = Stop(self.mesh.first_failure(reason) or "", is_final=True)
+        elif number:
+            stop = Stop(name_of(number), number)
+        elif late:
+            stop = Stop("its time is up (training.exit_duration_in_mins)")
+        return Agreement(stop, bool(trace))
