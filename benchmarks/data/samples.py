@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.loader import BatchLoader
@@ -101,7 +102,15 @@ def main() -> None:
                 dataset[i]
 
         def loader() -> None:
-            with BatchLoader(dataset, lambda _: BATCH, 8, 0, 1, 0) as batches:
+            with BatchLoader(
+                dataset,
+                batch_size=lambda _: BATCH,
+                micro_batch_size=8,
+                replica=0,
+                replicas=1,
+                consumed_samples=0,
+                masking=DocumentMasking(0),
+            ) as batches:
                 for _ in range(SAMPLES // BATCH):
                     next(batches)
 

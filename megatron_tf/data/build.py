@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
@@ -22,7 +23,13 @@ Split = Literal["train", "validation"]
 
 
 def build_loader(
-    dataset: Samples, training: TrainingConfig, mesh: Mesh, consumed_samples: int, is_training: bool = True
+    dataset: Samples,
+    *,
+    training: TrainingConfig,
+    mesh: Mesh,
+    masking: DocumentMasking,
+    consumed_samples: int = 0,
+    is_training: bool = True,
 ) -> BatchLoader:
     """This replica's batches of a data set from the given position on; of full size where they are not to train on."""
     return BatchLoader(
@@ -32,6 +39,7 @@ def build_loader(
         replica=mesh.rank("dp"),
         replicas=mesh.size("dp"),
         consumed_samples=consumed_samples,
+        masking=masking,
     )
 
 

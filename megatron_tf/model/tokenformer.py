@@ -122,8 +122,9 @@ class TokenFormer(nn.Module):
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D] after the layers.
 
         `cache` holds the tokens that came before these, and takes these in. `document_starts` [B, S] is where each
-        token's document begins: documents do not see each other, and count positions anew. `sample_numbers` [B] are
-        those of the samples in the data of the run; without them nothing is dropped."""
+        token's document begins: documents do not see each other, and positions restart in each. `sample_numbers` [B]
+        are those of the samples in the data of the run; without them nothing is dropped. Both are read on the host:
+        on a device they would make it wait."""
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
             dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
@@ -160,7 +161,7 @@ class TokenFormer(nn.Module):
         dim = int(self.config.head_dim * self.config.rotary_percent)
         positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
-            positions = positions - document_starts.t()
+            positions = positions - document_starts.t().to(x.device)
         cos, sin = rotary_tables(positions, dim, self.config.rotary_base)
         return cos.to(x.dtype), sin.to(x.dtype)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor
-
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
 from megatron_tf.config import RunConfig
+from megatron_tf.data.batch import Batch
+from megatron_tf.data.blend import Samples
 from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.loader import BatchLoader
@@ -126,9 +126,9 @@ class Loop:
         phases.enter("forward-backward")
         lr = self._learning_rate(tokens)
         with profiler.step(number):
-            result = train_step(self.state, batch, lr, self.done.samples)
+            result = train_step(self.state, batch, lr)
         if result.unsound:
-            self._check_ids(self.tools.loader, batch, self.done.samples)
+            self._check_ids(self.tools.loader.dataset, batch)
         phases.enter("report")
         self._account()
         if profiler.written is not None:
@@ -268,10 +268,9 @@ class Loop:
             saved = f"; {self.config.checkpoint.save} holds the state before them: started again it goes on behind them"
         raise DivergedError(f"{reason} after step {self.done.step}{saved}: lower optimizer.lr, or look at the data")
 
-    def _check_ids(self, loader: BatchLoader, batch: Tensor, first: int) -> None:
-        """Save, and raise DataError on every rank, where the batch from sample `first` on has an id that the
-        vocabulary has not."""
-        bad = bad_id_of_batch(loader, batch, first, self.config.model.vocab_size, self.state.mesh)
+    def _check_ids(self, dataset: Samples, batch: Batch) -> None:
+        """Save, and raise DataError on every rank, where the batch has an id that the vocabulary has not."""
+        bad = bad_id_of_batch(batch, dataset, vocab_size=self.config.model.vocab_size, mesh=self.state.mesh)
         if bad is None:
             return
         saved = ""
@@ -284,18 +283,18 @@ class Loop:
         """Mean losses over the first `eval_iters` global batches of each validation set; False where a stop was
         requested on the way: the evaluation is then due when the run is started again."""
         training, losses = self.config.training, {"": 0.0}
+        mesh, masking = self.state.mesh, self.tools.loader.masking
         for part in self.tools.validation:
-            with build_loader(part.samples, training, self.state.mesh, 0, is_training=False) as loader:
+            with build_loader(part.samples, training=training, mesh=mesh, masking=masking, is_training=False) as loader:
                 total = 0.0
                 for _ in range(training.eval_iters):
                     self.tools.phases.enter("evaluation")
                     if self.tools.stopping.agreed():
                         return False
-                    first = loader.consumed_samples
                     batch = next(loader)
                     loss = evaluation_loss(self.state, batch)
                     if math.isnan(loss):
-                        self._check_ids(loader, batch, first)
+                        self._check_ids(part.samples, batch)
                     total += loss
             losses[""] += part.weight * total / training.eval_iters
             if len(self.tools.validation) > 1:

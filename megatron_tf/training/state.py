@@ -13,9 +13,9 @@ from megatron_tf.model.parallelize import (
     build_stage,
     choose_computation,
     initialize,
-    mean_token_loss,
     micro_batch_shapes,
     parameter_shards,
+    token_loss,
     warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
@@ -31,15 +31,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Boundaries:
-    """What an end of document means in a sample."""
-
-    eod: int
-    mask_loss: bool
-    reset_attention: bool
-
-
-@dataclass(frozen=True)
 class TrainState:
     """Everything that a step changes, and the means to run it."""
 
@@ -50,34 +41,38 @@ class TrainState:
     optimizer: Optimizer
     runner: Runner
     scaler: LossScaler
-    boundaries: Boundaries
     kernels: Kernels
     phases: Phases
     """Told what a step is doing."""
 
 
-def build_state(config: RunConfig, mesh: Mesh, eod: int, phases: Phases | None = None) -> TrainState:
-    """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
+def build_state(config: RunConfig, mesh: Mesh, phases: Phases | None = None) -> TrainState:
+    """This rank's part of a new run, with its initial values.
 
     Raises UserError for a layout that cannot be, and for kernels that can't be built.
     """
     training, parallel = config.training, config.parallel
     dtype = DTYPES[training.precision]
     check_batch_sizes(config, mesh)
+    seq_length, sequence_parallel = training.seq_length, parallel.sequence_parallel
+    model = build_stage(config.model, mesh, seq_length=seq_length, sequence_parallel=sequence_parallel, dtype=dtype)
     shapes = micro_batch_shapes(
-        config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+        config.model,
+        mesh,
+        size=training.micro_batch_size,
+        seq_length=seq_length,
+        sequence_parallel=sequence_parallel,
+        dtype=dtype,
     )
-    model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
     if training.hidden_dropout or training.attention_dropout:
         model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
     kernels = _build_kernels(model, config, mesh, dtype)
     shards = parameter_shards(model)
     initialize(shards, config.model, training.seed)
-    runner = make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
+    runner = make_runner(model, token_loss(mesh), shapes=shapes, mesh=mesh, schedule=parallel.pipeline_schedule)
     optimizer = _build_optimizer(model, shards, config.model, config.optimizer, mesh, kernels.optimizer)
-    boundaries = Boundaries(eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
     scaler = LossScaler(config.loss_scale, training.precision == "fp16")
-    return TrainState(mesh, model, shards, optimizer, runner, scaler, boundaries, kernels, phases or Phases())
+    return TrainState(mesh, model, shards, optimizer, runner, scaler, kernels, phases or Phases())
 
 
 def check_batch_sizes(config: RunConfig, mesh: Mesh) -> None:

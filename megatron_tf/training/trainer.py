@@ -11,6 +11,7 @@ from megatron_tf.checkpoint.commit import newest_checkpoint
 from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ConfigError, RunConfig, to_dict
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
@@ -62,7 +63,7 @@ def train(
         check_tokenizer(config, tokenizer)
 
         def build(staged: RunConfig) -> TrainState:
-            return build_state(staged, mesh, tokenizer.eod, phases)
+            return build_state(staged, mesh, phases)
 
         resume = Resume(config, mesh, tokenizer.identity, build, data)
         run = resume.restore(resumable)
@@ -77,7 +78,12 @@ def train(
             log.say(run.changes)
         saver = open_.enter_context(_saver(mesh, timedelta(seconds=limit), log))
         dataset = build_dataset(config, blend_of(record))
-        loader = open_.enter_context(build_loader(dataset, training, mesh, record.training.samples))
+        masking = DocumentMasking(tokenizer.eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
+        loader = open_.enter_context(
+            build_loader(
+                dataset, training=training, mesh=mesh, masking=masking, consumed_samples=record.training.samples
+            )
+        )
         tools = Tools(loader, validation, log, saver, stopping, phases, Profiler(config.logging, mesh), began)
         _say_kernels(run.state.kernels, log)
         _announce("start", config.at_stage(run.stage), mesh, record, log, run.origin)

@@ -13,11 +13,10 @@ import pytest
 from megatron_tf.data import indexed_dataset, order_cache
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.megatron_order import MegatronOrder
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import build_tokenizer
-from tests.support.data import write_data_set
+from tests.support.data import loader_of, write_data_set
 from tests.support.paths import ROOT
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "pile_sample_heldout.jsonl.zst"
@@ -195,9 +194,9 @@ def test_splits_are_over_documents():
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_replicas(dataset, replicas):
     samples = gpt(dataset)
-    loaders = [BatchLoader(samples, lambda _: 8, 2, replica, replicas, 16) for replica in range(replicas)]
+    loaders = [loader_of(samples, lambda _: 8, replica, replicas, 16) for replica in range(replicas)]
     next(loaders[0]), [next(loader) for loader in loaders[1:]]
-    batches = np.stack([next(loader).numpy() for loader in loaders], axis=1)
+    batches = np.stack([next(loader).ids.numpy() for loader in loaders], axis=1)
     expected = [samples[i].tolist() for i in range(24, 32)]
     assert batches.reshape(8, 9).tolist() == expected
     assert all(loader.consumed_samples == 32 for loader in loaders)
