@@ -25,7 +25,8 @@ from megatron_tf.tokenformer.sizes import head_flops, layer_flops
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
     """The layers of each pipeline stage, balanced by operations; looking up an embedding costs next to nothing."""
     costs = [float(layer_flops(config, layer, seq_length)) for layer in range(config.num_layers)]
-    return partition_layers(costs, 0.0, float(head_flops(config)), num_stages)
+    costs[-1] += head_flops(config)  # whichever stage has the last layer has the head
+    return partition_layers(costs, num_stages)
 
 
 def build_stage(
@@ -34,7 +35,7 @@ def build_stage(
     """This rank's stage, its parameters placed on the mesh but not yet filled with values."""
     layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
     with torch.device("meta"):
-        model = TokenFormer(config, layers, mesh.group("tp"), sequence_parallel, dtype)
+        model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh)
     return model
@@ -53,7 +54,7 @@ def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granulari
             module.normalise = kernels.normalise
 
 
-def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mesh) -> str | None:
+def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.dtype) -> str | None:
     """Compile what `rows` tokens of a micro-batch need, on one rank of each host first; every rank calls it.
 
     Returns, on every rank, why one of them can't compile; None where all did.

@@ -20,11 +20,10 @@ LossFunction = Callable[[Tensor, Tensor, float], Tensor]
 """(output of the last stage, targets [B, S], divisor) -> sum of the targets' losses over the divisor."""
 
 
-def partition_layers(costs: Sequence[float], first: float, last: float, num_stages: int) -> list[range]:
+def partition_layers(costs: Sequence[float], num_stages: int) -> list[range]:
     """Cut layers of the given costs into contiguous stages, at least a layer each, so that the dearest is cheapest.
 
-    `first` and `last` are the costs of the embedding and of the output layer. Raises LayoutError for more stages than
-    layers.
+    Raises LayoutError for more stages than layers.
     """
     layers = len(costs)
     if num_stages > layers:
@@ -32,30 +31,16 @@ def partition_layers(costs: Sequence[float], first: float, last: float, num_stag
     # best[i] = (cost of the dearest stage, cuts) for layers [0, i) in as many stages as rounds have passed
     best = {0: (0.0, [0])}
     for stage in range(num_stages):
-        best = {
-            stop: min(
-                _extend(best[start], start, stop, stage, costs, first, last, num_stages)
-                for start in best
+        following = {}
+        for stop in range(stage + 1, layers + 1):
+            cuts = [
+                (max(dearest, sum(costs[start:stop])), [*starts, stop])
+                for start, (dearest, starts) in best.items()
                 if start < stop
-            )
-            for stop in range(stage + 1, layers + 1)
-        }
-    cuts = best[layers][1]
-    return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
-
-
-def _extend(
-    so_far: tuple[float, list[int]],
-    start: int,
-    stop: int,
-    stage: int,
-    costs: Sequence[float],
-    first: float,
-    last: float,
-    num_stages: int,
-) -> tuple[float, list[int]]:
-    cost = sum(costs[start:stop]) + (first if stage == 0 else 0.0) + (last if stage == num_stages - 1 else 0.0)
-    return max(so_far[0], cost), [*so_far[1], stop]
+            ]
+            following[stop] = min(cuts)
+        best = following
+    return [range(start, stop) for start, stop in itertools.pairwise(best[layers][1])]
 
 
 @dataclass(frozen=True)
@@ -179,7 +164,8 @@ class PipelineRunner:
         return self._made[purpose][1]
 
     def _make(self, kind: type[Schedule], count: int) -> Schedule:
-        rank, stages, shapes = self.mesh.rank("pp"), self.mesh.size("pp"), self.shapes
+        rank, stages = self.mesh.rank("pp"), self.mesh.size("pp")
+        shapes = self.shapes
         hidden = torch.empty(shapes.hidden, dtype=shapes.dtype, device="meta", requires_grad=True)
         ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")
         output = torch.empty(shapes.output, dtype=shapes.dtype, device="meta", requires_grad=True)

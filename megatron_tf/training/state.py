@@ -105,7 +105,7 @@ def _build_kernels(model: TokenFormer, config: RunConfig, mesh: Mesh, dtype: tor
     training = config.training
     kernels = choose(_asked_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
-    failure = warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
+    failure = warm_up_kernels(model, mesh, rows=training.micro_batch_size * training.seq_length, dtype=dtype)
     if failure is not None:
         kernels = without_pattention_kernels(kernels, failure)
         choose_computation(model, kernels, training.recompute_granularity)

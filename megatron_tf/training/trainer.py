@@ -176,7 +176,11 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         try:
             replicas = data_parallel_size(
-                num_ranks, tensor, pipeline, parallel.data_parallel_size, parallel.data_parallel_shard_size
+                num_ranks,
+                tensor=tensor,
+                pipeline=pipeline,
+                asked=parallel.data_parallel_size,
+                shard_size=parallel.data_parallel_shard_size,
             )
             check_batches(staged, pipeline, replicas)
         except (ConfigError, LayoutError) as error:
