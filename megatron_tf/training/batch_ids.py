@@ -31,4 +31,4 @@ def _first_of_rank(batch: Batch, dataset: Samples, vocab_size: int) -> tuple[int
         return None
     row, position = divmod(bad, batch.ids.shape[-1])
     sample = int(batch.sample_numbers.flatten()[row])
-    return sample, describe_bad_id(int(ids[bad]), vocab_size, *dataset.place(sample, position))
+    return sample, describe_bad_id(int(ids[bad]), vocab_size, dataset.place(sample, position))

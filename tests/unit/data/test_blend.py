@@ -116,7 +116,7 @@ def sets(tmp_path):
     def gpt(name, tokens):
         prefix = write_data_set(tmp_path / name, [tokens[i : i + 11] for i in range(0, len(tokens), 11)])
         indexed = IndexedDataset(prefix)
-        order = SampleOrder(indexed.document_lengths, 8, 1, name, tmp_path / "cache")
+        order = SampleOrder(indexed.document_lengths, seq_length=8, seed=1, name=name, cache=tmp_path / "cache")
         return GPTDataset(indexed, range(len(indexed)), order)
 
     return gpt("d", list(range(400))), gpt("e", list(range(1000, 1900)))

@@ -98,7 +98,8 @@ def gpt(dataset, seed=1, name="d", documents=None, seq_length=8):
     indexed, cache = dataset
     documents = documents or range(len(indexed))
     lengths = indexed.document_lengths[documents.start : documents.stop]
-    return GPTDataset(indexed, documents, SampleOrder(lengths, seq_length, seed, name, cache))
+    order = SampleOrder(lengths, seq_length=seq_length, seed=seed, name=name, cache=cache)
+    return GPTDataset(indexed, documents, order)
 
 
 def test_an_epoch_is_the_documents_end_to_end(dataset):
@@ -147,7 +148,7 @@ def build_and_tell(arguments):
     cache, lengths = arguments
     write = order_cache._write
     order_cache._write = lambda *rest: (built.append(1), write(*rest))
-    order = SampleOrder(lengths, 8, 1, "d", cache)
+    order = SampleOrder(lengths, seq_length=8, seed=1, name="d", cache=cache)
     return order.locate(3)[1], len(built)
 
 
@@ -169,8 +170,9 @@ def test_megatrons_order_bit_for_bit(tmp_path, case):
     lengths = np.array(case["lengths"], dtype=np.int32)
     ids = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
     indexed = IndexedDataset(write_data_set(tmp_path / "d", [part.tolist() for part in ids]))
-    options = case["seq_length"], case["seed"], "d", tmp_path / "cache", case["samples"]
-    samples = GPTDataset(indexed, range(len(lengths)), MegatronOrder(indexed.document_lengths, *options))
+    options = {"seq_length": case["seq_length"], "seed": case["seed"], "samples": case["samples"]}
+    order = MegatronOrder(indexed.document_lengths, name="d", cache=tmp_path / "cache", **options)
+    samples = GPTDataset(indexed, range(len(lengths)), order)
     arrays, _ = samples.order.locate(0)
     assert arrays.documents[:8].tolist() == case["first_documents"]
     assert arrays.shuffle[:8].tolist() == case["first_shuffled"]
