@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.config import RunConfig, parse_config
+from megatron_tf.data.batch import Batch
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.sizes import parameter_count, training_flops
 from megatron_tf.training.step.state import build_state
@@ -64,11 +65,12 @@ def run(name: str, precision: str, recompute: str, kernels: str, steps: int) -> 
         "data": {"data_path": ["unused"], "tokenizer_type": "NullTokenizer"},
     }
     config = parse_config(RunConfig, values, "benchmark")
-    state = build_state(config, Mesh(torch.device("cpu")), 0)
+    state = build_state(config, Mesh(torch.device("cpu")))
     before = resident_mib("VmRSS")
     best, loss = float("inf"), 0.0
     for step in range(steps):
-        batch = torch.randint(VOCABULARY, (1, BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(VOCABULARY, (1, BATCH, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        batch = Batch(ids, torch.arange(BATCH)[None], BATCH * SEQ_LENGTH)
         start = time.perf_counter()
         loss = train_step(state, batch, 1e-3).loss
         best = min(best, time.perf_counter() - start)

@@ -16,6 +16,7 @@ import xxhash
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import RunConfig, parse_config
+from megatron_tf.data.batch import Batch
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.run.checkpointing import new_record, save_state
 from megatron_tf.training.step.state import TrainState, build_state
@@ -46,8 +47,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     config = parse_config(RunConfig, RUN, "benchmark")
-    state = build_state(config, Mesh(torch.device("cpu")), 0)
-    batch = torch.randint(8192, (1, 4, 257))
+    state = build_state(config, Mesh(torch.device("cpu")))
+    batch = Batch(torch.randint(8192, (1, 4, 257)), torch.arange(4)[None], 4 * 256)
     record = new_record(config, {})
     train_step(state, batch, 1e-3)
     found: dict[str, list[float]] = {}
@@ -80,7 +81,7 @@ def main() -> None:
     )
 
 
-def steps(state: TrainState, batch: torch.Tensor) -> float:
+def steps(state: TrainState, batch: Batch) -> float:
     """Seconds of some steps."""
     start = time.perf_counter()
     for _ in range(STEPS):

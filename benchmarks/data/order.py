@@ -44,7 +44,9 @@ def ours_order(lengths: NDArray[np.int32], epochs: int) -> None:
         dataset = IndexedDataset(prefix)
 
         def build() -> None:
-            order = SampleOrder(dataset.document_lengths, SEQ_LENGTH, 1, "train", Path(f"{prefix}-cache"))
+            order = SampleOrder(
+                dataset.document_lengths, seq_length=SEQ_LENGTH, seed=1, name="train", cache=Path(f"{prefix}-cache")
+            )
             for epoch in range(epochs):
                 order.locate(epoch * order.samples_per_epoch)
 

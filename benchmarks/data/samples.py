@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.order import SampleOrder
 
 SEQ_LENGTH, SAMPLES, BATCH, TURNS = 2048, 8192, 256, 5
+
+
+def order_of(data: IndexedDataset, cache: str) -> SampleOrder:
+    """The order of all its documents."""
+    return SampleOrder(data.document_lengths, seq_length=SEQ_LENGTH, seed=1, name="train", cache=Path(cache))
 
 
 def rate(read: Callable[[], None], turns: int = TURNS) -> float:
@@ -35,9 +41,7 @@ def rate(read: Callable[[], None], turns: int = TURNS) -> float:
 def cold_rate(prefix: str, cache: str, ask_ahead: int) -> float:
     """Of a file that is not in memory, with `ask_ahead` samples asked for before they are read."""
     data = IndexedDataset(prefix)
-    dataset = GPTDataset(
-        data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache))
-    )
+    dataset = GPTDataset(data, range(len(data)), order_of(data, cache))
     dataset[0]
 
     def read() -> None:
@@ -56,7 +60,7 @@ def cold_rate(prefix: str, cache: str, ask_ahead: int) -> float:
 def our_dataset(prefix: str, cache: str) -> GPTDataset:
     """All documents, in our order."""
     data = IndexedDataset(prefix)
-    return GPTDataset(data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache)))
+    return GPTDataset(data, range(len(data)), order_of(data, cache))
 
 
 def megatron_dataset(prefix: str, cache: str) -> Any:
@@ -91,9 +95,7 @@ def main() -> None:
         ]:
             print(f"{name:<44}{cold_rate(prefix, cache, ask_ahead):>10,.0f} samples/s", flush=True)
         data = IndexedDataset(prefix)
-        dataset = GPTDataset(
-            data, range(len(data)), SampleOrder(data.document_lengths, SEQ_LENGTH, 1, "train", Path(cache))
-        )
+        dataset = GPTDataset(data, range(len(data)), order_of(data, cache))
         theirs = megatron_dataset(prefix, cache)
 
         def ours() -> None:
@@ -101,7 +103,15 @@ def main() -> None:
                 dataset[i]
 
         def loader() -> None:
-            with BatchLoader(dataset, lambda _: BATCH, 8, 0, 1, 0) as batches:
+            with BatchLoader(
+                dataset,
+                batch_size=lambda _: BATCH,
+                micro_batch_size=8,
+                replica=0,
+                replicas=1,
+                consumed_samples=0,
+                masking=DocumentMasking(0),
+            ) as batches:
                 for _ in range(SAMPLES // BATCH):
                     next(batches)
 

@@ -85,7 +85,8 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
         return build_dataset(config, blend_of_run(config)), f"the run of {options.config}"
     documents = split_documents(len(dataset), options.split)[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
-    order = SampleOrder(lengths, options.seq_length, options.seed, f"{dataset.prefix.name}:train", cache)
+    name = f"{dataset.prefix.name}:train"
+    order = SampleOrder(lengths, seq_length=options.seq_length, seed=options.seed, name=name, cache=cache)
     return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
 
 

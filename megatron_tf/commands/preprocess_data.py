@@ -24,7 +24,7 @@ from megatron_tf.data.indexed_dataset import DataError, token_dtype
 from megatron_tf.data.inputs import find_inputs
 from megatron_tf.data.preprocess import (
     UNKNOWN_SET,
-    Progress,
+    ReportProgress,
     Settings,
     assemble,
     finished_report,
@@ -114,7 +114,9 @@ def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
 def preprocess(options: Options, ranks: Any | None) -> None:
     """Tokenize every input and put the data sets together, on the ranks of an executor or in this process."""
     inputs, prefix = find_inputs(options.input), options.output_prefix
-    tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
+    tokenizer = build_tokenizer(
+        options.tokenizer_type, options.tokenizer_model, threads=options.workers, eod_token=options.eod_token
+    )
     eod = tokenizer.eod if options.append_eod else None
     settings = Settings(
         tokenizer=tokenizer.identity,
@@ -123,7 +125,7 @@ def preprocess(options: Options, ranks: Any | None) -> None:
         split_by_meta=options.split_by_meta,
         eod=eod,
     )
-    report = finished_report(inputs, prefix, settings, options.tokenizer_model)
+    report = finished_report(inputs, prefix, settings, tokenizer_model=options.tokenizer_model)
     if report is not None:
         print(f"{prefix}.json: these data sets are complete already")
     else:
@@ -162,11 +164,11 @@ def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
 @cache
 def tokenizer_of(tokenizer_type: str, path: Path | None, workers: int, eod_token: str | None) -> Tokenizer:
     """The tokenizer, built once in a process however many inputs it gets."""
-    return build_tokenizer(tokenizer_type, path, workers, eod_token)
+    return build_tokenizer(tokenizer_type, path, threads=workers, eod_token=eod_token)
 
 
 @contextmanager
-def progress_of(inputs: list[Path], log_interval: int) -> Iterator[Progress]:
+def progress_of(inputs: list[Path], log_interval: int) -> Iterator[ReportProgress]:
     """A bar on a terminal, lines in a log; both count bytes of the inputs as they lie on disk."""
     total, documents, started = sum(path.stat().st_size for path in inputs), 0, time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:

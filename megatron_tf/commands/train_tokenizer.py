@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command
-from megatron_tf.data.documents import BadLines, read_documents
+from megatron_tf.data.documents import BadLines, documents_of
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
 
@@ -95,7 +95,7 @@ class Text(Iterator[str]):
     def __init__(self, paths: list[Path], key: str) -> None:
         self.bad = BadLines()
         self.error: Exception | None = None
-        self._documents = read_documents(paths, [key], self.bad)
+        self._documents = documents_of(paths, [key], self.bad)
         self._lines = self._split(key)
 
     def __next__(self) -> str:

@@ -15,8 +15,9 @@ def first_bad_id(ids: NDArray[np.generic], vocab_size: int) -> int | None:
     return int(np.argmax(np.less(ids, 0) | np.greater_equal(ids, vocab_size)))
 
 
-def describe_bad_id(value: int, vocab_size: int, prefix: Path, document: int, offset: int) -> str:
-    """What a message says of one."""
+def describe_bad_id(value: int, vocab_size: int, place: tuple[Path, int, int]) -> str:
+    """What a message says of one; `place` is its (prefix, document, offset)."""
+    prefix, document, offset = place
     return (
         f"{prefix}: document {document} has id {value} at offset {offset}, and the model ids from 0 to "
         f"{vocab_size - 1}: it was made with another tokenizer, or is damaged; preprocess its text again"
@@ -27,4 +28,4 @@ def check_ids(ids: NDArray[np.generic], vocab_size: int, prefix: Path, document:
     """Raise DataError where a document has an id that the vocabulary has not."""
     bad = first_bad_id(ids, vocab_size)
     if bad is not None:
-        raise DataError(describe_bad_id(int(ids[bad].item()), vocab_size, prefix, document, bad))
+        raise DataError(describe_bad_id(int(ids[bad].item()), vocab_size, (prefix, document, bad)))

@@ -30,7 +30,7 @@ class Samples(Protocol):
         """Have the system read a sample, without waiting for it."""
 
     def place(self, sample: int, position: int) -> tuple[Path, int, int]:
-        """(data set, document, offset in it) of a token of a sample."""
+        """(dataset, document, offset in it) of a token of a sample."""
 
 
 class Blend(Protocol):

@@ -1,4 +1,4 @@
-"""The configured data sets as batches for this replica."""
+"""The configured datasets as batches for this replica."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
@@ -22,9 +23,15 @@ Split = Literal["train", "validation"]
 
 
 def build_loader(
-    dataset: Samples, training: TrainingConfig, mesh: Mesh, consumed_samples: int, is_training: bool = True
+    dataset: Samples,
+    *,
+    training: TrainingConfig,
+    mesh: Mesh,
+    masking: DocumentMasking,
+    consumed_samples: int = 0,
+    is_training: bool = True,
 ) -> BatchLoader:
-    """This replica's batches of a data set from the given position on; of full size where they are not to train on."""
+    """This replica's batches of a dataset from the given position on; of full size where they are not to train on."""
     return BatchLoader(
         dataset,
         batch_size=training.batch_size_at if is_training else lambda _: training.global_batch_size,
@@ -32,6 +39,7 @@ def build_loader(
         replica=mesh.rank("dp"),
         replicas=mesh.size("dp"),
         consumed_samples=consumed_samples,
+        masking=masking,
     )
 
 
@@ -45,7 +53,7 @@ def build_dataset(config: RunConfig, blend: str = SPACED) -> Samples:
     _check_positive(weights, prefixes)
     cache, asked = _cache(config, prefixes), samples_of_run(config.training, "train")
     datasets = [
-        _open(config, prefix, "train", share, cache)
+        _open(config, prefix, "train", asked=share, cache=cache)
         for prefix, share in zip(prefixes, _samples_to_prepare(config, entries, asked), strict=True)
     ]
     if len(datasets) == 1:
@@ -92,7 +100,7 @@ def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], asked: int) -> lis
     sizes = [float(samples_in(data.order.lengths, length, data.dataset.prefix.name)) for data in datasets]
     if asked > sum(sizes):
         raise ConfigError(
-            f"data.data_path: the run takes {asked:,} samples, its data sets have {int(sum(sizes)):,} in one epoch; "
+            f"data.data_path: the run takes {asked:,} samples, its datasets have {int(sum(sizes)):,} in one epoch; "
             f"Megatron-LM reads sets without weights only once: write every entry as WEIGHT PREFIX"
         )
     return sizes
@@ -100,7 +108,7 @@ def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], asked: int) -> lis
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """One data set of those to evaluate on."""
+    """One dataset of those to evaluate on."""
 
     name: str
     weight: float
@@ -109,7 +117,7 @@ class ValidationSet:
 
 
 def build_validation(config: RunConfig) -> list[ValidationSet]:
-    """The data sets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
+    """The datasets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
     entries = config.data.valid_data_path or config.data.data_path
     weights, prefixes = parse_data_path(entries)
     asked: int | None = samples_of_run(config.training, "validation")
@@ -120,7 +128,7 @@ def build_validation(config: RunConfig) -> list[ValidationSet]:
         ValidationSet(
             name if names.count(name) == 1 else prefix,
             weight / sum(weights),
-            _open(config, prefix, "validation", asked, cache),
+            _open(config, prefix, "validation", asked=asked, cache=cache),
         )
         for name, prefix, weight in zip(names, prefixes, weights, strict=True)
     ]
@@ -130,7 +138,7 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
     return config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
 
 
-def _open(config: RunConfig, prefix: str, split: Split, asked: int | None, cache: Path) -> GPTDataset:
+def _open(config: RunConfig, prefix: str, split: Split, *, asked: int | None, cache: Path) -> GPTDataset:
     """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare, None for those
     of one epoch.
 
@@ -142,14 +150,12 @@ def _open(config: RunConfig, prefix: str, split: Split, asked: int | None, cache
     except DataError as error:
         raise DataError(f"data.{'valid_' if is_valid else ''}data_path: {error}") from error
     try:
-        return _ordered(config, indexed, prefix, split, asked, cache)
+        return _ordered(config, indexed, split, asked=asked, cache=cache)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"data.data_cache_path {cache} is no directory: {error}") from error
 
 
-def _ordered(
-    config: RunConfig, indexed: IndexedDataset, prefix: str, split: Split, asked: int | None, cache: Path
-) -> GPTDataset:
+def _ordered(config: RunConfig, indexed: IndexedDataset, split: Split, *, asked: int | None, cache: Path) -> GPTDataset:
     training, is_megatron = config.training, config.data.order == "megatron"
     divide = split_sequences if is_megatron else split_documents
     if split == "validation" and config.data.valid_data_path is not None:
@@ -157,7 +163,7 @@ def _ordered(
     else:
         documents = divide(len(indexed), config.data.split)[0 if split == "train" else 1]
     lengths = indexed.document_lengths[documents.start : documents.stop]
-    name = f"{Path(prefix).name}:{split}"
+    name = f"{indexed.prefix.name}:{split}"
     order: Order
     if is_megatron:
         order = MegatronOrder(

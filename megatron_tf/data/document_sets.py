@@ -19,7 +19,7 @@ ROW = np.dtype([("set", "<u4"), ("text_bytes", "<u4")])
 
 @dataclass(frozen=True)
 class DocumentSets:
-    """The documents of a data set, in order."""
+    """The documents of a dataset, in order."""
 
     names: list[str]
     rows: NDArray[np.void]
@@ -33,7 +33,7 @@ class DocumentSets:
 
 
 def sets_path(prefix: str | Path) -> Path:
-    """Where the sets of a data set's documents are written."""
+    """Where the sets of a dataset's documents are written."""
     return Path(f"{prefix}.documents.npz")
 
 
@@ -44,21 +44,26 @@ def read_document_sets(prefix: str | Path, num_documents: int) -> DocumentSets |
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            names, sets, text_bytes = arrays["names"].tolist(), arrays["set"], arrays["text_bytes"]
+            names = arrays["names"].tolist()
+            sets = arrays["set"]
+            text_bytes = arrays["text_bytes"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is damaged ({error}): preprocess the data again, or remove it") from error
     if not len(sets) == len(text_bytes) == num_documents or (len(sets) and int(sets.max()) >= len(names)):
         raise DataError(f"{path} is not of these {num_documents:,} documents: preprocess the data again, or remove it")
     rows = np.empty(num_documents, ROW)
-    rows["set"], rows["text_bytes"] = sets, text_bytes
+    rows["set"] = sets
+    rows["text_bytes"] = text_bytes
     return DocumentSets(names, rows)
 
 
 def joined_sets(parts: Sequence[DocumentSets]) -> DocumentSets:
-    """The documents of several data sets end to end; names sorted."""
-    names = sorted({name for part in parts for name in part.names})
-    rows = np.concatenate([part.rows for part in parts])
+    """The documents of several datasets end to end; names sorted."""
+    names = sorted(set().union(*(part.names for part in parts)))
     place_of = {name: place for place, name in enumerate(names)}
-    places = [np.array([place_of[name] for name in part.names], np.uint32) for part in parts]
-    rows["set"] = np.concatenate([place[part.rows["set"]] for place, part in zip(places, parts, strict=True)])
-    return DocumentSets(names, rows)
+    rows = [part.rows.copy() for part in parts]
+    for part, own in zip(parts, rows, strict=True):
+        # a part's index of a set -> the index among the names of all
+        places = np.array([place_of[name] for name in part.names], np.uint32)
+        own["set"] = places[own["set"]]
+    return DocumentSets(names, np.concatenate(rows))

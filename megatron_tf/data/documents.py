@@ -28,7 +28,7 @@ class BadLines:
     shards: dict[str, int] = field(default_factory=dict)
     """Files with such lines."""
 
-    def add(self, kind: str, path: Path, line: int, size: int) -> None:
+    def add(self, kind: str, *, path: Path, line: int, size: int) -> None:
         """Count one."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
         self.first.setdefault(kind, f"{path}:{line}")
@@ -66,7 +66,7 @@ class BadLines:
 
 
 @dataclass
-class Batch:
+class DocumentBatch:
     """Documents that follow one another in a file."""
 
     line_bytes: int = 0
@@ -79,12 +79,12 @@ class Batch:
     """Position in the file, compressed as it is, by the end of this batch."""
 
 
-def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterator[Batch]:
+def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterator[DocumentBatch]:
     """The documents of a file whose `keys` are all texts, from a line on; other lines are counted as bad.
 
     Raises DataError for a file that can't be read, or is not of the format that its name says.
     """
-    batch = Batch()
+    batch = DocumentBatch()
     for number, line, size, is_ended, position in read_lines(path, MAX_LINE_BYTES):
         batch.end_line, batch.end_byte = number, position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
@@ -94,17 +94,17 @@ def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterat
         if document == "malformed JSON" and not is_ended:
             document = "truncated last line"
         if isinstance(document, str):
-            batch.bad.add(document, path, number, size)
+            batch.bad.add(document, path=path, line=number, size=size)
         else:
             batch.documents.append(document)
             batch.line_bytes += size
         if batch.line_bytes >= BATCH_BYTES:
             yield batch
-            batch = Batch()
+            batch = DocumentBatch()
     yield batch
 
 
-def read_documents(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> Iterator[dict[str, Any]]:
+def documents_of(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> Iterator[dict[str, Any]]:
     """The documents of files one after another; bad lines go to `bad`.
 
     Raises as `read_batches` does, and DataError after a file without a document.

@@ -1,4 +1,4 @@
-"""Data sets that version 0.1 made: complete where nothing of what it got wrong in silence can be in them."""
+"""Datasets that version 0.1 made: complete where nothing of what it got wrong in silence can be in them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,7 @@ def check_first_format(prefix: str, report: Mapping[str, Any], tokenizer_model: 
     if report.get("bad_lines"):
         _refuse(prefix, "which counted a file that it could not read, or good text before a damage, as a bad line")
     if settings.get("split_by_meta") is not None:
-        _refuse(
-            prefix, "which put different values of --split-by-meta into one data set where their names looked alike"
-        )
+        _refuse(prefix, "which put different values of --split-by-meta into one dataset where their names looked alike")
     if settings["tokenizer"]["type"] == "TikTokenizer":
         _refuse(prefix, "which encoded new characters otherwise than tiktoken")
     if (
@@ -40,14 +38,14 @@ def check_first_ends(prefix: str, report: Mapping[str, Any], eod: int | None) ->
     if eod is None or report["inputs"][0]["format"] != _FORMAT:
         return
     for recorded in report["data_sets"]:
-        data_set = IndexedDataset(Path(prefix).parent / Path(recorded).name)
-        if len(data_set.tokens) and int(data_set.tokens[-1].item()) != eod:
-            _refuse(prefix, f"whose documents end with id {int(data_set.tokens[-1].item())}, and not with {eod}")
+        dataset = IndexedDataset(Path(prefix).parent / Path(recorded).name)
+        if len(dataset.tokens) and int(dataset.tokens[-1].item()) != eod:
+            _refuse(prefix, f"whose documents end with id {int(dataset.tokens[-1].item())}, and not with {eod}")
 
 
 def _refuse(prefix: str, why: str) -> None:
     raise DataError(
-        f"{prefix}.json is about data sets made by version 0.1, {why}: remove it and them and run the same command "
+        f"{prefix}.json is about datasets made by version 0.1, {why}: remove it and them and run the same command "
         f"again, or choose another --output-prefix"
     )
 

@@ -15,7 +15,9 @@ class GPTDataset:
     """`dataset[i]` is sample i, ids [seq_length + 1] of the data's type, over a range of documents in an order."""
 
     def __init__(self, dataset: IndexedDataset, documents: range, order: Order) -> None:
-        self.dataset, self.documents, self.order = dataset, documents, order
+        self.dataset = dataset
+        self.documents = documents
+        self.order = order
 
     def __getitem__(self, sample: int) -> NDArray[np.integer]:
         return np.concatenate([self.dataset.document(*extent) for extent in self._extents(sample)])
@@ -26,7 +28,7 @@ class GPTDataset:
             self.dataset.prefetch(*extent)
 
     def place(self, sample: int, position: int) -> tuple[Path, int, int]:
-        """(data set, document, offset in it) of a token of a sample."""
+        """(dataset, document, offset in it) of a token of a sample."""
         for document, start, stop in self._extents(sample):
             if position < stop - start:
                 return self.dataset.prefix, *self.dataset.place(document, start + position)
@@ -36,7 +38,8 @@ class GPTDataset:
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
-        position, offset, missing = int(order.position[place]), int(order.offset[place]), self.order.seq_length + 1
+        position, offset = int(order.position[place]), int(order.offset[place])
+        missing = self.order.seq_length + 1
         while missing:
             document = int(order.documents[position])
             available = min(missing, int(self.order.lengths[document]) - offset)

@@ -47,7 +47,7 @@ class IndexedDataset:
     """A memory-mapped PREFIX.bin/.idx. Raises DataError where either is not what it should be.
 
     `lengths` int32 [S] are tokens of each sequence; document d is sequences [documents[d], documents[d + 1]). With
-    `by_sequence` each sequence is read as a document of its own, as Megatron-LM's GPT data sets do.
+    `by_sequence` each sequence is read as a document of its own, as Megatron-LM's GPT datasets do.
     """
 
     def __init__(self, prefix: str | Path, by_sequence: bool = False) -> None:
@@ -57,10 +57,13 @@ class IndexedDataset:
             if not path.is_file():
                 raise DataError(f"{path} is missing: give the prefix that megatron-tf preprocess-data wrote")
         index = _read_index(index_path)
-        self.dtype, self.lengths, self.offsets, self.documents = index.dtype, index.lengths, index.offsets, index.bounds
-        self._one_sequence_each, size = index.one_sequence_each or by_sequence, index.data_bytes
+        self.dtype = index.dtype
+        self.lengths = index.lengths
+        self.offsets = index.offsets
+        self.documents = index.bounds
+        self._one_sequence_each = index.one_sequence_each or by_sequence
         self._bounds = range(len(self.lengths) + 1) if by_sequence else self.documents
-        found = data_path.stat().st_size
+        found, size = data_path.stat().st_size, index.data_bytes
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
         self.tokens = _mapped(data_path, self.dtype)
@@ -123,7 +126,7 @@ def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
         return np.asarray(np.memmap(path, dtype, mode="r"))
     except OSError as error:
         raise DataError(
-            f"{path} can't be opened ({error.strerror}): raise the limit of open files (ulimit -n), or merge data sets"
+            f"{path} can't be opened ({error.strerror}): raise the limit of open files (ulimit -n), or merge datasets"
         ) from None
 
 
@@ -152,19 +155,23 @@ def _read_index(path: Path) -> _Index:
         raise DataError(f"{path}: {_is_of_fairseq(mapped) or error}") from None
     if np.issubdtype(_DTYPES[code], np.floating):
         raise DataError(
-            f"{path}: it is of {np.dtype(_DTYPES[code])} values, not of token ids: give a data set of tokens"
+            f"{path}: it is of {np.dtype(_DTYPES[code])} values, not of token ids: give a dataset of tokens"
         )
     modes = mapped[_HEADER.size + 12 * sequences + 8 * bounds :]
     if modes.any():
         raise DataError(
             f"{path}: it is multimodal, sequence {int(modes.argmax())} has mode {int(modes.max())}: "
-            f"only data sets of text alone (mode 0) are supported"
+            f"only datasets of text alone (mode 0) are supported"
         )
     starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
-    lengths, offsets, documents = (
-        mapped[a:b].view(t) for a, b, t in zip(starts[:-1], starts[1:], ("<i4", "<i8", "<i8"), strict=True)
+    return _Index(
+        dtype=np.dtype(_DTYPES[code]),
+        lengths=mapped[starts[0] : starts[1]].view("<i4"),
+        offsets=mapped[starts[1] : starts[2]].view("<i8"),
+        bounds=mapped[starts[2] : starts[3]].view("<i8"),
+        data_bytes=data_bytes,
+        one_sequence_each=one_sequence_each,
     )
-    return _Index(np.dtype(_DTYPES[code]), lengths, offsets, documents, data_bytes, one_sequence_each)
 
 
 def _is_of_fairseq(index: NDArray[np.generic]) -> str | None:

@@ -6,17 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from megatron_tf.data.batch import Batch, DocumentMasking, make_batch
 from megatron_tf.data.blend import Samples
 
 PROBE_INTERVAL = 16  # batches; asking the system to read ahead costs more than reading what is in memory already
 
 
-class BatchLoader(Iterator[Tensor]):
-    """Iterates int64 [count, B, seq_length + 1]: this replica's micro-batches of one global batch after another.
+class BatchLoader(Iterator[Batch]):
+    """Iterates this replica's part of one global batch after another.
 
     Micro-batch m of all replicas together is one run of samples, so that the same samples meet in a step whatever the
     number of replicas. `batch_size` tells how many samples the global batch has that begins at a position. The next
@@ -28,21 +27,27 @@ class BatchLoader(Iterator[Tensor]):
     def __init__(
         self,
         dataset: Samples,
+        *,
         batch_size: Callable[[int], int],
         micro_batch_size: int,
         replica: int,
         replicas: int,
         consumed_samples: int,
+        masking: DocumentMasking,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
-        self.micro_batch_size, self.replica, self.replicas = micro_batch_size, replica, replicas
+        self.micro_batch_size = micro_batch_size
+        self.replica = replica
+        self.replicas = replicas
         self.consumed_samples = consumed_samples
-        self._reads, self._is_cold = 0, False
+        self.masking = masking
+        self._reads = 0
+        self._is_cold = False
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self.pending = self.reader.submit(self._read, consumed_samples)
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         batch = self.pending.result()
         self.consumed_samples += self.batch_size(self.consumed_samples)
         self.pending = self.reader.submit(self._read, self.consumed_samples)
@@ -54,8 +59,8 @@ class BatchLoader(Iterator[Tensor]):
     def __exit__(self, *_: object) -> None:
         self.reader.shutdown(cancel_futures=True)
 
-    def _read(self, first: int) -> Tensor:
-        numbers = sample_numbers(first, self.batch_size(first), self.micro_batch_size, self.replica, self.replicas)
+    def _read(self, first: int) -> Batch:
+        numbers = self._sample_numbers(first)
         samples = numbers.ravel().tolist()
         is_probe = self._reads % PROBE_INTERVAL == 0
         if self._is_cold and not is_probe:
@@ -70,15 +75,12 @@ class BatchLoader(Iterator[Tensor]):
         if is_probe:
             self._is_cold = _major_faults() > faults
         self._reads += 1
-        return torch.from_numpy(rows).unflatten(0, numbers.shape)
+        return make_batch(rows.reshape(*numbers.shape, -1), numbers, self.masking)
 
-
-def sample_numbers(
-    first: int, batch_size: int, micro_batch_size: int, replica: int, replicas: int
-) -> NDArray[np.int64]:
-    """[count, B]: which samples of the global batch that begins at `first` a replica's micro-batches hold."""
-    numbers = first + np.arange(batch_size, dtype=np.int64)
-    return numbers.reshape(-1, replicas, micro_batch_size)[:, replica]
+    def _sample_numbers(self, first: int) -> NDArray[np.int64]:
+        """[count, B]: which samples of the global batch that begins at `first` this replica's micro-batches hold."""
+        numbers = first + np.arange(self.batch_size(first), dtype=np.int64)
+        return numbers.reshape(-1, self.replicas, self.micro_batch_size)[:, self.replica]
 
 
 def _major_faults() -> int:

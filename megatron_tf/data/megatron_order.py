@@ -2,7 +2,7 @@
 
 It depends on how many samples a run will take: E epochs are shuffled together, and the samples over all of them; the
 last epoch apart from the others where only a part of it is needed. One numpy RandomState draws everything. What
-Megatron-LM shuffles and splits are the sequences of a data set, whatever documents they belong to.
+Megatron-LM shuffles and splits are the sequences of a dataset, whatever documents they belong to.
 """
 
 import itertools
@@ -34,9 +34,11 @@ class MegatronOrder:
     """
 
     def __init__(
-        self, lengths: NDArray[np.integer], seq_length: int, seed: int, name: str, cache: Path, samples: int | None
+        self, lengths: NDArray[np.integer], *, seq_length: int, seed: int, name: str, cache: Path, samples: int | None
     ) -> None:
-        self.lengths, self.seq_length, self.seed = aligned(lengths), seq_length, seed
+        self.lengths = aligned(lengths)
+        self.seq_length = seq_length
+        self.seed = seed
         self._tokens = int(self.lengths.sum(dtype=np.int64))
         if not self._tokens:
             raise DataError(f"{name} has no tokens: give more data, or another split")
@@ -84,7 +86,7 @@ def split_sequences(num_sequences: int, split: str) -> tuple[range, range, range
 
 
 def samples_of_parts(samples: int, weights: Sequence[float]) -> list[int]:
-    """Samples that Megatron-LM prepares of each data set of a blend."""
+    """Samples that Megatron-LM prepares of each dataset of a blend."""
     shares = normalised(weights)
     return [math.ceil(math.ceil(samples * share) * (1 + BLEND_SURPLUS)) for share in shares]
 

@@ -15,9 +15,8 @@ from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
 ORDER_VERSION = 2
-_GROUP_ENTRIES = (
-    1 << 18
-)  # of arrays, up to which epochs share files: a small data set may be read for thousands of them
+_GROUP_ENTRIES = 1 << 18
+"""Of arrays, up to which epochs share files: a small dataset may be read for thousands of them."""
 _MAX_GROUP = 256  # epochs
 
 
@@ -27,9 +26,12 @@ class SampleOrder:
     Raises DataError where there are too few tokens for one sample.
     """
 
-    def __init__(self, lengths: NDArray[np.integer], seq_length: int, seed: int, name: str, cache: Path) -> None:
+    def __init__(self, lengths: NDArray[np.integer], *, seq_length: int, seed: int, name: str, cache: Path) -> None:
         self.lengths = aligned(lengths)
-        self.seq_length, self.seed, self.name, self.cache = seq_length, seed, name, cache
+        self.seq_length = seq_length
+        self.seed = seed
+        self.name = name
+        self.cache = cache
         self.samples_per_epoch = samples_in(self.lengths, seq_length, name)
         self.content = xxhash.xxh3_128_hexdigest(self.lengths.data)
         entries = max(len(self.lengths), self.samples_per_epoch, 1)

@@ -1,4 +1,4 @@
-"""Names of data sets: different keys and different values of meta never share one."""
+"""Names of datasets: different keys and different values of meta never share one."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def set_name(value: object) -> str:
 
 
 def output_of(key: str, set_name: str | None) -> str:
-    """What tells one data set of a command from another: its key, and its set where each has a data set of its own."""
+    """What tells one dataset of a command from another: its key, and its set where each has a dataset of its own."""
     return key if set_name is None else json.dumps([set_name, key])
 
 
@@ -32,8 +32,8 @@ def file_stem(output: str) -> str:
     return output if is_safe else f"~{_digest(output, 16)}"
 
 
-def data_set_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[str, str]:
-    """Output -> prefix of its data set. Names that would be the same get a hash; so do those too long for a file.
+def dataset_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[str, str]:
+    """Output -> prefix of its dataset. Names that would be the same get a hash; so do those too long for a file.
 
     Raises DataError where two are the same even so.
     """
@@ -46,7 +46,7 @@ def data_set_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[
         is_plain = not is_split or (len(name) <= _MAX_FILE_NAME and is_alone)
         names[output] = f"{prefix}_{name if is_plain else _hashed(output, name)}_document"
     if len(set(names.values())) < len(names):
-        raise DataError(f"two of the data sets of {prefix} would have one name: rename a value of --split-by-meta")
+        raise DataError(f"two of the datasets of {prefix} would have one name: rename a value of --split-by-meta")
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 

@@ -1,4 +1,4 @@
-"""Tokens of one input file on their way into a data set: files that grow, and a journal that says how far they hold.
+"""Tokens of one input file on their way into a dataset: files that grow, and a journal that says how far they hold.
 
 What a commit covers survives anything; what comes after it is cut off when the part is opened again.
 """
@@ -30,11 +30,11 @@ class Tally:
     tokens: int = 0
     text_bytes: int = 0
 
-    def add(self, documents: int, tokens: int, text_bytes: int) -> None:
-        """Count more."""
-        self.documents += documents
-        self.tokens += tokens
-        self.text_bytes += text_bytes
+    def add(self, more: "Tally") -> None:
+        """Count what `more` holds too."""
+        self.documents += more.documents
+        self.tokens += more.tokens
+        self.text_bytes += more.text_bytes
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Journal:
         """All sets of one output."""
         total = Tally()
         for count in self.counts.get(output, {}).values():
-            total.add(count.documents, count.tokens, count.text_bytes)
+            total.add(count)
         return total
 
     @property
@@ -91,7 +91,7 @@ class Part:
     """The files `stem`-OUTPUT.bin, .lengths (int32 a document) and .sets (ROW a document) and their journal, open for
     appending.
 
-    A part of another identity, or one that does not hold what its journal says, is started anew.
+    A part of another identity, or one that does not hold what its journal says, starts from scratch.
     """
 
     def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype) -> None:
@@ -107,7 +107,7 @@ class Part:
         """Documents of one output, ids end to end, and (set, ids, bytes of text) of each; counted in the journal."""
         files = self._opened(output)
         for name, length, text_bytes in documents:
-            self.journal.count(output, name).add(1, length, text_bytes)
+            self.journal.count(output, name).add(Tally(1, length, text_bytes))
         places = {name: place for place, name in enumerate(self.journal.counts[output])}
         rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
         lengths = np.array([length for _, length, _ in documents], "<i4")
@@ -148,11 +148,11 @@ class Part:
         return total.tokens * self.dtype.itemsize, 4 * total.documents, ROW.itemsize * total.documents
 
     def _holds(self, journal: Journal) -> bool:
-        return all(
-            path.is_file() and path.stat().st_size >= size
-            for output in journal.counts
-            for path, size in zip(self.paths(output), self._sizes(journal, output), strict=True)
-        )
+        for output in journal.counts:
+            for path, size in zip(self.paths(output), self._sizes(journal, output), strict=True):
+                if not path.is_file() or path.stat().st_size < size:
+                    return False
+        return True
 
     def _opened(self, output: str) -> list[BinaryIO]:
         """The files of an output, of which only so many are open at a time."""

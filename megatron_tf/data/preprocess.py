@@ -1,4 +1,4 @@
-"""From Pile shards to data sets: every input becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
+"""From Pile shards to datasets: every input becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +11,10 @@ import numpy as np
 
 import megatron_tf
 from megatron_tf.data.document_sets import joined_sets, sets_path
-from megatron_tf.data.documents import BadLines, Batch, check_any, read_batches
+from megatron_tf.data.documents import BadLines, DocumentBatch, check_any, read_batches
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
-from megatron_tf.data.output_names import data_set_names, output_of, set_name
+from megatron_tf.data.output_names import dataset_names, output_of, set_name
 from megatron_tf.data.part import Journal, Part, Tally
 from megatron_tf.data.published import (
     claim,
@@ -28,7 +28,7 @@ from megatron_tf.data.tokenizer import Encoded, Tokenizer
 from megatron_tf.files import concatenate, write_json
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """(bytes of the input, documents) since the last call."""
 
 UNKNOWN_SET = "unknown"  # of documents that don't say
@@ -38,14 +38,14 @@ FORMAT_VERSION = 2  # of the bytes that the same input gives
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the data sets besides the inputs."""
+    """What decides the datasets besides the inputs."""
 
     tokenizer: dict[str, Any]
     """Identity of the tokenizer."""
     keys: tuple[str, ...]
     append_eod: bool
     split_by_meta: str | None
-    """Key under `meta` whose values each get data sets of their own."""
+    """Key under `meta` whose values each get datasets of their own."""
     eod: int | None = None
     """The id that ends documents."""
 
@@ -57,9 +57,9 @@ class Settings:
 
 
 def tokenize_input(
-    path: Path, number: int, prefix: str, settings: Settings, tokenizer: Tokenizer, progress: Progress
+    path: Path, number: int, *, prefix: str, settings: Settings, tokenizer: Tokenizer, progress: ReportProgress
 ) -> None:
-    """Make one input into part `number`, or go on with it. Raises DataError or OSError; committed work survives."""
+    """Make one input into part `number`, or resume it. Raises DataError or OSError; committed work survives."""
     dtype = token_dtype(tokenizer.vocab_size)
     with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(path), dtype) as part:
         journal = part.journal
@@ -68,7 +68,7 @@ def tokenize_input(
             return
         done, uncommitted = 0, 0
         for batch in _read_ahead(read_batches(path, settings.keys, journal.lines)):
-            _add(part, batch, settings, tokenizer)
+            _add(part, batch, settings=settings, tokenizer=tokenizer)
             progress(batch.end_byte - done, len(batch.documents))
             done = batch.end_byte
             uncommitted += batch.line_bytes
@@ -79,7 +79,7 @@ def tokenize_input(
         part.commit(is_complete=True)
 
 
-def _add(part: Part, batch: Batch, settings: Settings, tokenizer: Tokenizer) -> None:
+def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tokenizer) -> None:
     sets = [_set_name(document, settings.split_by_meta or "pile_set_name") for document in batch.documents]
     for key in settings.keys:
         texts = [document[key] for document in batch.documents]
@@ -144,7 +144,7 @@ def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
 
 
 def assemble(
-    inputs: Sequence[Path], prefix: str, settings: Settings, dtype: np.dtype, max_bad_lines: float
+    inputs: Sequence[Path], prefix: str, settings: Settings, *, dtype: np.dtype, max_bad_lines: float
 ) -> dict[str, Any]:
     """Put the parts of all inputs together, in their order, and return the report that is written to PREFIX.json.
 
@@ -162,7 +162,7 @@ def assemble(
         bad.merge(part.journal.bad)
     bad.check(max_bad_lines)
     outputs = sorted({output for part in parts for output in part.journal.counts})
-    names = data_set_names(prefix, outputs, is_split=settings.split_by_meta is not None)
+    names = dataset_names(prefix, outputs, is_split=settings.split_by_meta is not None)
     claim(prefix, names.values())
     report = {
         "version": megatron_tf.__version__,
@@ -179,18 +179,18 @@ def assemble(
     for output, name in names.items():
         made_of = [part for part in parts if output in part.journal.counts]
         report["data_sets"][name] = _publish(name, made_of, output)
-    write_json(Path(f"{prefix}.json"), report)  # which syncs the directory of the data sets too: then parts may go
+    write_json(Path(f"{prefix}.json"), report)  # which syncs the directory of the datasets too: then parts may go
     remove_parts(prefix)
     return report
 
 
 def finished_report(
-    inputs: Sequence[Path], prefix: str, settings: Settings, tokenizer_model: Path | None = None
+    inputs: Sequence[Path], prefix: str, settings: Settings, *, tokenizer_model: Path | None = None
 ) -> dict[str, Any] | None:
-    """The report of a command that has made just these data sets, which are all there; what it left over is removed.
+    """The report of a command that has made just these datasets, which are all there; what it left over is removed.
 
-    None where one of them is gone. Raises DataError where other data sets, or other files, are in the way, and for
-    data sets of version 0.1 that may be wrong.
+    None where one of them is gone. Raises DataError where other datasets, or other files, are in the way, and for
+    datasets of version 0.1 that may be wrong.
     """
     report = read_report(prefix)
     if report is None:
@@ -200,7 +200,7 @@ def finished_report(
         check_first_format(prefix, report, tokenizer_model)
     elif report["inputs"] != identities:
         raise DataError(
-            f"{prefix}.json is about data sets made from other inputs, with other settings, or by another version: "
+            f"{prefix}.json is about datasets made from other inputs, with other settings, or by another version: "
             f"remove it and them, or choose another --output-prefix"
         )
     missing = missing_file(prefix, report)
@@ -210,27 +210,27 @@ def finished_report(
             with exclusive(prefix):
                 remove_parts(prefix)
         return report
-    print(f"{missing} is missing: the data sets of {prefix}.json are made again", flush=True)
+    print(f"{missing} is missing: the datasets of {prefix}.json are made again", flush=True)
     with exclusive(prefix):
         claim(prefix, report["data_sets"], are_ours=True)
     return None
 
 
-def _publish(data_set: str, parts: list[Part], output: str) -> dict[str, Any]:
-    """One data set from its parts; its index appears last."""
+def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
+    """One dataset from its parts; its index appears last."""
     journals = [part.journal for part in parts]
     identity = journals[0].identity
     report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
-    data, index = Path(f"{data_set}.bin.tmp"), Path(f"{data_set}.idx.tmp")
+    data, index = Path(f"{dataset}.bin.tmp"), Path(f"{dataset}.idx.tmp")
     concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
-    sets = Path(f"{sets_path(data_set)}.tmp")
+    sets = Path(f"{sets_path(dataset)}.tmp")
     joined_sets([part.document_sets(output) for part in parts]).write(sets)
-    write_json(Path(f"{data_set}.json"), report)
-    sets.replace(sets_path(data_set))
-    data.replace(f"{data_set}.bin")
-    index.replace(f"{data_set}.idx")
+    write_json(Path(f"{dataset}.json"), report)
+    sets.replace(sets_path(dataset))
+    data.replace(f"{dataset}.bin")
+    index.replace(f"{dataset}.idx")
     return report
 
 
@@ -238,6 +238,6 @@ def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
     total, sets = Tally(), dict[str, Tally]()
     for journal in journals:
         for name, count in journal.counts.get(output, {}).items():
-            sets.setdefault(name, Tally()).add(count.documents, count.tokens, count.text_bytes)
-            total.add(count.documents, count.tokens, count.text_bytes)
+            sets.setdefault(name, Tally()).add(count)
+            total.add(count)
     return {**asdict(total), "pile_sets": {name: asdict(count) for name, count in sorted(sets.items())}}

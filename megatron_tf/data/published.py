@@ -1,4 +1,4 @@
-"""Finished data sets of a prefix: their report, whose names they have, and what is left over from making them."""
+"""Finished datasets of a prefix: their report, whose names they have, and what is left over from making them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|
 
 
 def parts_directory(prefix: str) -> Path:
-    """Where unfinished work on the data sets of a prefix is stored."""
+    """Where unfinished work on the datasets of a prefix is stored."""
     return Path(f"{prefix}.parts")
 
 
@@ -53,7 +53,7 @@ def read_report(prefix: str) -> dict[str, Any] | None:
 
 
 def report_of(prefix: str | Path) -> dict[str, Any] | None:
-    """The report next to a data set, whose `tokenizer` made it; None where there is none, as of other programs.
+    """The report next to a dataset, whose `tokenizer` made it; None where there is none, as of other programs.
 
     Raises DataError where it is no report.
     """
@@ -63,55 +63,55 @@ def report_of(prefix: str | Path) -> dict[str, Any] | None:
     try:
         report: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not the report of a data set: {error}") from error
+        raise DataError(f"{path} is not the report of a dataset: {error}") from error
     if not isinstance(report, dict) or not isinstance(report.get("tokenizer"), dict):
-        raise DataError(f"{path} is not the report of a data set: it names no tokenizer")
+        raise DataError(f"{path} is not the report of a dataset: it names no tokenizer")
     return report
 
 
 def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
-    """A file of the data sets of a report that is gone; None where all are there.
+    """A file of the datasets of a report that is gone; None where all are there.
 
     Raises DataError where one is not what the report says: it may be of another.
     """
     for recorded, counts in report["data_sets"].items():
-        data_set = Path(prefix).parent / Path(recorded).name  # the report may have been moved with its data sets
-        for path in (Path(f"{data_set}.idx"), Path(f"{data_set}.bin"), sets_path(data_set)):
+        dataset = Path(prefix).parent / Path(recorded).name  # the report may have been moved with its datasets
+        for path in (Path(f"{dataset}.idx"), Path(f"{dataset}.bin"), sets_path(dataset)):
             if not os.path.lexists(path):
                 return path
-        remedy = f"remove {prefix}.json and the data sets that it names, and run the same command again"
+        remedy = f"remove {prefix}.json and the datasets that it names, and run the same command again"
         try:
-            found = IndexedDataset(data_set)
+            found = IndexedDataset(dataset)
         except DataError as error:
             raise DataError(f"{error}; {remedy}") from None
         if (len(found), len(found.tokens)) != (counts["documents"], counts["tokens"]):
             raise DataError(
-                f"{data_set} has {len(found):,} documents and {len(found.tokens):,} tokens, {prefix}.json says "
+                f"{dataset} has {len(found):,} documents and {len(found.tokens):,} tokens, {prefix}.json says "
                 f"{counts['documents']:,} and {counts['tokens']:,}: {remedy}"
             )
     return None
 
 
-def claim(prefix: str, data_sets: Iterable[str], are_ours: bool = False) -> None:
-    """Note that data sets are made here. Raises DataError where files of another have their names already."""
+def claim(prefix: str, datasets: Iterable[str], are_ours: bool = False) -> None:
+    """Note that datasets are made here. Raises DataError where files of another have their names already."""
     path = parts_directory(prefix) / "data_sets"
     claimed = set(json.loads(path.read_text())) if path.exists() else set()
-    new = {Path(data_set).name for data_set in data_sets} - claimed
+    new = {Path(dataset).name for dataset in datasets} - claimed
     for name in sorted(new) if not are_ours else ():
         for target in _files(Path(prefix).parent / name):
             if os.path.lexists(target):
                 raise DataError(
-                    f"{target} exists and was not written by this command: remove that data set, "
+                    f"{target} exists and was not written by this command: remove that dataset, "
                     f"or choose another --output-prefix"
                 )
     if new:
         write_json(path, sorted(claimed | new))
 
 
-def _files(data_set: Path) -> Sequence[Path]:
-    return [*(Path(f"{data_set}.{kind}") for kind in ("idx", "bin", "json")), sets_path(data_set)]
+def _files(dataset: Path) -> Sequence[Path]:
+    return [*(Path(f"{dataset}.{kind}") for kind in ("idx", "bin", "json")), sets_path(dataset)]
 
 
 def remove_parts(prefix: str) -> None:
-    """Remove what was needed to make the data sets."""
+    """Remove what was needed to make the datasets."""
     shutil.rmtree(parts_directory(prefix))

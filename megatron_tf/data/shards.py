@@ -190,7 +190,7 @@ def _decompressed(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterato
             try:
                 block = decoder.decompress(data, _READ_BYTES)
             except _DAMAGE as error:
-                yield from _salvaged(raw, new_decoder(), start, last_chunk, made)
+                yield from _salvaged(raw, new_decoder(), start=start, last_chunk=last_chunk, made=made)
                 raise _DamageError(str(error)) from None
             data = b""
             made += len(block)
@@ -206,7 +206,7 @@ def _next_chunk(raw: BinaryIO, is_padded: bool) -> bytes:
     return data
 
 
-def _salvaged(raw: BinaryIO, decoder: _Decoder, start: int, last_chunk: int, made: int) -> Iterator[bytes]:
+def _salvaged(raw: BinaryIO, decoder: _Decoder, *, start: int, last_chunk: int, made: int) -> Iterator[bytes]:
     """The text of a damaged member from byte `made` on: a decoder that fails keeps back what it made in that call.
 
     From the chunk that holds the damage on, it is given one byte at a time, so that nothing before the damage is lost.

@@ -89,7 +89,9 @@ class RanksTokenizer:
         except ImportError:
             raise DataError(f"{path} is read by tiktoken, which is not installed: pip install tiktoken") from None
         _check(path, description)
-        self._path, self._description, self._eod_token = path, description, eod_token
+        self._path = path
+        self._description = description
+        self._eod_token = eod_token
         self._encoding = tiktoken.Encoding(
             path.name,
             pat_str=description.pattern,

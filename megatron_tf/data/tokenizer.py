@@ -81,7 +81,9 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self._threads, self._path, self._eod_token = threads, path, eod_token
+        self._threads = threads
+        self._path = path
+        self._eod_token = eod_token
         self.vocab_size = self._processor.get_piece_size()
         self.identity = _identity("SentencePieceTokenizer", self.vocab_size, path)
 
@@ -178,7 +180,7 @@ _ELSEWHERE = {  # names of Megatron-LM and gpt-neox
 
 
 def build_tokenizer(
-    tokenizer_type: str, path: Path | None, threads: int = 1, eod_token: str | None = None
+    tokenizer_type: str, path: Path | None, *, threads: int = 1, eod_token: str | None = None
 ) -> Tokenizer:
     """The tokenizer of a type in TYPES. Raises DataError for another, and for a file that is missing or not one.
 
@@ -199,7 +201,9 @@ def build_tokenizer(
     try:
         if tokenizer_type == "SentencePieceTokenizer":
             return SentencePieceTokenizer(path, threads, eod_token)
-        return HFTokenizer(path, eod_token) if tokenizer_type == "HFTokenizer" else _of_ranks(path, eod_token)
+        if tokenizer_type == "HFTokenizer":
+            return HFTokenizer(path, eod_token)
+        return _of_ranks(path, eod_token)
     except (DataError, OSError):
         raise
     except Exception as error:  # these libraries raise bare Exception or RuntimeError for a file they can't parse

@@ -86,7 +86,7 @@ class MegatronTF(TemplateLM):
         _check_number("distributed_timeout_seconds", distributed_timeout_seconds, least=1)
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_DTYPES)}")
-        self._mesh = init_mesh(1, 1, None, timedelta(seconds=distributed_timeout_seconds))
+        self._mesh = init_mesh(tensor=1, pipeline=1, data=None, timeout=timedelta(seconds=distributed_timeout_seconds))
         self._rank, self._world_size = self._mesh.rank("dp"), self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
         self._model = load_model(str(checkpoint), str(self._device), _DTYPES[dtype])

@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
 
     def score(self, hidden_states: Tensor) -> Tensor:
         """[B, S, D] -> logits [B, S, V]; costs V x D products a position, so give it those that are needed."""
-        return self._gathered(self.transformer.score(hidden_states.transpose(0, 1))).transpose(0, 1)
+        return self._gathered(self.transformer.logits(hidden_states.transpose(0, 1))).transpose(0, 1)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for one batch."""

@@ -26,21 +26,21 @@ class _CrossEntropy(torch.autograd.Function):
         for rows in _row_chunks(logits):
             total[rows] = logits[rows].to(wide, copy=True).sub_(highest[rows, None]).exp_().sum(-1)
         local_targets = targets - group_rank(group) * logits.shape[-1]
-        foreign = (local_targets < 0) | (local_targets >= logits.shape[-1])
-        local_targets = local_targets.masked_fill(foreign, 0)
-        chosen = logits.gather(-1, local_targets[:, None])[:, 0].to(wide).masked_fill(foreign, 0.0)
+        outside = (local_targets < 0) | (local_targets >= logits.shape[-1])
+        local_targets = local_targets.masked_fill(outside, 0)
+        chosen = logits.gather(-1, local_targets[:, None])[:, 0].to(wide).masked_fill(outside, 0.0)
         total, chosen = all_reduce(torch.stack((total, chosen)), group)
         log_total = highest + torch.log(total)
-        ctx.save_for_backward(logits, log_total, local_targets, foreign)
+        ctx.save_for_backward(logits, log_total, local_targets, outside)
         return log_total - chosen
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, log_total, local_targets, foreign = ctx.saved_tensors
+        logits, log_total, local_targets, outside = ctx.saved_tensors
         grad = logits.detach()
         for rows in _row_chunks(logits):
             softmax = logits[rows].to(log_total.dtype, copy=True).sub_(log_total[rows, None]).exp_()
-            softmax.scatter_add_(-1, local_targets[rows, None], -(~foreign[rows])[:, None].to(softmax.dtype))
+            softmax.scatter_add_(-1, local_targets[rows, None], -(~outside[rows])[:, None].to(softmax.dtype))
             grad[rows] = softmax.mul_(grads[0][rows, None])
         return grad, None, None
 

@@ -12,7 +12,7 @@ from megatron_tf.parallel.sharding import local_tensor
 
 
 class VocabularyWeight(nn.Module):
-    """A [V, D] weight cut by rows over the vocabulary: it embeds ids, and scores hidden states against the ids."""
+    """A [V, D] weight cut by rows over the vocabulary: it embeds ids, and turns hidden states into logits."""
 
     def __init__(
         self,
@@ -33,11 +33,11 @@ class VocabularyWeight(nn.Module):
         if self.group is None:
             return F.embedding(ids, weight)
         local_ids = ids - group_rank(self.group) * weight.shape[0]
-        foreign = (local_ids < 0) | (local_ids >= weight.shape[0])
-        rows = F.embedding(local_ids.masked_fill(foreign, 0), weight)
-        return leave_tensor_parallel(rows.masked_fill(foreign[..., None], 0.0), self.group, self.sequence_parallel)
+        outside = (local_ids < 0) | (local_ids >= weight.shape[0])
+        rows = F.embedding(local_ids.masked_fill(outside, 0), weight)
+        return leave_tensor_parallel(rows.masked_fill(outside[..., None], 0.0), self.group, self.sequence_parallel)
 
-    def score(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Whole hidden states [S, B, D] -> this rank's logits [S, B, V / R]."""
         weight, rows = local_tensor(self.weight).to(x.dtype), x.flatten(0, 1)
         if is_for_rows(rows, [weight]):

@@ -16,7 +16,7 @@ from megatron_tf.layers.pattention import Pattention
 from megatron_tf.model.tokenformer import Block, TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.parallel.pipeline import LossFunction, MicroBatches, partition_layers
+from megatron_tf.parallel.pipeline import LossFunction, MicroBatchShapes, partition_layers
 from megatron_tf.parallel.sharding import RowShard, copy_rows, local_tensor, row_shard
 from megatron_tf.tokenformer.parameters import Module, key_tokens, model_parameters
 from megatron_tf.tokenformer.sizes import head_flops, layer_flops
@@ -25,16 +25,17 @@ from megatron_tf.tokenformer.sizes import head_flops, layer_flops
 def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[range]:
     """The layers of each pipeline stage, balanced by operations; looking up an embedding costs next to nothing."""
     costs = [float(layer_flops(config, layer, seq_length)) for layer in range(config.num_layers)]
-    return partition_layers(costs, 0.0, float(head_flops(config)), num_stages)
+    costs[-1] += head_flops(config)  # whichever stage has the last layer has the head
+    return partition_layers(costs, num_stages)
 
 
 def build_stage(
-    config: ModelConfig, mesh: Mesh, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+    config: ModelConfig, mesh: Mesh, *, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
 ) -> TokenFormer:
     """This rank's stage, its parameters placed on the mesh but not yet filled with values."""
     layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
     with torch.device("meta"):
-        model = TokenFormer(config, layers, mesh.group("tp"), sequence_parallel, dtype)
+        model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh)
     return model
@@ -53,7 +54,7 @@ def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granulari
             module.normalise = kernels.normalise
 
 
-def warm_up_kernels(model: TokenFormer, rows: int, dtype: torch.dtype, mesh: Mesh) -> str | None:
+def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.dtype) -> str | None:
     """Compile what `rows` tokens of a micro-batch need, on one rank of each host first; every rank calls it.
 
     Returns, on every rank, why one of them can't compile; None where all did.
@@ -90,31 +91,27 @@ def initialize(shards: Iterable[RowShard], config: ModelConfig, seed: int) -> No
 
 
 def micro_batch_shapes(
-    config: ModelConfig,
-    mesh: Mesh,
-    size: int,
-    seq_length: int,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-) -> MicroBatches:
+    config: ModelConfig, mesh: Mesh, *, size: int, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+) -> MicroBatchShapes:
     """Shapes of micro-batches of `size` samples, as they pass between this mesh's stages."""
     ranks = mesh.size("tp")
-    return MicroBatches(
-        token_shape=(size, seq_length),
-        hidden_shape=(seq_length // ranks if sequence_parallel else seq_length, size, config.hidden_size),
-        output_shape=(seq_length, size, config.padded_vocab_size // ranks),
+    return MicroBatchShapes(
+        tokens=(size, seq_length),
+        hidden=(seq_length // ranks if sequence_parallel else seq_length, size, config.hidden_size),
+        output=(seq_length, size, config.padded_vocab_size // ranks),
         dtype=dtype,
     )
 
 
-def mean_token_loss(mesh: Mesh) -> LossFunction:
-    """The mean over all tokens of a micro-batch, where targets that are ignored add nothing."""
+def token_loss(mesh: Mesh) -> LossFunction:
+    """The sum of the losses of a micro-batch's targets over a divisor; targets that are ignored add nothing."""
     group = mesh.group("tp")
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(logits: Tensor, targets: Tensor, divisor: float) -> Tensor:
         labels = targets.t().flatten()
         losses = cross_entropy(logits.flatten(0, 1), labels, group).masked_fill(labels == IGNORE_INDEX, 0.0)
-        return losses.mean()
+        # before backward, where the gradients of a sum of many tokens overflow in fp16
+        return losses.sum() / divisor
 
     return loss
 

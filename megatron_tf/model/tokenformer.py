@@ -4,7 +4,7 @@ A `TokenFormer` holds a contiguous range of the layers. With all of them, and no
 device; a pipeline stage is the same class with fewer layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -29,9 +29,10 @@ from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_para
 class Block(nn.Module):
     """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention, or an MLP."""
 
-    def __init__(self, config: ModelConfig, layer: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int, *, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
-        width, heads, norm = config.hidden_size, config.num_attention_heads, config.norm_activation
+        width, heads = config.hidden_size, config.num_attention_heads
+        norm = config.norm_activation
         ffn_tokens = config.token_counts("ffn")[layer]
         if config.layer == "tokenformer":
             qkv_tokens, proj_tokens = (config.token_counts(kind)[layer] for kind in ("qkv", "proj"))
@@ -51,6 +52,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
+        *,
         attend: Attend | None = None,
         documents: Sequence[Sequence[int]] | None = None,
         dropout: Dropout | None = None,
@@ -76,6 +78,7 @@ class TokenFormer(nn.Module):
         self,
         config: ModelConfig,
         layers: range | None = None,
+        *,
         group: ProcessGroup | None = None,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -93,7 +96,9 @@ class TokenFormer(nn.Module):
         self.is_tied = not config.untie_embeddings_and_output_weights
         if self.is_first or (self.is_last and self.is_tied):
             self.embedding = self._vocabulary_weight()
-        self.layers = nn.ModuleDict({str(i): Block(config, i, group, sequence_parallel) for i in layers})
+        self.layers = nn.ModuleDict(
+            {str(i): Block(config, i, group=group, sequence_parallel=sequence_parallel) for i in layers}
+        )
         if self.is_last:
             sequence_group = group if sequence_parallel else None
             self.final_norm = FinalNorm(config.hidden_size, config.layernorm_epsilon, sequence_group)
@@ -104,26 +109,29 @@ class TokenFormer(nn.Module):
         self,
         x: Tensor,
         cache: KeyValueCache | None = None,
+        *,
         document_starts: Tensor | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
         hidden states [s, B, D]; the other arguments are those of `hidden_states`."""
-        x = self.hidden_states(x, cache, document_starts, sample_numbers)
-        return self.score(x) if self.is_last else x
+        x = self.hidden_states(x, cache, document_starts=document_starts, sample_numbers=sample_numbers)
+        return self.logits(x) if self.is_last else x
 
     def hidden_states(
         self,
         x: Tensor,
         cache: KeyValueCache | None = None,
+        *,
         document_starts: Tensor | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D] after the layers.
 
         `cache` holds the tokens that came before these, and takes these in. `document_starts` [B, S] is where each
-        token's document begins: documents do not see each other, and count positions anew. `sample_numbers` [B] are
-        those of the samples in the data of the run; without them nothing is dropped."""
+        token's document begins: documents do not see each other, and positions restart in each. `sample_numbers` [B]
+        are those of the samples in the data of the run; without them nothing is dropped. Both are read on the host:
+        on a device they would make it wait."""
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
             dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
@@ -137,15 +145,16 @@ class TokenFormer(nn.Module):
         for i, (layer, block) in enumerate(self.layers.items()):
             attend = partial(cache.layers[i].attend, places) if cache is not None and places is not None else None
             dropped = None if dropout is None else replace(dropout, layer=int(layer))
-            arguments = (x, rotary, attend, documents, dropped)
-            recompute = self.recompute_blocks and torch.is_grad_enabled()
-            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            run: Callable[..., Tensor] = block
+            if self.recompute_blocks and torch.is_grad_enabled():
+                run = partial(checkpoint, block, use_reentrant=False)
+            x = run(x, rotary, attend=attend, documents=documents, dropout=dropped)
         return x
 
-    def score(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Hidden states [s, B, D] after the last layer -> this rank's logits [S, B, V / R]."""
         x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
-        return (self.embedding if self.is_tied else self.head).score(x)
+        return (self.embedding if self.is_tied else self.head).logits(x)
 
     def pattentions(self) -> dict[str, Pattention]:
         """Every Pattention by name."""
@@ -160,7 +169,7 @@ class TokenFormer(nn.Module):
         dim = int(self.config.head_dim * self.config.rotary_percent)
         positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
-            positions = positions - document_starts.t()
+            positions = positions - document_starts.t().to(x.device)
         cos, sin = rotary_tables(positions, dim, self.config.rotary_base)
         return cos.to(x.dtype), sin.to(x.dtype)
 

@@ -14,7 +14,8 @@ def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Me
     Rows are sharded over the replicas that share a copy; gradients then also go between the copies.
 
     Parameters stay gathered between forward and backward: a pipeline runs many micro-batches over them.
-    Gradients are averaged over the replicas, in fp32, once a step.
+    Gradients are averaged over the replicas, in fp32, once a step. The loss's divisor counts on that mean: without it
+    each replica's gradients would be smaller the more replicas there are, and those in fp16 would vanish.
     """
     replicas = mesh.replicas()
     if replicas is None:

@@ -22,9 +22,9 @@ def adopt_launcher() -> None:
     if "RANK" in os.environ:
         return
     if _slurm_tasks() > 1:
-        _adopt_slurm()
+        _env_from_slurm()
     elif any(number_of(name) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
-        _adopt_mpi()
+        _env_from_mpi()
 
 
 def job_name() -> str:
@@ -57,7 +57,7 @@ def _slurm_tasks() -> int:
     return 1
 
 
-def _adopt_slurm() -> None:
+def _env_from_slurm() -> None:
     if "MASTER_ADDR" not in os.environ:
         raise LaunchError("started by srun without MASTER_ADDR: export it in the batch script (see examples/slurm)")
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -68,8 +68,8 @@ def _adopt_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(port))
 
 
-def _adopt_mpi() -> None:
-    """MPI serves for the ranks to find each other alone; they then communicate as under torchrun."""
+def _env_from_mpi() -> None:
+    """MPI is used for rendezvous only; the ranks then communicate as under torchrun."""
     try:
         from mpi4py import MPI
     except ImportError:

@@ -24,7 +24,9 @@ _SIOCGIFADDR = 0x8915  # asks Linux for an interface's IPv4 address
 _OUTSIDE = "192.0.2.1"  # an address of documentation: which interface leads out, without sending anything
 
 
-def meet(backend: str, device: torch.device, timeout: timedelta, limit: timedelta, check: Check | None) -> dist.Store:
+def meet(
+    backend: str, device: torch.device, *, timeout: timedelta, limit: timedelta, check: Check | None
+) -> dist.Store:
     """Join the other ranks and make the default process group, whose waits end after `timeout`; the ranks' store.
 
     Raises LaunchError with the address and what is wrong there where the ranks do not meet within `limit`.
@@ -36,7 +38,7 @@ def meet(backend: str, device: torch.device, timeout: timedelta, limit: timedelt
         raise LaunchError(f"RANK is {rank} of WORLD_SIZE {size}: ranks count from 0 to {size - 1}")
     _resolve(os.environ.get("MASTER_ADDR", ""), min(_RESOLVE_SECONDS, limit.total_seconds()))
     _choose_interface()
-    joining = _Joining(backend, device, timeout, limit, check)
+    joining = _Joining(backend, device, timeout=timeout, limit=limit, check=check)
     # C++ waits without looking at signals or, where something else listens at the port, at the time: hence a thread
     joining.start()
     seconds = limit.total_seconds() + _GRACE_SECONDS
@@ -47,7 +49,7 @@ def meet(backend: str, device: torch.device, timeout: timedelta, limit: timedelt
         )
     joining.join(seconds)
     if joining.error is not None:
-        raise _explained(joining.error, place, size, limit) from joining.error
+        raise _explained(joining.error, place=place, size=size, limit=limit) from joining.error
     if joining.store is None:
         raise LaunchError(f"the ranks met at {place}, but do not connect to each other: {_INTERFACE}")
     return joining.store
@@ -60,10 +62,14 @@ class _Joining(threading.Thread):
     """Meets the other ranks; `store` or `error` is the outcome."""
 
     def __init__(
-        self, backend: str, device: torch.device, timeout: timedelta, limit: timedelta, check: Check | None
+        self, backend: str, device: torch.device, *, timeout: timedelta, limit: timedelta, check: Check | None
     ) -> None:
         super().__init__(daemon=True, name="meeting")
-        self.backend, self.device, self.timeout, self.limit, self.check = backend, device, timeout, limit, check
+        self.backend = backend
+        self.device = device
+        self.timeout = timeout
+        self.limit = limit
+        self.check = check
         self.has_met = threading.Event()
         self.store: dist.Store | None = None
         self.error: Exception | None = None
@@ -95,7 +101,7 @@ class _Joining(threading.Thread):
         return store
 
 
-def _explained(error: Exception, place: str, size: int, limit: timedelta) -> Exception:
+def _explained(error: Exception, *, place: str, size: int, limit: timedelta) -> Exception:
     text, lines = str(error), str(error).splitlines() or [repr(error)]
     if not isinstance(error, RuntimeError):  # of which torch's errors of communication are
         return error

@@ -105,7 +105,7 @@ class Mesh:
 
 
 def data_parallel_size(
-    world_size: int, tensor: int, pipeline: int, asked: int | None, shard_size: int | None = None
+    world_size: int, *, tensor: int, pipeline: int, asked: int | None = None, shard_size: int | None = None
 ) -> int:
     """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it, or
     `shard_size` does not divide the replicas."""
@@ -123,12 +123,12 @@ def data_parallel_size(
 
 
 def init_mesh(
+    *,
     tensor: int,
     pipeline: int,
     data: int | None,
     timeout: timedelta,
     shard_size: int | None = None,
-    *,
     limit: timedelta | None = None,
     check: Check | None = None,
 ) -> Mesh:
@@ -145,22 +145,24 @@ def init_mesh(
     if cuda:
         torch.cuda.set_device(device)
     if world_size == 1:
-        data_parallel_size(world_size, tensor, pipeline, data, shard_size)
+        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # the layout comes after the check: on a rank of another configuration it would fail alone, and the others wait
-    store = meet(backend, device, timeout, limit or timeout, check)
-    data = data_parallel_size(world_size, tensor, pipeline, data, shard_size)
-    return dataclasses.replace(lay_mesh(device, tensor, pipeline, data, shard_size), store=store, local_rank=local_rank)
+    store = meet(backend, device, timeout=timeout, limit=limit or timeout, check=check)
+    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
+    mesh = build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
+    return dataclasses.replace(mesh, store=store, local_rank=local_rank)
 
 
-def lay_mesh(device: torch.device, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:
+def build_mesh(device: torch.device, *, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:
     """The mesh over an initialized world of pipeline x data x tensor ranks; tensor-parallel ranks are neighbours, and
     after them the `shard_size` replicas that share a copy of the parameters (all by default)."""
     if shard_size is None or shard_size == data:
         return Mesh(device, init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES))
-    sizes, names = (pipeline, data // shard_size, shard_size, tensor), ("pp", "dp_replicate", "dp_shard", "tp")
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    sizes = (pipeline, data // shard_size, shard_size, tensor)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+    # _flatten is private: torch has no public way to one group over two dimensions of a mesh
     return Mesh(device, mesh, flat_data_mesh=mesh["dp_replicate", "dp_shard"]._flatten("dp"))
 
 

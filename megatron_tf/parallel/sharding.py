@@ -5,7 +5,7 @@ ranks, and each rank's rows again over data-parallel ranks. So a rank always hol
 each logical tensor, and that range is all that the optimizer, checkpoints and tools need to know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class RowShard:
 
     def with_tensor(self, tensor: Tensor) -> "RowShard":
         """The same rows of another tensor of the same shape, such as an optimizer moment."""
-        return RowShard(self.name, self.global_shape, self.start, self.stop, tensor, self.writer)
+        return replace(self, tensor=tensor)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
@@ -47,12 +47,14 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     Mesh dimensions named "tp" cut first and "dp", or "dp_shard", cuts what is left, whatever their order in the mesh.
     `is_copy` marks a parameter that another pipeline stage owns (a tied embedding's second copy).
     """
-    start, stop, writer = 0, parameter.shape[0], not is_copy
+    start, stop = 0, parameter.shape[0]
+    writer = not is_copy
     local = parameter.detach()
     if isinstance(parameter, DTensor):
         local = local_tensor(parameter.detach())
         mesh = parameter.device_mesh
         names = mesh.mesh_dim_names or ()
+        # each dimension cuts what those before it left; sorted() keeps "tp" (False) in front of "dp" (True)
         for dim in sorted(range(mesh.ndim), key=lambda d: names[d].startswith("dp")):
             if not parameter.placements[dim].is_replicate():
                 low, high = split_rows(stop - start, mesh.size(dim), mesh.get_local_rank(dim))
@@ -61,7 +63,8 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
                 writer = writer and mesh.get_local_rank(dim) == 0
     if local.shape[0] != stop - start:
         raise AssertionError(f"{name}: expected rows [{start}, {stop}), the rank holds {local.shape[0]}")
-    return RowShard(name, tuple(parameter.shape), start, stop, local, writer)
+    shape = tuple(parameter.shape)
+    return RowShard(name, shape, start=start, stop=stop, tensor=local, writer=writer)
 
 
 @torch.no_grad()

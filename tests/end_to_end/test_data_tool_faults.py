@@ -127,11 +127,15 @@ def test_inspection_shows_the_samples_of_a_run_that_version_0_1_began(tmp_path, 
     assert found == " ".join(map(str, greedy[sample].tolist()))
 
 
+def order_of(lengths, cache):
+    return SampleOrder(lengths, seq_length=2, seed=1, name="x", cache=cache)
+
+
 def test_epochs_of_a_small_data_set_share_files_and_stay_the_same(tmp_path, monkeypatch):
     lengths = np.array([3, 1, 4, 1, 5], np.int32)
-    together = SampleOrder(lengths, 2, 1, "x", tmp_path / "together")
+    together = order_of(lengths, tmp_path / "together")
     monkeypatch.setattr(order, "_MAX_GROUP", 1)
-    apart = SampleOrder(lengths, 2, 1, "x", tmp_path / "apart")
+    apart = order_of(lengths, tmp_path / "apart")
     for sample in range(0, 300 * together.samples_per_epoch, 5):
         (one, place), (other, other_place) = together.locate(sample), apart.locate(sample)
         assert place == other_place
@@ -143,10 +147,10 @@ def test_epochs_of_a_small_data_set_share_files_and_stay_the_same(tmp_path, monk
 def test_without_locks_two_processes_may_build_the_same_order(tmp_path, monkeypatch):
     """The one that comes second finds the files of the first in its way."""
     lengths = np.array([3, 1, 4, 1, 5], np.int32)
-    first = SampleOrder(lengths, 2, 1, "x", tmp_path).locate(0)[0]
+    first = order_of(lengths, tmp_path).locate(0)[0]
     monkeypatch.setattr(order_cache.shutil, "rmtree", lambda path, ignore_errors=False: None)
     [directory] = [path for path in tmp_path.iterdir() if path.is_dir()]
     order_cache._write(directory, first)
-    assert np.array_equal(SampleOrder(lengths, 2, 1, "x", tmp_path).locate(0)[0].shuffle, first.shuffle)
+    assert np.array_equal(order_of(lengths, tmp_path).locate(0)[0].shuffle, first.shuffle)
     assert json.loads((directory / "checksums.json").read_text())
     assert directory.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777

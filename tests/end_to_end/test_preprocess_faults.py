@@ -228,7 +228,9 @@ def test_a_file_system_without_locks_is_worked_on_after_a_warning(tmp_path, monk
 def test_a_rank_builds_its_tokenizer_once(tmp_path, monkeypatch):
     shards = [write_lines(tmp_path / f"{i}.jsonl", [{"text": "abc"}]) for i in range(5)]
     build, built = preprocess_data.build_tokenizer, []
-    monkeypatch.setattr(preprocess_data, "build_tokenizer", lambda *rest: built.append(1) or build(*rest))
+    monkeypatch.setattr(
+        preprocess_data, "build_tokenizer", lambda *rest, **named: built.append(1) or build(*rest, **named)
+    )
     preprocess_data.tokenizer_of.cache_clear()
     arguments = ["--tokenizer-type", "NullTokenizer", "--workers", "1", "--input", *map(str, shards)]
     parsed = preprocess_data.parse_arguments([*arguments, "--output-prefix", str(tmp_path / "out")])
@@ -316,7 +318,7 @@ def refused(prefix, inputs, capsys, *more):
     """The one line that ends a run over data of version 0.1."""
     assert run(prefix, inputs, *more) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {prefix}.json is about data sets made by version 0.1, ")
+    assert line.startswith(f"error: {prefix}.json is about datasets made by version 0.1, ")
     assert line.endswith(": remove it and them and run the same command again, or choose another --output-prefix")
     return line
 

@@ -1,4 +1,4 @@
-"""An id that the vocabulary has not ends a run alike on every layout, with data set, document and offset."""
+"""An id that the vocabulary has not ends a run alike on every layout, with dataset, document and offset."""
 
 import re
 

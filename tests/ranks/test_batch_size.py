@@ -7,12 +7,12 @@ import pytest
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, train_step
 from tests.ranks.test_layouts import layout_config
-from tests.support.training import EOD, random_batch
+from tests.support.training import random_batch
 
 
 def run_of_sizes(mesh, config, sizes):
     """(loss, gradient norm) of a step of each size, and the loss of an evaluation between them."""
-    state, curve = build_state(config, mesh, EOD), []
+    state, curve = build_state(config, mesh), []
     for step, size in enumerate(sizes):
         sized = dataclasses.replace(config.training, global_batch_size=size, rampup_batch_size=None)
         batch = random_batch(dataclasses.replace(config, training=sized), step, mesh)

@@ -17,14 +17,14 @@ from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
-from tests.support.training import EOD, random_batch
+from tests.support.training import random_batch
 
 TOKENIZER = {"type": "none"}
 
 
 def train_and_save(mesh, config, steps, root):
     """Train from where the checkpoint stands, if there is one, and save; returns the losses."""
-    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh)).restore()
     state, record, losses = run.state, run.record, []
     while record.training.step < steps:
         losses.append(train_step(state, random_batch(config, record.training.step, mesh), 1e-3).loss)
@@ -253,7 +253,7 @@ def test_damage_is_found_and_named(trained, tmp_path, pattern, kind):
 
 def begin_again(mesh, config):
     """(step, what was found damaged, whether this rank's rows are those of the sound checkpoint)."""
-    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh)).restore()
     sound = CheckpointReader(run.origin)
     same = all(
         torch.equal(sound.read_rows("model", shard.name, shard.start, shard.stop), shard.tensor)

@@ -16,9 +16,9 @@ from megatron_tf.training.run.checkpointing import new_record, restore_state, sa
 from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.step.optimizer import MOMENTS
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import prepare
+from megatron_tf.training.step.step import forward_backward
 from tests.ranks.test_layouts import layout_config, whole_model
-from tests.support.training import EOD, random_batch, training_run
+from tests.support.training import random_batch, training_run
 
 TOKENIZER = {"type": "none"}
 LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
@@ -28,8 +28,8 @@ LAYOUTS = [((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 1), ((2, 1, 2), 1)]
 def curve_and_checkpoint(mesh, config, root):
     """As training_run; and a checkpoint of a new state, which is read again."""
     answer = training_run(mesh, config, 6)
-    save_state(build_state(config, mesh, EOD), config, new_record(config, TOKENIZER), root=Path(root))
-    again = build_state(config, mesh, EOD)
+    save_state(build_state(config, mesh), config, new_record(config, TOKENIZER), root=Path(root))
+    again = build_state(config, mesh)
     before = [shard.tensor.clone() for shard in again.shards]
     for shard in again.shards:
         shard.tensor.zero_()
@@ -62,13 +62,13 @@ COLLECTIVES = {
 
 def exchanges(mesh, config):
     """{collective: (calls, elements)} of forward and backward of a step, on a layout without tensor parallelism."""
-    state, seen = build_state(config, mesh, EOD), Counter()
-    batch = prepare(state, random_batch(config, 0, mesh))
+    state, seen = build_state(config, mesh), Counter()
+    batch = random_batch(config, 0, mesh)
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in COLLECTIVES.items():
             if hasattr(dist, name):
                 patch.setattr(dist, name, counting(getattr(dist, name), kind, seen))
-        state.runner.train(*batch)
+        forward_backward(state, batch)
     return dict(seen), len(state.model.layers) + 1, sum(p.numel() for p in state.model.parameters())
 
 
@@ -102,7 +102,7 @@ def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
 
 def measured_bytes(mesh, config):
     """(held, gathered, whole gradients): bytes of storage after a step's backward, and at its last forward."""
-    state, during = build_state(config, mesh, EOD), {}
+    state, during = build_state(config, mesh), {}
 
     def look(module, args, output):
         parameters = list(module.parameters())
@@ -110,7 +110,7 @@ def measured_bytes(mesh, config):
         during["gradients"] = storage_bytes([p.grad for p in parameters if p.grad is not None])
 
     state.model.register_forward_hook(look)
-    state.runner.train(*prepare(state, random_batch(config, 0, mesh)))
+    forward_backward(state, random_batch(config, 0, mesh))
     parameters = list(state.model.parameters())
     held = parameters + [p.grad for p in parameters]
     held += [shard.tensor for moment in MOMENTS for shard in state.optimizer.moments(moment)]

@@ -9,15 +9,15 @@ from megatron_tf.layers.dropout import Dropout
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
-from tests.support.training import EOD, random_batch
+from tests.support.training import random_batch
 
 CASES = [((2, 1, 1), False), ((2, 1, 1), True), ((1, 2, 1), False), ((1, 1, 2), False)]
 
 
 def curve(mesh, config):
     """[(loss, gradient norm)] of four steps."""
-    state = build_state(config, mesh, EOD)
-    results = [train_step(state, random_batch(config, step, mesh), 1e-3, 8 * step) for step in range(4)]
+    state = build_state(config, mesh)
+    results = [train_step(state, random_batch(config, step, mesh, 8 * step), 1e-3) for step in range(4)]
     return [(result.loss, result.grad_norm) for result in results]
 
 

@@ -6,14 +6,14 @@ import torch
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
 from tests.ranks.test_layouts import layout_config
-from tests.support.training import EOD, random_batch
+from tests.support.training import random_batch
 
 VICTIM = "layers.1.ffn.key_tokens"
 
 
 def poisoned_run(mesh, config, poison):
     """What was not finite in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
-    state = build_state(config, mesh, EOD)
+    state = build_state(config, mesh)
     take, found, poisoned = state.optimizer._take_gradients, [], []
 
     def take_poison():
@@ -32,7 +32,7 @@ def poisoned_run(mesh, config, poison):
 
 def plain_run(mesh, config):
     """The same without the poisoned step."""
-    state = build_state(config, mesh, EOD)
+    state = build_state(config, mesh)
     for step in (0, 1, 2):
         train_step(state, random_batch(config, step, mesh), 1e-3)
     return {s.name: s.tensor.clone().numpy() for s in state.shards}
@@ -52,7 +52,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(rank_pool, layout, p
 
 
 def nan_loss(mesh, config):
-    state = build_state(config, mesh, EOD)
+    state = build_state(config, mesh)
     before = [shard.tensor.clone() for shard in state.shards]
     with torch.no_grad():
         for name, parameter in state.model.named_parameters():

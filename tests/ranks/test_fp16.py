@@ -9,9 +9,9 @@ import pytest
 from megatron_tf.training.run.checkpointing import save_state
 from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import train_step
+from megatron_tf.training.step.step import forward_backward, train_step
 from tests.ranks.test_layouts import layout_config
-from tests.support.training import EOD, random_batch
+from tests.support.training import random_batch
 
 TOKENIZER = {"type": "none"}
 LOSS_SCALE = {"initial_loss_scale": 2.0**32, "loss_scale_window": 4, "hysteresis": 1}
@@ -24,7 +24,7 @@ def fp16_config(layout, **sections):
 
 def fp16_run(mesh, config, steps, root=None):
     """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh, EOD)).restore()
+    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh)).restore()
     state, record, seen = run.state, run.record, []
     while record.training.step < steps:
         before = [shard.tensor.clone() for shard in state.shards]
@@ -75,9 +75,8 @@ def test_without_a_scale_small_gradients_vanish(rank_pool, in_fp32):
 
 def small_gradients(mesh, config):
     """Share of the key tokens' gradients that are zero."""
-    state = build_state(config, mesh, EOD)
-    batch = random_batch(config, 0, mesh).flatten(0, 1)
-    state.runner.train(batch[:, :-1], batch[:, 1:], {}, state.scaler.scale)
+    state = build_state(config, mesh)
+    forward_backward(state, random_batch(config, 0, mesh))
     keys = [p.grad for name, p in state.model.named_parameters() if name.endswith("key_tokens")]
     return sum(int((grad == 0).sum()) for grad in keys) / sum(grad.numel() for grad in keys)
 

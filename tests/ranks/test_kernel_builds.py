@@ -8,7 +8,7 @@ from megatron_tf.errors import UserError
 from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.training.step.state import build_state
-from tests.support.training import EOD, small_run, training_run
+from tests.support.training import small_run, training_run
 
 
 class Kernels:
@@ -46,7 +46,7 @@ def with_kernels(mesh, errors, function):
 
 def build(mesh, choice, errors):
     def kernels(mesh):
-        state = build_state(small_run(kernels={"pattention": choice}), mesh, EOD)
+        state = build_state(small_run(kernels={"pattention": choice}), mesh)
         return state.kernels.taken, state.kernels.warning, type(state.model.pattentions().popitem()[1].kernels).__name__
 
     return with_kernels(mesh, errors, kernels)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import evaluation_loss, prepare
+from megatron_tf.training.step.step import evaluation_loss
 from tests.support.training import EOD, random_batch, small_run, training_run
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
@@ -99,12 +99,12 @@ def test_documents_apart_on_any_layout(rank_pool, layout, sequence_parallel):
 
 def direct_loss(mesh, config):
     """(loss as evaluated, mean of torch's cross-entropy over what does not follow an end of document)."""
-    state, batch = build_state(config, mesh, EOD), random_batch(config, 0, mesh)
-    inputs, _, options = prepare(state, batch)
+    state, batch = build_state(config, mesh), random_batch(config, 0, mesh)
+    ids = batch.ids.flatten(0, 1)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
     with torch.no_grad():
-        logits = state.model(inputs, **options).transpose(0, 1)
+        logits = state.model(inputs, document_starts=batch.document_starts.flatten(0, 1)).transpose(0, 1)
     counts = inputs != EOD
-    targets = batch.flatten(0, 1)[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits[counts], targets[counts])
     return evaluation_loss(state, batch), float(expected), int((~counts).sum())
 

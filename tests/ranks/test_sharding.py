@@ -10,9 +10,15 @@ from tests.ranks.test_layouts import layout_config
 HIDDEN, TOKENS_PER_RANK_CALL = 32, 16
 
 
+def stage_of(mesh, config):
+    """This rank's stage for samples of 16 tokens."""
+    is_sequence_parallel = config.parallel.sequence_parallel
+    return build_stage(config.model, mesh, seq_length=16, sequence_parallel=is_sequence_parallel, dtype=torch.float32)
+
+
 def held_bytes(mesh, config):
     """Bytes of the storage behind this rank's parameter tokens."""
-    model = build_stage(config.model, mesh, 16, config.parallel.sequence_parallel, torch.float32)
+    model = stage_of(mesh, config)
     tokens = [p for name, p in model.named_parameters() if name.endswith("_tokens")]
     return sum(p.detach().to_local().untyped_storage().nbytes() if hasattr(p, "to_local") else p.nbytes for p in tokens)
 
@@ -26,7 +32,7 @@ def test_bytes_of_parameter_tokens_fall_as_one_over_ranks(rank_pool):
 
 def communicated(mesh, config):
     """[(operation, elements sent as the ring algorithm counts them)] of one block, forward and backward."""
-    model = build_stage(config.model, mesh, 16, config.parallel.sequence_parallel, torch.float32)
+    model = stage_of(mesh, config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.to_local() if hasattr(parameter, "to_local") else parameter)
     seen, restore = [], {}

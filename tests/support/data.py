@@ -7,7 +7,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
+from megatron_tf.data.loader import BatchLoader
 
 
 def write_data_set(prefix, documents, dtype=np.uint16):
@@ -20,6 +22,19 @@ def write_data_set(prefix, documents, dtype=np.uint16):
         blocks_of_documents(np.array([len(d) for d in documents], dtype=np.int32)),
     )
     return prefix
+
+
+def loader_of(dataset, batch_size, replica, replicas, consumed_samples):
+    """A loader of micro-batches of two samples, without an end of document."""
+    return BatchLoader(
+        dataset,
+        batch_size=batch_size,
+        micro_batch_size=2,
+        replica=replica,
+        replicas=replicas,
+        consumed_samples=consumed_samples,
+        masking=DocumentMasking(-1),
+    )
 
 
 def write_tokenizer(path, vocab_size):

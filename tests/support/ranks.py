@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from megatron_tf.parallel.mesh import Mesh, lay_mesh
+from megatron_tf.parallel.mesh import Mesh, build_mesh
 from tests.support.processes import context
 from tests.support.seed import SEED
 
@@ -81,7 +81,9 @@ def _serve(rank, tasks, results):
                 dist.init_process_group(
                     "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
                 )
-                mesh = lay_mesh(torch.device("cpu"), tensor, pipeline, data, shard_size)
+                mesh = build_mesh(
+                    torch.device("cpu"), tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size
+                )
             result, error = function(mesh, *args), None
         except BaseException:
             result, error = None, traceback.format_exc()

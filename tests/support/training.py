@@ -3,11 +3,12 @@
 import torch
 
 from megatron_tf.config import RunConfig, parse_config
+from megatron_tf.data.batch import Batch, DocumentMasking, make_batch
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import mask_scale, mean_loss, prepare, train_step
+from megatron_tf.training.step.step import forward_backward, mean_over_replicas, train_step
 
 VOCAB = 100
 EOD = 48
@@ -36,14 +37,19 @@ def small_run(**sections) -> RunConfig:
     return parse_config(RunConfig, values, "test")
 
 
-def random_batch(config: RunConfig, step: int, mesh) -> torch.Tensor:
-    """Step `step`'s part of this replica: ids [count, B, S + 1]; tokens follow a pattern that can be learned."""
-    training = config.training
+def random_batch(config: RunConfig, step: int, mesh, first: int = 0) -> Batch:
+    """Step `step`'s part of this replica, as of samples from `first` on; a pattern that can be learned."""
+    training, data = config.training, config.data
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(VOCAB, (training.global_batch_size, 1), generator=generator)
     stride = torch.randint(1, 4, (training.global_batch_size, 1), generator=generator)
     ids = (start + stride * torch.arange(training.seq_length + 1)) % VOCAB
-    return ids.unflatten(0, (-1, mesh.size("dp"), training.micro_batch_size))[:, mesh.rank("dp")]
+    numbers = first + torch.arange(training.global_batch_size)
+    ids, numbers = (
+        values.unflatten(0, (-1, mesh.size("dp"), training.micro_batch_size))[:, mesh.rank("dp")].numpy()
+        for values in (ids, numbers)
+    )
+    return make_batch(ids, numbers, DocumentMasking(EOD, data.eod_mask_loss, data.reset_attention_mask))
 
 
 def shard_group(mesh):
@@ -71,11 +77,10 @@ def whole_gradients(state):
 
 def training_run(mesh, config: RunConfig, steps: int = 20):
     """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
-    state = build_state(config, mesh, EOD)
-    inputs, targets, options = prepare(state, random_batch(config, 0, mesh))
-    loss, scale = state.runner.train(inputs, targets, options), mask_scale(state, targets)
+    state = build_state(config, mesh)
+    loss = forward_backward(state, random_batch(config, 0, mesh))
     gradients = whole_gradients(state)
-    curve = [(mean_loss(loss, mesh) * scale, state.optimizer.step(config.optimizer.lr, scale).norm)]
+    curve = [(mean_over_replicas(loss, mesh), state.optimizer.step(config.optimizer.lr).norm)]
     for step in range(1, steps):
         result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
         curve.append((result.loss, result.grad_norm))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megatron_tf.config import ConfigError, TrainingConfig
 from megatron_tf.data.build import samples_of_run
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
+from tests.support.data import loader_of
 from tests.support.training import small_run
 
 
@@ -68,10 +68,10 @@ class Numbers:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_the_samples_follow_each_other_on_any_number_of_replicas(replicas, consumed):
     config = training(12, (4, 4, 24), micro_batch_size=2)
-    loaders = [BatchLoader(Numbers(), config.batch_size_at, 2, r, replicas, consumed) for r in range(replicas)]
+    loaders = [loader_of(Numbers(), config.batch_size_at, replica, replicas, consumed) for replica in range(replicas)]
     found = []
     for _ in range(5):
-        batch = np.concatenate([next(loader).numpy() for loader in loaders], axis=1)
+        batch = np.concatenate([next(loader).ids.numpy() for loader in loaders], axis=1)
         found.append(batch.ravel().tolist())
     assert [len(batch) for batch in found] == ([4, 4, 4, 8, 8] if consumed == 0 else [4, 8, 8, 12, 12])
     assert list(itertools.chain(*found)) == list(range(consumed, consumed + sum(map(len, found))))

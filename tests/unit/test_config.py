@@ -44,20 +44,20 @@ def test_overrides_apply_in_order(path):
 
 
 def test_a_world_that_does_not_fit_the_layout():
-    assert data_parallel_size(8, 2, 2, None) == 2
+    assert data_parallel_size(8, tensor=2, pipeline=2) == 2
     for asked in (None, 1):
         with pytest.raises(LayoutError, match="6 rank"):
-            data_parallel_size(6, 2, 2, asked)
-    assert data_parallel_size(8, 2, 1, None, 2) == 4
+            data_parallel_size(6, tensor=2, pipeline=2, asked=asked)
+    assert data_parallel_size(8, tensor=2, pipeline=1, shard_size=2) == 4
     with pytest.raises(LayoutError, match=r"4 replica\(s\) are no multiple of parallel.data_parallel_shard_size \(3\)"):
-        data_parallel_size(8, 2, 1, None, 3)
+        data_parallel_size(8, tensor=2, pipeline=1, shard_size=3)
 
 
 def test_stages_are_balanced_with_the_head_counted():
-    assert partition_layers([1.0] * 4, 0.0, 0.0, 2) == [range(2), range(2, 4)]
-    stages = partition_layers([1.0] * 10, 0.0, 3.0, 3)
+    assert partition_layers([1.0] * 4, 2) == [range(2), range(2, 4)]
+    stages = partition_layers([1.0] * 9 + [4.0], 3)
     costs = [len(stage) + (3 if stage is stages[-1] else 0) for stage in stages]
     assert max(costs) == 5
     assert [layer for stage in stages for layer in stage] == list(range(10))
     with pytest.raises(UserError, match="every stage needs a layer"):
-        partition_layers([1.0], 0.0, 0.0, 2)
+        partition_layers([1.0], 2)

@@ -53,7 +53,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     found = {}
-    for number, block in enumerate(blocks(TUTORIAL), 1):
+    for number, block in enumerate(python_blocks(TUTORIAL), 1):
         exec(compile(block, f"{TUTORIAL.name}, block {number}", "exec"), found)
     said = capfd.readouterr().out
     assert "41,024 -> 61,504 parameters, logits differ by 0.0" in said

@@ -10,7 +10,7 @@ from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, train_step
-from tests.support.training import EOD, random_batch, small_run
+from tests.support.training import random_batch, small_run
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
 BOTH = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "micro_batch_size": 2}
@@ -37,18 +37,18 @@ def test_masks_differ_between_seeds_samples_and_places(change):
 def test_no_dropout_is_no_work():
     x = torch.ones(3, 1, 4)
     assert Dropout(0.0, 0.5, 1, (0,)).hidden(x, "ffn", None) is x
-    assert build_state(small_run(), ONE_PROCESS, EOD).model.dropout is None
+    assert build_state(small_run(), ONE_PROCESS).model.dropout is None
 
 
 def run(positions, disturb=False, **training):
     """Losses, evaluations and last parameters of steps at these positions in the data."""
     config = small_run(training=training)
-    state, losses = build_state(config, ONE_PROCESS, EOD), []
+    state, losses = build_state(config, ONE_PROCESS), []
     for step, position in enumerate(positions):
         if disturb:
             torch.manual_seed(step)
-        batch = random_batch(config, step, ONE_PROCESS)
-        losses.append((evaluation_loss(state, batch), train_step(state, batch, 1e-3, position).loss))
+        batch = random_batch(config, step, ONE_PROCESS, position)
+        losses.append((evaluation_loss(state, batch), train_step(state, batch, 1e-3).loss))
     return losses, [shard.tensor for shard in state.shards]
 
 

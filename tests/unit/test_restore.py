@@ -14,14 +14,14 @@ from megatron_tf.training.run.checkpointing import blend_of, new_record, restore
 from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
-from tests.support.training import EOD, small_run
+from tests.support.training import small_run
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
 
 
 def save(root, config, adam_steps, moments=()):
     """A checkpoint of fresh parameters at step 7, with ones for the moments."""
-    state = build_state(config, ONE_PROCESS, EOD)
+    state = build_state(config, ONE_PROCESS)
     groups = {"model": list(state.shards)}
     groups |= {m: [shard.with_tensor(torch.ones_like(shard.tensor)) for shard in state.shards] for m in moments}
     counters = {"samples": 56, "tokens": 896, "adam_steps": adam_steps}
@@ -31,7 +31,7 @@ def save(root, config, adam_steps, moments=()):
 
 def restore(root):
     config = small_run()
-    state = build_state(config, ONE_PROCESS, EOD)
+    state = build_state(config, ONE_PROCESS)
     resumable = open_resumable(config, root)
     return state, restore_state(state, config=config, tokenizer=NO_TOKENIZER, resumable=resumable)
 
@@ -70,7 +70,7 @@ def test_a_run_that_lost_its_moments_is_refused(adam_steps, moments, missing, tm
 
 def test_a_tau_that_the_record_does_not_have_is_not_saved(tmp_path):
     config = small_run()
-    state = build_state(config, ONE_PROCESS, EOD)
+    state = build_state(config, ONE_PROCESS)
     record = new_record(config, NO_TOKENIZER)
     save_state(state, config, record, root=tmp_path / "sound")
     state.model.pattentions()["layers.1.ffn"].tau += 1.0

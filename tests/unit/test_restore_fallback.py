@@ -13,14 +13,14 @@ from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
 from tests.support.records import NO_TOKENIZER, make_record
-from tests.support.training import EOD, small_run
+from tests.support.training import small_run
 from tests.unit.checkpoint.test_strangers import FILE, change_manifest, change_metadata, make_fifo
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
 
 
 def build(config):
-    return build_state(config, ONE_PROCESS, EOD)
+    return build_state(config, ONE_PROCESS)
 
 
 def save(root, step):

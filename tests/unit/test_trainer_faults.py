@@ -30,12 +30,12 @@ def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     original, seen, positions = loop.train_step, iter(range(1000)), []
 
-    def step(*arguments):
-        positions.append(arguments[3])
+    def step(state, batch, lr):
+        positions.append(int(batch.sample_numbers[0, 0]))
         if next(seen) in faults:
             nonfinite = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
             return StepResult(math.nan, math.nan, nonfinite=nonfinite, is_overflow=is_overflow)
-        return original(*arguments)
+        return original(state, batch, lr)
 
     monkeypatch.setattr(loop, "train_step", step)
     return pretrain.main([str(folder / f"{name}.yaml")]), positions

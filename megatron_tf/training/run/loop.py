@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
 from megatron_tf.config import RunConfig
+from megatron_tf.data.batch import Batch
+from megatron_tf.data.blend import Samples
 from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.observability.observer import Evaluation, StepReport
 from megatron_tf.training.run.checkpointing import save_state
@@ -122,9 +121,9 @@ class Loop:
         is_trace_requested = self._is_trace_requested
         self._is_trace_requested = False
         with observer.during_step(number, is_trace_requested=is_trace_requested):
-            result = train_step(self.state, batch, lr, self.done.samples)
+            result = train_step(self.state, batch, lr)
         if result.nonfinite:
-            self._check_ids(self.context.loader, batch, self.done.samples)
+            self._check_ids(self.context.loader.dataset, batch)
         timer.enter("report")
         self._account()
         if result.is_overflow:
@@ -183,10 +182,9 @@ class Loop:
             )
         return True
 
-    def _check_ids(self, loader: BatchLoader, batch: Tensor, first: int) -> None:
-        """Save, and raise DataError on every rank, where the batch from sample `first` on has an id that the
-        vocabulary has not."""
-        bad = bad_id_of_batch(loader, batch, first, self.config.model.vocab_size, self.state.mesh)
+    def _check_ids(self, dataset: Samples, batch: Batch) -> None:
+        """Save, and raise DataError on every rank, where the batch has an id that the vocabulary has not."""
+        bad = bad_id_of_batch(batch, dataset, vocab_size=self.config.model.vocab_size, mesh=self.state.mesh)
         if bad is not None:
             raise DataError(f"{bad}{self._save_before_error(f'the state of step {self.done.step}')}")
 
@@ -214,16 +212,16 @@ class Loop:
     def _loss_on(self, part: ValidationSet) -> float | None:
         """Mean loss over the first `eval_iters` global batches; None where the ranks agree to stop on the way."""
         training, total = self.config.training, 0.0
-        with build_loader(part.samples, training, self.state.mesh, 0, is_training=False) as loader:
+        mesh, masking = self.state.mesh, self.context.loader.masking
+        with build_loader(part.samples, training=training, mesh=mesh, masking=masking, is_training=False) as loader:
             for _ in range(training.eval_iters):
                 self.context.timer.enter("evaluation")
                 if self._is_stopped():
                     return None
-                first = loader.consumed_samples
                 batch = next(loader)
                 loss = evaluation_loss(self.state, batch)
                 if math.isnan(loss):
-                    self._check_ids(loader, batch, first)
+                    self._check_ids(part.samples, batch)
                 total += loss
         return total / training.eval_iters
 

@@ -10,6 +10,7 @@ from megatron_tf.checkpoint.commit import newest_checkpoint
 from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ConfigError, RunConfig
+from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
@@ -59,7 +60,9 @@ def train(
         limit = config.parallel.distributed_timeout_seconds
         stack.enter_context(Watchdog(mesh.store, now=timer.now, limit_seconds=limit, end=end))
         _hold_lock(config, mesh, stack, end=end)
-        resume = _build_resume(config, mesh, data=data, timer=timer)
+        tokenizer = _tokenizer(config)
+        build = partial(build_state, mesh=mesh, timer=timer)
+        resume = Resume(config, mesh, tokenizer=tokenizer.identity, build=build, data=data)
         run = resume.restore(resumable)
         _check_stages(config, mesh, run.stage)
         validation = build_validation(config) if config.training.eval_interval else []
@@ -69,7 +72,7 @@ def train(
         reporter = Reporter(log, config=config, mesh=mesh, timer=timer)
         observer = Observers([reporter, Profiler(config.logging, mesh, reporter.on_profile), *observers])
         saver = stack.enter_context(_saver(config, mesh, log=log, observer=observer))
-        loader = stack.enter_context(_open_loader(config, mesh, run.record))
+        loader = stack.enter_context(_open_loader(config, mesh, record=run.record, tokenizer=tokenizer))
         context = RunContext(
             loader=loader,
             validation=validation,
@@ -138,10 +141,17 @@ def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observer: Observer
     )
 
 
-def _open_loader(config: RunConfig, mesh: Mesh, record: RunRecord) -> BatchLoader:
+def _open_loader(config: RunConfig, mesh: Mesh, *, record: RunRecord, tokenizer: Tokenizer) -> BatchLoader:
     """The batches that the run has not read yet."""
     dataset = build_dataset(config, blend_of(record))
-    return build_loader(dataset, config.training, mesh, record.training.samples)
+    masking = DocumentMasking(tokenizer.eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
+    return build_loader(
+        dataset,
+        training=config.training,
+        mesh=mesh,
+        masking=masking,
+        consumed_samples=record.training.samples,
+    )
 
 
 def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
@@ -151,20 +161,15 @@ def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
         log.say(f"kernels: auto took {kernels.taken}")
 
 
-def _build_resume(config: RunConfig, mesh: Mesh, *, data: Sequence[Identity], timer: StepTimer) -> Resume:
-    tokenizer = _tokenizer(config)
-    check_tokenizer(config, tokenizer)
-    build = partial(build_state, mesh=mesh, eod=tokenizer.eod, timer=timer)
-    return Resume(config, mesh, tokenizer=tokenizer.identity, build=build, data=data)
-
-
 def _tokenizer(config: RunConfig) -> Tokenizer:
     data = config.data
     key = "tokenizer_model" if data.tokenizer_type in TYPES else "tokenizer_type"
     try:
-        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
+        tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, eod_token=data.eod_token)
     except (UserError, OSError) as error:
         raise ConfigError(f"data.{key}: {error}") from error
+    check_tokenizer(config, tokenizer)
+    return tokenizer
 
 
 def _open_log(config: RunConfig, mesh: Mesh, step: int) -> MetricsLog:
@@ -206,7 +211,11 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         try:
             replicas = data_parallel_size(
-                num_ranks, tensor, pipeline, parallel.data_parallel_size, parallel.data_parallel_shard_size
+                num_ranks,
+                tensor=tensor,
+                pipeline=pipeline,
+                asked=parallel.data_parallel_size,
+                shard_size=parallel.data_parallel_shard_size,
             )
             check_batch_sizes(staged, pipeline, replicas)
         except (ConfigError, LayoutError) as error:

@@ -13,9 +13,9 @@ from megatron_tf.model.parallelize import (
     build_stage,
     choose_computation,
     initialize,
-    mean_token_loss,
     micro_batch_shapes,
     parameter_shards,
+    token_loss,
     warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
@@ -32,17 +32,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class DocumentMasking:
-    """What an end of document means in a sample."""
-
-    eod: int
-    """The id that ends a document."""
-    mask_loss: bool
-    """Whether targets after it count in no loss."""
-    reset_attention: bool
-    """Whether documents of a sample do not see each other, and positions count from the start of each."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """This rank's part of what is trained, and the means to train it.
@@ -58,15 +47,14 @@ class TrainState:
     optimizer: Optimizer
     scaler: LossScaler
     runner: Runner
-    masking: DocumentMasking
     kernels: Kernels
     """What the model computes with."""
     timer: StepTimer
     """Told what a step is doing."""
 
 
-def build_state(config: RunConfig, mesh: Mesh, eod: int, *, timer: StepTimer | None = None) -> TrainState:
-    """This rank's part of a new run, with its initial values; `eod` is the id that ends a document.
+def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None) -> TrainState:
+    """This rank's part of a new run, with its initial values.
 
     Raises UserError for a layout that cannot be, and for kernels that can't be built.
     """
@@ -83,7 +71,6 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, *, timer: StepTimer | N
         optimizer=_build_optimizer(model, config, mesh=mesh, shards=shards, implementation=kernels.optimizer),
         scaler=LossScaler(config.loss_scale, config.training.precision == "fp16"),
         runner=_build_runner(model, config, mesh=mesh, dtype=dtype),
-        masking=DocumentMasking(eod, config.data.eod_mask_loss, config.data.reset_attention_mask),
         kernels=kernels,
         timer=timer or StepTimer(),
     )
@@ -92,7 +79,13 @@ def build_state(config: RunConfig, mesh: Mesh, eod: int, *, timer: StepTimer | N
 def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenFormer:
     """The stage of this rank, without values."""
     training, parallel = config.training, config.parallel
-    model = build_stage(config.model, mesh, training.seq_length, parallel.sequence_parallel, dtype)
+    model = build_stage(
+        config.model,
+        mesh,
+        seq_length=training.seq_length,
+        sequence_parallel=parallel.sequence_parallel,
+        dtype=dtype,
+    )
     if training.hidden_dropout or training.attention_dropout:
         model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
     return model
@@ -101,9 +94,14 @@ def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenForm
 def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Runner:
     training, parallel = config.training, config.parallel
     shapes = micro_batch_shapes(
-        config.model, mesh, training.micro_batch_size, training.seq_length, parallel.sequence_parallel, dtype
+        config.model,
+        mesh,
+        size=training.micro_batch_size,
+        seq_length=training.seq_length,
+        sequence_parallel=parallel.sequence_parallel,
+        dtype=dtype,
     )
-    return make_runner(model, mean_token_loss(mesh), shapes, mesh, parallel.pipeline_schedule)
+    return make_runner(model, token_loss(mesh), shapes=shapes, mesh=mesh, schedule=parallel.pipeline_schedule)
 
 
 def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
@@ -111,7 +109,7 @@ def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: 
     training = config.training
     kernels = choose(_asked_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
-    failure = warm_up_kernels(model, training.micro_batch_size * training.seq_length, dtype, mesh)
+    failure = warm_up_kernels(model, mesh, rows=training.micro_batch_size * training.seq_length, dtype=dtype)
     if failure is not None:
         kernels = without_pattention_kernels(kernels, failure)
         choose_computation(model, kernels, training.recompute_granularity)

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tf.data.loader import sample_numbers
-from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
+from megatron_tf.data.batch import Batch
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.pipeline import MicroBatches
 from megatron_tf.training.step.state import TrainState
 
 
@@ -32,74 +32,72 @@ class StepResult:
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
 
-def train_step(state: TrainState, batch: Tensor, lr: float, consumed_samples: int = 0) -> StepResult:
-    """Forward, backward and update on this replica's part of the batch: ids [count, B, S + 1].
-
-    What is dropped follows from `consumed_samples`, the position of the global batch in the data.
-    """
-    inputs, targets, options = prepare(state, batch)
-    if state.model.dropout is not None:
-        count, size, _ = batch.shape
-        replica, replicas = state.mesh.rank("dp"), state.mesh.size("dp")
-        numbers = sample_numbers(consumed_samples, count * size * replicas, size, replica, replicas)
-        options["sample_numbers"] = torch.from_numpy(numbers).flatten()
+def train_step(state: TrainState, batch: Batch, lr: float) -> StepResult:
+    """Forward, backward and update on this replica's part of the global batch."""
     loss_scale = state.scaler.scale
-    loss = _unless_bad_ids(state, batch, state.runner.train(inputs, targets, options, loss_scale))
-    scale = mask_scale(state, targets)
-    value = mean_loss(loss, state.mesh) * scale
+    loss = forward_backward(state, batch)
+    value = mean_over_replicas(loss, state.mesh) / loss_scale
     if not math.isfinite(value):
         state.optimizer.discard()
         return StepResult(value, math.nan, nonfinite={"loss": _first_rank_nonfinite(loss, state.mesh)})
     state.timer.enter("optimizer")
-    update = state.optimizer.step(lr, scale / loss_scale)
+    update = state.optimizer.step(lr, 1 / loss_scale)
     is_overflow = state.scaler.update(math.isfinite(update.norm))
     return StepResult(value, update.norm, update.norms, update.nonfinite, is_overflow)
 
 
-def evaluation_loss(state: TrainState, batch: Tensor) -> float:
-    """Mean loss over the tokens of a global batch, of which `batch` [count, B, S + 1] is this replica's part; NaN where
-    it has an id that the vocabulary has not."""
-    inputs, targets, options = prepare(state, batch)
-    loss = _unless_bad_ids(state, batch, state.runner.evaluate(inputs, targets, options))
-    return mean_loss(loss, state.mesh) * mask_scale(state, targets)
+def forward_backward(state: TrainState, batch: Batch) -> Tensor | None:
+    """Fill the gradients, times the loss scale; this replica's loss, times the same, on the last stage."""
+    divisor = _loss_divisor(batch, state.mesh) / state.scaler.scale
+    sample_numbers = None if state.model.dropout is None else batch.sample_numbers
+    loss = state.runner.train(micro_batches(state, batch, sample_numbers), divisor)
+    return _unless_bad_ids(state, batch, loss)
 
 
-def prepare(state: TrainState, batch: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Ids [count, B, S + 1] -> those to read and those to predict, each [count * B, S], and options of the model."""
+def evaluation_loss(state: TrainState, batch: Batch) -> float:
+    """Mean loss over the targets of a global batch, of which `batch` is this replica's part; NaN where it has an id
+    that the vocabulary has not. Nothing is dropped."""
+    loss = state.runner.evaluate(micro_batches(state, batch), _loss_divisor(batch, state.mesh))
+    return mean_over_replicas(_unless_bad_ids(state, batch, loss), state.mesh)
+
+
+def micro_batches(state: TrainState, batch: Batch, sample_numbers: Tensor | None = None) -> MicroBatches:
+    """The batch as its stages compute with it: ids and targets on the device, the rest on the host."""
+    ids = batch.ids
     if has_bad_ids(state, batch):
         # some layouts would read rows of nobody; this rank still takes its part in the collectives of the step
-        batch = torch.zeros_like(batch)
-    ids = batch.to(state.mesh.device).flatten(0, 1)
-    inputs, targets, options = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), {}
-    masking = state.masking
-    if masking.mask_loss:
-        targets = mask_targets_after_eod(inputs, targets, masking.eod)
-    if masking.reset_attention:
-        options["document_starts"] = document_starts(inputs, masking.eod)
-    return inputs, targets, options
+        ids = torch.zeros_like(ids)
+    inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
+    if batch.ignored is not None:
+        targets = targets.masked_fill(batch.ignored, IGNORE_INDEX)
+    device = state.mesh.device
+    return MicroBatches(inputs.to(device), targets.to(device), batch.document_starts, sample_numbers)
 
 
-def has_bad_ids(state: TrainState, batch: Tensor) -> bool:
-    """Whether an id of this replica's part of a batch, which is on the host, is not in the vocabulary."""
-    lowest, highest = torch.aminmax(batch)
+def has_bad_ids(state: TrainState, batch: Batch) -> bool:
+    """Whether an id of this replica's part of a batch is not in the vocabulary."""
+    lowest, highest = torch.aminmax(batch.ids)
     return int(lowest) < 0 or int(highest) >= state.model.config.vocab_size
 
 
-def _unless_bad_ids(state: TrainState, batch: Tensor, loss: Tensor | None) -> Tensor | None:
+def _unless_bad_ids(state: TrainState, batch: Batch, loss: Tensor | None) -> Tensor | None:
     """The loss, or NaN, which tells all ranks of an id that one of them found."""
     return torch.tensor(math.nan, device=state.mesh.device) if has_bad_ids(state, batch) else loss
 
 
-def mask_scale(state: TrainState, targets: Tensor) -> float:
-    """What makes a mean over all targets of the global batch one over those that are not ignored."""
-    if not state.masking.mask_loss:
-        return 1.0
-    counts = torch.tensor([targets.numel(), int((targets != IGNORE_INDEX).sum())], device=state.mesh.device)
-    group = state.mesh.group("dp")
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    every, counted = counts.tolist()
-    return every / max(counted, 1)
+def _loss_divisor(batch: Batch, mesh: Mesh) -> float:
+    """What each replica divides the sum of its losses by, so that the mean over replicas is one over all targets.
+
+    This is the one place where the loss is normalized: not by micro-batch and not by replica, whose numbers of targets
+    differ where some are ignored. Replicas are averaged in the end, gradients by FSDP and the loss by
+    `mean_over_replicas`, so each divides by its average share of the targets, as large as if it were alone.
+    """
+    group = mesh.group("dp")
+    if batch.ignored is None or group is None:
+        return max(batch.num_targets, 1)  # every replica has as many
+    total = torch.tensor(batch.num_targets, device=mesh.device)
+    dist.all_reduce(total, group=group)
+    return max(int(total), 1) / mesh.size("dp")
 
 
 def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
@@ -112,7 +110,7 @@ def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
     return int(first)
 
 
-def mean_loss(loss: Tensor | None, mesh: Mesh) -> float:
+def mean_over_replicas(loss: Tensor | None, mesh: Mesh) -> float:
     """Mean over replicas of the last stage's loss, made known to every stage; None on the other stages."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if loss is not None:

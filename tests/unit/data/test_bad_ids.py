@@ -1,4 +1,4 @@
-"""Ids that a vocabulary does not have are named with data set, document and offset, wherever they are read."""
+"""Ids that a vocabulary does not have are named with dataset, document and offset, wherever they are read."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_every_token_of_a_sample_is_found_again_where_it_is_said_to_be(tmp_path,
     np.arange(18, dtype=np.uint16).tofile(tmp_path / "d.bin")
     write_index(tmp_path / "d.idx", np.dtype(np.uint16), lambda: [(lengths, counts)])
     dataset, whole = IndexedDataset(tmp_path / "d", by_sequence), IndexedDataset(tmp_path / "d")
-    order = SampleOrder(dataset.document_lengths, 4, 1, "d", tmp_path / "cache")
+    order = SampleOrder(dataset.document_lengths, seq_length=4, seed=1, name="d", cache=tmp_path / "cache")
     blend = BlendedDataset([GPTDataset(dataset, range(len(dataset)), order)] * 2, SpacedBlend([1.0, 2.0]))
     for step in range(20):
         for position, value in enumerate(blend[step].tolist()):

@@ -12,9 +12,8 @@ from megatron_tf.data.blend import BlendedDataset, GreedyBlend, SpacedBlend
 from megatron_tf.data.build import build_dataset
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.order import SampleOrder
-from tests.support.data import write_data_set
+from tests.support.data import loader_of, write_data_set
 from tests.support.training import small_run
 
 WEIGHTS = st.one_of(
@@ -117,7 +116,7 @@ def sets(tmp_path):
     def gpt(name, tokens):
         prefix = write_data_set(tmp_path / name, [tokens[i : i + 11] for i in range(0, len(tokens), 11)])
         indexed = IndexedDataset(prefix)
-        order = SampleOrder(indexed.document_lengths, 8, 1, name, tmp_path / "cache")
+        order = SampleOrder(indexed.document_lengths, seq_length=8, seed=1, name=name, cache=tmp_path / "cache")
         return GPTDataset(indexed, range(len(indexed)), order)
 
     return gpt("d", list(range(400))), gpt("e", list(range(1000, 1900)))
@@ -142,8 +141,8 @@ def test_every_sample_of_every_set_comes_once_in_each_of_its_epochs(sets, blend)
 def test_the_batches_of_a_blend_do_not_depend_on_the_number_of_replicas(sets, blend, replicas):
     first = 1016  # the batch reaches over the end of a block of the spaced blend
     mixed = [BlendedDataset(sets, blend([1.0, 3.0])) for _ in range(replicas)]
-    loaders = [BatchLoader(mixed[replica], lambda _: 16, 2, replica, replicas, first) for replica in range(replicas)]
-    batches = np.stack([next(loader).numpy() for loader in loaders], axis=1)
+    loaders = [loader_of(mixed[replica], lambda _: 16, replica, replicas, first) for replica in range(replicas)]
+    batches = np.stack([next(loader).ids.numpy() for loader in loaders], axis=1)
     expected = BlendedDataset(sets, blend([1.0, 3.0]))
     assert batches.reshape(16, 9).tolist() == [expected[first + i].tolist() for i in range(16)]
 

@@ -13,11 +13,10 @@ import pytest
 from megatron_tf.data import indexed_dataset, order_cache
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
-from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.megatron_order import MegatronOrder
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import build_tokenizer
-from tests.support.data import write_data_set
+from tests.support.data import loader_of, write_data_set
 from tests.support.paths import ROOT
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "data" / "pile_sample_heldout.jsonl.zst"
@@ -99,7 +98,8 @@ def gpt(dataset, seed=1, name="d", documents=None, seq_length=8):
     indexed, cache = dataset
     documents = documents or range(len(indexed))
     lengths = indexed.document_lengths[documents.start : documents.stop]
-    return GPTDataset(indexed, documents, SampleOrder(lengths, seq_length, seed, name, cache))
+    order = SampleOrder(lengths, seq_length=seq_length, seed=seed, name=name, cache=cache)
+    return GPTDataset(indexed, documents, order)
 
 
 def test_an_epoch_is_the_documents_end_to_end(dataset):
@@ -148,7 +148,7 @@ def build_and_tell(arguments):
     cache, lengths = arguments
     write = order_cache._write
     order_cache._write = lambda *rest: (built.append(1), write(*rest))
-    order = SampleOrder(lengths, 8, 1, "d", cache)
+    order = SampleOrder(lengths, seq_length=8, seed=1, name="d", cache=cache)
     return order.locate(3)[1], len(built)
 
 
@@ -170,8 +170,9 @@ def test_megatrons_order_bit_for_bit(tmp_path, case):
     lengths = np.array(case["lengths"], dtype=np.int32)
     ids = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
     indexed = IndexedDataset(write_data_set(tmp_path / "d", [part.tolist() for part in ids]))
-    options = case["seq_length"], case["seed"], "d", tmp_path / "cache", case["samples"]
-    samples = GPTDataset(indexed, range(len(lengths)), MegatronOrder(indexed.document_lengths, *options))
+    options = {"seq_length": case["seq_length"], "seed": case["seed"], "samples": case["samples"]}
+    order = MegatronOrder(indexed.document_lengths, name="d", cache=tmp_path / "cache", **options)
+    samples = GPTDataset(indexed, range(len(lengths)), order)
     arrays, _ = samples.order.locate(0)
     assert arrays.documents[:8].tolist() == case["first_documents"]
     assert arrays.shuffle[:8].tolist() == case["first_shuffled"]
@@ -195,9 +196,9 @@ def test_splits_are_over_documents():
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_replicas(dataset, replicas):
     samples = gpt(dataset)
-    loaders = [BatchLoader(samples, lambda _: 8, 2, replica, replicas, 16) for replica in range(replicas)]
+    loaders = [loader_of(samples, lambda _: 8, replica, replicas, 16) for replica in range(replicas)]
     next(loaders[0]), [next(loader) for loader in loaders[1:]]
-    batches = np.stack([next(loader).numpy() for loader in loaders], axis=1)
+    batches = np.stack([next(loader).ids.numpy() for loader in loaders], axis=1)
     expected = [samples[i].tolist() for i in range(24, 32)]
     assert batches.reshape(8, 9).tolist() == expected
     assert all(loader.consumed_samples == 32 for loader in loaders)

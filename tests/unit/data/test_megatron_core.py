@@ -1,4 +1,4 @@
-"""data.order megatron against megatron-core itself: every token of every sample, for random data sets of every shape.
+"""data.order megatron against megatron-core itself: every token of every sample, for random datasets of every shape.
 
 Sequences of no token, documents of none or of several sequences, sets shorter than a sample, one below and one above a
 whole number of samples, one sequence, many epochs, a partial last epoch, splits, blends and every type of ids.
@@ -24,7 +24,7 @@ SPLITS = ["969,30,1", "70,20,10", "1,1,1", "0.333,0.333,0.334", "8,1,1", "0.1,0.
 
 
 class NoTokenizer:
-    """What Megatron-LM's data set asks a tokenizer for; its padding is no id, so that none is replaced."""
+    """What Megatron-LM's dataset asks a tokenizer for; its padding is no id, so that none is replaced."""
 
     unique_identifiers: ClassVar[dict[str, str]] = {}
     eod, pad, vocab_size = 0, -1, 50_000
@@ -183,7 +183,7 @@ def test_sets_without_weights_are_blended_by_their_sizes_and_read_once(tmp_path)
     config = run_of(tmp_path, prefixes, split="9,1,0", train_iters=60, **options)
     (theirs, _) = megatrons([prefixes], sizes=sizes_of(config), split="9,1,0", **options)
     assert len(theirs) == 72
-    with pytest.raises(ConfigError, match=r"takes 120 samples, its data sets have 72 in one epoch.*WEIGHT PREFIX"):
+    with pytest.raises(ConfigError, match=r"takes 120 samples, its datasets have 72 in one epoch.*WEIGHT PREFIX"):
         build_dataset(config)
 
 
@@ -247,9 +247,10 @@ def test_a_run_is_split_at_the_bounds_of_megatron_core(tmp_path, split):
 
 def test_an_order_of_more_places_than_32_bits_count_is_the_same(tmp_path, monkeypatch):
     lengths = np.array([5, 0, 9, 4], np.int32)
-    short, _ = MegatronOrder(lengths, 4, 1, "s", tmp_path / "short", 40).locate(0)
+    options = {"seq_length": 4, "seed": 1, "name": "s", "samples": 40}
+    short, _ = MegatronOrder(lengths, cache=tmp_path / "short", **options).locate(0)
     monkeypatch.setattr(megatron_order, "_SHORT_IDS", 8)
-    long, _ = MegatronOrder(lengths, 4, 1, "s", tmp_path / "long", 40).locate(0)
+    long, _ = MegatronOrder(lengths, cache=tmp_path / "long", **options).locate(0)
     assert (short.documents.dtype, long.documents.dtype) == (np.uint32, np.int64)
     assert all((a == b).all() for a, b in zip(short, long, strict=True))
 

@@ -12,7 +12,7 @@ from megatron_tf.data import inputs as inputs_module
 from megatron_tf.data.document_sets import ROW, DocumentSets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
-from megatron_tf.data.output_names import data_set_names, file_stem, output_of, set_name
+from megatron_tf.data.output_names import dataset_names, file_stem, output_of, set_name
 
 
 @pytest.fixture
@@ -112,18 +112,18 @@ VALUES = [
 
 def test_different_values_and_keys_have_different_data_sets():
     outputs = [output_of(key, set_name(value)) for value in VALUES for key in ("text", "b_text")]
-    names = data_set_names("out", outputs, is_split=True)
+    names = dataset_names("out", outputs, is_split=True)
     assert len(set(names.values())) == len(outputs) == len(names)
     assert all(len(name) < 200 for name in names.values())
     assert names[output_of("text", "C")] == "out_C_text_document"
-    alone = data_set_names("out", [output_of("text", "A/B c")], is_split=True)
+    alone = dataset_names("out", [output_of("text", "A/B c")], is_split=True)
     assert list(alone.values()) == ["out_A_B_c_text_document"]
 
 
 @given(st.lists(st.text(max_size=6), unique=True, max_size=12))
 def test_any_values_have_different_names(values):
     outputs = [output_of("text", set_name(value)) for value in values]
-    assert len(set(data_set_names("p", outputs, is_split=True).values())) == len(values)
+    assert len(set(dataset_names("p", outputs, is_split=True).values())) == len(values)
     stems = {file_stem(output) for output in outputs}
     assert len(stems) == len(values)
     assert all("/" not in stem and len(stem) < 120 for stem in stems)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from megatron_tf.data.documents import BadLines, read_batches, read_documents
+from megatron_tf.data.documents import BadLines, documents_of, read_batches
 from megatron_tf.data.indexed_dataset import DataError
 
 DOCUMENTS = [f"document {i} " + "lorem ipsum " * (i % 7) for i in range(3000)]
@@ -46,7 +46,7 @@ def test_a_system_error_is_never_bad_input(tmp_path, monkeypatch, ending, code, 
 
 def texts_of(path):
     bad = BadLines()
-    return [document["text"] for document in read_documents([path], ["text"], bad)], bad
+    return [document["text"] for document in documents_of([path], ["text"], bad)], bad
 
 
 def whole_lines(text):
@@ -139,7 +139,7 @@ def test_a_shard_that_is_something_else_is_an_error_whatever_others_hold(tmp_pat
     good.write_bytes(LINES)
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(read_documents([good, path, good], ["text"], BadLines()))
+        list(documents_of([good, path, good], ["text"], BadLines()))
     assert str(path) in str(caught.value)
 
 
@@ -147,7 +147,7 @@ def test_losses_are_counted_in_bytes_and_shards(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_bytes(b'{"text": "x"}\n' + b"{broken\n" * (2 if name != "c" else 0))
     bad = BadLines()
-    list(read_documents([tmp_path / f"{name}.jsonl" for name in "abc"], ["text"], bad))
+    list(documents_of([tmp_path / f"{name}.jsonl" for name in "abc"], ["text"], bad))
     assert (bad.counts, bad.bytes, bad.shards) == ({"malformed JSON": 4}, {"malformed JSON": 28}, {"malformed JSON": 2})
     assert "28 bytes in 2 shards" in bad.summary()
 

@@ -1,12 +1,12 @@
 """Ends of documents within a sample, against a slow reference with a mask of S x S."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from megatron_tf.config import ModelConfig, parse_config
+from megatron_tf.data.batch import DocumentMasking, make_batch
 from megatron_tf.layers import attention
-from megatron_tf.layers.boundaries import document_starts, mask_targets_after_eod
-from megatron_tf.layers.cross_entropy import IGNORE_INDEX
 from megatron_tf.model.parallelize import initialize, parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
 from tests.support.training import EOD, small_run
@@ -34,17 +34,21 @@ def slow_starts(ids):
 
 
 def test_starts_and_targets():
-    assert document_starts(IDS, EOD).tolist() == slow_starts(IDS)
-    targets = mask_targets_after_eod(IDS, IDS + 1, EOD)
-    assert torch.equal(targets == IGNORE_INDEX, IDS == EOD)
-    assert torch.equal(targets[IDS != EOD], (IDS + 1)[IDS != EOD])
+    ids = np.stack([np.pad(IDS.numpy(), ((0, 0), (0, 1)), constant_values=EOD)] * 2)
+    numbers = np.arange(6).reshape(2, 3)
+    batch = make_batch(ids, numbers, DocumentMasking(EOD, mask_loss=True, reset_attention=True))
+    assert batch.document_starts.tolist() == [slow_starts(IDS)] * 2
+    assert batch.ignored.tolist() == [(IDS == EOD).tolist()] * 2
+    assert batch.num_targets == 2 * int((IDS != EOD).sum())
+    plain = make_batch(ids, numbers, DocumentMasking(EOD))
+    assert (plain.num_targets, plain.ignored, plain.document_starts) == (2 * IDS.numel(), None, None)
 
 
 def test_documents_give_what_they_give_alone():
     """Logits of every token equal those of its document run by itself."""
     model = small_model()
     with torch.no_grad():
-        together = model(IDS, document_starts=document_starts(IDS, EOD)).transpose(0, 1)
+        together = model(IDS, document_starts=torch.tensor(slow_starts(IDS))).transpose(0, 1)
         for b, (row, starts) in enumerate(zip(IDS, slow_starts(IDS), strict=True)):
             for start in sorted(set(starts)):
                 members = [i for i, s in enumerate(starts) if s == start]
@@ -55,7 +59,7 @@ def test_documents_give_what_they_give_alone():
 
 def test_gradients_equal_those_of_a_mask(monkeypatch):
     """Attention within documents against one with a block-diagonal mask, forward and backward."""
-    starts = document_starts(IDS, EOD)
+    starts = torch.tensor(slow_starts(IDS))
     allowed = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
 
     def masked(attend, q, k, v, documents):
