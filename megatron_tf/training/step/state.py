@@ -31,7 +31,6 @@ from megatron_tf.training.step.optimizer import Optimizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
     """This rank's part of what is trained, and the means to train it.
