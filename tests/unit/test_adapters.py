@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
-from megatron_tf.kernels.dispatch import choose
+from megatron_tf.kernels.dispatch import choose_kernels
 
 CPU = torch.device("cpu")
 AUTO = {"pattention": "auto", "attention": "auto", "norm": "auto", "optimizer": "auto"}
@@ -123,8 +123,8 @@ def test_norms_equal_torch(monkeypatch, package):
         install(monkeypatch, "transformer_engine.pytorch", LayerNorm=LayerNorm)
         normalise = adapters.transformer_engine_norm()
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (8,), (8,)))
-    torch.testing.assert_close(normalise(x, None, None, 1e-3), adapters.torch_norm(x, None, None, 1e-3))
-    found, expected = (f(x, weight, bias, 1e-3) for f in (normalise, adapters.torch_norm))
+    torch.testing.assert_close(normalise(x, None, None, epsilon=1e-3), adapters.torch_norm(x, None, None, epsilon=1e-3))
+    found, expected = (f(x, weight, bias, epsilon=1e-3) for f in (normalise, adapters.torch_norm))
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected)]
     for one, other in zip(*gradients, strict=True):
@@ -166,12 +166,15 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
 )
 def test_what_is_not_there_is_an_error_that_says_how_to_get_it(asked, message):
     with pytest.raises(UserError, match=message):
-        choose(AUTO | asked, CPU, torch.float32)
+        choose_kernels(AUTO | asked, CPU, torch.float32)
 
 
 def test_auto_says_what_it_took():
-    assert choose(AUTO, CPU, torch.float32).taken == "pattention eager, attention sdpa, norm torch, optimizer torch"
     assert (
-        choose(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
+        choose_kernels(AUTO, CPU, torch.float32).taken
+        == "pattention eager, attention sdpa, norm torch, optimizer torch"
+    )
+    assert (
+        choose_kernels(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
         == "pattention eager, attention sdpa, optimizer torch"
     )
