@@ -16,7 +16,7 @@ from megatron_tf.training.resumable import open_resumable
 from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
-from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
+from tests.support.layouts import CASES, LAYOUTS, layout_config
 from tests.support.training import EOD, random_batch
 
 TOKENIZER = {"type": "none"}

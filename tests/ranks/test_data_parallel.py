@@ -17,7 +17,7 @@ from megatron_tf.training.optimizer import MOMENTS
 from megatron_tf.training.resumable import open_resumable
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import prepare
-from tests.ranks.test_layouts import layout_config, whole_model
+from tests.support.layouts import layout_config, whole_model
 from tests.support.training import EOD, random_batch, training_run
 
 TOKENIZER = {"type": "none"}

@@ -8,7 +8,7 @@ from megatron_tf.kernels.adapters import sdpa
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import EOD, random_batch
 
 CASES = [((2, 1, 1), False), ((2, 1, 1), True), ((1, 2, 1), False), ((1, 1, 2), False)]

@@ -10,7 +10,7 @@ from megatron_tf.training.checkpointing import save_state
 from megatron_tf.training.resume import Resume
 from megatron_tf.training.state import build_state
 from megatron_tf.training.step import train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import EOD, random_batch
 
 TOKENIZER = {"type": "none"}
