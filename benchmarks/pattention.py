@@ -28,7 +28,7 @@ def mlp(width: int, hidden: int) -> nn.Module:
 
 def pattention(width: int, tokens: int, norm: str) -> Pattention:
     """With values of ordinary size."""
-    layer = Pattention(width, width, tokens, norm)
+    layer = Pattention(width, width, num_tokens=tokens, norm_activation=norm)
     nn.init.normal_(layer.key_tokens, std=0.02)
     nn.init.normal_(layer.value_tokens, std=0.02)
     return layer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_tf.kernels.pattention import mix_values
+from megatron_tf.kernels.value_product import mix_values
 
 SHAPES = [(4096, 3072, 768), (4096, 2048, 512), (2048, 1024, 128), (512, 768, 192)]  # rows, tokens, width
 TURNS = 30

@@ -14,7 +14,7 @@ enum class Norm { l2_norm_gelu, gelu_l2_norm, softmax };
 
 namespace row_product {
 
-constexpr float kEpsilon = 1e-12f;  // as in megatron_tf/kernels/normalisation.py
+constexpr float kEpsilon = 1e-12f;  // as in megatron_tf/tokenformer/normalisation.py
 
 // A rational approximation of Eigen's (Numext/MathFunctionsImpl); within 2e-7 of the function.
 MEGATRON_TF_INLINE float erf(float x) {
@@ -97,8 +97,8 @@ struct Normalise {
 
 // out [rows, width_out] of x [rows, width_in], keys [tokens, width_in] and values column by column [width_out, tokens].
 template <typename T>
-void attend_rows(const T *x, const T *keys, const T *values, T *out, Norm norm, float tau, std::size_t rows,
-                 std::size_t tokens, std::size_t width_in, std::size_t width_out, std::size_t threads) {
+void pattend_rows(const T *x, const T *keys, const T *values, T *out, Norm norm, float tau, std::size_t rows,
+                  std::size_t tokens, std::size_t width_in, std::size_t width_out, std::size_t threads) {
     std::vector<float> scores(rows * tokens);
     const auto arranged = row_product::arrange_rows<T>(x, rows, width_in);
     row_product::multiply(arranged.data(), keys, scores.data(), rows, tokens, width_in, threads);

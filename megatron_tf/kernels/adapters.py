@@ -3,10 +3,11 @@
 Nothing here is imported before it is chosen: none of these packages is needed where none is installed.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,14 @@ from megatron_tf.extras import how_to_install
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [S, B, h, d] -> [S, B, h, d]: causal attention scaled by 1/sqrt(d)."""
-Normalise = Callable[[Tensor, Tensor | None, Tensor | None, float], Tensor]
-"""(x [..., D], weight [D], bias [D], epsilon) -> layer norm of x over D."""
+
+
+class Normalise(Protocol):
+    """A layer norm."""
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, epsilon: float) -> Tensor:
+        """Normalize x [..., D] over D, with weight [D] and bias [D]."""
+
 
 HOW_TO_GET = {
     "flash_attn": f"{how_to_install('flash_attn')}, or flash-attn-4, on a GPU machine with a compiler",
@@ -36,18 +43,19 @@ def require(key: str, choice: str, device: torch.device) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether it can be imported."""
+    """Tell whether it can be imported."""
     return importlib.util.find_spec(package) is not None
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+    """Compute torch.nn.functional.scaled_dot_product_attention."""
     q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True).permute(2, 0, 1, 3)
 
 
 def flash_attention(version_4: bool) -> Attend:
-    """flash_attn_func of flash-attn 2, or of flash-attn 4, which lives in flash_attn.cute; both take [B, S, h, d]."""
+    """Make attention of flash_attn_func of flash-attn 2, or of flash-attn 4, which is in flash_attn.cute; both take
+    [B, S, h, d]."""
     function = importlib.import_module("flash_attn.cute" if version_4 else "flash_attn").flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -59,52 +67,54 @@ def flash_attention(version_4: bool) -> Attend:
 
 
 def transformer_engine_attention() -> Attend:
-    """DotProductAttention of transformer-engine, which flattens heads on the way out."""
+    """Make attention of DotProductAttention of transformer-engine, which flattens heads on the way out."""
     kind = importlib.import_module("transformer_engine.pytorch").DotProductAttention
-    made: dict[tuple[int, int], Any] = {}
+
+    @functools.cache
+    def module(heads: int, width: int) -> Any:
+        return kind(heads, width, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads, width = q.shape[-2:]
-        if (heads, width) not in made:
-            made[heads, width] = kind(heads, width, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
-        out: Tensor = made[heads, width](q.contiguous(), k.contiguous(), v.contiguous())
-        return out.unflatten(-1, (heads, width))
+        out: Tensor = module(*q.shape[-2:])(q.contiguous(), k.contiguous(), v.contiguous())
+        return out.unflatten(-1, q.shape[-2:])
 
     return attend
 
 
-def torch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """torch.nn.functional.layer_norm."""
+def torch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, epsilon: float) -> Tensor:
+    """Compute torch.nn.functional.layer_norm."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
 def apex_norm() -> Normalise:
-    """fused_layer_norm and fused_layer_norm_affine of apex."""
+    """Make a norm of fused_layer_norm and fused_layer_norm_affine of apex."""
     module = importlib.import_module("apex.normalization.fused_layer_norm")
 
-    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, epsilon: float) -> Tensor:
         shape = tuple(x.shape[-1:])
-        out: Tensor = (
-            module.fused_layer_norm(x, shape, epsilon)
-            if weight is None
-            else module.fused_layer_norm_affine(x, weight, bias, shape, epsilon)
-        )
+        out: Tensor
+        if weight is None:
+            out = module.fused_layer_norm(x, shape, eps=epsilon)
+        else:
+            out = module.fused_layer_norm_affine(x, weight, bias, shape, eps=epsilon)
         return out
 
     return normalise
 
 
 def transformer_engine_norm() -> Normalise:
-    """LayerNorm of transformer-engine, called with our weight and bias; ones and zeros where there are none."""
+    """Make a norm of LayerNorm of transformer-engine, called with our weight and bias; ones and zeros where there are
+    none."""
     kind = importlib.import_module("transformer_engine.pytorch").LayerNorm
-    made: dict[tuple[int, float, torch.dtype], Any] = {}
 
-    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-        key = x.shape[-1], epsilon, x.dtype
-        if key not in made:
-            made[key] = kind(x.shape[-1], eps=epsilon, device=x.device, params_dtype=x.dtype).requires_grad_(False)
+    @functools.cache
+    def module(width: int, epsilon: float, device: torch.device, dtype: torch.dtype) -> Any:
+        return kind(width, eps=epsilon, device=device, params_dtype=dtype).requires_grad_(False)
+
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, epsilon: float) -> Tensor:
         given = {} if weight is None or bias is None else {"weight": weight, "bias": bias}
-        out: Tensor = torch.func.functional_call(made[key], given, (x,))
+        layer = module(x.shape[-1], epsilon, x.device, x.dtype)
+        out: Tensor = torch.func.functional_call(layer, given, (x,))
         return out
 
     return normalise

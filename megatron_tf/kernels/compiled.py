@@ -7,17 +7,20 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 
 T = TypeVar("T")
 
 
-class CompiledKernels:
+class CompiledKernels(PattentionKernels):
     """See PattentionKernels. The first call of each shape compiles, which takes seconds; results are cached on disk."""
 
     name: ClassVar[str] = "compiled"
 
-    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+    ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         tau = tau.to(accumulation_type(scores))
         if reduce is None:
@@ -29,6 +32,7 @@ class CompiledKernels:
         self,
         norm: Normalisation,
         scores: Tensor,
+        *,
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from megatron_tf.errors import UserError
+from megatron_tf.extras import how_to_install
 from megatron_tf.kernels import adapters
 from megatron_tf.kernels.adapters import Attend, Normalise
+from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.pattention import PattentionKernels, choose_kernels
+from megatron_tf.kernels.pattention import PattentionKernels
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,30 @@ class Kernels:
         return ", ".join(f"{key} {name}" for key, name in self.automatic.items())
 
 
-def choose(asked: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels for a device and a type of activations; `asked` is the `kernels` section of a configuration.
+def choose_kernels(requested: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Choose the kernels for a device and a type of activations; `requested` is the `kernels` section of a
+    configuration.
 
-    Raises UserError where one that is asked for can't be had, saying how to get it.
+    Raises UserError where a requested one can't be used here, saying how to get it.
     """
-    pattention = choose_kernels(asked["pattention"], device)
+    pattention = choose_pattention(requested["pattention"], device)
     names: dict[str, str] = {"pattention": pattention.name}
     for key in ("attention", "norm", "optimizer"):
-        adapters.require(key, asked[key], device)
-        names[key] = _automatic(key, device, dtype) if asked[key] == "auto" else asked[key]
+        adapters.require(key, requested[key], device)
+        names[key] = _automatic(key, device, dtype) if requested[key] == "auto" else requested[key]
     if names["attention"] == "flash_attn" and dtype == torch.float32:
         raise UserError("kernels.attention=flash_attn computes in 16 bits: set training.precision=bf16, or choose sdpa")
-    automatic = {key: name for key, name in names.items() if asked[key] == "auto"}
-    attend, normalise = _attend(names["attention"], device), _normalise(names["norm"])
-    return Kernels(pattention, attend, normalise, names["optimizer"], automatic)
+    return Kernels(
+        pattention=pattention,
+        attend=_attend(names["attention"], device),
+        normalise=_normalise(names["norm"]),
+        optimizer=names["optimizer"],
+        automatic={key: name for key, name in names.items() if requested[key] == "auto"},
+    )
 
 
 def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:
-    """Eager kernels in the place of those that `auto` took between a Pattention's products and that can't be built.
+    """Replace a Pattention's kernels that `auto` took and that can't be built by eager ones.
 
     `failure` says why. Raises UserError where the configuration names the kernels.
     """
@@ -64,12 +71,38 @@ def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:
     )
 
 
+def choose_pattention(choice: str, device: torch.device) -> PattentionKernels:
+    """Choose eager kernels, which are PyTorch in chunks of rows that a CPU's cache holds; compiled ones, the same
+    mathematics through inductor; or Triton's, which go over the scores once where a row fits.
+
+    `auto` is triton on a GPU that has it, compiled on one that has not, eager on a CPU. Raises UserError where a
+    requested one can't be used here.
+    """
+    has_triton = adapters.is_installed("triton")
+    if choice == "auto" and device.type != "cpu":
+        choice = "triton" if has_triton else "compiled"
+    if choice == "compiled":
+        return CompiledKernels()
+    if choice != "triton":
+        return EagerKernels()
+    if not has_triton:
+        raise UserError(
+            f"kernels.pattention=triton: triton is not installed: {how_to_install('triton')}, or choose auto"
+        )
+    if device.type == "cpu":
+        raise UserError("kernels.pattention=triton needs a GPU: choose auto, eager or compiled")
+    from megatron_tf.kernels.triton_kernels import TritonKernels
+
+    return TritonKernels()
+
+
 def _automatic(key: str, device: torch.device, dtype: torch.dtype) -> str:
     """What `auto` takes: torch's own, but flash-attn in 16 bits on a GPU that has it."""
     if key != "attention":
         return "torch"
-    flash = device.type == "cuda" and dtype != torch.float32 and adapters.is_installed("flash_attn")
-    return "flash_attn" if flash else "sdpa"
+    if device.type == "cuda" and dtype != torch.float32 and adapters.is_installed("flash_attn"):
+        return "flash_attn"
+    return "sdpa"
 
 
 def _attend(name: str, device: torch.device) -> Attend:

@@ -1,12 +1,14 @@
-"""Between a Pattention's products in eager PyTorch: rows go in chunks that a CPU's cache holds."""
+"""A Pattention in eager PyTorch: rows go in chunks that a CPU's cache holds, and a few rows through code of our own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tf.kernels.pattention import PattentionKernels
+from megatron_tf.kernels.row_product import is_for_rows, pattend_rows
 from megatron_tf.tokenformer.normalisation import Normalisation, Reduce, accumulation_type
 
 # of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
@@ -16,12 +18,14 @@ _CACHED_ELEMENTS = 1 << 19
 _SUMMED_TOGETHER = 32
 
 
-class EagerKernels:
+class EagerKernels(PattentionKernels):
     """See PattentionKernels."""
 
     name: ClassVar[str] = "eager"
 
-    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+    ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         wide = accumulation_type(scores)
         statistic = scores.new_empty(scores.shape[0], dtype=wide)
@@ -41,6 +45,7 @@ class EagerKernels:
         self,
         norm: Normalisation,
         scores: Tensor,
+        *,
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,
@@ -62,6 +67,21 @@ class EagerKernels:
                 chunk, f = scores[rows].to(wide), factor[rows, None]
                 grad[rows] = norm.backward_norm(chunk, f, grad[rows].to(wide), share[rows, None])
         return weights, grad
+
+    def infer(
+        self,
+        norm: Normalisation,
+        x: Tensor,
+        *,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        taus: Sequence[float],
+    ) -> Tensor | None:
+        """See PattentionKernels: for a few rows on a CPU, whose values are stored column by column in memory."""
+        columns = [value.t() for value in values]
+        if not is_for_rows(x, [*keys, *columns]):
+            return None
+        return pattend_rows(norm.name, x, keys=keys, columns=columns, taus=taus)
 
 
 def _statistic(norm: Normalisation, chunk: Tensor) -> Tensor:

@@ -9,17 +9,18 @@ other rows nor on the number of threads.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf import _row_product as native
 
 MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
 _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
-_ATTEND = {torch.float32: native.attend_rows_fp32, torch.bfloat16: native.attend_rows_bf16}
+_PATTEND = {torch.float32: native.pattend_rows_fp32, torch.bfloat16: native.pattend_rows_bf16}
 
 
 def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether x [R, D] and weights [N, D] are such; and no gradient is asked for."""
+    """Decide whether x [R, D] and weights [N, D] are such products, and need no gradient."""
     dtype = x.dtype
     return (
         x.shape[0] <= MOST_ROWS
@@ -32,24 +33,52 @@ def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
     )
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x [R, D] weight^T, with weight [N, D], of what `is_for_rows` -> [R, N]."""
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x [..., D] by weight^T, with weight [N, D] of the same type -> [..., N]; by torch where these are not
+    few rows."""
+    rows = x.flatten(0, -2)
+    if not is_for_rows(rows, [weight]):
+        return F.linear(x, weight)
+    return multiply_rows(rows, weight).unflatten(0, x.shape[:-1])
+
+
+def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x [R, D] by weight^T, with weight [N, D], for what `is_for_rows` -> [R, N]."""
     (rows, columns), outputs = x.shape, weight.shape[0]
     assert weight.shape == (outputs, columns)
     out = x.new_empty(rows, outputs)
-    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    _MULTIPLY[x.dtype](*addresses, rows, outputs, columns, torch.get_num_threads())
+    _MULTIPLY[x.dtype](
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        rows=rows,
+        outputs=outputs,
+        columns=columns,
+        threads=torch.get_num_threads(),
+    )
     return out
 
 
-def attend(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float], norm: str) -> Tensor:
-    """G Pattentions of one x [R, D], each with keys [N, D], transposed values [E, N] and a tau, for what `is_for_rows`
-    -> [G, R, E]. `norm` is the name of their normalisation."""
-    (rows, width), (tokens, width_out) = x.shape, values[0].t().shape
+def pattend_rows(
+    norm: str, x: Tensor, *, keys: Sequence[Tensor], columns: Sequence[Tensor], taus: Sequence[float]
+) -> Tensor:
+    """Compute G Pattentions of one x [R, D], each with keys [N, D], values column by column [E, N] and a tau, for what
+    `is_for_rows` -> [G, R, E]. `norm` is the name of their normalisation."""
+    (rows, width), (tokens, width_out) = x.shape, columns[0].t().shape
     assert all(key.shape == (tokens, width) for key in keys)
-    assert all(value.shape == (width_out, tokens) for value in values)
+    assert all(column.shape == (width_out, tokens) for column in columns)
     out = x.new_empty(len(keys), rows, width_out)
-    addresses = [key.data_ptr() for key in keys], [value.data_ptr() for value in values]
-    shape = rows, tokens, width, width_out
-    _ATTEND[x.dtype](x.data_ptr(), *addresses, list(taus), out.data_ptr(), norm, *shape, torch.get_num_threads())
+    _PATTEND[x.dtype](
+        x.data_ptr(),
+        out.data_ptr(),
+        keys=[key.data_ptr() for key in keys],
+        values=[column.data_ptr() for column in columns],
+        taus=list(taus),
+        norm=norm,
+        rows=rows,
+        tokens=tokens,
+        width_in=width,
+        width_out=width_out,
+        threads=torch.get_num_threads(),
+    )
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.tokenformer.normalisation import EPSILON, Normalisation, Reduce
 
 LARGEST_ROW = 16384
@@ -20,35 +21,37 @@ _BLOCK = 4096
 _NORMS = {"l2_norm_gelu": 0, "gelu_l2_norm": 1, "softmax": 2}
 
 
-class TritonKernels:
+class TritonKernels(PattentionKernels):
     """See PattentionKernels; fp64 is left to the eager kernels."""
 
     name: ClassVar[str] = "triton"
 
-    def forward(self, norm: Normalisation, scores: Tensor, tau: Tensor, reduce: Reduce | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+    ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:
-            return EagerKernels().forward(norm, scores, tau, reduce)
+            return EagerKernels().forward(norm, scores, tau=tau, reduce=reduce)
         rows, n = scores.shape
         tau = tau.to(torch.float32)
-        factor, weights = torch.empty_like(tau), torch.empty_like(scores)
+        factor = torch.empty_like(tau)
+        weights = torch.empty_like(scores)
         if reduce is None and n <= LARGEST_ROW:
-            block = triton.next_power_of_2(n)
-            forward_row[(rows,)](
-                scores, tau, factor, weights, n, EPSILON, _NORMS[norm.name], block, num_warps=warps(block)
-            )
+            forward_row[(rows,)](scores, tau, factor, weights, epsilon=EPSILON, **_options(norm, n, LARGEST_ROW))
             return factor, weights
-        statistic, block = torch.empty_like(tau), min(_BLOCK, triton.next_power_of_2(n))
-        statistic_row[(rows,)](scores, statistic, n, _NORMS[norm.name], block, num_warps=warps(block))
+        statistic = torch.empty_like(tau)
+        options = _options(norm, n, _BLOCK)
+        statistic_row[(rows,)](scores, statistic, **options)
         factor = norm.factor(statistic if reduce is None else reduce(statistic), tau)
-        grid = (rows, triton.cdiv(n, block))
-        weights_block[grid](scores, factor, weights, n, _NORMS[norm.name], block, num_warps=warps(block))
+        grid = (rows, triton.cdiv(n, options["BLOCK"]))
+        weights_block[grid](scores, factor, weights, **options)
         return factor, weights
 
     def backward(
         self,
         norm: Normalisation,
         scores: Tensor,
+        *,
         factor: Tensor,
         grad: Tensor,
         tau: Tensor,
@@ -56,25 +59,26 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:
-            return EagerKernels().backward(norm, scores, factor, grad, tau, reduce)
+            return EagerKernels().backward(norm, scores, factor=factor, grad=grad, tau=tau, reduce=reduce)
         rows, n = scores.shape
-        kind, scale = _NORMS[norm.name], tau.to(torch.float32) ** -norm.tau_power
+        scale = tau.to(torch.float32) ** -norm.tau_power
         weights = torch.empty_like(scores)
         if reduce is None and n <= LARGEST_ROW:
-            block = triton.next_power_of_2(n)
-            backward_row[(rows,)](scores, factor, grad, scale, weights, n, kind, block, num_warps=warps(block))
+            backward_row[(rows,)](scores, factor, grad, scale, weights, **_options(norm, n, LARGEST_ROW))
             return weights, grad
-        inner, block = torch.empty_like(factor), min(_BLOCK, triton.next_power_of_2(n))
-        first_row[(rows,)](scores, factor, grad, weights, inner, n, kind, block, num_warps=warps(block))
+        inner = torch.empty_like(factor)
+        options = _options(norm, n, _BLOCK)
+        first_row[(rows,)](scores, factor, grad, weights, inner, **options)
         share = (inner if reduce is None else reduce(inner)) * scale
-        grid = (rows, triton.cdiv(n, block))
-        second_block[grid](scores, factor, grad, share, n, kind, block, num_warps=warps(block))
+        grid = (rows, triton.cdiv(n, options["BLOCK"]))
+        second_block[grid](scores, factor, grad, share, **options)
         return weights, grad
 
 
-def warps(block: int) -> int:
-    """Warps for a block of this many elements."""
-    return min(16, max(1, block // 512))
+def _options(norm: Normalisation, n: int, largest: int) -> dict[str, int]:
+    """What kernels over rows of n tokens are compiled for: the norm, and blocks of at most `largest` elements."""
+    block = min(largest, triton.next_power_of_2(n))
+    return {"n": n, "NORM": _NORMS[norm.name], "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 @triton.jit

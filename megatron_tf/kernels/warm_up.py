@@ -19,6 +19,7 @@ def warm_up(
     kernels: PattentionKernels,
     norm: Normalisation,
     shapes: Iterable[tuple[int, int]],
+    *,
     dtype: torch.dtype,
     device: torch.device,
     is_shared: bool,
@@ -33,8 +34,8 @@ def warm_up(
         for rows, tokens in shapes:
             scores = torch.ones(rows, tokens, dtype=dtype, device=device)
             taus = torch.ones(rows, dtype=accumulation_type(scores), device=device)
-            factor, weights = kernels.forward(norm, scores, taus, reduce)
-            kernels.backward(norm, scores, factor, weights, taus, reduce)
+            factor, weights = kernels.forward(norm, scores, tau=taus, reduce=reduce)
+            kernels.backward(norm, scores, factor=factor, grad=weights, tau=taus, reduce=reduce)
     except Exception as error:
         if not is_build_failure(error):
             raise

@@ -14,9 +14,9 @@ Shapes: S sequence, B batch, D hidden, R ranks; s = S / R under sequence paralle
 | reduce-scatter sequence  | [s, B, D]            | D (R-1)/R                |
 """
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,22 +54,24 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
+        *,
         attend: Attend | None = None,
         documents: Sequence[Sequence[int]] | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
+        """Compute attention of x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
 
-        `attend` takes the place of the layer's own attention, as that over a cache does. `documents` are the lengths of
-        each sample's documents, which then do not see each other. `dropout` of the weights is by
+        `attend` replaces the layer's own attention, as that over a cache does. `documents` are the lengths of each
+        sample's documents, which then do not see each other. `dropout` of the weights is by
         scaled_dot_product_attention, whatever else is chosen.
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
-        (q, k), v = apply_rotary(qk, *rotary).unbind(0), v.squeeze(0)
+        q, k = apply_rotary(qk, *rotary).unbind(0)
+        v = v.squeeze(0)
         with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
-            attend = functools.partial(sdpa, dropout_p=rate) if rate else attend or self.attend
-            out = attend(q, k, v) if documents is None else _attend_within(attend, q, k, v, documents)
+            attend = partial(sdpa, dropout_p=rate) if rate else attend or self.attend
+            out = attend(q, k, v) if documents is None else _attend_within(documents, attend, (q, k, v))
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
 
 
@@ -80,6 +82,7 @@ class PattentionAttention(Attention):
         self,
         hidden_size: int,
         num_heads: int,
+        *,
         qkv_tokens: int,
         proj_tokens: int,
         norm_activation: str,
@@ -87,10 +90,11 @@ class PattentionAttention(Attention):
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__(hidden_size // num_heads, group, sequence_parallel)
-        self.query = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.key = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.value = Pattention(hidden_size, hidden_size, qkv_tokens, norm_activation)
-        self.proj = Pattention(hidden_size, hidden_size, proj_tokens, norm_activation)
+        project = partial(Pattention, hidden_size, hidden_size, norm_activation=norm_activation)
+        self.query = project(num_tokens=qkv_tokens)
+        self.key = project(num_tokens=qkv_tokens)
+        self.value = project(num_tokens=qkv_tokens)
+        self.proj = project(num_tokens=proj_tokens)
 
     def project_in(self, x: Tensor) -> Tensor:
         """See Attention: tokens of every rank contribute to every head."""
@@ -110,7 +114,7 @@ class LinearAttention(Attention):
     """Query, key, value and output are linear: each rank holds the rows of its heads."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, group: ProcessGroup | None = None, sequence_parallel: bool = False
+        self, hidden_size: int, num_heads: int, *, group: ProcessGroup | None = None, sequence_parallel: bool = False
     ) -> None:
         super().__init__(hidden_size // num_heads, group, sequence_parallel)
         self.query = Weight(hidden_size, hidden_size)
@@ -127,15 +131,16 @@ class LinearAttention(Attention):
         return x @ self.proj.of_type(x)
 
 
-def _attend_within(attend: Attend, q: Tensor, k: Tensor, v: Tensor, documents: Sequence[Sequence[int]]) -> Tensor:
+def _attend_within(documents: Sequence[Sequence[int]], attend: Attend, qkv: Sequence[Tensor]) -> Tensor:
     """Attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
     samples = []
     for b, lengths in enumerate(documents):
-        queries, keys, values = (t[:, b : b + 1].split(list(lengths)) for t in (q, k, v))
-        samples.append(torch.cat([attend(*piece) for piece in zip(queries, keys, values, strict=True)]))
+        pieces = zip(*(t[:, b : b + 1].split(list(lengths)) for t in qkv), strict=True)
+        samples.append(torch.cat([attend(*piece) for piece in pieces]))
     return torch.cat(samples, 1)
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    # torch has no public way to tell
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(map(len, kinds))

@@ -13,8 +13,8 @@ from torch import Tensor
 _FIRST_CAPACITY = 128  # places; doubled whenever they are full
 
 
-@dataclass(frozen=True)
-class Places:
+@dataclass(frozen=True, kw_only=True)
+class CachePositions:
     """Where the new tokens of one step go, and what they see: every token at their own place or before it."""
 
     positions: Tensor
@@ -34,11 +34,13 @@ class LayerCache:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    def attend(self, places: Places, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, places: CachePositions, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of new q, k, v [S, B, h, d] over all that came before -> [S, B, h, d]; k and v are kept."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        self.key, self.value = _with(self.key, k, places), _with(self.value, v, places)
-        key, value = self.key[:, :, : places.end], self.value[:, :, : places.end]
+        self.key = _with(self.key, k, places)
+        self.value = _with(self.value, v, places)
+        key = self.key[:, :, : places.end]
+        value = self.value[:, :, : places.end]
         is_causal = places.start == 0
         return F.scaled_dot_product_attention(q, key, value, places.mask, is_causal=is_causal).permute(2, 0, 1, 3)
 
@@ -53,20 +55,21 @@ class KeyValueCache:
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.lengths: list[int] | None = None
 
-    def extend(self, batch: int, count: int, device: torch.device) -> Places:
+    def extend(self, batch: int, count: int, device: torch.device) -> CachePositions:
         """Places for `count` more tokens of every sample, which count from now on."""
         lengths = self.lengths or [0] * batch
         assert len(lengths) == batch, f"the cache is of {len(lengths)} samples, not {batch}"
         self.lengths = [length + count for length in lengths]
-        end, is_even = max(self.lengths), min(lengths) == max(lengths)
+        end = max(self.lengths)
+        is_even = min(lengths) == max(lengths)
         past = torch.tensor(lengths[:1] if is_even else lengths, device=device)
         positions = past + torch.arange(count, device=device)[:, None]
         all_seen = is_even and (count == 1 or lengths[0] == 0)
         mask = None if all_seen else torch.arange(end, device=device) <= positions.t()[:, None, :, None]
-        return Places(positions, lengths[0] if is_even else None, end, mask)
+        return CachePositions(positions=positions, start=lengths[0] if is_even else None, end=end, mask=mask)
 
     def keep(self, lengths: Sequence[int]) -> None:
-        """Forget what lies beyond each sample's length, such as padding."""
+        """Forget what is stored beyond each sample's length, such as padding."""
         self.lengths = list(lengths)
 
     def select(self, samples: Sequence[int]) -> None:
@@ -79,7 +82,7 @@ class KeyValueCache:
                 layer.key, layer.value = layer.key[index], layer.value[index]
 
 
-def _with(buffer: Tensor | None, new: Tensor, places: Places) -> Tensor:
+def _with(buffer: Tensor | None, new: Tensor, places: CachePositions) -> Tensor:
     """The buffer [B, h, C, d], larger where it was full, with new [B, h, S, d] in it."""
     if buffer is None or buffer.shape[2] < places.end:
         capacity = max(_FIRST_CAPACITY, places.end, 0 if buffer is None else 2 * buffer.shape[2])

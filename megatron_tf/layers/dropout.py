@@ -24,7 +24,7 @@ from megatron_tf.parallel.collectives import group_rank, group_size
 from megatron_tf.tokenformer.initial_values import stream_seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dropout:
     """Rates, and what the masks of one layer and one micro-batch are drawn from."""
 

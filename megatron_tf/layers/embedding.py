@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.row_product import is_for_rows, multiply
+from megatron_tf.kernels.row_product import linear
 from megatron_tf.layers.sequence import leave_tensor_parallel
 from megatron_tf.parallel.collectives import group_rank
 from megatron_tf.parallel.sharding import local_tensor
@@ -18,6 +18,7 @@ class VocabularyWeight(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
+        *,
         group: ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
@@ -39,7 +40,4 @@ class VocabularyWeight(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Whole hidden states [S, B, D] -> this rank's logits [S, B, V / R]."""
-        weight, rows = local_tensor(self.weight).to(x.dtype), x.flatten(0, 1)
-        if is_for_rows(rows, [weight]):
-            return multiply(rows, weight).unflatten(0, x.shape[:2])
-        return F.linear(x, weight)
+        return linear(x, local_tensor(self.weight).to(x.dtype))

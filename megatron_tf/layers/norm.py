@@ -28,4 +28,4 @@ class FinalNorm(nn.Module):
         """x [..., D] -> [..., D]."""
         weight = sum_backward(local_tensor(self.weight), self.sequence_group)
         bias = sum_backward(local_tensor(self.bias), self.sequence_group)
-        return self.normalise(x, weight.to(x.dtype), bias.to(x.dtype), self.epsilon)
+        return self.normalise(x, weight.to(x.dtype), bias.to(x.dtype), epsilon=self.epsilon)

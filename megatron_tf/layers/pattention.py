@@ -22,22 +22,27 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.pattention import PattentionKernels, mix_values
-from megatron_tf.kernels.row_product import attend, is_for_rows
+from megatron_tf.kernels.pattention import PattentionKernels
+from megatron_tf.kernels.value_product import mix_values
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
 
 
 class Pattention(nn.Module):
-    """The parameter tokens of one projection D -> E, its temperature tau, and how it is computed: the kernels between
-    the products, and whether scores are made again in backward instead of kept.
+    """Holds the parameter tokens K [N, D] and V [N, E] of one projection D -> E and its temperature tau: y = P V, where
+    each row of P [T, N] is made of a row of the scores A = X K^T by a normalisation:
 
-    tau is state, not shape: it is born from the number of tokens, kept when tokens are appended (which makes growth
-    exact), and saved in checkpoints.
+        l2_norm_gelu    P = gelu(tau A / |A|)
+        gelu_l2_norm    P = tau gelu(A) / |gelu(A)|
+        softmax         P = tau softmax(A)
+
+    tau is state, not shape: it starts as sqrt(N) (softmax: N), is kept when tokens are appended (which makes growth
+    exact), and is saved in checkpoints. `kernels` compute P, and `recompute_scores` says whether backward makes A again
+    instead of keeping it; neither changes what is computed.
     """
 
-    def __init__(self, in_features: int, out_features: int, num_tokens: int, norm_activation: str) -> None:
+    def __init__(self, in_features: int, out_features: int, *, num_tokens: int, norm_activation: str) -> None:
         super().__init__()
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, in_features))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
@@ -47,14 +52,15 @@ class Pattention(nn.Module):
         self.recompute_scores = False
 
     def forward(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
-        """x [..., D] -> [..., E], this rank's partial sum."""
+        """Compute y [..., E] of x [..., D]: this rank's partial sum."""
         return pattend(x, [self], group)[0]
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
-        """What each parameter token counts for: P [..., N] of x [..., D], on one rank, without gradients."""
+        """Compute what each parameter token counts for: P [..., N] of x [..., D], on one rank, without gradients."""
         scores = x.reshape(-1, x.shape[-1]) @ local_tensor(self.key_tokens).to(x.dtype).t()
-        _, weights = self.kernels.forward(self.norm, scores, scores.new_full(scores.shape[:1], self.tau), None)
+        tau = scores.new_full(scores.shape[:1], self.tau)
+        _, weights = self.kernels.forward(self.norm, scores, tau=tau, reduce=None)
         return weights.unflatten(0, x.shape[:-1])
 
 
@@ -66,10 +72,10 @@ def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | 
     tokens = x.reshape(-1, x.shape[-1])
     keys = [_of_type(p.key_tokens, x) for p in projections]
     values = [_of_type(p.value_tokens, x) for p in projections]
-    columns = [value.t() for value in values]
-    if group is None and isinstance(projections[0].kernels, EagerKernels) and is_for_rows(tokens, keys + columns):
-        y = attend(tokens, keys, columns, [p.tau for p in projections], projections[0].norm.name)
-    else:
+    first, y = projections[0], None
+    if group is None:  # ranks that share a row's statistic have to meet between the products
+        y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])
+    if y is None:
         y = _Pattend.apply(tokens, projections, group, *keys, *values)
     return y.unflatten(1, x.shape[:-1])
 
@@ -119,7 +125,9 @@ class _Pattend(torch.autograd.Function):
         first = projections[0]
         scores = _score(x, keys)
         reduce, _ = _reductions(first.norm, group)
-        factor, weights = first.kernels.forward(first.norm, scores.flatten(0, 1), _row_taus(x, projections), reduce)
+        factor, weights = first.kernels.forward(
+            first.norm, scores.flatten(0, 1), tau=_row_taus(x, projections), reduce=reduce
+        )
         y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
         for out, weight, value in zip(y, weights.view_as(scores), values, strict=True):
             mix_values(weight, value, out)
@@ -140,7 +148,12 @@ class _Pattend(torch.autograd.Function):
             torch.mm(dy_g, value.t(), out=out)
         _, reduce = _reductions(first.norm, ctx.group)
         weights, d_scores = first.kernels.backward(
-            first.norm, scores.flatten(0, 1), factor, grad.flatten(0, 1), _row_taus(x, projections), reduce
+            first.norm,
+            scores.flatten(0, 1),
+            factor=factor,
+            grad=grad.flatten(0, 1),
+            tau=_row_taus(x, projections),
+            reduce=reduce,
         )
         grad = d_scores.view_as(scores)
         d_values = [torch.mm(w.t(), dy_g) for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]

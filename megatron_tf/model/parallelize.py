@@ -68,8 +68,9 @@ def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.d
     for path, projection in projections.items():
         together = 3 if declared[path].kind == "qkv" else 1  # query, key and value run together
         shapes[together * rows, len(local_tensor(projection.key_tokens))] = None
+    is_shared = mesh.group("tp") is not None
     return mesh.first_on_host_first(
-        lambda: warm_up(first.kernels, first.norm, shapes, dtype, mesh.device, mesh.group("tp") is not None)
+        lambda: warm_up(first.kernels, first.norm, shapes, dtype=dtype, device=mesh.device, is_shared=is_shared)
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.kernels.adapters import Attend, Normalise, torch_norm
 from megatron_tf.layers.attention import Attention, LinearAttention, PattentionAttention
-from megatron_tf.layers.cache import KeyValueCache, Places
+from megatron_tf.layers.cache import CachePositions, KeyValueCache
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.embedding import VocabularyWeight
 from megatron_tf.layers.linear import MLP
@@ -37,11 +37,17 @@ class Block(nn.Module):
         if config.layer == "tokenformer":
             qkv_tokens, proj_tokens = (config.token_counts(kind)[layer] for kind in ("qkv", "proj"))
             self.attention: Attention = PattentionAttention(
-                width, heads, qkv_tokens, proj_tokens, norm, group, sequence_parallel
+                width,
+                heads,
+                qkv_tokens=qkv_tokens,
+                proj_tokens=proj_tokens,
+                norm_activation=norm,
+                group=group,
+                sequence_parallel=sequence_parallel,
             )
-            self.ffn: Pattention | MLP = Pattention(width, width, ffn_tokens, norm)
+            self.ffn: Pattention | MLP = Pattention(width, width, num_tokens=ffn_tokens, norm_activation=norm)
         else:
-            self.attention = LinearAttention(width, heads, group, sequence_parallel)
+            self.attention = LinearAttention(width, heads, group=group, sequence_parallel=sequence_parallel)
             self.ffn = MLP(width, ffn_tokens)
         self.epsilon = config.layernorm_epsilon
         self.normalise: Normalise = torch_norm
@@ -59,9 +65,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
         sequence_group = self.group if self.sequence_parallel else None
-        out = self.attention(self.normalise(x, None, None, self.epsilon), rotary, attend, documents, dropout)
+        normalised = self.normalise(x, None, None, epsilon=self.epsilon)
+        out = self.attention(normalised, rotary, attend=attend, documents=documents, dropout=dropout)
         x = x + (out if dropout is None else dropout.hidden(out, "attention", sequence_group))
-        hidden = enter_tensor_parallel(self.normalise(x, None, None, self.epsilon), self.group, self.sequence_parallel)
+        normalised = self.normalise(x, None, None, epsilon=self.epsilon)
+        hidden = enter_tensor_parallel(normalised, self.group, self.sequence_parallel)
         out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
         out = leave_tensor_parallel(out, self.group, self.sequence_parallel)
         return x + (out if dropout is None else dropout.hidden(out, "ffn", sequence_group))
@@ -162,9 +170,13 @@ class TokenFormer(nn.Module):
 
     def _vocabulary_weight(self) -> VocabularyWeight:
         config = self.config
-        return VocabularyWeight(config.padded_vocab_size, config.hidden_size, self.group, self.sequence_parallel)
+        return VocabularyWeight(
+            config.padded_vocab_size, config.hidden_size, group=self.group, sequence_parallel=self.sequence_parallel
+        )
 
-    def _rotary(self, x: Tensor, places: Places | None, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rotary(
+        self, x: Tensor, places: CachePositions | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
         dim = int(self.config.head_dim * self.config.rotary_percent)
         positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]

@@ -4,12 +4,12 @@ import contextlib
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.support.commands import ENVIRONMENT
 from tests.support.paths import ROOT
+from tests.support.runs import children_of
 
 
 @pytest.fixture
@@ -32,15 +32,7 @@ def start():
 
     yield start
     for process in started:
-        for part in [process.pid, *ranks_of(process.pid)]:
+        for part in [process.pid, *children_of(process.pid)]:  # each rank is in a group of its own
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(part, signal.SIGKILL)
         process.wait()
-
-
-def ranks_of(pid):
-    """The processes that torchrun started, each in a group of its own."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:  # it has ended
-        return []

@@ -11,6 +11,7 @@ from megatron_tf.checkpoint.summary import differences
 from megatron_tf.commands import plot_run
 from megatron_tf.config import to_dict
 from tests.support.commands import make_run, run
+from tests.support.runs import derive_run
 
 STAGE = {
     "at_step": 3,
@@ -35,19 +36,6 @@ def folder(tmp_path_factory):
     )
 
 
-def configure(folder, name, growth, **changes):
-    """A configuration with these stages and other values of some sections."""
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["growth"] = growth
-    for section, keys in changes.items():
-        values[section] |= keys
-    values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 def train(config, *options, **how):
     done = run("megatron_tf.pretrain", config, *options, **how)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,26 +57,26 @@ def test_it_is_the_same_as_stop_grow_and_start_again(folder, layout, init):
     stage = {**STAGE, "init": init}
     if init == "duplicate":
         stage |= {"qkv_tokens": {"2": 64}, "moments": "reset"}
-    inside = train(configure(folder, f"{name}-inside", [stage]), *options, ranks=ranks)
+    inside = train(derive_run(folder, f"{name}-inside", growth=[stage]), *options, ranks=ranks)
     assert "grown to" in inside.stdout
-    train(configure(folder, f"{name}-before", [], training={"train_iters": 3}), *options, ranks=ranks)
+    train(derive_run(folder, f"{name}-before", training={"train_iters": 3}), *options, ranks=ranks)
     (folder / "stage.yaml").write_text(yaml.safe_dump(stage))
     arguments = ["--load", folder / f"{name}-before", "--save", folder / f"{name}-grown", "--verify"]
     grown = run("tools/reshard_checkpoint.py", *arguments, "--stage", folder / "stage.yaml")
     assert grown.returncode == 0, grown.stderr
     model = to_dict(CheckpointReader(folder / f"{name}-grown").record.model)
     load = {"load": str(folder / f"{name}-grown")}
-    train(configure(folder, f"{name}-after", [], model=model, checkpoint=load), *options, ranks=ranks)
+    train(derive_run(folder, f"{name}-after", model=model, checkpoint=load), *options, ranks=ranks)
     assert_same(folder / f"{name}-inside", folder / f"{name}-after")
 
 
 def test_two_stages_one_by_tokens_and_a_restart_between_them(folder):
     growth = [{"at_step": 2, "ffn_tokens": 96}, {"at_tokens": 4 * 8 * 16, "ffn_tokens": 128, "rewarmup_iters": 2}]
-    train(configure(folder, "straight", growth))
-    short = configure(folder, "stopped", growth, training={"train_iters": 3})
+    train(derive_run(folder, "straight", growth=growth))
+    short = derive_run(folder, "stopped", growth=growth, training={"train_iters": 3})
     train(short)
     assert CheckpointReader(folder / "stopped").record.model.ffn_tokens == 96
-    resumed = train(configure(folder, "stopped", growth))
+    resumed = train(derive_run(folder, "stopped", growth=growth))
     assert "at step 3" in resumed.stdout
     assert_same(folder / "straight", folder / "stopped")
     events = [json.loads(line) for line in (folder / "straight.jsonl").read_text().splitlines()]
@@ -102,7 +90,7 @@ def test_two_stages_one_by_tokens_and_a_restart_between_them(folder):
 
 def test_frozen_tokens_stay_as_they_are(folder):
     growth = [{"at_step": 3, "ffn_tokens": 128, "qkv_tokens": 64, "proj_tokens": 48, "old_tokens_lr_scale": 0.0}]
-    train(configure(folder, "frozen", growth), ranks=2)
+    train(derive_run(folder, "frozen", growth=growth), ranks=2)
     steps = [CheckpointReader(folder / "frozen" / f"step_0000000{step}") for step in (3, 6)]
     for group in ("model", "exp_avg", "exp_avg_sq"):
         for name in steps[0].names(group):
@@ -118,7 +106,7 @@ def test_frozen_tokens_stay_as_they_are(folder):
 def test_the_layout_changes_with_the_growth(folder):
     """The run ends with exit code 75; the same command goes on, in the new layout, and ends as in one layout."""
     stage = {"at_step": 3, "ffn_tokens": 128, "tensor_model_parallel_size": 2}
-    config = configure(folder, "moved", [stage])
+    config = derive_run(folder, "moved", growth=[stage])
     alone = run("megatron_tf.pretrain", config)
     assert alone.returncode == 1
     assert "growth[0]: the world has 1 rank(s), but the layout" in alone.stderr  # before the first step
@@ -130,7 +118,7 @@ def test_the_layout_changes_with_the_growth(folder):
     assert "needs a multiple of 2" in wrong.stderr
     again = train(config, ranks=2)
     assert "tp 2" in again.stdout
-    train(configure(folder, "stayed", [{"at_step": 3, "ffn_tokens": 128}]))
+    train(derive_run(folder, "stayed", growth=[{"at_step": 3, "ffn_tokens": 128}]))
     one, other = CheckpointReader(folder / "moved"), CheckpointReader(folder / "stayed")
     for name in one.names("model"):
         rows = [reader.read_rows("model", name, 0, reader.shape("model", name)[0]) for reader in (one, other)]
@@ -139,7 +127,7 @@ def test_the_layout_changes_with_the_growth(folder):
 
 def test_torchrun_starts_it_again_by_itself(folder):
     stage = {"at_step": 3, "ffn_tokens": 128, "pipeline_model_parallel_size": 2}
-    config = configure(folder, "restarted", [stage])
+    config = derive_run(folder, "restarted", growth=[stage])
     done = train(config, ranks=2, restarts=1)
     assert "dp 2" in done.stdout
     assert "pp 2" in done.stdout
@@ -160,7 +148,7 @@ def test_torchrun_starts_it_again_by_itself(folder):
     ],
 )
 def test_growth_that_cannot_be_is_refused_before_the_run(folder, growth, message):
-    done = run("megatron_tf.pretrain", configure(folder, "wrong", growth))
+    done = run("megatron_tf.pretrain", derive_run(folder, "wrong", growth=growth))
     assert done.returncode == 1
     assert message in done.stderr
     assert not (folder / "wrong").exists()

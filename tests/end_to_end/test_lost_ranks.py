@@ -14,18 +14,18 @@ from tests.support.processes import PythonProcess
 
 LIMIT = 8
 MINUTE = 60
-# runs a rank whose seventh batch of data does what the first argument says, on rank 1 alone
+# runs a rank whose seventh batch of eight samples does what the first argument says, on rank 1 alone
 VICTIM = """
 import os, signal, sys, time
 from megatron_tf import pretrain
-from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.gpt_dataset import GPTDataset
 
-read, count, deed = BatchLoader._read, 0, sys.argv[1]
+read, count, deed = GPTDataset.__getitem__, 0, sys.argv[1]
 
-def harm(self, first):
+def harm(self, sample):
     global count
     count += 1
-    if os.environ["RANK"] == "1" and count == 7:
+    if os.environ["RANK"] == "1" and count == 6 * 8 + 1:
         if deed == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif deed == "freeze":
@@ -34,9 +34,9 @@ def harm(self, first):
             time.sleep(3600)
         elif deed == "fail":
             raise OSError(5, "Input/output error", "data.bin")
-    return read(self, first)
+    return read(self, sample)
 
-BatchLoader._read = harm
+GPTDataset.__getitem__ = harm
 sys.exit(pretrain.main(sys.argv[2:]))
 """
 

@@ -9,8 +9,14 @@ import time
 import pytest
 
 from megatron_tf.training.observability.profiling import length_of_union
-from tests.end_to_end.test_stopping import folder, start, workers_of  # noqa: F401
-from tests.support.commands import run
+from tests.support.commands import make_run, run
+from tests.support.runs import derive_run, ranks_of, start_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that takes some seconds."""
+    return make_run(tmp_path_factory.mktemp("profiling"), training={"train_iters": 400, "micro_batch_size": 4})
 
 
 def events_of(trace):
@@ -23,7 +29,7 @@ def test_overlapping_intervals_count_once():
 
 
 @pytest.mark.parametrize("layout", ["tensor", "data"])
-def test_ranks_say_how_long_they_communicate(folder, layout):  # noqa: F811
+def test_ranks_say_how_long_they_communicate(folder, layout):
     metrics, traces = folder / f"{layout}.jsonl", folder / f"traces-{layout}"
     options = [f"--logging.metrics_file={metrics}", "--logging.communication_interval=2", "--training.train_iters=4"]
     options += [f"--logging.profile_dir={traces}", "--logging.profile_step_start=3", "--logging.profile_step_end=3"]
@@ -38,9 +44,9 @@ def test_ranks_say_how_long_they_communicate(folder, layout):  # noqa: F811
     assert any(name.startswith("gloo:") for name in events_of(traces / f"step-00000003-{places[1]}.json.gz"))
 
 
-def test_a_signal_to_one_rank_traces_the_next_step_on_all(folder):  # noqa: F811
-    process = start(folder, "traced", 2, profile_dir=str(folder / "asked"))
-    os.kill(workers_of(process.pid)[1], signal.SIGUSR2)
+def test_a_signal_to_one_rank_traces_the_next_step_on_all(folder):
+    process = start_run(derive_run(folder, "traced", logging={"profile_dir": str(folder / "asked")}), ranks=2)
+    os.kill(ranks_of(process.pid)[1], signal.SIGUSR2)
     limit = time.monotonic() + 60
     while len(list((folder / "asked").glob("*.json.gz"))) < 2:
         assert time.monotonic() < limit

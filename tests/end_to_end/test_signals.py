@@ -8,14 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import ENVIRONMENT, make_run, run
 from tests.support.processes import PythonProcess, run_python
+from tests.support.runs import WAIT, derive_run, wait_for_steps
 
 ENDLESS = 100_000
-WAIT = 90
 # sends this process a signal when a batch of training (0) or evaluation (1) is computed for the given time
 SENDER = """
 import os, sys
@@ -40,26 +39,13 @@ sys.exit(pretrain.main(sys.argv[4:]))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_run(tmp_path_factory.mktemp("signals"), training={"train_iters": 4})
+    folder = make_run(tmp_path_factory.mktemp("signals"), training={"train_iters": 4}, logging={"log_interval": 1})
     (folder / "sender.py").write_text(SENDER)
     return folder
 
 
 def configure(folder, name, *, saves=True, **training):
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["training"] |= training
-    values["checkpoint"] |= {"save": str(folder / name) if saves else None}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 1}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def wait_for_steps(folder, name, count=3):
-    path, limit = folder / f"{name}.jsonl", time.monotonic() + WAIT
-    while not path.exists() or path.read_text().count('"loss"') < count:
-        assert time.monotonic() < limit, "it does not begin"
-        time.sleep(0.05)
+    return derive_run(folder, name, training=training, checkpoint={} if saves else {"save": None})
 
 
 def wait_until_caught(process, number):

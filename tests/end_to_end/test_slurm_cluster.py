@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import ENVIRONMENT, make_run, run
 from tests.support.paths import ROOT
+from tests.support.runs import derive_run, wait_for_steps
 from tests.support.slurm import slurm_cluster, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -31,19 +31,11 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("slurm"))
+    return make_run(tmp_path_factory.mktemp("slurm"), logging={"log_interval": 1})
 
 
 def configure(folder, name, *, growth=(), **sections):
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    for section, keys in sections.items():
-        values[section] |= keys
-    values["growth"] = list(growth)
-    values["checkpoint"] |= {"save": str(folder / name), "save_interval": 20}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 1}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    return derive_run(folder, name, growth=growth, checkpoint={"save_interval": 20}, **sections)
 
 
 def submit(cluster, folder, name, *options):
@@ -57,14 +49,6 @@ def losses(folder, name):
     """Step -> loss, of the last time that the step was done."""
     lines = (folder / f"{name}.jsonl").read_text().splitlines()
     return {line["step"]: line["loss"] for line in map(json.loads, lines) if "loss" in line}
-
-
-def wait_for_steps(folder, name, count=5):
-    path, limit = folder / f"{name}.jsonl", time.monotonic() + WAIT
-    while not path.exists() or path.read_text().count('"loss"') < count:
-        log = folder / f"{name}.log"
-        assert time.monotonic() < limit, log.read_text() if log.exists() else "the job has no log"
-        time.sleep(0.05)
 
 
 def ranks_of(config):
@@ -99,7 +83,7 @@ def test_a_requeued_job_goes_on_bit_for_bit(cluster, folder, at_the_limit):
     assert run("megatron_tf.pretrain", straight, ranks=2).returncode == 0
     configure(folder, "signalled", training={"train_iters": 200})
     job = submit(cluster, folder, "signalled")
-    wait_for_steps(folder, "signalled")
+    wait_for_steps(folder, "signalled", 5, seconds=WAIT, log=folder / "signalled.log")
     cluster.run("scancel", "--signal=USR1", job)
     ended = cluster.wait(job, "COMPLETED", "FAILED")
     log = (folder / "signalled.log").read_text()
@@ -123,7 +107,7 @@ def test_growth_into_another_layout_requeues_the_job(cluster, folder, at_the_lim
 def test_scancel_saves_and_does_not_requeue(cluster, folder, at_the_limit):
     configure(folder, "cancelled", training={"train_iters": ENDLESS})
     job = submit(cluster, folder, "cancelled")
-    wait_for_steps(folder, "cancelled")
+    wait_for_steps(folder, "cancelled", 5, seconds=WAIT, log=folder / "cancelled.log")
     cluster.run("scancel", job)
     ended = cluster.wait(job, "CANCELLED")
     assert ended["Restarts"] == "0"
@@ -135,7 +119,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(cluster, folder,
     parallel = {"distributed_timeout_seconds": 20}
     config = configure(folder, "lost", training={"train_iters": 200}, parallel=parallel)
     job = submit(cluster, folder, "lost")
-    wait_for_steps(folder, "lost", count=21)
+    wait_for_steps(folder, "lost", 21, seconds=WAIT, log=folder / "lost.log")
     (victim,) = (process for process, rank in ranks_of(config).items() if rank == 1)
     os.kill(victim, signal.SIGKILL)
     ended = cluster.wait(job, "FAILED", "COMPLETED", seconds=90)

@@ -3,18 +3,15 @@
 import os
 import re
 import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
-from tests.support.commands import ENVIRONMENT, make_run, run
+from tests.support.commands import make_run, run
 from tests.support.paths import ROOT
-from tests.support.processes import PythonProcess
+from tests.support.runs import derive_run, ranks_of, start_run
 
 STEPS = 400
 
@@ -22,56 +19,31 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run that takes some seconds."""
-    return make_run(tmp_path_factory.mktemp("stop"), training={"train_iters": STEPS, "micro_batch_size": 4})
+    return make_run(
+        tmp_path_factory.mktemp("stop"),
+        training={"train_iters": STEPS, "micro_batch_size": 4},
+        logging={"log_interval": 100},
+    )
 
 
 @pytest.fixture(scope="module")
 def straight(folder):
     """Without a stop."""
-    assert run("megatron_tf.pretrain", configure(folder, "straight")).returncode == 0
+    assert run("megatron_tf.pretrain", derive_run(folder, "straight")).returncode == 0
     return folder / "straight"
-
-
-def configure(folder, name, logging=None, **training):
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["training"] |= training
-    values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 100} | (logging or {})
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def start(folder, name, ranks=1, **logging):
-    """A run in the background, once it has done some steps."""
-    module = ["-m", "megatron_tf.pretrain", str(configure(folder, name, logging))]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    process = PythonProcess([sys.executable, *launcher, *module], environment=ENVIRONMENT)
-    metrics, limit = folder / f"{name}.jsonl", time.monotonic() + 60
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:
-        assert time.monotonic() < limit, "it does not begin"
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    return process
-
-
-def workers_of(agent):
-    """Process ids of torchrun's ranks."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    return [int(child) for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
 def test_a_signal_stops_it_and_it_goes_on_bit_for_bit(folder, straight, number):
     name = f"stopped-{number}"
-    process = start(folder, name)
+    process = start_run(derive_run(folder, name))
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert f"stopped by {number.name}, saved in" in out
     step = CheckpointReader(folder / name).step
     assert 0 < step < STEPS
-    again = run("megatron_tf.pretrain", configure(folder, name))
+    again = run("megatron_tf.pretrain", derive_run(folder, name))
     assert again.returncode == 0
     assert f"at step {step}" in again.stdout
     assert list(differences(CheckpointReader(straight), CheckpointReader(folder / name))) == []
@@ -88,13 +60,13 @@ def documented(processes):
 def test_all_ranks_under_torchrun_stop_together(folder, to):
     """SIGTERM to torchrun, which hands it on, or SIGUSR1 to a single rank, or to all of them but not to torchrun."""
     name = f"ranks-{to}"
-    process = start(folder, name, ranks=2)
+    process = start_run(derive_run(folder, name), ranks=2)
     if to == "agent":
         process.send_signal(signal.SIGTERM)
     elif to == "one worker":
-        os.kill(workers_of(process.pid)[0], signal.SIGUSR1)
+        os.kill(ranks_of(process.pid)[0], signal.SIGUSR1)
     else:
-        workers = workers_of(process.pid)
+        workers = ranks_of(process.pid)
         assert documented([process.pid, *workers]) == workers
         for worker in workers:
             os.kill(worker, signal.SIGUSR1)
@@ -107,7 +79,7 @@ def test_all_ranks_under_torchrun_stop_together(folder, to):
 
 
 def test_it_ends_when_its_time_is_up(folder):
-    config = configure(folder, "timed", train_iters=1_000_000, exit_duration_in_mins=0.08)
+    config = derive_run(folder, "timed", training={"train_iters": 1_000_000, "exit_duration_in_mins": 0.08})
     done = run("megatron_tf.pretrain", config)
     assert done.returncode == 75, done.stderr
     assert "its time is up" in done.stdout

@@ -8,13 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import make_run
+from tests.support.runs import WAIT, children_of, derive_run, wait_for_steps
 
 ENDLESS = 100_000
-WAIT = 90
 OURS, TORCHRUN = "megatron_tf.torchrun", "torch.distributed.run"
 # a run whose fourth step takes ten minutes
 SLEEPER = """
@@ -47,19 +46,12 @@ sys.exit(int(how))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = make_run(tmp_path_factory.mktemp("torchrun"), training={"train_iters": ENDLESS})
+    folder = make_run(
+        tmp_path_factory.mktemp("torchrun"), training={"train_iters": ENDLESS}, logging={"log_interval": 1}
+    )
     (folder / "sleeper.py").write_text(SLEEPER)
     (folder / "ending.py").write_text(ENDING)
     return folder
-
-
-def configure(folder, name):
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 1}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def on_two_ranks(launcher):
@@ -73,20 +65,9 @@ def ending(start, folder, *how, options=()):
     return process.returncode, error
 
 
-def wait_for_steps(folder, name, count=3):
-    path, limit = folder / f"{name}.jsonl", time.monotonic() + WAIT
-    while not path.exists() or path.read_text().count('"loss"') < count:
-        assert time.monotonic() < limit, "it does not begin"
-        time.sleep(0.05)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
 def test_an_interrupt_saves_and_says_so(start, folder, launcher):
-    process = start(*on_two_ranks(launcher), "-m", "megatron_tf.pretrain", configure(folder, launcher))
+    process = start(*on_two_ranks(launcher), "-m", "megatron_tf.pretrain", derive_run(folder, launcher))
     wait_for_steps(folder, launcher)
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=WAIT)
@@ -101,9 +82,9 @@ def test_an_interrupt_saves_and_says_so(start, folder, launcher):
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
 def test_the_second_interrupt_ends_all_ranks_at_once(start, folder, launcher):
     name = f"twice-{launcher}"
-    process = start(*on_two_ranks(launcher), folder / "sleeper.py", configure(folder, name))
+    process = start(*on_two_ranks(launcher), folder / "sleeper.py", derive_run(folder, name))
     wait_for_steps(folder, name)
-    ranks = children(process.pid)
+    ranks = children_of(process.pid)
     assert len(ranks) == 2
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
@@ -118,7 +99,7 @@ def test_the_second_interrupt_ends_all_ranks_at_once(start, folder, launcher):
 
 
 def test_an_interrupt_while_torchrun_is_imported_is_one_line(start, folder):
-    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, "early"))
+    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", derive_run(folder, "early"))
     limit = time.monotonic() + WAIT
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         assert time.monotonic() < limit, "it does not begin"
@@ -132,7 +113,7 @@ def test_an_interrupt_while_torchrun_is_imported_is_one_line(start, folder):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
 def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(start, folder, number):
     name = f"sent-{number}"
-    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, name))
+    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", derive_run(folder, name))
     wait_for_steps(folder, name)
     process.send_signal(number)
     out, error = process.communicate(timeout=WAIT)
@@ -143,7 +124,7 @@ def test_a_signal_to_the_launcher_is_for_the_ranks_to_save(start, folder, number
 
 def test_an_error_of_the_ranks_is_the_last_that_is_read(start, folder):
     process = start(
-        *on_two_ranks(OURS), "-m", "megatron_tf.pretrain", configure(folder, "wrong"), "--model.hidden_sise=3"
+        *on_two_ranks(OURS), "-m", "megatron_tf.pretrain", derive_run(folder, "wrong"), "--model.hidden_sise=3"
     )
     _, error = process.communicate(timeout=WAIT)
     assert process.returncode == 1
@@ -154,7 +135,7 @@ def test_an_error_of_the_ranks_is_the_last_that_is_read(start, folder):
 
 def test_the_root_cause_of_torchrun_is_our_message(start, folder):
     wrong = "--model.hidden_sise=3"
-    process = start(*on_two_ranks(TORCHRUN), "-m", "megatron_tf.pretrain", configure(folder, "cause"), wrong)
+    process = start(*on_two_ranks(TORCHRUN), "-m", "megatron_tf.pretrain", derive_run(folder, "cause"), wrong)
     _, error = process.communicate(timeout=WAIT)
     assert process.returncode == 1
     said = [line for line in error.splitlines() if line.startswith("[rank ")]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import random_batch
 
 

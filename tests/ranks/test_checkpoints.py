@@ -16,7 +16,7 @@ from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
-from tests.ranks.test_layouts import CASES, LAYOUTS, layout_config
+from tests.support.layouts import CASES, LAYOUTS, layout_config
 from tests.support.training import random_batch
 
 TOKENIZER = {"type": "none"}

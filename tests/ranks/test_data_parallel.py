@@ -17,7 +17,7 @@ from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.step.optimizer import MOMENTS
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import forward_backward
-from tests.ranks.test_layouts import layout_config, whole_model
+from tests.support.layouts import layout_config, whole_model
 from tests.support.training import random_batch, training_run
 
 TOKENIZER = {"type": "none"}

@@ -8,7 +8,7 @@ from megatron_tf.kernels.adapters import sdpa
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import random_batch
 
 CASES = [((2, 1, 1), False), ((2, 1, 1), True), ((1, 2, 1), False), ((1, 1, 2), False)]
@@ -33,12 +33,13 @@ def test_hidden_dropout_is_the_same_on_any_layout(rank_pool, layout, sequence_pa
 
 def masks(mesh):
     """(what is dropped where the sequence is whole, where it is sharded, of this rank's heads)."""
-    dropout, group = Dropout(0.5, 0.5, 1, (3, 4), 2), mesh.group("tp")
+    dropout = Dropout(hidden_rate=0.5, attention_rate=0.5, seed=1, samples=(3, 4), layer=2)
+    group = mesh.group("tp")
     whole = dropout.hidden(torch.ones(8, 2, 16), "ffn", None)
     part = dropout.hidden(torch.ones(8 // mesh.size("tp"), 2, 16), "ffn", group)
     heads = torch.ones(16, 2, 2, 4)
     with dropout.attention(heads, group) as rate:
-        attended = sdpa(heads, heads, heads, rate)
+        attended = sdpa(heads, heads, heads, dropout_p=rate)
     return whole.numpy(), part.numpy(), attended.numpy()
 
 

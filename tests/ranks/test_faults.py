@@ -5,7 +5,7 @@ import torch
 
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import random_batch
 
 VICTIM = "layers.1.ffn.key_tokens"

@@ -10,7 +10,7 @@ from megatron_tf.training.run.checkpointing import save_state
 from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import forward_backward, train_step
-from tests.ranks.test_layouts import layout_config
+from tests.support.layouts import layout_config
 from tests.support.training import random_batch
 
 TOKENIZER = {"type": "none"}

@@ -7,11 +7,12 @@ import pytest
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.training.step.state import build_state
 from tests.support.training import small_run, training_run
 
 
-class Kernels:
+class Kernels(PattentionKernels):
     """As those that compile when they are called first: they count their calls and raise `error`."""
 
     name = "compiled"
@@ -19,29 +20,29 @@ class Kernels:
     def __init__(self, error):
         self.error, self.calls = error, 0
 
-    def forward(self, *arguments):
+    def forward(self, *arguments, **options):
         """See PattentionKernels."""
         self.calls += 1
         if self.error is not None:
             raise self.error
-        return EagerKernels().forward(*arguments)
+        return EagerKernels().forward(*arguments, **options)
 
-    def backward(self, *arguments):
+    def backward(self, *arguments, **options):
         """See PattentionKernels."""
-        return EagerKernels().backward(*arguments)
+        return EagerKernels().backward(*arguments, **options)
 
 
 def with_kernels(mesh, errors, function):
     """(what the function returns or a user's error, calls of the kernels): rank r's raise errors[r]."""
-    rank, saved = mesh.world.rank(), dispatch.choose_kernels
+    rank, saved = mesh.world.rank(), dispatch.choose_pattention
     kernels = Kernels(errors[rank])
-    dispatch.choose_kernels = lambda choice, device: kernels
+    dispatch.choose_pattention = lambda choice, device: kernels
     try:
         return function(dataclasses.replace(mesh, local_rank=rank)), kernels.calls
     except UserError as error:
         return str(error), kernels.calls
     finally:
-        dispatch.choose_kernels = saved
+        dispatch.choose_pattention = saved
 
 
 def build(mesh, choice, errors):

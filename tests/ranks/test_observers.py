@@ -10,8 +10,8 @@ from megatron_tf.config.growth import GrowthStage
 from megatron_tf.training.observability.observer import Observer
 from megatron_tf.training.run.trainer import train
 from megatron_tf.training.supervision.signals import SignalCatcher
-from tests.ranks.test_layouts import layout_config
 from tests.support.data import write_data_set
+from tests.support.layouts import layout_config
 
 VOCAB = 257  # of NullTokenizer
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]

@@ -42,17 +42,17 @@ def test_kernels_equal_float64(norm, dtype, path, n, monkeypatch):
     scores, grad, tau = tensors(n, dtype)
     wide = scores.double(), grad.double()
     wide_grad = grad.double()
-    factor, weights = TritonKernels().forward(norm, scores, tau, reduce)
-    want_factor, want_weights = EagerKernels().forward(norm, wide[0], tau, None)
+    factor, weights = TritonKernels().forward(norm, scores, tau=tau, reduce=reduce)
+    want_factor, want_weights = EagerKernels().forward(norm, wide[0], tau=tau, reduce=None)
     torch.testing.assert_close(factor.double(), want_factor, rtol=1e-5, atol=1e-5)
     assert weights.dtype == dtype
     tolerance = ROUNDING[dtype]
     if norm.is_logarithmic and dtype == torch.float32:
         tolerance = 2 * (30 + abs(float(factor[0]))) * 2**-24  # exp(a + f), where a and f are near 30 and rounded
     close(weights, want_weights, tolerance)
-    again, grad = TritonKernels().backward(norm, scores, factor, grad, tau, reduce)
+    again, grad = TritonKernels().backward(norm, scores, factor=factor, grad=grad, tau=tau, reduce=reduce)
     assert torch.equal(again, weights)
-    _, want = EagerKernels().backward(norm, wide[0], want_factor, wide[1], tau, None)
+    _, want = EagerKernels().backward(norm, wide[0], factor=want_factor, grad=wide[1], tau=tau, reduce=None)
     # where one weight is nearly all of its row, what is left of its gradient is a small difference of such terms
     terms = want_weights.abs().max() * wide_grad.abs().max() if norm.is_logarithmic else 1.0
     close(grad[:-1] / terms, want[:-1] / terms, tolerance)  # the gradient of a row of zeros is 1e6 and more

@@ -1,4 +1,7 @@
-"""Adapters of other packages against torch's own: packages with their documented signatures, computed by torch."""
+"""Adapters of other packages against torch's own: stand-ins computed by torch, under the packages' own signatures.
+
+Those of apex are in no package registry: its stand-ins have the parameters that its documentation names.
+"""
 
 import sys
 import types
@@ -9,8 +12,9 @@ import torch.nn.functional as F
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
-from megatron_tf.kernels.dispatch import choose
+from megatron_tf.kernels.dispatch import choose_kernels
 from megatron_tf.training.step.adam import adamw, set_adam_state
+from tests.support.signatures import KNOWN, as_published, versions_of
 
 CPU = torch.device("cpu")
 AUTO = {"pattention": "auto", "attention": "auto", "norm": "auto", "optimizer": "auto"}
@@ -27,14 +31,14 @@ def install(monkeypatch, name, **contents):
 
 
 def attention_of_batches(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-    """As flash-attn documents flash_attn_func: [B, S, h, d]."""
+    """As flash_attn_func of flash-attn: [B, S, h, d]."""
     assert dropout_p == 0.0
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
 
 
 class DotProductAttention(torch.nn.Module):
-    """As transformer-engine documents it."""
+    """As transformer-engine's."""
 
     def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type=""):
         super().__init__()
@@ -49,20 +53,20 @@ class DotProductAttention(torch.nn.Module):
 
 
 class LayerNorm(torch.nn.Module):
-    """As transformer-engine documents it."""
+    """As transformer-engine's."""
 
-    def __init__(self, hidden_size, eps=1e-5, device="cuda", params_dtype=None):
+    def __init__(self, normalized_shape, eps=1e-5, device="cuda", params_dtype=None):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=params_dtype))
-        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape, device=device, dtype=params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(normalized_shape, device=device, dtype=params_dtype))
         self.eps = eps
 
-    def forward(self, inp):
-        return F.layer_norm(inp, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self, input):
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """As apex and transformer-engine document it: the step is the group's, the moments are the parameters'."""
+    """As apex's and transformer-engine's: the step is the group's, the moments are the parameters'."""
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, **_):
         assert bias_correction
@@ -87,18 +91,19 @@ def qkv():
     return [torch.randn(7, 2, 3, 4, requires_grad=True) for _ in range(3)]
 
 
-@pytest.mark.parametrize("package", ["flash_attn", "flash_attn_4", "transformer_engine"])
-def test_attention_equals_torch(monkeypatch, package):
-    if package == "flash_attn":
-        install(monkeypatch, "flash_attn", flash_attn_func=attention_of_batches)
-        attend = adapters.flash_attention(version_4=False)
-    elif package == "flash_attn_4":
-        both = lambda *arguments, **options: (attention_of_batches(*arguments, **options), torch.zeros(1))  # noqa: E731
-        install(monkeypatch, "flash_attn.cute", flash_attn_func=both)
-        attend = adapters.flash_attention(version_4=True)
-    else:
-        install(monkeypatch, "transformer_engine.pytorch", DotProductAttention=DotProductAttention)
+@pytest.mark.parametrize("package, version", versions_of("flash_attn", "flash_attn_4", "transformer_engine"))
+def test_attention_equals_torch(monkeypatch, package, version):
+    signatures = KNOWN[package][version]
+    if package == "transformer_engine":
+        kind = as_published(signatures, "DotProductAttention", DotProductAttention)
+        install(monkeypatch, "transformer_engine.pytorch", DotProductAttention=kind)
         attend = adapters.transformer_engine_attention()
+    else:
+        is_new = package == "flash_attn_4"
+        both = lambda **options: (attention_of_batches(**options), torch.zeros(1))  # noqa: E731
+        function = as_published(signatures, "flash_attn_func", both if is_new else attention_of_batches)
+        install(monkeypatch, "flash_attn.cute" if is_new else "flash_attn", flash_attn_func=function)
+        attend = adapters.flash_attention(version_4=is_new)
     inputs, dy = qkv(), torch.randn(7, 2, 3, 4)
     expected, found = adapters.sdpa(*inputs), attend(*inputs)
     torch.testing.assert_close(found, expected)
@@ -108,8 +113,8 @@ def test_attention_equals_torch(monkeypatch, package):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("package", ["apex", "transformer_engine"])
-def test_norms_equal_torch(monkeypatch, package):
+@pytest.mark.parametrize("package, version", [("apex", None), *versions_of("transformer_engine")])
+def test_norms_equal_torch(monkeypatch, package, version):
     if package == "apex":
         install(
             monkeypatch,
@@ -121,21 +126,23 @@ def test_norms_equal_torch(monkeypatch, package):
         )
         normalise = adapters.apex_norm()
     else:
-        install(monkeypatch, "transformer_engine.pytorch", LayerNorm=LayerNorm)
+        kind = as_published(KNOWN[package][version], "LayerNorm", LayerNorm)
+        install(monkeypatch, "transformer_engine.pytorch", LayerNorm=kind)
         normalise = adapters.transformer_engine_norm()
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (8,), (8,)))
-    torch.testing.assert_close(normalise(x, None, None, 1e-3), adapters.torch_norm(x, None, None, 1e-3))
-    found, expected = (f(x, weight, bias, 1e-3) for f in (normalise, adapters.torch_norm))
+    torch.testing.assert_close(normalise(x, None, None, epsilon=1e-3), adapters.torch_norm(x, None, None, epsilon=1e-3))
+    found, expected = (f(x, weight, bias, epsilon=1e-3) for f in (normalise, adapters.torch_norm))
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("package", ["apex", "transformer_engine"])
-def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
+@pytest.mark.parametrize("package, version", [("apex", None), *versions_of("transformer_engine")])
+def test_optimizers_equal_torch_and_resume_from_any_step(monkeypatch, package, version):
     module = {"apex": "apex.optimizers", "transformer_engine": "transformer_engine.pytorch.optimizers"}[package]
-    install(monkeypatch, module, FusedAdam=FusedAdam)
+    kind = FusedAdam if version is None else as_published(KNOWN[package][version], "FusedAdam", FusedAdam)
+    install(monkeypatch, module, FusedAdam=kind)
     torch.manual_seed(0)
     start, gradients = torch.randn(6), torch.randn(4, 6)
     moments = torch.randn(6), torch.rand(6)
@@ -156,7 +163,7 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install 'megatron_tf\[gpu\]'"),
         (
@@ -167,14 +174,17 @@ def test_optimizers_equal_torch_and_go_on_from_any_step(monkeypatch, package):
         ({"optimizer": "transformer_engine"}, r"optimizer=transformer_engine: it is not installed"),
     ],
 )
-def test_what_is_not_there_is_an_error_that_says_how_to_get_it(asked, message):
+def test_what_is_not_there_is_an_error_that_says_how_to_get_it(requested, message):
     with pytest.raises(UserError, match=message):
-        choose(AUTO | asked, CPU, torch.float32)
+        choose_kernels(AUTO | requested, CPU, torch.float32)
 
 
 def test_auto_says_what_it_took():
-    assert choose(AUTO, CPU, torch.float32).taken == "pattention eager, attention sdpa, norm torch, optimizer torch"
     assert (
-        choose(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
+        choose_kernels(AUTO, CPU, torch.float32).taken
+        == "pattention eager, attention sdpa, norm torch, optimizer torch"
+    )
+    assert (
+        choose_kernels(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
         == "pattention eager, attention sdpa, optimizer torch"
     )

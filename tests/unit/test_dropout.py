@@ -17,7 +17,9 @@ BOTH = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "micro_batch_size": 2}
 
 
 def mask(seed=1, sample=5, layer=0, branch="ffn", rate=0.25):
-    dropped = Dropout(rate, 0.0, seed, (sample,), layer).hidden(torch.ones(64, 1, 128), branch, None)
+    dropped = Dropout(hidden_rate=rate, attention_rate=0.0, seed=seed, samples=(sample,), layer=layer).hidden(
+        torch.ones(64, 1, 128), branch, None
+    )
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / (1 - rate)).item()}
     return dropped == 0
 
@@ -36,7 +38,7 @@ def test_masks_differ_between_seeds_samples_and_places(change):
 
 def test_no_dropout_is_no_work():
     x = torch.ones(3, 1, 4)
-    assert Dropout(0.0, 0.5, 1, (0,)).hidden(x, "ffn", None) is x
+    assert Dropout(hidden_rate=0.0, attention_rate=0.5, seed=1, samples=(0,)).hidden(x, "ffn", None) is x
     assert build_state(small_run(), ONE_PROCESS).model.dropout is None
 
 
@@ -87,7 +89,7 @@ def test_the_gradient_of_attention_with_dropout():
         torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True),
         rotary_tables(torch.arange(5)[:, None], 2, 1e4),
     )
-    dropout = Dropout(0.0, 0.4, 1, (0, 1), 0)
+    dropout = Dropout(hidden_rate=0.0, attention_rate=0.4, seed=1, samples=(0, 1), layer=0)
     assert torch.autograd.gradcheck(lambda x: layer(x, tables, dropout=dropout), x)
     assert not torch.allclose(layer(x, tables, dropout=dropout), layer(x, tables))
 

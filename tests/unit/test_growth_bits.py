@@ -50,7 +50,7 @@ def test_growth_from_fewer_tokens_stays_within_rounding(tmp_path, norm, old, new
 
 
 def pattention_of(keys, values, norm, is_for_decoding):
-    layer = Pattention(keys.shape[1], values.shape[1], len(keys), norm)
+    layer = Pattention(keys.shape[1], values.shape[1], num_tokens=len(keys), norm_activation=norm)
     layer.key_tokens.copy_(keys)
     layer.value_tokens.copy_(values)
     layer.tau = 5.0

@@ -5,8 +5,10 @@ import torch
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels.compiled import CompiledKernels
+from megatron_tf.kernels.dispatch import choose_pattention
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.pattention import choose_kernels
+from megatron_tf.kernels.row_product import MOST_ROWS
+from megatron_tf.layers.pattention import Pattention
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from tests.support.inductor import require_inductor
 
@@ -15,7 +17,7 @@ ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}
 
 @pytest.fixture(autouse=True)
 def compiler():
-    """Every case compiles anew: torch limits how often one function is compiled."""
+    """Every case compiles again: torch limits how often one function is compiled."""
     torch.compiler.reset()
 
 
@@ -30,20 +32,51 @@ def test_compiled_equals_eager_in_float64(norm, dtype, shared):
     scores, grad = torch.randn(9, 70).to(dtype), torch.randn(9, 70).to(dtype)
     tau = torch.full((9,), 70**0.5, dtype=torch.float64)
     wide_scores, wide_grad = scores.double(), grad.double()
-    factor, weights = CompiledKernels().forward(norm, scores, tau, reduce)
-    expected_factor, expected = EagerKernels().forward(norm, wide_scores, tau, None)
+    factor, weights = CompiledKernels().forward(norm, scores, tau=tau, reduce=reduce)
+    expected_factor, expected = EagerKernels().forward(norm, wide_scores, tau=tau, reduce=None)
     torch.testing.assert_close(factor.double(), expected_factor, rtol=1e-5, atol=1e-5)
     assert (weights.double() - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
-    _, grad = CompiledKernels().backward(norm, scores, factor, grad, tau, reduce)
-    _, wide_grad = EagerKernels().backward(norm, wide_scores, expected_factor, wide_grad, tau, None)
+    _, grad = CompiledKernels().backward(norm, scores, factor=factor, grad=grad, tau=tau, reduce=reduce)
+    _, wide_grad = EagerKernels().backward(
+        norm, wide_scores, factor=expected_factor, grad=wide_grad, tau=tau, reduce=None
+    )
     assert (grad.double() - wide_grad).abs().max() <= ROUNDING[dtype] * wide_grad.abs().max()
 
 
 def test_what_a_cpu_can_choose():
     cpu = torch.device("cpu")
-    assert choose_kernels("auto", cpu).name == "eager"
-    assert choose_kernels("compiled", cpu).name == "compiled"
+    assert choose_pattention("auto", cpu).name == "eager"
+    assert choose_pattention("compiled", cpu).name == "compiled"
     with pytest.raises(
         UserError, match=r"kernels\.pattention=triton( needs a GPU|: .*pip install 'megatron_tf\[gpu\]')"
     ):
-        choose_kernels("triton", cpu)
+        choose_pattention("triton", cpu)
+
+
+def test_only_eager_kernels_compute_a_whole_pattention_and_only_of_a_few_rows_without_gradients(monkeypatch):
+    layer, parts = Pattention(32, 32, num_tokens=40, norm_activation="softmax"), []
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(32, 40).t() if parameter is layer.value_tokens else torch.randn(40, 32)
+    monkeypatch.setattr(EagerKernels, "forward", count_calls(EagerKernels.forward, parts))
+    monkeypatch.setattr(CompiledKernels, "forward", EagerKernels.forward)
+    with torch.no_grad():
+        whole = layer(torch.ones(MOST_ROWS, 32))
+        assert not parts
+        layer(torch.ones(MOST_ROWS + 1, 32))
+        assert len(parts) == 1
+        layer.kernels = CompiledKernels()
+        torch.testing.assert_close(layer(torch.ones(MOST_ROWS, 32)), whole)
+        assert len(parts) == 2
+    layer.kernels = EagerKernels()
+    assert layer(torch.ones(MOST_ROWS, 32)).requires_grad
+    assert len(parts) == 3
+
+
+def count_calls(function, calls):
+    """The function, which adds to `calls` whenever it is called."""
+
+    def counted(*arguments, **options):
+        calls.append(function)
+        return function(*arguments, **options)
+
+    return counted

@@ -12,6 +12,7 @@ from megatron_tf.config import load_config
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.run import loop
 from tests.support.commands import make_run
+from tests.support.runs import derive_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
 
@@ -23,12 +24,8 @@ def folder(tmp_path_factory):
 
 def train(folder, name, *options, growth=()):
     """(exit code, lines of metrics) of a run, or of its next part."""
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl"), "log_interval": 2}
-    values["growth"] = list(growth)
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    code = pretrain.main([str(folder / f"{name}.yaml"), *options])
+    config = derive_run(folder, name, growth=growth, logging={"log_interval": 2})
+    code = pretrain.main([str(config), *options])
     return code, [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
 
 

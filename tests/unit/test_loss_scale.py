@@ -64,7 +64,7 @@ def test_settings_that_contradict():
 def test_statistics_that_fp16_could_not_hold(norm):
     """Scores of about 150 over 512 tokens: their squares add up to 1e7, fp16 ends at 65,504."""
     torch.manual_seed(0)
-    layer = Pattention(64, 64, 512, norm)
+    layer = Pattention(64, 64, num_tokens=512, norm_activation=norm)
     for tokens in layer.parameters():
         torch.nn.init.normal_(tokens, std=1.0 if norm != "softmax" else 0.02)
     x = (20 if norm != "softmax" else 1) * torch.randn(10, 64)

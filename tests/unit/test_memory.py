@@ -42,7 +42,7 @@ def mlp_bytes():
 
 @pytest.mark.parametrize(("norm", "share"), [("l2_norm_gelu", 0.6), ("gelu_l2_norm", 0.6), ("softmax", 0.7)])
 def test_a_pattention_keeps_less_than_an_mlp(norm, share, mlp_bytes):
-    layer = Pattention(WIDTH, WIDTH, COUNT, norm)
+    layer = Pattention(WIDTH, WIDTH, num_tokens=COUNT, norm_activation=norm)
     torch.nn.init.normal_(layer.key_tokens)
     torch.nn.init.normal_(layer.value_tokens)
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)

@@ -12,9 +12,9 @@ from megatron_tf.training.run.checkpointing import restore_state
 from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
+from tests.support.damage import FILE, change_manifest, change_metadata, make_fifo
 from tests.support.records import NO_TOKENIZER, make_record
 from tests.support.training import small_run
-from tests.unit.checkpoint.test_strangers import FILE, change_manifest, change_metadata, make_fifo
 
 ONE_PROCESS = Mesh(torch.device("cpu"))
 

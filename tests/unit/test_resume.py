@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.format import CheckpointError
@@ -12,7 +11,8 @@ from megatron_tf.config import load_config
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.training.run.resumable import open_resumable
 from tests.support.commands import make_run
-from tests.unit.checkpoint.test_strangers import change_metadata
+from tests.support.damage import change_metadata
+from tests.support.runs import derive_run
 
 GROWTH = [{"at_step": 2, "ffn_tokens": 128}, {"at_step": 4, "ffn_tokens": 192}]
 
@@ -21,20 +21,16 @@ GROWTH = [{"at_step": 2, "ffn_tokens": 128}, {"at_step": 4, "ffn_tokens": 192}]
 def folder(tmp_path_factory):
     """A run that stopped at step 3, after the first of its two stages of growth."""
     folder = make_run(tmp_path_factory.mktemp("resume"), training={"train_iters": 6}, optimizer={"lr_decay_iters": 6})
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["checkpoint"] |= {"save": str(folder / "saved"), "save_interval": 100}
-    values["growth"] = GROWTH
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    assert pretrain.main([str(folder / "run.yaml"), "--training.train_iters=3"]) == 0
+    config = derive_run(folder, "saved", growth=GROWTH, checkpoint={"save_interval": 100})
+    assert pretrain.main([str(config), "--training.train_iters=3"]) == 0
     return folder
 
 
 def configured(folder, *overrides, growth=None):
     """The run's configuration, with another list of stages."""
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["growth"] = GROWTH if growth is None else growth
-    (folder / "other.yaml").write_text(yaml.safe_dump(values))
-    return load_config(folder / "other.yaml", overrides)
+    saved = {"save": str(folder / "saved"), "save_interval": 100}
+    other = derive_run(folder, "other", growth=GROWTH if growth is None else growth, checkpoint=saved)
+    return load_config(other, overrides)
 
 
 @pytest.fixture
@@ -58,15 +54,15 @@ def counted(monkeypatch):
 
 def test_a_resume_opens_the_checkpoint_once_and_builds_the_model_once(folder, counted, tmp_path):
     again = [f"--checkpoint.load={folder / 'saved'}", f"--checkpoint.save={tmp_path}", "--training.train_iters=4"]
-    assert pretrain.main([str(folder / "run.yaml"), *again]) == 0
+    assert pretrain.main([str(folder / "saved.yaml"), *again]) == 0
     assert counted == (["saved"], [128])
     counted[0].clear(), counted[1].clear()
-    assert pretrain.main([str(folder / "run.yaml"), *again[1:], "--training.train_iters=5"]) == 0
+    assert pretrain.main([str(folder / "saved.yaml"), *again[1:], "--training.train_iters=5"]) == 0
     assert counted == (["step_00000004"], [192])
 
 
 def test_each_growth_within_a_run_opens_one_checkpoint_and_builds_one_model(folder, counted, tmp_path):
-    assert pretrain.main([str(folder / "run.yaml"), f"--checkpoint.save={tmp_path}"]) == 0
+    assert pretrain.main([str(folder / "saved.yaml"), f"--checkpoint.save={tmp_path}"]) == 0
     assert counted == (["step_00000002", "step_00000004"], [64, 128, 192])
     stages = {
         path.name: json.loads((path / "metadata.json").read_text())["growth_stage"] for path in tmp_path.glob("step_*")

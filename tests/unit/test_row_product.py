@@ -1,9 +1,12 @@
 """Products and Pattentions of a few rows against float64, and what they do not depend on."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from megatron_tf.kernels.row_product import MOST_ROWS, attend, is_for_rows, multiply
+from megatron_tf.kernels.row_product import MOST_ROWS, is_for_rows, linear, multiply_rows, pattend_rows
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,7 +24,7 @@ def test_products_equal_float64(dtype, columns, outputs, rows):
     assert is_for_rows(x, [weight])
     wanted = x.double() @ weight.double().t()
     rounding = torch.finfo(dtype).eps / 2 * wanted.abs()
-    assert ((multiply(x, weight) - wanted).abs() <= 1.01 * rounding + 1e-6 * columns**0.5).all()
+    assert ((multiply_rows(x, weight) - wanted).abs() <= 1.01 * rounding + 1e-6 * columns**0.5).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +36,7 @@ def test_pattentions_equal_float64(dtype, norm, rows, width, tokens, out):
     x = torch.randn(rows, width).to(dtype)
     keys = [(torch.randn(tokens, width) * 3 / width**0.5).to(dtype) for _ in range(2)]
     values, taus = [torch.randn(out, tokens).to(dtype) for _ in range(2)], [5.0, tokens**0.5]
-    found, definition = attend(x, keys, values, taus, norm), NORMALISATIONS[norm]
+    found, definition = pattend_rows(norm, x, keys=keys, columns=values, taus=taus), NORMALISATIONS[norm]
     for y, key, value, tau in zip(found, keys, values, taus, strict=True):
         scores = x.double() @ key.double().t()
         factor = definition.factor(definition.statistic(scores), torch.full((rows,), tau, dtype=torch.float64))
@@ -46,21 +49,23 @@ def test_pattentions_equal_float64(dtype, norm, rows, width, tokens, out):
 def test_scores_of_zero_and_large_ones_are_no_trouble():
     x, keys, values = torch.zeros(1, 32), [torch.ones(40, 32)], [torch.ones(8, 40)]
     for norm, wanted in (("l2_norm_gelu", 0.0), ("gelu_l2_norm", 0.0), ("softmax", 3.0)):
-        assert attend(x, keys, values, [3.0], norm).flatten().tolist() == pytest.approx([wanted] * 8)
-        assert attend(x + 1e4, keys, values, [3.0], norm).isfinite().all()
-        assert attend(x * torch.nan, keys, values, [3.0], norm).isnan().all()
+        attend = partial(pattend_rows, norm, keys=keys, columns=values, taus=[3.0])
+        assert attend(x).flatten().tolist() == pytest.approx([wanted] * 8)
+        assert attend(x + 1e4).isfinite().all()
+        assert attend(x * torch.nan).isnan().all()
 
 
 @torch.no_grad()
 def test_a_row_depends_on_no_other_and_not_on_threads():
     x, weight = torch.randn(MOST_ROWS, 768), torch.randn(2048, 768)
-    together, attended = multiply(x, weight), attend(x, [weight], [weight.t().contiguous()], [9.0], "l2_norm_gelu")[0]
-    assert torch.equal(together, torch.cat([multiply(row[None], weight) for row in x]))
+    attend = partial(pattend_rows, "l2_norm_gelu", keys=[weight], columns=[weight.t().contiguous()], taus=[9.0])
+    together, attended = multiply_rows(x, weight), attend(x)[0]
+    assert torch.equal(together, torch.cat([multiply_rows(row[None], weight) for row in x]))
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert torch.equal(together, multiply(x, weight))
-        again = [attend(row[None], [weight], [weight.t().contiguous()], [9.0], "l2_norm_gelu")[0] for row in x]
+        assert torch.equal(together, multiply_rows(x, weight))
+        again = [attend(row[None])[0] for row in x]
         assert torch.equal(attended, torch.cat(again))
     finally:
         torch.set_num_threads(threads)
@@ -70,11 +75,11 @@ def test_a_row_depends_on_no_other_and_not_on_threads():
 def test_rounding_to_bf16_is_to_the_nearest_even_and_keeps_what_is_not_finite():
     values = torch.randn(4000) * 10.0 ** torch.randint(-30, 30, (4000,))
     whole = torch.cat([values, torch.tensor([torch.inf, torch.nan])]).bfloat16()
-    copied = multiply(torch.ones(1, 1, dtype=torch.bfloat16), whole[:, None])[0]
+    copied = multiply_rows(torch.ones(1, 1, dtype=torch.bfloat16), whole[:, None])[0]
     assert torch.allclose(copied, whole, rtol=0.0, atol=0.0, equal_nan=True)
-    # 1 + 2^-8 and 1 + 3 * 2^-8 lie halfway between two bf16 numbers
+    # 1 + 2^-8 and 1 + 3 * 2^-8 are halfway between two bf16 numbers
     parts = torch.tensor([[1.0, 2.0**-8], [1.0, 3 * 2.0**-8]]).bfloat16()
-    assert multiply(torch.ones(1, 2, dtype=torch.bfloat16), parts)[0].tolist() == [1.0, 1.015625]
+    assert multiply_rows(torch.ones(1, 2, dtype=torch.bfloat16), parts)[0].tolist() == [1.0, 1.015625]
 
 
 def test_what_needs_gradients_or_is_not_contiguous_is_left_to_others():
@@ -85,3 +90,13 @@ def test_what_needs_gradients_or_is_not_contiguous_is_left_to_others():
         assert not is_for_rows(x, [weight, weight.t()])
         assert not is_for_rows(x, [weight.double()])
         assert not is_for_rows(torch.randn(MOST_ROWS + 1, 64), [weight])
+
+
+def test_a_linear_map_takes_the_product_of_few_rows_only_where_it_may():
+    x, weight = torch.randn(2, MOST_ROWS, 768), torch.randn(300, 768)
+    few = x[:1]
+    with torch.no_grad():
+        assert torch.equal(linear(few, weight)[0], multiply_rows(few[0], weight))
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(linear(few, weight.requires_grad_()), F.linear(few, weight))
+    assert linear(few, weight).requires_grad

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import yaml
 
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
@@ -13,6 +12,7 @@ from megatron_tf.commands import plot_run
 from megatron_tf.training.run import loop
 from megatron_tf.training.step.step import StepResult
 from tests.support.commands import make_run
+from tests.support.runs import derive_run
 
 pytestmark = pytest.mark.slow  # whole runs, with a process that prepares their data
 
@@ -24,10 +24,7 @@ def folder(tmp_path_factory):
 
 def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
     """(exit code, position of each batch) of a run whose batches of these numbers are not finite, or overflow."""
-    values = yaml.safe_load((folder / "run.yaml").read_text())
-    values["checkpoint"] |= {"save": str(folder / name)}
-    values["logging"] |= {"metrics_file": str(folder / f"{name}.jsonl")}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    config = derive_run(folder, name)
     original, seen, positions = loop.train_step, iter(range(1000)), []
 
     def step(state, batch, lr):
@@ -38,7 +35,7 @@ def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
         return original(state, batch, lr)
 
     monkeypatch.setattr(loop, "train_step", step)
-    return pretrain.main([str(folder / f"{name}.yaml")]), positions
+    return pretrain.main([str(config)]), positions
 
 
 def test_some_are_skipped_and_said(folder, monkeypatch, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_tf.config import RunConfig, to_dict
-from megatron_tf.kernels.dispatch import Kernels, choose, without_pattention_kernels
+from megatron_tf.kernels.dispatch import Kernels, choose_kernels, without_pattention_kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import (
     build_stage,
@@ -86,7 +86,9 @@ def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenForm
         dtype=dtype,
     )
     if training.hidden_dropout or training.attention_dropout:
-        model.dropout = Dropout(training.hidden_dropout, training.attention_dropout, training.seed)
+        model.dropout = Dropout(
+            hidden_rate=training.hidden_dropout, attention_rate=training.attention_dropout, seed=training.seed
+        )
     return model
 
 
@@ -106,7 +108,7 @@ def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: t
 def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
     """The kernels that the model computes with from here on; the same on every rank, which all call it."""
     training = config.training
-    kernels = choose(_asked_kernels(config), mesh.device, dtype)
+    kernels = choose_kernels(_asked_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
     failure = warm_up_kernels(model, mesh, rows=training.micro_batch_size * training.seq_length, dtype=dtype)
     if failure is not None:

@@ -8,13 +8,13 @@ import re
 import shutil
 
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tf.checkpoint.format import MANIFEST, METADATA, CheckpointError, read_manifest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import inspect_checkpoint, reshard_checkpoint
+from tests.support.damage import change_manifest, embedding, replace_file
 from tests.support.toy import random_tensors, read_all, record, same, save
 
 SOME_FILE = "exp_avg-pp00-tp01-dp00.safetensors"
@@ -121,19 +121,6 @@ def test_where_there_is_nothing_to_read(root, tmp_path):
         CheckpointReader(root)
 
 
-def rewrite_manifest(directory, change):
-    """A manifest that a stranger changed, with a checksum that holds."""
-    body = json.loads((directory / MANIFEST).read_text())
-    body.pop("xxh3_128")
-    change(body)
-    body["xxh3_128"] = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    (directory / MANIFEST).write_text(json.dumps(body))
-
-
-def embedding(body):
-    return body["groups"]["model"]["embedding.weight"]
-
-
 HOSTILE = {
     "version": (lambda body: body.update(format_version=99), "has format version 99; this program reads 1"),
     "path": (
@@ -163,17 +150,10 @@ HOSTILE = {
 @pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_manifest_is_refused(root, change, message):
     directory = root / "step_00000200"
-    rewrite_manifest(directory, change)
+    change_manifest(directory, change)
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         CheckpointReader(directory)
     assert str(directory / MANIFEST) in str(caught.value)
-
-
-def reseal(directory, name, content):
-    """Put other content in a file and let the manifest agree."""
-    (directory / name).write_bytes(content)
-    entry = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    rewrite_manifest(directory, lambda body: body["files"].update({name: entry}))
 
 
 def test_a_file_that_is_not_what_the_manifest_says_is_refused(root):
@@ -186,7 +166,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_refused(root):
         good.replace(b'"dtype":"F32"', b'"dtype":"I32"'): "does not hold embedding.weight",
         good[:-8]: r"layers\.2\.ffn\.value_tokens ends early",
     }.items():
-        reseal(directory, SOME_FILE, content)
+        replace_file(directory, SOME_FILE, content)
         with pytest.raises(CheckpointError, match=f"{SOME_FILE}.*{message}"):
             use(directory)
 
@@ -194,7 +174,7 @@ def test_a_file_that_is_not_what_the_manifest_says_is_refused(root):
 @pytest.mark.parametrize("text", ["[]", "{}", "not json", '{"training": {}}', "[" * 100_000])
 def test_metadata_that_is_none_is_refused(root, text):
     directory = root / "step_00000200"
-    reseal(directory, METADATA, text.encode())
+    replace_file(directory, METADATA, text.encode())
     with pytest.raises(CheckpointError, match=r"metadata\.json does not say training\.step"):
         CheckpointReader(directory)
 
@@ -213,7 +193,7 @@ def test_nothing_is_unpickled(root, tmp_path):
     payload = pickle.dumps(Planted(tmp_path / "executed"))
     directory = root / "step_00000200"
     for name in (SOME_FILE, METADATA):
-        reseal(directory, name, payload)
+        replace_file(directory, name, payload)
         with pytest.raises(CheckpointError):
             use(directory)
     (directory / MANIFEST).write_bytes(payload)

@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from megatron_tf.checkpoint.files import file_size
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
+from tests.support.damage import FILE, change_manifest, change_metadata, embedding, make_fifo, replace_file
 from tests.support.toy import random_tensors, read_all, save
-
-FILE = "model-pp00-tp00-dp00.safetensors"
 
 
 @pytest.fixture
@@ -22,31 +20,6 @@ def directory(tmp_path):
     """A checkpoint to change; an intact one is next to it."""
     save(tmp_path / "run", random_tensors(1), step=100)
     return save(tmp_path / "run", random_tensors(2), step=200)
-
-
-def change_manifest(directory, change):
-    body = json.loads((directory / MANIFEST).read_text())
-    body.pop("xxh3_128")
-    change(body)
-    body["xxh3_128"] = xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    (directory / MANIFEST).write_text(json.dumps(body))
-
-
-def replace_file(directory, name, content):
-    (directory / name).write_bytes(content)
-    entry = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
-    change_manifest(directory, lambda body: body["files"].update({name: entry}))
-
-
-def change_metadata(directory, change):
-    metadata = json.loads((directory / METADATA).read_text())
-    change(metadata)
-    replace_file(directory, METADATA, json.dumps(metadata).encode())
-
-
-def make_fifo(path):
-    path.unlink()
-    os.mkfifo(path)
 
 
 @pytest.mark.parametrize("name", [FILE, METADATA, MANIFEST])
@@ -110,10 +83,6 @@ def test_impossible_metadata_is_named(directory, change, message):
     change_metadata(directory, change)
     with pytest.raises(DamagedCheckpointError, match=re.escape(f"metadata.json: {message}")):
         CheckpointReader(directory)
-
-
-def embedding(body):
-    return body["groups"]["model"]["embedding.weight"]
 
 
 NO_MODEL = {

@@ -1,0 +1,56 @@
+"""Runs like the one that `make_run` configured, and what becomes of them in the background."""
+
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from tests.support.commands import ENVIRONMENT
+from tests.support.processes import PythonProcess
+
+WAIT = 90
+
+
+def derive_run(folder, name, *, growth=(), **sections):
+    """NAME.yaml in `folder`: its run.yaml, which saves in NAME and writes NAME.jsonl, with other keys of sections."""
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    values["growth"] = list(growth)
+    values["checkpoint"]["save"] = str(folder / name)
+    values["logging"]["metrics_file"] = str(folder / f"{name}.jsonl")
+    for section, keys in sections.items():
+        values[section] |= keys
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start_run(config, ranks=1):
+    """The run of NAME.yaml in the background, under torchrun if it has several ranks, once it has done some steps."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "megatron_tf.pretrain", str(config)]
+    process = PythonProcess(command, environment=ENVIRONMENT)
+    wait_for_steps(config.parent, config.stem, 5, process=process)
+    return process
+
+
+def wait_for_steps(folder, name, count=3, *, seconds=WAIT, process=None, log=None):
+    """Until NAME.jsonl tells of so many steps; fails at the end of `process`, and with what is in `log`."""
+    metrics, limit = folder / f"{name}.jsonl", time.monotonic() + seconds
+    while not metrics.exists() or metrics.read_text().count('"loss"') < count:
+        assert time.monotonic() < limit, log.read_text() if log is not None and log.exists() else "it does not begin"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def children_of(pid):
+    """The processes that a process started; none if it has ended."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def ranks_of(agent):
+    """The ranks that torchrun started."""
+    return [child for child in children_of(agent) if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]
