@@ -48,7 +48,8 @@ setup(
     package_data={"megatron_tf": ["py.typed", "*.pyi"]},
     entry_points={
         "console_scripts": ["megatron-tf = megatron_tf.__main__:main"],
-        "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
+        # read by lm-eval after 0.4.13
+        "lm_eval.models": ["megatron_tf = megatron_tf.inference.lm_eval_model:MegatronTF"],
     },
     python_requires=">=3.11",
     # Lower bounds are tested (requirements/oldest.txt). Upper bounds keep out major versions known to break us.

@@ -71,9 +71,9 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     import torch
 
     from megatron_tf.checkpoint.commit import prepare, publish, temporary_directory
-    from megatron_tf.checkpoint.derived import rows_per_block
-    from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec
     from megatron_tf.checkpoint.reshard import Target
+    from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec
+    from megatron_tf.checkpoint.transformed import rows_per_block
     from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
     from megatron_tf.tokenformer.parameters import model_parameters

@@ -10,8 +10,8 @@ import xxhash
 
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
-from megatron_tf.checkpoint.pieces import Written, collect_groups
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
 from megatron_tf.files import sync_directory, write_durably
 

@@ -22,7 +22,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import (
+from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
+from megatron_tf.checkpoint.transformed import (
     Checkpoint,
     Copy,
     DerivedCheckpoint,
@@ -32,8 +34,6 @@ from megatron_tf.checkpoint.derived import (
     Zeros,
     copied,
 )
-from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
 from megatron_tf.config import TOKEN_KINDS, ConfigError, GrowthStage, grown_model, layer_origins
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from megatron_tf.tokenformer.parameters import Parameter, Role, initial_taus, key_tokens, model_parameters

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.contents import check_complete
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
     DTYPES,
@@ -26,8 +25,9 @@ from megatron_tf.checkpoint.format import (
     file_checksum,
     read_manifest,
 )
-from megatron_tf.checkpoint.pieces import HashedFile, PieceFileReader, PieceSpec
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import HashedFile, PieceFileReader, PieceSpec
+from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.parallel.sharding import RowShard, copy_rows
 
 _MOST_METADATA_BYTES = 1 << 26

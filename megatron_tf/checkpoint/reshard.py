@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec, Written
+from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
 from megatron_tf.parallel.sharding import split_rows
 from megatron_tf.tokenformer.parameters import Module, Parameter
 

@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temporary_directory
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec, Written
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.sharding import RowShard
 

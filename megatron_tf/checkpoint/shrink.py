@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
+from megatron_tf.checkpoint.transformed import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
 from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, key_tokens
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
+from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Another padding of the vocabulary: rows after the last id are dropped, or drawn as in a new model."""
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import (
+from megatron_tf.checkpoint.transformed import (
     Checkpoint,
     Copy,
     DerivedCheckpoint,

@@ -20,10 +20,10 @@ from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_tf.checkpoint.derived import Checkpoint
-    from megatron_tf.checkpoint.foreign import TokenizerChoice
     from megatron_tf.checkpoint.load import CheckpointReader
+    from megatron_tf.checkpoint.transformed import Checkpoint
     from megatron_tf.config import ModelConfig
+    from megatron_tf.convert.external import TokenizerChoice
     from megatron_tf.data.tokenizer import Tokenizer
 
 FORMATS = ("megatron_tf", "official", "hf")
@@ -134,15 +134,15 @@ def parse_arguments(arguments: list[str] | None) -> Options:
 
 def import_official(options: Options) -> None:
     """A .bin file -> our checkpoint."""
-    from megatron_tf.checkpoint.foreign import ForeignCheckpoint, new_record, rename
-    from megatron_tf.checkpoint.official import (
+    from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
+    from megatron_tf.convert.external import ForeignCheckpoint, new_record, rename
+    from megatron_tf.convert.official.writing import (
         PUBLISHED,
         infer_model,
         official_name,
         read_official,
         without_frequencies,
     )
-    from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
     from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 
     needed = ["num_attention_heads", "norm_activation"] + ["tokenizer_type"] * (options.vocab_size is None)
@@ -171,7 +171,7 @@ def import_official(options: Options) -> None:
 
 def choose_tokenizer(options: Options) -> "TokenizerChoice":
     """From its file, or from --vocab-size: then any tokenizer of so many ids is accepted later."""
-    from megatron_tf.checkpoint.foreign import TokenizerChoice, unknown_tokenizer
+    from megatron_tf.convert.external import TokenizerChoice, unknown_tokenizer
     from megatron_tf.data.tokenizer import build_tokenizer
 
     if options.vocab_size is None:
@@ -195,7 +195,7 @@ def check_end(tokenizer: "Tokenizer", eod_token: str | None) -> None:
 
 def import_huggingface(options: Options) -> None:
     """A directory that `export_huggingface` wrote -> our checkpoint."""
-    from megatron_tf.inference.huggingface.export import read_export, tokenizer_file
+    from megatron_tf.convert.huggingface.export import read_export, tokenizer_file
 
     if options.save.resolve().is_relative_to(options.load.resolve()):
         raise ConversionError(f"--save {options.save} is inside --load {options.load}: choose another directory")
@@ -226,8 +226,8 @@ def export_official(options: Options) -> None:
     """Our checkpoint -> a .bin file."""
     import torch
 
-    from megatron_tf.checkpoint.foreign import WEIGHT_DTYPES, parameter_bytes
-    from megatron_tf.checkpoint.official import FILE, PUBLISHED, check_representable, check_told, write_official
+    from megatron_tf.convert.external import WEIGHT_DTYPES, parameter_bytes
+    from megatron_tf.convert.official.writing import FILE, PUBLISHED, check_representable, check_told, write_official
 
     dtype = WEIGHT_DTYPES[options.dtype or "fp32"]
     source, model = open_ours(options.load)
@@ -245,12 +245,12 @@ def export_official(options: Options) -> None:
 
 def export_huggingface(options: Options) -> None:
     """Our checkpoint -> a directory for transformers, loaded with it and compared."""
-    from megatron_tf.checkpoint.foreign import parameter_bytes
-    from megatron_tf.checkpoint.huggingface import write_tensors
     from megatron_tf.checkpoint.reshard import progress_bar
     from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
-    from megatron_tf.inference.huggingface.check import has_transformers
-    from megatron_tf.inference.huggingface.export import write_surroundings
+    from megatron_tf.convert.external import parameter_bytes
+    from megatron_tf.convert.huggingface.check import has_transformers
+    from megatron_tf.convert.huggingface.export import write_surroundings
+    from megatron_tf.convert.huggingface.tensors import write_tensors
 
     if not (options.skip_check or has_transformers()):
         raise ConversionError(
@@ -304,7 +304,7 @@ def the_tokenizer(checkpoint: "Checkpoint", path: Path | None) -> "Tokenizer":
 
 def measure(source: "CheckpointReader", data: Path, num_tokens: int) -> str:
     """The mean loss on the front of a data set, in words for the model card."""
-    from megatron_tf.inference.calibration import mean_loss, read_samples
+    from megatron_tf.inference.comparison import mean_loss, read_samples
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.tokenizer import check_made_with
 
@@ -323,9 +323,9 @@ def check(source: "CheckpointReader", directory: Path, tokenizer: "Tokenizer") -
     """Raise ConversionError unless transformers computes the same logits from the directory, and generates by them."""
     import torch
 
+    from megatron_tf.convert.huggingface import check as compare
+    from megatron_tf.convert.huggingface.export import texts_with_special_pieces, tokenizer_file
     from megatron_tf.data.bpe_engine import PROBES
-    from megatron_tf.inference.huggingface import check as compare
-    from megatron_tf.inference.huggingface.export import texts_with_special_pieces, tokenizer_file
 
     for dtype in (torch.float32, torch.float64):  # in the second, rounding is no excuse
         differences, largest = compare.logits_differences(source.directory, directory, dtype)

@@ -8,20 +8,20 @@ from typing import Any
 
 import yaml
 
-from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, differing_values, names_by_pattern
+from megatron_tf.checkpoint.transformed import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.reshard_checkpoint import Options
 from megatron_tf.config import GrowthStage, parse_config, parse_token_option
 from megatron_tf.config.load import read_yaml
 from megatron_tf.errors import UserError
-from megatron_tf.inference.calibration import (
+from megatron_tf.inference.comparison import (
     Comparison,
     available_memory,
     compare_models,

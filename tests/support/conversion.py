@@ -4,10 +4,10 @@ import sys
 
 import torch
 
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, in_memory, new_record
 from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.commands import convert_checkpoint
 from megatron_tf.config import ModelConfig
+from megatron_tf.convert.external import ForeignCheckpoint, TokenizerChoice, in_memory, new_record
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from tests.support.data import write_tokenizer

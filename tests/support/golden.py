@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.checkpoint.official import official_name
 from megatron_tf.config import ModelConfig
+from megatron_tf.convert.official.writing import official_name
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tokenformer.parameters import model_parameters
 

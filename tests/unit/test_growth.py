@@ -11,7 +11,7 @@ from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.checkpoint.summary import differences
 from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.config import to_dict
-from megatron_tf.inference.calibration import mean_loss, read_samples, token_importance
+from megatron_tf.inference.comparison import mean_loss, read_samples, token_importance
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import parameter_shards
 from tests.support.data import write_data_set

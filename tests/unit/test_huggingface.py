@@ -10,11 +10,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from megatron_tf.checkpoint import huggingface
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import train_tokenizer
-from megatron_tf.inference.huggingface import check, export
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.convert.huggingface import check, export, tensors
+from megatron_tf.convert.huggingface.check import load_export
 from tests.support import toy
 from tests.support.conversion import convert, save_small_model
 from tests.support.data import write_data_set
@@ -29,7 +28,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model, is_large", [*((model, False) for model in MODELS), ("tokens by layer", True)])
 def test_export_and_import_keep_every_bit(model, is_large, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 10_000 if is_large else huggingface.SHARD_BYTES)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 10_000 if is_large else tensors.SHARD_BYTES)
     checkpoint = save_small_model(tmp_path, tau_scale=1.3, **MODELS[model])
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 0
     assert "between megatron_tf and transformers in float32" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.official import read_official
+from megatron_tf.convert.official.writing import read_official
 
 WEIGHTS = {
     "a": torch.arange(12.0).view(3, 4),

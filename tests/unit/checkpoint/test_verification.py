@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.record import GrowthEvent, LossScale
 from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint, resharding
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.errors import UserError
-from megatron_tf.inference.calibration import Comparison
+from megatron_tf.inference.comparison import Comparison
 from tests.support import toy
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set

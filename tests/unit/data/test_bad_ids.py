@@ -10,7 +10,7 @@ from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import NullTokenizer
-from megatron_tf.inference.calibration import read_samples
+from megatron_tf.inference.comparison import read_samples
 from megatron_tf.inference.perplexity import read_documents
 from tests.support.data import write_data_set
 

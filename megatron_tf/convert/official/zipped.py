@@ -22,9 +22,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.foreign import ForeignTensor
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import bytes_of
+from megatron_tf.checkpoint.shard_files import bytes_of
+from megatron_tf.convert.external import ForeignTensor
 
 _MOST_PICKLE_BYTES = 1 << 26
 _BLOCK_BYTES = 1 << 20

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.tokenformer.parameters import Parameter
 

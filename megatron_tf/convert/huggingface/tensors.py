@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.files import file_size, read_bounded
-from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
+from megatron_tf.checkpoint.shard_files import PieceFileReader, PieceFileWriter, PieceSpec
+from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
+from megatron_tf.convert.external import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role
 
 SHARD_BYTES = 5 * 10**9

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
-from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, in_memory
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.zipped import ZippedTensors
+from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
+from megatron_tf.convert.external import GROUP, ForeignTensor, in_memory
+from megatron_tf.convert.official.zipped import ZippedTensors
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role, initial_taus
 
 FILE = "pytorch_model.bin"

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.files import read_bounded
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, ForeignTensor, rename
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name, read_tensors
 from megatron_tf.checkpoint.json_object import JsonObject
 from megatron_tf.checkpoint.record import RunRecord, read_model
+from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
+from megatron_tf.convert.external import ForeignCheckpoint, ForeignTensor, rename
+from megatron_tf.convert.huggingface.card import model_card
+from megatron_tf.convert.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
+from megatron_tf.convert.huggingface.tensors import MOST_JSON_BYTES, huggingface_name, read_tensors
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.inference.huggingface.card import model_card
-from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.tokenizer_files import merges_file
 
@@ -38,7 +38,7 @@ def write_surroundings(
     if model.layer != "tokenformer":
         raise CheckpointError(f"{checkpoint.directory} is a plain transformer: only TokenFormers are exported")
     for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name(name), directory / name)
+        shutil.copyfile(Path(__file__).parent / "template" / name, directory / name)
     _write_json(directory / "config.json", _config(record, tokenizer.eod))
     _write_json(directory / "generation_config.json", _generation_config(model, tokenizer.eod))
     _write_tokenizer(directory, tokenizer, tokenizer_file, record.seq_length)
