@@ -71,9 +71,9 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     import torch
 
     from megatron_tf.checkpoint.commit import prepare, publish, temporary_directory
+    from megatron_tf.checkpoint.interface import rows_per_block
     from megatron_tf.checkpoint.reshard import Target
-    from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec
-    from megatron_tf.checkpoint.transformed import rows_per_block
+    from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter
     from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
     from megatron_tf.tokenformer.parameters import model_parameters
@@ -91,7 +91,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
                     for p in model_parameters(config.model).values()
                     if rank < target.num_parts(p) and target.stage_of(p) == stage
                 ]
-                with PieceFileWriter(directory / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs) as file:
+                with ShardFileWriter(directory / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs) as file:
                     for spec in specs:
                         step = rows_per_block(spec.shape, spec.dtype)
                         for start in range(spec.start, spec.stop, step):

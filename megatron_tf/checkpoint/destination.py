@@ -4,9 +4,9 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, step_directory
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
-from megatron_tf.checkpoint.transformed import Checkpoint
 
 
 def check_outside_checkpoints(path: Path, option: str) -> None:

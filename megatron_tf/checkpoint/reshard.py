@@ -1,4 +1,4 @@
-"""Repartitioning: any checkpoint, of files or derived, streamed into files for another layout.
+"""Resharding: any checkpoint, of files or transformed, streamed into files for another layout.
 
 Each rank of the target layout gets a file of its own for each group. Tensors are written one after another, and their
 rows in order, to all the files that share them: so files of both sides are read and written from front to back, once,
@@ -19,9 +19,9 @@ from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_direct
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec, Written
-from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written
 from megatron_tf.parallel.sharding import split_rows
 from megatron_tf.tokenformer.parameters import Module, Parameter
 
@@ -143,12 +143,12 @@ def _write_group(checkpoint: Checkpoint, directory: Path, plans: list[FilePlan],
     order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}
-    files: dict[str, PieceFileWriter] = {}
+    files: dict[str, ShardFileWriter] = {}
     finished: list[Future[None]] = []
     with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
         for plan, rows, is_last in _read_ahead(checkpoint, pieces):
             if plan.name not in files:
-                files[plan.name] = PieceFileWriter(directory / plan.name, plan.specs)
+                files[plan.name] = ShardFileWriter(directory / plan.name, plan.specs)
                 stack.push(files[plan.name])
             files[plan.name].write(rows)
             bar.update(rows.nbytes)
@@ -168,7 +168,7 @@ def _read_ahead(
     def blocks() -> Iterator[tuple[FilePlan, Tensor, bool]]:
         for spec, plan in pieces:
             row = spec.start
-            for rows in read_blocks(checkpoint, plan.group, spec.name, spec.start, spec.stop):
+            for rows in read_blocks(checkpoint, plan.group, spec.name, start=spec.start, stop=spec.stop):
                 row += len(rows)
                 yield plan, rows, row == spec.stop
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temporary_directory
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.checkpoint.shard_files import PieceFileWriter, PieceSpec, Written
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.sharding import RowShard
 
@@ -65,7 +65,7 @@ def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer
     for group, shards in groups.items():
         if mine := _to_write(shards):
             path = directory / f"{group}-{writer_label}.safetensors"
-            with PieceFileWriter(path, [_spec(shard) for shard in mine]) as file:
+            with ShardFileWriter(path, [_spec(shard) for shard in mine]) as file:
                 for shard in mine:
                     file.write(shard.tensor)
             written = file.written(group)
@@ -93,7 +93,7 @@ def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:
 
 
 def _spec(shard: RowShard) -> PieceSpec:
-    return PieceSpec(shard.name, shard.tensor.dtype, shard.global_shape, shard.start, shard.stop)
+    return PieceSpec(shard.name, shard.tensor.dtype, shard.global_shape, start=shard.start, stop=shard.stop)
 
 
 def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:

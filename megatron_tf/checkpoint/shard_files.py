@@ -57,7 +57,7 @@ class Written:
     pieces: list[tuple[str, PieceSpec, Piece]]
 
 
-class PieceFileWriter:
+class ShardFileWriter:
     """Writes one safetensors file whose tensors arrive row by row, in the order of `specs`, and hashes it as it goes.
 
     Used as a context manager: leaving it makes the file durable. `facts` are the header's metadata, by default which
@@ -89,7 +89,7 @@ class PieceFileWriter:
         with self.file, self._naming_the_file():
             sync_file(self.file)
 
-    def __enter__(self) -> "PieceFileWriter":
+    def __enter__(self) -> "ShardFileWriter":
         return self
 
     def __exit__(
@@ -149,7 +149,7 @@ class HashedFile:
             self.hashed += len(data)
 
 
-class PieceFileReader:
+class ShardFileReader:
     """Rows of the tensors of one safetensors file, read straight into their place.
 
     Not by `safe_open`, which maps the file: every page it touches counts as the process's memory, up to the whole
@@ -181,7 +181,7 @@ class PieceFileReader:
     def whole(self, name: str) -> PieceSpec:
         """A tensor that lies whole in the file, as its header has it."""
         shape, dtype, _ = self._header_of(name)
-        return PieceSpec(name, dtype, shape, 0, shape[0] if shape else 1)
+        return PieceSpec(name, dtype, shape, start=0, stop=shape[0] if shape else 1)
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
-from megatron_tf.checkpoint.transformed import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
+from megatron_tf.checkpoint.transformed import Copy, Recipe, TransformedCheckpoint, copied
 from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, key_tokens
 
@@ -46,14 +47,14 @@ def keep_most_important(
     return kept
 
 
-def shrink(source: Checkpoint, kept: Kept) -> DerivedCheckpoint:
+def shrink(source: Checkpoint, kept: Kept) -> TransformedCheckpoint:
     """The checkpoint with the tokens of `kept` only; modules that are not in it stay whole."""
     recipes: dict[str, dict[str, Recipe]] = {}
     for group in source.groups():
         recipes[group] = {
             parameter.name: _recipe(source, group, parameter, kept) for parameter in held_parameters(source, group)
         }
-    return DerivedCheckpoint(source, recipes, _record(source, kept))
+    return TransformedCheckpoint(source, recipes, _record(source, kept))
 
 
 def _recipe(source: Checkpoint, group: str, parameter: Parameter, kept: Kept) -> Recipe:

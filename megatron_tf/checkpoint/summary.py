@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _difference(left: Checkpoint, right: Checkpoint, group: str, name: str) -> s
     dtype, other_dtype = left.dtype(group, name), right.dtype(group, name)
     if (shape, dtype) != (other_shape, other_dtype):
         return f"{list(shape)} {dtype} against {list(other_shape)} {other_dtype}"
-    sides = (read_blocks(checkpoint, group, name, 0, shape[0]) for checkpoint in (left, right))
+    sides = (read_blocks(checkpoint, group, name) for checkpoint in (left, right))
     count = sum(differing_values(one, other) for one, other in zip(*sides, strict=True))
     return f"{count} of {math.prod(shape)} values differ" if count else None
 
@@ -87,5 +87,4 @@ def differing_values(left: Tensor, right: Tensor) -> int:
 
 
 def _square_sum(checkpoint: Checkpoint, group: str, name: str) -> float:
-    rows = checkpoint.shape(group, name)[0]
-    return sum(float(block.double().square().sum()) for block in read_blocks(checkpoint, group, name, 0, rows))
+    return sum(float(block.double().square().sum()) for block in read_blocks(checkpoint, group, name))

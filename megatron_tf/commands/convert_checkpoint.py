@@ -20,8 +20,8 @@ from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron_tf.checkpoint.interface import Checkpoint
     from megatron_tf.checkpoint.load import CheckpointReader
-    from megatron_tf.checkpoint.transformed import Checkpoint
     from megatron_tf.config import ModelConfig
     from megatron_tf.convert.external import TokenizerChoice
     from megatron_tf.data.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
 def import_official(options: Options) -> None:
     """A .bin file -> our checkpoint."""
     from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
-    from megatron_tf.convert.external import ForeignCheckpoint, new_record, rename
+    from megatron_tf.convert.external import ExternalCheckpoint, new_record, rename
     from megatron_tf.convert.official.writing import (
         PUBLISHED,
         infer_model,
@@ -166,7 +166,7 @@ def import_official(options: Options) -> None:
         expected=model_parameters(model).values(),
         their_name=lambda parameter: official_name(parameter, model.num_layers),
     )
-    write_ours(ForeignCheckpoint(options.load, renamed, record), options.save)
+    write_ours(ExternalCheckpoint(options.load, renamed, record), options.save)
 
 
 def choose_tokenizer(options: Options) -> "TokenizerChoice":

@@ -10,11 +10,12 @@ import yaml
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.interface import BLOCK_BYTES, Checkpoint, read_blocks
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, differing_values, names_by_pattern
-from megatron_tf.checkpoint.transformed import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
+from megatron_tf.checkpoint.transformed import TransformedCheckpoint
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.reshard_checkpoint import Options
@@ -120,7 +121,7 @@ def growth_stage(options: Options) -> GrowthStage | None:
     return parse_config(GrowthStage, values, str(options.stage or "growth")) if values else None
 
 
-def shrunk(source: CheckpointReader, options: Options) -> DerivedCheckpoint:
+def shrunk(source: CheckpointReader, options: Options) -> TransformedCheckpoint:
     """The source without the tokens that do least on the data."""
     if options.data is None:
         raise CheckpointError("--shrink needs --data PREFIX: the tokens that do least on it are dropped")
@@ -198,8 +199,7 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
     total = sum(math.prod(expected.shape(*tensor)) * expected.dtype(*tensor).itemsize for tensor in tensors)
     with progress_bar("verifying", total, sys.stderr.isatty()) as bar:
         for group, name in tensors:
-            rows = expected.shape(group, name)[0]
-            sides = (read_blocks(checkpoint, group, name, start=0, stop=rows) for checkpoint in (expected, found))
+            sides = (read_blocks(checkpoint, group, name) for checkpoint in (expected, found))
             for wanted, have in zip(*sides, strict=True):
                 if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
                     raise VerificationError(f"{path}: {group} {name} is not what it should be")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.tokenformer.parameters import Parameter
 
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ForeignTensor:
+class ExternalTensor:
     """A tensor that lies in a file of another program."""
 
     shape: Shape
@@ -34,28 +34,28 @@ class ForeignTensor:
     """(start, stop) -> these rows, in memory of their own."""
 
 
-def in_memory(tensor: Tensor) -> ForeignTensor:
+def in_memory(tensor: Tensor) -> ExternalTensor:
     """A tensor that has been loaded."""
 
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor[start:stop].clone(memory_format=torch.contiguous_format)
 
-    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+    return ExternalTensor(tuple(tensor.shape), tensor.dtype, read_rows)
 
 
-def widened(tensor: ForeignTensor) -> ForeignTensor:
+def widened(tensor: ExternalTensor) -> ExternalTensor:
     """A tensor of 16 bits in fp32, which holds every number of fp16 and bf16 exactly."""
 
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor.read_rows(start, stop).float()
 
-    return ForeignTensor(tensor.shape, torch.float32, read_rows)
+    return ExternalTensor(tensor.shape, torch.float32, read_rows)
 
 
-class ForeignCheckpoint:
+class ExternalCheckpoint:
     """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
 
-    def __init__(self, directory: Path, tensors: Mapping[str, ForeignTensor], record: RunRecord) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, ExternalTensor], record: RunRecord) -> None:
         self.directory = directory
         self.record = record
         self._tensors = tensors
@@ -76,14 +76,14 @@ class ForeignCheckpoint:
         """Type."""
         return self._tensor(group, name).dtype
 
-    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
         tensor = self._tensor(group, name)
         if not 0 <= start <= stop <= tensor.shape[0]:
             raise CheckpointError(f"{name} has {tensor.shape[0]} rows, [{start}, {stop}) are asked for")
         return tensor.read_rows(start, stop)
 
-    def _tensor(self, group: str, name: str) -> ForeignTensor:
+    def _tensor(self, group: str, name: str) -> ExternalTensor:
         if group != GROUP or name not in self._tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name!r} in {group!r}")
         return self._tensors[name]
@@ -99,11 +99,11 @@ def parameter_bytes(checkpoint: Checkpoint) -> int:
 
 def rename(
     path: Path,
-    found: Mapping[str, ForeignTensor],
+    found: Mapping[str, ExternalTensor],
     *,
     expected: Collection[Parameter],
     their_name: Callable[[Parameter], str],
-) -> dict[str, ForeignTensor]:
+) -> dict[str, ExternalTensor]:
     """Give the tensors in a file our names, in the order of the `expected` parameters, and the type fp32.
 
     Raises CheckpointError that names the first tensor that is missing, not expected, of another shape, or of a type

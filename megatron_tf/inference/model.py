@@ -118,4 +118,4 @@ def _read_own_rows(reader: CheckpointReader, parameter: Parameter, group: Proces
     start, stop = 0, rows
     if parameter.is_sharded:
         start, stop = split_rows(rows, group_size(group), group_rank(group))
-    return reader.read_rows("model", name, start, stop)
+    return reader.read_rows("model", name, start=start, stop=stop)

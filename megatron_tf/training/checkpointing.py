@@ -7,10 +7,10 @@ from pathlib import Path
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import load_shards
 from megatron_tf.checkpoint.record import Identity, RunDetails, RunRecord, is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
-from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.blend import GREEDY, SPACED
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters

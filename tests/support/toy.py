@@ -125,7 +125,10 @@ def read_all(path):
     """{group: {name: tensor}} of a checkpoint."""
     reader = CheckpointReader(path)
     return {
-        group: {name: reader.read_rows(group, name, 0, reader.shape(group, name)[0]) for name in reader.names(group)}
+        group: {
+            name: reader.read_rows(group, name, start=0, stop=reader.shape(group, name)[0])
+            for name in reader.names(group)
+        }
         for group in reader.groups()
     }
 

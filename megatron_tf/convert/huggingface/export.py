@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.json_object import JsonObject
 from megatron_tf.checkpoint.record import RunRecord, read_model
-from megatron_tf.checkpoint.transformed import Checkpoint
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.convert.external import ForeignCheckpoint, ForeignTensor, rename
+from megatron_tf.convert.external import ExternalCheckpoint, ExternalTensor, rename
 from megatron_tf.convert.huggingface.card import model_card
 from megatron_tf.convert.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
 from megatron_tf.convert.huggingface.tensors import MOST_JSON_BYTES, huggingface_name, read_tensors
@@ -45,7 +45,7 @@ def write_surroundings(
     (directory / "README.md").write_text(model_card(model, record, directory.name, measured))
 
 
-def read_export(directory: Path) -> ForeignCheckpoint:
+def read_export(directory: Path) -> ExternalCheckpoint:
     """A directory written by this module, as a checkpoint without moments.
 
     Raises CheckpointError or ConfigError naming the file and what is wrong with it.
@@ -68,12 +68,12 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     renamed = _fitting(directory, tensors, record.model, record.tau)
     check_vocabulary(config, record.model, path)
     tau = record.tau or initial_taus(record.model)  # as transformers does without them
-    return ForeignCheckpoint(directory, renamed, replace(record, tau=tau))
+    return ExternalCheckpoint(directory, renamed, replace(record, tau=tau))
 
 
 def _fitting(
-    directory: Path, tensors: Mapping[str, ForeignTensor], model: ModelConfig, tau: Mapping[str, float]
-) -> dict[str, ForeignTensor]:
+    directory: Path, tensors: Mapping[str, ExternalTensor], model: ModelConfig, tau: Mapping[str, float]
+) -> dict[str, ExternalTensor]:
     """The tensors of the model by our names. Raises CheckpointError where they are not all there."""
     path = directory / "config.json"
     if model.num_layers > len(tensors):

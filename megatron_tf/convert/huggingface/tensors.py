@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.shard_files import PieceFileReader, PieceFileWriter, PieceSpec
-from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
-from megatron_tf.convert.external import GROUP, ForeignTensor, parameter_bytes
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileReader, ShardFileWriter
+from megatron_tf.convert.external import GROUP, ExternalTensor, parameter_bytes
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role
 
 SHARD_BYTES = 5 * 10**9
@@ -42,10 +42,10 @@ def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
     for number, parameters in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         specs = [_spec(checkpoint, parameter) for parameter in parameters]
-        with PieceFileWriter(directory / file, specs, {"format": "pt"}) as writer:
+        with ShardFileWriter(directory / file, specs, {"format": "pt"}) as writer:
             for parameter in parameters:
                 index[huggingface_name(parameter)] = file
-                for rows in read_blocks(checkpoint, GROUP, parameter.name, 0, parameter.shape[0]):
+                for rows in read_blocks(checkpoint, GROUP, parameter.name):
                     writer.write(rows)
                     bar.update(rows.nbytes)
     if len(shards) > 1:
@@ -53,11 +53,11 @@ def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
         (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_tensors(directory: Path) -> dict[str, ForeignTensor]:
+def read_tensors(directory: Path) -> dict[str, ExternalTensor]:
     """The tensors of a directory under their own names. Raises CheckpointError naming the file that is not as it
     should be."""
     return {
-        name: _foreign(reader, reader.whole(name))
+        name: _external(reader, reader.whole(name))
         for reader in map(_open, _files(directory))
         for name in reader.names()
     }
@@ -79,12 +79,12 @@ def _shards(checkpoint: Checkpoint) -> list[list[Parameter]]:
 
 def _spec(checkpoint: Checkpoint, parameter: Parameter) -> PieceSpec:
     dtype = checkpoint.dtype(GROUP, parameter.name)
-    return PieceSpec(huggingface_name(parameter), dtype, parameter.shape, 0, parameter.shape[0])
+    return PieceSpec(huggingface_name(parameter), dtype, parameter.shape, start=0, stop=parameter.shape[0])
 
 
-def _open(path: Path) -> PieceFileReader:
+def _open(path: Path) -> ShardFileReader:
     file_size(path)  # a FIFO would wait for its other end
-    return PieceFileReader(path)
+    return ShardFileReader(path)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -105,10 +105,10 @@ def _files(directory: Path) -> list[Path]:
     return [directory / file for file in files]
 
 
-def _foreign(reader: PieceFileReader, spec: PieceSpec) -> ForeignTensor:
+def _external(reader: ShardFileReader, spec: PieceSpec) -> ExternalTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
         reader.read(spec, start, rows)
         return rows
 
-    return ForeignTensor(spec.shape, spec.dtype, read_rows)
+    return ExternalTensor(spec.shape, spec.dtype, read_rows)

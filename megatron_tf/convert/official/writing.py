@@ -16,9 +16,9 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.transformed import Checkpoint, read_blocks
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
-from megatron_tf.convert.external import GROUP, ForeignTensor, in_memory
+from megatron_tf.convert.external import GROUP, ExternalTensor, in_memory
 from megatron_tf.convert.official.zipped import ZippedTensors
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role, initial_taus
 
@@ -68,7 +68,7 @@ def _name_of(module: Module, role: Role, num_layers: int, layer: int = 0) -> str
     return _NAMES[module, role].format(block=layer + 2, norm=num_layers + 3, head=num_layers + 4)
 
 
-def read_official(path: Path) -> dict[str, ForeignTensor]:
+def read_official(path: Path) -> dict[str, ExternalTensor]:
     """The tensors of a file under their own names; only what is read of them takes memory, and no code in it runs.
 
     Raises CheckpointError where it is not a file of tensors.
@@ -78,7 +78,7 @@ def read_official(path: Path) -> dict[str, ForeignTensor]:
     return ZippedTensors(path).tensors() if zipfile.is_zipfile(path) else _read_old(path)
 
 
-def _read_old(path: Path) -> dict[str, ForeignTensor]:
+def _read_old(path: Path) -> dict[str, ExternalTensor]:
     """What torch wrote before 1.6, which is loaded whole."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -93,7 +93,7 @@ def _read_old(path: Path) -> dict[str, ForeignTensor]:
     return {name: in_memory(value) for name, value in state.items()}
 
 
-def infer_model(path: Path, tensors: Mapping[str, ForeignTensor], vocab_size: int) -> dict[str, Any]:
+def infer_model(path: Path, tensors: Mapping[str, ExternalTensor], vocab_size: int) -> dict[str, Any]:
     """What the shapes, and the size of the tokenizer, tell of a model's configuration: all but heads and normalisation.
 
     Raises CheckpointError for tensors that are not those of an official TokenFormer.
@@ -135,8 +135,8 @@ def _padding(path: Path, rows: int, vocab_size: int) -> int:
 
 
 def without_frequencies(
-    path: Path, tensors: Mapping[str, ForeignTensor], model: ModelConfig
-) -> dict[str, ForeignTensor]:
+    path: Path, tensors: Mapping[str, ExternalTensor], model: ModelConfig
+) -> dict[str, ExternalTensor]:
     """The tensors but for rotary frequencies, which files of gpt-neox hold as a buffer of each layer.
 
     Raises CheckpointError where they are others than the model's.
@@ -158,7 +158,7 @@ def without_frequencies(
     return kept
 
 
-def _matrix_shape(path: Path, tensors: Mapping[str, ForeignTensor], name: str) -> tuple[int, ...]:
+def _matrix_shape(path: Path, tensors: Mapping[str, ExternalTensor], name: str) -> tuple[int, ...]:
     if name not in tensors:
         raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {name}")
     shape = tensors[name].shape
@@ -244,7 +244,7 @@ def write_official(checkpoint: Checkpoint, model: ModelConfig, path: Path, dtype
 def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> Tensor | None:
     """Read a tensor into the front of `whole`, rounded to its type; returns the last block of it."""
     place, rows = 0, None
-    for rows in read_blocks(checkpoint, GROUP, name, 0, checkpoint.shape(GROUP, name)[0]):
+    for rows in read_blocks(checkpoint, GROUP, name):
         written = whole[place : place + rows.numel()]
         written.copy_(rows.flatten())
         _check_overflow(checkpoint, name, rows, written)

@@ -35,8 +35,8 @@ def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
         rows.fill_(2)
         changed.set()
         begin(saver, tmp_path, 2, rows)
-        assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", 0, 4).eq(1).all()
-    assert CheckpointReader(tmp_path).read_rows("model", "w", 0, 4).eq(2).all()
+        assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", start=0, stop=4).eq(1).all()
+    assert CheckpointReader(tmp_path).read_rows("model", "w", start=0, stop=4).eq(2).all()
     assert [path.name for path in saved] == ["step_00000001", "step_00000002"]
 
 

@@ -194,7 +194,7 @@ def test_real_ranks_save_together_and_fail_together(tmp_path):
     finally:
         pool.close()
     assert first == second
-    assert CheckpointReader(Path(first)).read_rows("model", "w", 0, 4)[:, 0].tolist() == [0, 0, 1, 1]
+    assert CheckpointReader(Path(first)).read_rows("model", "w", start=0, stop=4)[:, 0].tolist() == [0, 0, 1, 1]
     assert failed[0] == failed[1]
     assert failed[0].startswith("saving failed on rank 1")
     assert list((tmp_path / "bad").iterdir()) == []

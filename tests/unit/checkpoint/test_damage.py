@@ -68,7 +68,7 @@ def test_a_manifest_that_would_still_make_sense_is_found_too(root):
 def test_verify_finds_damage_that_nothing_reads(root):
     flip_bit(root / "step_00000200" / SOME_FILE, -1)
     reader = CheckpointReader(root)
-    reader.read_rows("model", "embedding.weight", 0, 24)
+    reader.read_rows("model", "embedding.weight", start=0, stop=24)
     with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest sound"):
         reader.verify()
 

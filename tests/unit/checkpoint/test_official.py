@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import megatron_tf
-from megatron_tf.checkpoint import transformed
+from megatron_tf.checkpoint import interface
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
 from megatron_tf.convert.official.writing import official_name
@@ -48,7 +48,7 @@ def import_tensors(folder, tensors, *options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_file_gives_the_official_logits_and_comes_back_bit_for_bit(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformed, "BLOCK_BYTES", 1000)  # several blocks a tensor
+    monkeypatch.setattr(interface, "BLOCK_BYTES", 1000)  # several blocks a tensor
     config, fixture, _ = golden_case(case)
     tensors = official_tensors(case)
     code, run = import_tensors(tmp_path, tensors, *facts(tmp_path, config.norm_activation))

@@ -55,7 +55,7 @@ def test_layouts_leave_no_trace_in_the_values(tmp_path):
 def test_types_and_bit_patterns_survive(tmp_path, dtype):
     rows = torch.randint(0, 2**60, (5, 3)).view(torch.uint8)[:, : 3 * dtype.itemsize].contiguous().view(dtype)
     path = save_checkpoint(tmp_path, 1, {"model": [RowShard("w", (5, 3), 0, 5, rows, True)]}, record(1), "all", None)
-    read = CheckpointReader(path).read_rows("model", "w", 1, 4)
+    read = CheckpointReader(path).read_rows("model", "w", start=1, stop=4)
     assert torch.equal(read.view(torch.uint8), rows[1:4].view(torch.uint8))
 
 
@@ -64,11 +64,11 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
     reader = CheckpointReader(save(tmp_path, tensors, (3, 1, 2)))
     whole = tensors["model"]["layers.1.ffn.key_tokens"]
     for start, stop in [(0, 0), (0, 1), (5, 7), (11, 25), (35, 36), (0, 36)]:
-        rows = reader.read_rows("model", "layers.1.ffn.key_tokens", start, stop)
+        rows = reader.read_rows("model", "layers.1.ffn.key_tokens", start=start, stop=stop)
         assert torch.equal(rows, whole[start:stop])
         assert rows.untyped_storage().nbytes() == rows.nbytes
     with pytest.raises(CheckpointError, match=r"ffn.key_tokens has 36 rows, \[30, 40\)"):
-        reader.read_rows("model", "layers.1.ffn.key_tokens", 30, 40)
+        reader.read_rows("model", "layers.1.ffn.key_tokens", start=30, stop=40)
 
 
 def test_facts_come_back(tmp_path):
@@ -118,7 +118,7 @@ def test_rows_of_other_writers_are_left_out(tmp_path):
     rows = torch.ones(4, 2)
     shards = [RowShard("w", (4, 2), 0, 4, rows, True), RowShard("w", (4, 2), 0, 4, 2 * rows, False)]
     path = save_checkpoint(tmp_path, 1, {"model": shards}, record(1), "all", None)
-    assert torch.equal(CheckpointReader(path).read_rows("model", "w", 0, 4), rows)
+    assert torch.equal(CheckpointReader(path).read_rows("model", "w", start=0, stop=4), rows)
 
 
 def test_the_target_helper_is_consistent():
