@@ -1,7 +1,5 @@
 """Checkpoints of small models that no run has trained."""
 
-import sys
-
 import torch
 
 from megatron_tf.checkpoint.reshard import Target, reshard
@@ -37,10 +35,10 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
     choice = TokenizerChoice(kind, path, identity, eod_token)
-    record = new_record(config, tau, choice, seq_length=64, seed=1)
+    record = new_record(config, choice, tau=tau, seq_length=64, seed=1)
     target = Target(tensor_parallel=1, stages=[range(config.num_layers)])
     source = ExternalCheckpoint(folder, tensors, record)
-    return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
+    return reshard(source, folder / "run", target)
 
 
 def convert(source, target, load, save, *options):

@@ -1,1 +1,1 @@
-"""The Hugging Face side: the model's code that travels with an export, what stands around it, and the check of it."""
+"""Directories for transformers: tensors, configuration, tokenizer, the model's code, and the check of all of them."""

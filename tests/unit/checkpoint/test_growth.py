@@ -38,7 +38,7 @@ STD = 2 / (LAYERS * HIDDEN**0.5)
 def grow_to(source, root, stage, layout=(1, 1)):
     """The grown checkpoint's directory."""
     reader = CheckpointReader(source, check_at_end=True)
-    return reshard(grow(reader, stage), root, target(*layout), reader.verify, False)
+    return reshard(grow(reader, stage), root, target(*layout), check_source=reader.verify)
 
 
 def kind_of(name):

@@ -21,7 +21,7 @@ PAIRS = [((1, 1), (2, 1)), ((2, 1), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (6, 3)),
 def repartition(source, root, layout):
     """As the tool does."""
     reader = CheckpointReader(source, check_at_end=True)
-    return reshard(reader, root, layout, reader.verify, False)
+    return reshard(reader, root, layout, check_source=reader.verify)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
