@@ -146,9 +146,9 @@ class _Growth:
     def _record(self) -> RunRecord:
         record, stage = self.source.record, self.stage
         training = record.training
-        changes = {
-            kind: [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)] for kind in TOKEN_KINDS
-        }
+        changes = {}
+        for kind in TOKEN_KINDS:
+            changes[kind] = [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)]
         event = GrowthEvent(
             step=training.step,
             samples=training.samples,

@@ -13,10 +13,10 @@ from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoin
 from megatron_tf.checkpoint.contents import check_complete
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
-    DTYPES,
     LATEST,
     MANIFEST,
     METADATA,
+    STORED_DTYPES,
     CheckpointError,
     DamagedCheckpointError,
     FormatVersionError,
@@ -68,10 +68,6 @@ class CheckpointReader:
         """Names of the groups of tensors."""
         return list(self.manifest.groups)
 
-    def has_group(self, group: str) -> bool:
-        """Whether there are tensors of this group, such as an optimizer moment."""
-        return group in self.manifest.groups
-
     def names(self, group: str) -> list[str]:
         """Logical tensors of a group."""
         return list(self.manifest.groups.get(group, {}))
@@ -82,16 +78,16 @@ class CheckpointReader:
 
     def dtype(self, group: str, name: str) -> torch.dtype:
         """Type."""
-        return DTYPES[self._entry(group, name).dtype]
+        return STORED_DTYPES[self._entry(group, name).dtype]
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, on the CPU; only those are read. Raises CheckpointError if it has fewer."""
         entry = self._entry(group, name)
         if not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(
-                f"{self.directory}: {name} has {entry.shape[0]} rows, [{start}, {stop}) are asked for"
+                f"{self.directory}: {name} has {entry.shape[0]} rows, [{start}, {stop}) are requested"
             )
-        dtype = DTYPES[entry.dtype]
+        dtype = STORED_DTYPES[entry.dtype]
         parts = []
         for piece in entry.pieces:
             low, high = max(start, piece.start), min(stop, piece.stop)
@@ -180,14 +176,14 @@ class CheckpointReader:
                 except (CheckpointError, OSError):
                     continue
                 return (
-                    f"; the newest sound checkpoint is {candidate}: to go on from it, write {candidate.name} into "
+                    f"; the newest sound checkpoint is {candidate}: to resume from it, write {candidate.name} into "
                     f"{candidate.parent / LATEST}"
                 )
-        return "; there is no other sound checkpoint beside it"
+        return "; there is no other sound checkpoint next to it"
 
 
 def load_shards(
-    checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], expected_names: Collection[str]
+    checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], *, expected_names: Collection[str]
 ) -> None:
     """Copy this rank's rows in place, bit for bit. `expected_names` are all tensors of the model.
 

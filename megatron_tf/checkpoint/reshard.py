@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
+from megatron_tf.checkpoint.commit import abandon, prepare_directory, publish, step_directory
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
@@ -86,14 +86,14 @@ def reshard(
     if not allow_existing:
         check_destination(checkpoint, root, step)
     plans = list(plan_files(checkpoint, target))
-    directory = prepare(root, step, sum(plan.nbytes for plan in plans))
+    directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
     try:
         written = []
         for group in checkpoint.groups():
             plans_of_group = [plan for plan in plans if plan.group == group]
             written.extend(_write_group(checkpoint, directory, plans_of_group, progress=progress))
         check_source()
-        return publish(root, step, checkpoint.record, written, source=checkpoint.directory)
+        return publish(root, step, record=checkpoint.record, written=written, source=checkpoint.directory)
     except BaseException:
         abandon(root, step)
         raise

@@ -42,17 +42,20 @@ def common_shape(shapes: Sequence[tuple[int, ...]]) -> str:
 
 def summarize(checkpoint: Checkpoint, group: str) -> list[PatternSummary]:
     """What a group holds, in the model's order; reads all of it, in blocks."""
-    return [
-        PatternSummary(
+    summaries = []
+    for pattern, names in names_by_pattern(checkpoint, group).items():
+        shapes = [checkpoint.shape(group, name) for name in names]
+        squares = sum(_square_sum(checkpoint, group, name) for name in names)
+        summary = PatternSummary(
             pattern=pattern,
             num_tensors=len(names),
-            shape=common_shape([checkpoint.shape(group, name) for name in names]),
+            shape=common_shape(shapes),
             dtype=checkpoint.dtype(group, names[0]),
-            parameters=sum(math.prod(checkpoint.shape(group, name)) for name in names),
-            norm=math.sqrt(sum(_square_sum(checkpoint, group, name) for name in names)),
+            parameters=sum(map(math.prod, shapes)),
+            norm=math.sqrt(squares),
         )
-        for pattern, names in names_by_pattern(checkpoint, group).items()
-    ]
+        summaries.append(summary)
+    return summaries
 
 
 def differences(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
@@ -61,11 +64,11 @@ def differences(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
     for group in groups:
         names = left.names(group)
         for name in [*names, *sorted(set(right.names(group)) - set(names))]:
-            if difference := _difference(left, right, group, name):
+            if difference := _difference(left, right, group=group, name=name):
                 yield f"{group} {name}: {difference}"
 
 
-def _difference(left: Checkpoint, right: Checkpoint, group: str, name: str) -> str | None:
+def _difference(left: Checkpoint, right: Checkpoint, *, group: str, name: str) -> str | None:
     for here, there in ((left, right), (right, left)):
         if name not in here.names(group):
             return f"only in {there.directory}"

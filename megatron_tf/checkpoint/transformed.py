@@ -121,7 +121,7 @@ class TransformedCheckpoint:
         """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
         recipe = self._recipe(group, name)
         if not 0 <= start <= stop <= recipe.shape[0]:
-            raise CheckpointError(f"{name} has {recipe.shape[0]} rows, [{start}, {stop}) are asked for")
+            raise CheckpointError(f"{name} has {recipe.shape[0]} rows, [{start}, {stop}) are requested")
         rows = torch.empty((stop - start, *recipe.columns), dtype=recipe.dtype)
         first = 0  # row of the tensor with which the segment begins
         for segment in recipe.segments:

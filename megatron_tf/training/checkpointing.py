@@ -46,8 +46,16 @@ def save_state(
     label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     if saver is None:
-        return save_checkpoint(root, step, groups, record, label, mesh.world, retention)
-    saver.save(root, step, groups, record, label, retention)
+        return save_checkpoint(
+            root,
+            step,
+            tensors=groups,
+            record=record,
+            writer_label=label,
+            process_group=mesh.world,
+            retention=retention,
+        )
+    saver.save(root, step, tensors=groups, record=record, writer_label=label, retention=retention)
     return None
 
 

@@ -28,7 +28,7 @@ SEQ_LENGTH = 16
 def golden_checkpoint(case, root):
     model, tensors, _ = golden_model(case)
     record = make_record(model.config, config=to_dict(small_run(training={"seq_length": SEQ_LENGTH})))
-    save_checkpoint(root, 0, {"model": parameter_shards(model)}, record, "one", None)
+    save_checkpoint(root, 0, tensors={"model": parameter_shards(model)}, record=record, writer_label="one")
     return tensors
 
 

@@ -16,7 +16,14 @@ from tests.support.toy import record
 
 def begin(saver, root, step, rows):
     shard = RowShard("w", tuple(rows.shape), 0, len(rows), rows, True)
-    saver.save(root, step, {"model": [shard]}, record(step), "all", Retention(keep_last=2))
+    saver.save(
+        root,
+        step,
+        tensors={"model": [shard]},
+        record=record(step),
+        writer_label="all",
+        retention=Retention(keep_last=2),
+    )
 
 
 def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):

@@ -147,7 +147,10 @@ HOSTILE = {
     ),
     "dots": (lambda body: body["files"].update({"..": {"bytes": 1, "xxh3_128": ""}}), "names '..', which is no file"),
     "no metadata": (lambda body: body["files"].pop(METADATA), "does not list metadata.json"),
-    "unknown file": (lambda body: embedding(body)["pieces"][0].update(file="y"), "lies in 'y', which is not listed"),
+    "unknown file": (
+        lambda body: embedding(body)["pieces"][0].update(file="y"),
+        "is stored in 'y', which is not listed",
+    ),
     "gap": (lambda body: embedding(body)["pieces"].pop(0), "embedding.weight: expected a piece from row 0"),
     "overlap": (lambda body: embedding(body)["pieces"][1].update(start=3), "expected a piece from row 12, found [3,"),
     "short": (lambda body: embedding(body)["pieces"].pop(), "pieces end at row 12 of 24"),

@@ -74,7 +74,7 @@ def test_the_transformed_checkpoint_is_what_is_written(tmp_path):
         for name, whole in written[group].items():
             for start, stop in [(0, len(whole)), (0, 1), (len(whole) // 2, len(whole)), (1, len(whole) - 1)]:
                 assert torch.equal(transformed.read_rows(group, name, start=start, stop=stop), whole[start:stop])
-    with pytest.raises(CheckpointError, match=r"has 100 rows, \[90, 101\) are asked for"):
+    with pytest.raises(CheckpointError, match=r"has 100 rows, \[90, 101\) are requested"):
         transformed.read_rows("model", "layers.0.ffn.key_tokens", start=90, stop=101)
 
 

@@ -90,7 +90,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(interface, "BLOCK_BYTES", 1 << 16)
     whole = torch.randn(1 << 15, 64)  # 8 MiB
     shard = RowShard("embedding.weight", tuple(whole.shape), 0, len(whole), whole, True)
-    source = save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, record(1), "all", None)
+    source = save_checkpoint(tmp_path / "a", 1, tensors={"model": [shard]}, record=record(1), writer_label="all")
     largest, original = 0, CheckpointReader.read_rows
 
     def counted(self, *args, **options):
