@@ -52,14 +52,17 @@ def save_checkpoint(
     def write() -> Written:
         return write_rank(temporary_directory(root, step), tensors, writer_label)
 
-    def complete_all() -> Path:
-        return complete(root, step, record=record, written=written, retention=retention)
+    def complete() -> Path:
+        path = publish(root, step, record=record, written=written)
+        if retention.keep_last is not None:
+            prune(root, retention.keep_last, retention.keep_every)
+        return path
 
     try:
         needed = sum(_on_every_rank(process_group, lambda: _bytes_to_write(tensors)))
         _on_every_rank(process_group, lambda: prepare_directory(root, step, needed) if is_first else None)
         written = _on_every_rank(process_group, write)
-        paths = _on_every_rank(process_group, lambda: complete_all() if is_first else None)
+        paths = _on_every_rank(process_group, lambda: complete() if is_first else None)
     except BaseException:
         if is_first:
             abandon(root, step)
@@ -82,16 +85,6 @@ def write_rank(directory: Path, tensors: Mapping[str, Sequence[RowShard]], write
             everything.files.update(written.files)
             everything.pieces.extend(written.pieces)
     return everything
-
-
-def complete(
-    root: Path, step: int, *, record: RunRecord, written: Sequence[Written], retention: Retention = Retention()
-) -> Path:
-    """Put together what the ranks wrote, publish it, and remove the checkpoints that `retention` does not keep."""
-    path = publish(root, step, record=record, written=written)
-    if retention.keep_last is not None:
-        prune(root, retention.keep_last, retention.keep_every)
-    return path
 
 
 def _bytes_to_write(tensors: Mapping[str, Sequence[RowShard]]) -> int:

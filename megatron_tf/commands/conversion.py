@@ -30,8 +30,8 @@ from megatron_tf.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.inference.comparison import mean_token_loss
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.samples import read_samples
-from megatron_tf.inference.tokenizer import check_made_with, tokenizer_of
+from megatron_tf.inference.samples import samples_for
+from megatron_tf.inference.tokenizer import tokenizer_of
 
 
 def run(options: Options) -> None:
@@ -157,14 +157,11 @@ def open_ours(path: Path) -> CheckpointReader:
 
 def measure(source: CheckpointReader, data: Path, num_tokens: int) -> str:
     """Measure the mean loss on the front of a dataset; return it in words, for the model card."""
-    check_made_with(data, source.record.tokenizer)
-    model = load_model(source.directory)
-    seq_length = source.record.seq_length
-    samples = read_samples(data, vocab_size=model.config.vocab_size, seq_length=seq_length, num_tokens=num_tokens)
-    loss = mean_token_loss(model, samples)
+    samples = samples_for(source.record, data, num_tokens)
+    loss = mean_token_loss(load_model(source.directory), samples)
     if not math.isfinite(loss):
         raise UserError(f"the loss on {data} is {loss}: the model of {source.directory} cannot be used")
-    return f"{loss:.4f} nats a token on the first {len(samples) * seq_length:,} tokens of {data.name}."
+    return f"{loss:.4f} nats a token on the first {len(samples) * source.record.seq_length:,} tokens of {data.name}."
 
 
 def compare_tokenizers(directory: Path, tokenizer: Tokenizer) -> None:

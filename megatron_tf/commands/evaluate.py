@@ -71,11 +71,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.inference.model import load_model
-    from megatron_tf.inference.perplexity import Prediction, predict_documents, read_documents
+    from megatron_tf.inference.perplexity import Prediction, predict_documents, read_tokenized
     from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
 
     datasets = [IndexedDataset(prefix) for prefix in options.data_path]
-    model = load_model(options.checkpoint, options.device)
+    model = load_model(options.checkpoint, device=options.device)
     for dataset in datasets:
         check_made_with(dataset.prefix, model.record.tokenizer)
     tokenizer = load_tokenizer(model, options.tokenizer_model)
@@ -89,7 +89,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
-            read = read_documents(dataset, documents, tokenizer, model.config.vocab_size)
+            read = read_tokenized(dataset, documents, tokenizer=tokenizer, vocab_size=model.config.vocab_size)
             found = predict_documents(
                 model,
                 read,

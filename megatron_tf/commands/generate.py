@@ -108,7 +108,7 @@ def generate(options: Options) -> None:
     mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = load_model(options.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    model = load_model(options.checkpoint, device=mesh.device, dtype=dtype, group=mesh.group("tp"))
     if mesh.device.type == "cpu":
         model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)

@@ -3,12 +3,11 @@
 import math
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
@@ -16,24 +15,30 @@ from megatron_tf.checkpoint.interface import BLOCK_BYTES, Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, FilePlan, Target, plan_files, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
-from megatron_tf.checkpoint.summary import common_shape, names_by_pattern
+from megatron_tf.checkpoint.summary import common_shape, differences, names_by_pattern
 from megatron_tf.checkpoint.transformed import TransformedCheckpoint
-from megatron_tf.checkpoint.verification import VerificationError, compare_tensors
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.progress import byte_bar
 from megatron_tf.commands.reshard_checkpoint import Options
 from megatron_tf.config import GrowthStage, parse_config, parse_token_option
 from megatron_tf.config.load import read_yaml
+from megatron_tf.errors import UserError
 from megatron_tf.inference.comparison import compare_models
 from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.samples import read_samples
+from megatron_tf.inference.samples import samples_for
 from megatron_tf.inference.tokenizer import check_made_with
 from megatron_tf.model.parallelize import stage_layers
 from megatron_tf.tokenformer.sizes import training_flops
 
 EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
+
+
+class VerificationError(UserError):
+    """The new checkpoint is there and is not what it should be."""
+
+    exit_code = 3
 
 
 def run(options: Options) -> None:
@@ -46,7 +51,7 @@ def run(options: Options) -> None:
     result, is_exact = transform(source, options)
     target = make_target(result, options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
     plans = list(plan_files(result, target))
-    print_plan(source, result, target, plans)
+    print_plan(source, result, target=target, plans=plans)
     if options.dry_run:
         return
     if options.data is not None:
@@ -64,7 +69,7 @@ def run(options: Options) -> None:
     print(f"wrote {path}", flush=True)
     if options.verify:
         with byte_bar("verifying", total) as bar:
-            compare_tensors(result, path, bar.update)
+            check_tensors(result, path, bar.update)
         source.verify()
         print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
     if options.verify or options.data:
@@ -127,16 +132,9 @@ def shrunk(source: CheckpointReader, options: Options) -> TransformedCheckpoint:
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
         raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
     model = load_model(source.directory)
-    samples = samples_of(source, options.data, options.data_tokens)
+    samples = samples_for(source.record, options.data, options.data_tokens)
     importance = token_importance(model, samples)
     return shrink(source, keep_most_important(model.config, importance, tokens))  # type: ignore[arg-type]
-
-
-def samples_of(source: CheckpointReader, data: Path, num_tokens: int) -> list[Tensor]:
-    """Read samples of the length that the source's model was trained with. Raises DataError for another tokenizer's."""
-    check_made_with(data, source.record.tokenizer)
-    record = source.record
-    return read_samples(data, vocab_size=record.model.vocab_size, seq_length=record.seq_length, num_tokens=num_tokens)
 
 
 def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
@@ -152,7 +150,7 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
     return Target(tensor_parallel, stage_layers(config, pipeline_parallel, checkpoint.record.seq_length))
 
 
-def print_plan(source: CheckpointReader, result: Checkpoint, target: Target, plans: Sequence[FilePlan]) -> None:
+def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, plans: Sequence[FilePlan]) -> None:
     """Print what goes in and what comes out."""
     print(f"{source.directory}, step {source.step:,}")
     print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
@@ -193,6 +191,19 @@ def _flops(checkpoint: Checkpoint) -> int:
     return training_flops(checkpoint.record.model, checkpoint.record.seq_length)
 
 
+def check_tensors(expected: Checkpoint, path: Path, progress: Callable[[int], object]) -> None:
+    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`, bit for bit."""
+    found = CheckpointReader(path, check_at_end=True)
+    for difference in differences(expected, found, progress):
+        raise VerificationError(f"{path} is not what it should be: {difference}")
+    if found.record != expected.record:
+        raise VerificationError(f"{path}: its metadata is not what it should be")
+    try:
+        found.verify()
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
+
+
 def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
     """Print how the outputs of both models differ. Raises VerificationError where they should not."""
     readers = [CheckpointReader(path) for path in (before, after)]
@@ -203,7 +214,7 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
         return
     samples = None
     if options.data:
-        samples = samples_of(readers[0], options.data, options.data_tokens)
+        samples = samples_for(readers[0].record, options.data, options.data_tokens)
     found = compare_models(before, after, samples)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:

@@ -6,8 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.data.bad_ids import check_ids
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.inference.tokenizer import check_made_with
+
+
+def samples_for(record: RunRecord, prefix: Path, num_tokens: int) -> list[Tensor]:
+    """Read samples as the model of a record was trained with. Raises DataError for data of another tokenizer."""
+    check_made_with(prefix, record.tokenizer)
+    return read_samples(prefix, vocab_size=record.model.vocab_size, seq_length=record.seq_length, num_tokens=num_tokens)
 
 
 def read_samples(prefix: Path, *, vocab_size: int, seq_length: int, num_tokens: int) -> list[Tensor]:

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tf.checkpoint.commit import prepare_directory, temporary_directory
+from megatron_tf.checkpoint.commit import prepare_directory, publish, temporary_directory
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import Target
-from megatron_tf.checkpoint.save import complete, write_rank
+from megatron_tf.checkpoint.save import write_rank
 from megatron_tf.config import ModelConfig
 from megatron_tf.parallel.sharding import RowShard, split_rows
 from tests.support.records import make_record
@@ -110,7 +110,7 @@ def write(root, tensors, layout=(1, 1, 1), step=100):
 
 def save(root, tensors, layout=(1, 1, 1), step=100, facts=None):
     """A checkpoint as that layout's ranks save it; returns its directory."""
-    return complete(root, step, record=facts or record(step), written=write(root, tensors, layout, step))
+    return publish(root, step, record=facts or record(step), written=write(root, tensors, layout, step))
 
 
 def blank(groups):

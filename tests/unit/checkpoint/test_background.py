@@ -30,9 +30,9 @@ def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
     """The writer is held back until the values have changed."""
     changed, original, saved = threading.Event(), background.save_checkpoint, []
 
-    def held_back(*arguments):
+    def held_back(*arguments, **options):
         assert changed.wait(10)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(background, "save_checkpoint", held_back)
     rows = torch.ones(4, 3)

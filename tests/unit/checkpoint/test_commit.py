@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint import commit
-from megatron_tf.checkpoint.commit import complete_checkpoints, prepare_directory, prune, step_of
+from megatron_tf.checkpoint.commit import complete_checkpoints, prepare_directory, prune, publish, step_of
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.save import complete, save_checkpoint
+from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.ranks import RankPool
@@ -60,7 +60,7 @@ def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             die_before(patch, moment)
             try:
-                complete(root, step, record=record(step), written=written)
+                publish(root, step, record=record(step), written=written)
                 outcomes.append("done")
             except Killed:
                 CheckpointReader(root).verify()
