@@ -11,8 +11,8 @@ output stay. Noise on the values, which adds up to zero over the copies of a tok
 The gradient of a key is 1/m of what it was, that of a value is the same: so Adam's moments of keys are scaled by 1/m
 and 1/m^2. Tokens beyond a multiple have zero keys.
 
-random. What the official code does: keys and values as in a new model, tau = sqrt(N) of the new N, no moments. Not
-exact.
+random. What the official code does: keys and values as in a new model, tau = sqrt(N) of the new N, no optimizer state.
+Not exact.
 
 Layers. A new layer whose last values (of proj and ffn) are zero adds nothing to the residual stream: it is the
 identity, and those values have a gradient at the first step.

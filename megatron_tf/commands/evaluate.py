@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of data sets, for each of the sets their documents come from.
+"""Perplexity and bits per byte of datasets, for each of the sets their documents come from.
 
 Each document is predicted on its own, after an end of document, in windows of the length the model was trained with.
 `python -m megatron_tf.lm_eval` runs the tasks of lm-evaluation-harness.
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Predict, and return what is to be told. Raises UserError for what a user can fix."""
+    """Predict, and return the figures. Raises UserError for what a user can fix."""
     import_late("torch")  # --help need not wait for it
     from tqdm import tqdm
 
@@ -120,7 +120,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as lines."""
+    """Format the figures as lines."""
     rows = [
         f"{'set':<24}{'documents':>12}{'tokens':>14}{'bytes':>16}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>11}"
     ]

@@ -13,7 +13,7 @@ from megatron_tf.parallel.signals import SignalCatcher, caught_signals, exit_cod
 _MARGIN = timedelta(seconds=30)  # that collectives wait longer than the watch, which has more to say
 
 
-@command(interrupted="interrupted: the same command goes on from the newest checkpoint in checkpoint.save")
+@command(interrupted="interrupted: the same command resumes from the newest checkpoint in checkpoint.save")
 def main(arguments: list[str] | None = None) -> int:
     """Train. Returns 0 when the run is done, 75 where it is saved and the same command continues it, 128 + the number
     of a signal where it is not saved."""
@@ -34,7 +34,7 @@ def run(config: RunConfig, signals: SignalCatcher) -> int:
     """Join the other ranks and train; returns the exit code."""
     signals.end_at_once(partial(exit_code, is_saved=config.checkpoint.save is not None))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors say in a line what its warnings say in forty
-    # after the configuration is known to be sound: it takes seconds
+    # after the configuration has been checked: it takes seconds
     from megatron_tf.kernels.build_failure import make_compiler_cache
 
     make_compiler_cache()  # the imports below raise a bare OSError without it

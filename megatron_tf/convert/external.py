@@ -120,7 +120,7 @@ def rename(
         renamed[parameter.name] = tensor if tensor.dtype == torch.float32 else widened(tensor)
     if strangers := found.keys() - expected.keys():
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model has not")
+        raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model does not have")
     return renamed
 
 
@@ -144,14 +144,11 @@ def new_record(
     model: ModelConfig, tokenizer: TokenizerChoice, *, tau: Mapping[str, float], seq_length: int, seed: int
 ) -> RunRecord:
     """Make the record of a model that no run of ours has trained; a run that starts from it begins at step 0."""
+    path = None if tokenizer.path is None else str(tokenizer.path)
     end = {} if tokenizer.eod_token is None else {"eod_token": tokenizer.eod_token}
     config = {
         "model": to_dict(model),
         "training": {"seq_length": seq_length, "seed": seed},
-        "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path), **end},
+        "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": path, **end},
     }
     return RunRecord(model=model, config=config, tau=tau, tokenizer=tokenizer.identity)
-
-
-def _as_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -229,7 +229,7 @@ def test_a_rank_builds_its_tokenizer_once(tmp_path, monkeypatch):
     shards = [write_lines(tmp_path / f"{i}.jsonl", [{"text": "abc"}]) for i in range(5)]
     build, built = preprocess_data.build_tokenizer, []
     monkeypatch.setattr(preprocess_data, "build_tokenizer", lambda *rest: built.append(1) or build(*rest))
-    preprocess_data.tokenizer_of.cache_clear()
+    preprocess_data.build_once.cache_clear()
     arguments = ["--tokenizer-type", "NullTokenizer", "--workers", "1", "--input", *map(str, shards)]
     parsed = preprocess_data.parse_arguments([*arguments, "--output-prefix", str(tmp_path / "out")])
     settings = Settings({"type": "NullTokenizer"}, ("text",), append_eod=False, split_by_meta=None)

@@ -122,7 +122,7 @@ def test_what_is_not_a_number_is_told():
     model = random_model()
     with torch.no_grad():
         model.transformer.final_norm.weight[3] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite"):
         Generation(model, PROMPTS, GREEDY).step()
     with pytest.raises(UserError, match="a prompt is empty"):
         Generation(model, [[1], []], GREEDY)

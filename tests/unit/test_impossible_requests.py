@@ -89,7 +89,7 @@ def test_a_closed_standard_input_holds_no_prompt(checkpoint, generate, monkeypat
 def test_a_seed_of_too_many_bits_is_refused(checkpoint, generate, seed):
     code, _, error = generate(checkpoint, "--prompt", "x", f"--seed={seed}")
     assert code == 1
-    assert error == f"error: --seed ({seed}) must lie within 64 bits\n"
+    assert error == f"error: --seed ({seed}) must be within 64 bits\n"
 
 
 def test_the_output_never_replaces_the_prompts(checkpoint, generate, tmp_path):

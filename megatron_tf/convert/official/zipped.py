@@ -179,7 +179,7 @@ class ZippedTensors:
                 f"{'which is missing' if record is None else f'which has {record.file_size:,}'}"
             )
         if tensor.strides != _contiguous_strides(tensor):
-            raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file anew, each tensor by clone()")
+            raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file again, each tensor by clone()")
         if tensor.offset + math.prod(tensor.shape) > storage.count:
             raise CheckpointError(
                 f"{self.path}: {name} is {list(tensor.shape)} from {tensor.offset:,} on, and its storage has "
