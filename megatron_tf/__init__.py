@@ -24,4 +24,4 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None
 
     from megatron_tf.inference.model import load_model
 
-    return load_model(path, device, dtype or torch.float32)
+    return load_model(path, device=device, dtype=dtype or torch.float32)

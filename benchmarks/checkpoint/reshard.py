@@ -70,10 +70,10 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     """A checkpoint of random bytes, as that layout's ranks would write it, with no more memory than a block."""
     import torch
 
-    from megatron_tf.checkpoint.commit import prepare, publish, temporary_directory
-    from megatron_tf.checkpoint.derived import rows_per_block
-    from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec
+    from megatron_tf.checkpoint.commit import prepare_directory, publish, temporary_directory
+    from megatron_tf.checkpoint.interface import rows_per_block
     from megatron_tf.checkpoint.reshard import Target
+    from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter
     from megatron_tf.model.parallelize import stage_layers
     from megatron_tf.parallel.sharding import split_rows
     from megatron_tf.tokenformer.parameters import model_parameters
@@ -81,7 +81,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
 
     config = load_config(config_file)
     target = Target(ranks, stage_layers(config.model, stages, config.training.seq_length))
-    directory = prepare(root, 1000, 0) and temporary_directory(root, 1000)
+    directory = prepare_directory(root, 1000, 0) and temporary_directory(root, 1000)
     written = []
     for group in ("model", "exp_avg", "exp_avg_sq"):
         for stage in range(stages):
@@ -91,7 +91,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
                     for p in model_parameters(config.model).values()
                     if rank < target.num_parts(p) and target.stage_of(p) == stage
                 ]
-                with PieceFileWriter(directory / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs) as file:
+                with ShardFileWriter(directory / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors", specs) as file:
                     for spec in specs:
                         step = rows_per_block(spec.shape, spec.dtype)
                         for start in range(spec.start, spec.stop, step):
@@ -99,7 +99,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
                 written.append(file.written(group))
     record = new_record(config, {})
     training = replace(record.training, step=1000, adam_steps=1000)
-    publish(root, 1000, replace(record, training=training), written)
+    publish(root, 1000, record=replace(record, training=training), written=written)
 
 
 def grown_ffn(config_file: Path) -> int:

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a save stalls for the copy to host memory, and a thread writes it."""
+"""Saving while training continues: a save stalls for the copy to host memory, and a thread writes it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ from megatron_tf.parallel.sharding import RowShard
 
 
 class BackgroundSaver:
-    """At most one save at a time, on every rank of `group`, which nothing else may use; a context manager that waits.
+    """Runs one save at a time on every rank of `process_group`, which nothing else may use; a context that waits.
 
     `on_saved` gets the directory of each checkpoint, `on_failure` the reason of a save that failed, as soon as it is
     known, both in the writing thread. A failed save raises CheckpointError at the next `save` or `wait`, on every rank;
@@ -23,39 +23,50 @@ class BackgroundSaver:
     """
 
     def __init__(
-        self, group: ProcessGroup | None, on_saved: Callable[[Path], None], on_failure: Callable[[str], None]
+        self, process_group: ProcessGroup | None, on_saved: Callable[[Path], None], on_failure: Callable[[str], None]
     ) -> None:
-        self.group = group
+        self.process_group = process_group
         self.on_saved = on_saved
         self.on_failure = on_failure
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self.pending: Future[None] | None = None
 
     def save(
         self,
         root: Path,
         step: int,
-        groups: Mapping[str, Sequence[RowShard]],
+        *,
+        tensors: Mapping[str, Sequence[RowShard]],
         record: RunRecord,
         writer_label: str,
         retention: Retention,
     ) -> None:
-        """Begin what `save_checkpoint` does, once the save before is done; the arguments may change after the call."""
+        """Start what `save_checkpoint` does, once the save before is done; the arguments may change after the call."""
         self.wait()
-        copies = {
-            name: [shard.with_tensor(shard.tensor.detach().to("cpu", copy=True)) for shard in shards if shard.writer]
-            for name, shards in groups.items()
-        }
+        copies = {}
+        for group, shards in tensors.items():
+            # not pinned: torch keeps pinned blocks for the rest of the run, each rounded up to a power of two
+            copies[group] = [
+                shard.with_tensor(shard.tensor.detach().to("cpu", copy=True)) for shard in shards if shard.writer
+            ]
 
         def write() -> None:
             try:
-                path = save_checkpoint(root, step, copies, record, writer_label, self.group, retention)
+                path = save_checkpoint(
+                    root,
+                    step,
+                    tensors=copies,
+                    record=record,
+                    writer_label=writer_label,
+                    process_group=self.process_group,
+                    retention=retention,
+                )
             except CheckpointError as error:
                 self.on_failure(str(error))
                 raise
             self.on_saved(path)
 
-        self.pending = self.writer.submit(write)
+        self.pending = self.thread.submit(write)
 
     def wait(self) -> None:
         """Until the checkpoint being written is complete. Raises CheckpointError where saving it failed."""
@@ -75,4 +86,4 @@ class BackgroundSaver:
             if error is None:
                 raise
         finally:
-            self.writer.shutdown()
+            self.thread.shutdown()

@@ -3,25 +3,25 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import xxhash
 
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
-from megatron_tf.checkpoint.pieces import Written, collect_groups
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
 from megatron_tf.files import sync_directory, write_durably
 
-_RESERVE_BYTES = 64 << 20  # left free beside what is about to be written
+_RESERVE_BYTES = 64 << 20  # left free in addition to what is about to be written
 _STEP_NAME = re.compile(r"step_[0-9]{8,18}")
 _MOST_LATEST_BYTES = 1 << 12
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies once it is complete."""
+    """Return the path of the checkpoint of `step`, once it is complete."""
     return root / f"step_{step:08d}"
 
 
@@ -53,8 +53,8 @@ def newest_checkpoint(root: Path) -> Path:
     return replacement if not target.exists() and (replacement / MANIFEST).exists() else target
 
 
-def prepare(root: Path, step: int, bytes_needed: int) -> Path:
-    """A fresh temporary directory for the checkpoint of `step`; what killed saves left behind is cleared.
+def prepare_directory(root: Path, step: int, bytes_needed: int) -> Path:
+    """Make an empty temporary directory for the checkpoint of `step`; what killed saves left behind is cleared.
 
     Raises CheckpointError where the disk has less room than `bytes_needed`.
     """
@@ -75,18 +75,21 @@ def check_room(directory: Path, bytes_needed: int) -> None:
         )
 
 
-def publish(root: Path, step: int, record: RunRecord, written: Iterable[Written], source: Path | None = None) -> Path:
-    """Complete the checkpoint in `prepare`'s directory, put it in its place, and let `latest` name it.
+def publish(
+    root: Path, step: int, *, record: RunRecord, written: Sequence[Written], source: Path | None = None
+) -> Path:
+    """Complete the checkpoint in `prepare_directory`'s directory, put it in its place, and let `latest` name it.
 
     `source` is the checkpoint it is made from, if it is; the tokenizer's file comes along.
     Raises CheckpointError where what was written lacks rows of a tensor.
     """
-    parts = list(written)
     temporary, target = temporary_directory(root, step), step_directory(root, step)
     text = json.dumps(record.to_json(), indent=1)
     entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
-    files = {name: file for part in parts for name, file in part.files.items()} | {METADATA: entry}
-    manifest = Manifest(files, collect_groups(parts)).to_json()
+    files = {METADATA: entry}
+    for part in written:
+        files |= part.files
+    manifest = Manifest(files, collect_groups(written)).to_json()
     store_tokenizer(record, source, temporary)
     write_durably(temporary / METADATA, text)
     write_durably(temporary / MANIFEST, manifest)
@@ -103,7 +106,7 @@ def publish(root: Path, step: int, record: RunRecord, written: Iterable[Written]
 
 
 def abandon(root: Path, step: int) -> None:
-    """Remove what `prepare` began, after an error."""
+    """Remove what `prepare_directory` made, after an error."""
     shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
 
 

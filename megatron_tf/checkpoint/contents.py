@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, initial_taus, model_parameters
 

@@ -1,12 +1,16 @@
-"""Where a tool may write: not inside a checkpoint, and not among the checkpoints of another run."""
+"""Where commands may write: not inside a checkpoint, and not among the checkpoints of another run."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_tf.checkpoint.commit import complete_checkpoints, step_directory
-from megatron_tf.checkpoint.derived import Checkpoint
+from megatron_tf.checkpoint.commit import check_room, complete_checkpoints, step_directory
 from megatron_tf.checkpoint.format import LATEST, MANIFEST, CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
+from megatron_tf.files import sync_directory, sync_tree
 
 
 def check_outside_checkpoints(path: Path, option: str) -> None:
@@ -16,6 +20,29 @@ def check_outside_checkpoints(path: Path, option: str) -> None:
     for directory in (place, *place.parents):
         if (directory / MANIFEST).exists():
             raise CheckpointError(f"{option} {path} is inside the checkpoint {directory}: choose another directory")
+
+
+@contextmanager
+def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
+    """Yield a directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error.
+
+    Raises CheckpointError where `save` is taken, is inside a checkpoint, or the disk is too small.
+    """
+    check_outside_checkpoints(save, "--save")
+    if save.exists() and not (save.is_dir() and not any(save.iterdir())):
+        raise CheckpointError(f"{save} is there already: choose another --save, or remove it")
+    workplace = save.with_name(f".{save.name}.tmp")
+    shutil.rmtree(workplace, ignore_errors=True)
+    directory = workplace / save.name
+    directory.mkdir(parents=True)
+    try:
+        check_room(directory, bytes_needed)
+        yield directory
+        sync_tree(directory)
+        directory.replace(save)
+        sync_directory(save.parent)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def check_destination(checkpoint: Checkpoint, root: Path, step: int) -> None:
@@ -35,7 +62,7 @@ def check_destination(checkpoint: Checkpoint, root: Path, step: int) -> None:
 
 
 def _is_same(checkpoint: Checkpoint, directory: Path) -> bool:
-    """Whether the checkpoint in `directory` holds the same values; of a damaged one nobody can tell."""
+    """Whether the checkpoint in `directory` holds the same values; a damaged one does not count."""
     try:
         existing = CheckpointReader(directory)
         if existing.record != checkpoint.record:

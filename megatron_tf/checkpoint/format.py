@@ -20,15 +20,18 @@ from megatron_tf.checkpoint.errors import FormatVersionError as FormatVersionErr
 from megatron_tf.checkpoint.files import read_bounded
 
 FORMAT_VERSION = 1
-MANIFEST, METADATA, LATEST = "manifest.json", "metadata.json", "latest"
-DTYPES = {
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+LATEST = "latest"
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "I64": torch.int64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The types a tensor may have in a file, by safetensors' names."""
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 # no separators, no leading dot: a manifest from a stranger can't reach out of its directory
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.safetensors")
@@ -75,14 +78,14 @@ class Manifest:
     groups: Groups
 
     def to_json(self) -> str:
-        """The manifest as text that carries its own checksum."""
+        """Return the manifest as text that carries its own checksum."""
+        groups = {}
+        for group, tensors in self.groups.items():
+            groups[group] = {name: asdict(entry) for name, entry in tensors.items()}
         body = {
             "format_version": FORMAT_VERSION,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
-            "groups": {
-                group: {name: asdict(entry) for name, entry in tensors.items()}
-                for group, tensors in self.groups.items()
-            },
+            "groups": groups,
         }
         return json.dumps(body | {"xxh3_128": _checksum_of(body)}, indent=1)
 
@@ -99,7 +102,7 @@ def check_tiling(what: str, entry: TensorEntry) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint, itself checked. Raises CheckpointError naming what is wrong with it."""
+    """Read the manifest of a checkpoint, and check it. Raises CheckpointError naming what is wrong with it."""
     path = directory / MANIFEST
     try:
         body = json.loads(read_bounded(path, _MOST_MANIFEST_BYTES, directory))
@@ -121,10 +124,9 @@ def read_manifest(directory: Path) -> Manifest:
 def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
     try:
         files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-        groups = {
-            group: {name: _parse_entry(entry) for name, entry in tensors.items()}
-            for group, tensors in body["groups"].items()
-        }
+        groups = {}
+        for group, tensors in body["groups"].items():
+            groups[group] = {name: _parse_entry(entry) for name, entry in tensors.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     if METADATA not in files:
@@ -146,21 +148,23 @@ def _parse_entry(entry: Mapping[str, Any]) -> TensorEntry:
 
 
 def _check_entry(what: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
-    numbers = [*entry.shape, *(row for piece in entry.pieces for row in (piece.start, piece.stop))]
+    numbers = list(entry.shape)
+    for piece in entry.pieces:
+        numbers += [piece.start, piece.stop]
     if not entry.shape or not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{what} has shape {list(entry.shape)} or rows that cannot be")
-    if not isinstance(entry.dtype, str) or entry.dtype not in DTYPES:
-        raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(DTYPES)}")
-    if math.prod(max(1, size) for size in entry.shape) * DTYPES[entry.dtype].itemsize > _MOST_BYTES:
+    if not isinstance(entry.dtype, str) or entry.dtype not in STORED_DTYPES:
+        raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(STORED_DTYPES)}")
+    if math.prod(max(1, size) for size in entry.shape) * STORED_DTYPES[entry.dtype].itemsize > _MOST_BYTES:
         raise CheckpointError(f"{what} has shape {list(entry.shape)}, which no file can hold")
     for piece in entry.pieces:
         if not isinstance(piece.file, str) or piece.file not in files:
-            raise CheckpointError(f"{what} lies in {piece.file!r}, which is not listed among the files")
+            raise CheckpointError(f"{what} is stored in {piece.file!r}, which is not listed among the files")
     check_tiling(what, entry)
 
 
 def file_checksum(path: Path) -> str:
-    """The xxh3_128 of a file's bytes."""
+    """Return the xxh3_128 of a file's bytes."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -171,5 +175,5 @@ def file_checksum(path: Path) -> str:
 def _checksum_of(body: Mapping[str, Any], path: Path | None = None) -> str:
     try:
         return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    except (RecursionError, ValueError) as error:  # nested too deeply, or with characters that UTF-8 has not
+    except (RecursionError, ValueError) as error:  # nested too deeply, or with characters that UTF-8 does not have
         raise CheckpointError(f"{path} is damaged: {error!r}") from error

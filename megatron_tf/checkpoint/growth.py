@@ -11,8 +11,8 @@ output stay. Noise on the values, which adds up to zero over the copies of a tok
 The gradient of a key is 1/m of what it was, that of a value is the same: so Adam's moments of keys are scaled by 1/m
 and 1/m^2. Tokens beyond a multiple have zero keys.
 
-random. What the official code does: keys and values as in a new model, tau = sqrt(N) of the new N, no moments. Not
-exact.
+random. What the official code does: keys and values as in a new model, tau = sqrt(N) of the new N, no optimizer state.
+Not exact.
 
 Layers. A new layer whose last values (of proj and ffn) are zero adds nothing to the residual stream: it is the
 identity, and those values have a gradient at the first step.
@@ -22,18 +22,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import (
-    Checkpoint,
-    Copy,
-    DerivedCheckpoint,
-    Normal,
-    Recipe,
-    Segment,
-    Zeros,
-    copied,
-)
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, RunRecord
+from megatron_tf.checkpoint.transformed import Copy, Normal, Recipe, Segment, TransformedCheckpoint, Zeros, copied
 from megatron_tf.config import TOKEN_KINDS, ConfigError, GrowthStage, grown_model, layer_origins
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from megatron_tf.tokenformer.parameters import Parameter, Role, initial_taus, key_tokens, model_parameters
@@ -42,12 +34,12 @@ _POWER = {"model": 1, "exp_avg": 1, "exp_avg_sq": 2}
 """Group -> how it scales with a gradient or a value."""
 
 
-def grow(source: Checkpoint, stage: GrowthStage) -> DerivedCheckpoint:
+def grow(source: Checkpoint, stage: GrowthStage) -> TransformedCheckpoint:
     """Derive the checkpoint after `stage`.
 
     Raises CheckpointError where the model can't grow so, or where the source contradicts itself.
     """
-    return _Growth(source, stage).derived()
+    return _Growth(source, stage).transformed()
 
 
 class _Growth:
@@ -68,9 +60,9 @@ class _Growth:
         self.stream = f"growth.{len(source.record.lineage)}"
         """Random values that only this growth draws come from streams whose names begin with it."""
 
-    def derived(self) -> DerivedCheckpoint:
+    def transformed(self) -> TransformedCheckpoint:
         recipes = {group: self._recipes(group) for group in self.source.groups()}
-        return DerivedCheckpoint(self.source, recipes, self._record())
+        return TransformedCheckpoint(self.source, recipes, self._record())
 
     def _recipes(self, group: str) -> dict[str, Recipe]:
         """Of the grown model's tensors in a group, in the model's order."""
@@ -117,7 +109,7 @@ class _Growth:
         count = parameter.shape[0]
         if group != "model" or parameter.ends_branch:
             return Zeros(count)
-        return Normal(f"{self.stream}.{parameter.name}", self.seed, 0, count, parameter.initial.std)
+        return Normal(f"{self.stream}.{parameter.name}", seed=self.seed, start=0, stop=count, std=parameter.initial.std)
 
     def _appended(self, group: str, parameter: Parameter, old: Parameter) -> list[Segment]:
         """Old rows, or copies of them, and what follows them."""
@@ -129,7 +121,9 @@ class _Growth:
         is_drawn = group == "model" and (parameter.role is Role.VALUES or self.stage.init == "random")
         if rest and is_drawn:
             # the rows that a new model of this size would have in their place
-            segments.append(Normal(parameter.name, self.seed, new - rest, new, parameter.initial.std))
+            segments.append(
+                Normal(parameter.name, seed=self.seed, start=new - rest, stop=new, std=parameter.initial.std)
+            )
         elif rest:
             segments.append(Zeros(rest))
         return segments
@@ -146,15 +140,15 @@ class _Growth:
             # each stream is added to one copy and taken from the next one around the ring
             streams = [f"{self.stream}.{parameter.name}.copy{i % copies}" for i in (number, number + 1)]
             std = self.stage.noise * parameter.initial.std
-            noise = [Normal(stream, self.seed, 0, rows, std) for stream in streams]
-        return Copy(old.name, 0, rows, scale, noise)
+            noise = [Normal(stream, seed=self.seed, start=0, stop=rows, std=std) for stream in streams]
+        return Copy(old.name, 0, rows, scale=scale, noise=noise)
 
     def _record(self) -> RunRecord:
         record, stage = self.source.record, self.stage
         training = record.training
-        changes = {
-            kind: [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)] for kind in TOKEN_KINDS
-        }
+        changes = {}
+        for kind in TOKEN_KINDS:
+            changes[kind] = [getattr(config, f"{kind}_tokens") for config in (self.model, self.grown)]
         event = GrowthEvent(
             step=training.step,
             samples=training.samples,

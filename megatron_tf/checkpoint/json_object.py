@@ -26,7 +26,7 @@ class JsonObject:
     def count(self, key: str, default: int = _REQUIRED, *, least: int = 0, most: int = 2**63 - 1) -> int:
         """A whole number from `least` to `most`."""
         value = self._get(key, default, f"a whole number from {least} to {most}")
-        return _checked_count(self._place(key), value, least, most)
+        return _checked_count(self._place(key), value, least=least, most=most)
 
     def whole(self, key: str) -> int:
         """A whole number of any sign and size."""
@@ -105,7 +105,7 @@ def _kind(value: Any) -> str:
     return "missing" if value is None else type(value).__name__
 
 
-def _checked_count(what: str, value: Any, least: int = 0, most: int = 2**63 - 1) -> int:
+def _checked_count(what: str, value: Any, *, least: int = 0, most: int = 2**63 - 1) -> int:
     # bool is an int to Python
     if type(value) is not int or not least <= value <= most:
         raise CheckpointError(f"{what} is {_shown(value)}, expected a whole number from {least} to {most}")

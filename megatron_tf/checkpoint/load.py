@@ -11,13 +11,12 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.contents import check_complete
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
-    DTYPES,
     LATEST,
     MANIFEST,
     METADATA,
+    STORED_DTYPES,
     CheckpointError,
     DamagedCheckpointError,
     FormatVersionError,
@@ -26,8 +25,9 @@ from megatron_tf.checkpoint.format import (
     file_checksum,
     read_manifest,
 )
-from megatron_tf.checkpoint.pieces import HashedFile, PieceFileReader, PieceSpec
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import HashedFile, PieceSpec, ShardFileReader
 from megatron_tf.parallel.sharding import RowShard, copy_rows
 
 _MOST_METADATA_BYTES = 1 << 26
@@ -46,7 +46,7 @@ class CheckpointReader:
         self.directory = _resolve(path)
         self._check_at_end = check_at_end
         self._is_newest = self.directory != path
-        self._open_files: dict[str, PieceFileReader] = {}
+        self._open_files: dict[str, ShardFileReader] = {}
         self._hashed_files: dict[str, HashedFile] = {}
         with self._offering_another():
             self.manifest = read_manifest(self.directory)
@@ -68,10 +68,6 @@ class CheckpointReader:
         """Names of the groups of tensors."""
         return list(self.manifest.groups)
 
-    def has_group(self, group: str) -> bool:
-        """Whether there are tensors of this group, such as an optimizer moment."""
-        return group in self.manifest.groups
-
     def names(self, group: str) -> list[str]:
         """Logical tensors of a group."""
         return list(self.manifest.groups.get(group, {}))
@@ -82,21 +78,21 @@ class CheckpointReader:
 
     def dtype(self, group: str, name: str) -> torch.dtype:
         """Type."""
-        return DTYPES[self._entry(group, name).dtype]
+        return STORED_DTYPES[self._entry(group, name).dtype]
 
-    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, on the CPU; only those are read. Raises CheckpointError if it has fewer."""
         entry = self._entry(group, name)
         if not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(
-                f"{self.directory}: {name} has {entry.shape[0]} rows, [{start}, {stop}) are asked for"
+                f"{self.directory}: {name} has {entry.shape[0]} rows, [{start}, {stop}) are requested"
             )
-        dtype = DTYPES[entry.dtype]
+        dtype = STORED_DTYPES[entry.dtype]
         parts = []
         for piece in entry.pieces:
             low, high = max(start, piece.start), min(stop, piece.stop)
             if low < high:
-                spec = PieceSpec(name, dtype, entry.shape, piece.start, piece.stop)
+                spec = PieceSpec(name, dtype, entry.shape, start=piece.start, stop=piece.stop)
                 file = self._open(piece.file)
                 file.check(spec)  # before memory is taken for rows that the file may not have
                 parts.append((file, spec, low, high))
@@ -125,7 +121,7 @@ class CheckpointReader:
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name!r} in {group!r}") from None
 
-    def _open(self, file: str) -> PieceFileReader:
+    def _open(self, file: str) -> ShardFileReader:
         if file not in self._open_files:
             with self._offering_another():
                 path = self.directory / file
@@ -133,7 +129,7 @@ class CheckpointReader:
                     self._compare(file, file_checksum(path))
                 else:
                     self._hashed_files[file] = HashedFile(path)
-                self._open_files[file] = PieceFileReader(path, self._hashed_files.get(file))
+                self._open_files[file] = ShardFileReader(path, self._hashed_files.get(file))
         return self._open_files[file]
 
     def _check_files(self) -> None:
@@ -180,14 +176,14 @@ class CheckpointReader:
                 except (CheckpointError, OSError):
                     continue
                 return (
-                    f"; the newest sound checkpoint is {candidate}: to go on from it, write {candidate.name} into "
+                    f"; the newest sound checkpoint is {candidate}: to resume from it, write {candidate.name} into "
                     f"{candidate.parent / LATEST}"
                 )
-        return "; there is no other sound checkpoint beside it"
+        return "; there is no other sound checkpoint next to it"
 
 
 def load_shards(
-    checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], expected_names: Collection[str]
+    checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], *, expected_names: Collection[str]
 ) -> None:
     """Copy this rank's rows in place, bit for bit. `expected_names` are all tensors of the model.
 
@@ -202,7 +198,7 @@ def load_shards(
                 f"{dtype} in it, {list(shard.global_shape)} {shard.tensor.dtype} in the configured model: change "
                 f"the configuration, or grow the checkpoint"
             )
-        copy_rows(shard, checkpoint.read_rows(group, shard.name, shard.start, shard.stop))
+        copy_rows(shard, checkpoint.read_rows(group, shard.name, start=shard.start, stop=shard.stop))
 
 
 def _check_names(checkpoint: Checkpoint, group: str, expected: Collection[str]) -> None:

@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT_SECONDS = 2.5
 STALE_SECONDS = 15.0  # without a beat, of an owner on another machine; six beats, for file systems that cache times
-LEFTOVER_SECONDS = (
-    60.0  # what a lock is made of or replaced by has its name for milliseconds; older ones are of a crash
-)
+LEFTOVER_SECONDS = 60.0
+"""Files that a lock is made of, or is replaced by, exist for milliseconds; older ones are of a crash."""
 _LEFTOVER = re.compile(rf"{re.escape(LOCK)}\.[0-9a-f]{{32}}")
 
 
@@ -73,7 +72,9 @@ class RunLock:
     """
 
     def __init__(self, root: Path, on_lost: Callable[[str], None]) -> None:
-        self.root, self.path, self.on_lost = root, root / LOCK, on_lost
+        self.root = root
+        self.path = root / LOCK
+        self.on_lost = on_lost
         self.owner = _this_process()
         self._stop = threading.Event()
 
@@ -156,7 +157,9 @@ class RunLock:
         is removed."""
         for path in self._surroundings():
             try:
-                owner, now, changed = _parse(path.read_bytes()), self.path.stat().st_mtime, path.stat().st_mtime
+                owner = _parse(path.read_bytes())
+                now = self.path.stat().st_mtime
+                changed = path.stat().st_mtime
             except FileNotFoundError:
                 continue
             if owner is None or owner.token == self.owner.token or path.name.endswith(owner.token):
@@ -243,7 +246,14 @@ def _name(owner: Owner | None) -> str:
 
 def _this_process() -> Owner:
     process = os.getpid()
-    return Owner(socket.gethostname(), _machine(), process, _start_of(process), job_name(), uuid.uuid4().hex)
+    return Owner(
+        host=socket.gethostname(),
+        machine=_machine(),
+        process=process,
+        started=_start_of(process),
+        job=job_name(),
+        token=uuid.uuid4().hex,
+    )
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""Repartitioning: any checkpoint, of files or derived, streamed into files for another layout.
+"""Resharding: any checkpoint, of files or transformed, streamed into files for another layout.
 
 Each rank of the target layout gets a file of its own for each group. Tensors are written one after another, and their
 rows in order, to all the files that share them: so files of both sides are read and written from front to back, once,
@@ -10,18 +10,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from megatron_tf.checkpoint.commit import abandon, prepare, publish, step_directory
+from megatron_tf.checkpoint.commit import abandon, prepare_directory, publish, step_directory
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written
 from megatron_tf.parallel.sharding import split_rows
 from megatron_tf.tokenformer.parameters import Module, Parameter
 
@@ -68,16 +66,17 @@ def reshard(
     checkpoint: Checkpoint,
     root: Path,
     target: Target,
-    check_source: Callable[[], None],
-    on_terminal: bool,
+    *,
+    check_source: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda num_bytes: None,
     allow_existing: bool = False,
 ) -> Path:
     """Write `checkpoint` for `target` under `root`; returns its directory.
 
-    Everything in it comes along: parameters, moments, progress, tau, lineage. `check_source` is called when all is
-    written, and raises where what was read is damaged: then, as after any error, nothing appears under `root`. Raises
-    CheckpointError where rows don't divide, the disk is too small, `root` is inside a checkpoint, or it holds others,
-    unless `allow_existing`.
+    Everything in it comes along: parameters, optimizer state, counters, tau, lineage. `progress` takes the bytes that
+    were written since it was called before. `check_source` is called when all is written, and raises where what was
+    read is damaged: then, as after any error, nothing appears under `root`. Raises CheckpointError where rows don't
+    divide, the disk is too small, `root` is inside a checkpoint, or it holds others, unless `allow_existing`.
     """
     RunRecord.from_json(checkpoint.record.to_json(), checkpoint.directory)  # what is written can be read
     step = checkpoint.record.training.step
@@ -87,27 +86,17 @@ def reshard(
     if not allow_existing:
         check_destination(checkpoint, root, step)
     plans = list(plan_files(checkpoint, target))
-    total = sum(plan.nbytes for plan in plans)
-    directory = prepare(root, step, total)
+    directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
     try:
-        with progress_bar("writing", total, on_terminal) as bar:
-            written = [
-                part
-                for group in checkpoint.groups()
-                for part in _write_group(checkpoint, directory, [p for p in plans if p.group == group], bar)
-            ]
+        written = []
+        for group in checkpoint.groups():
+            plans_of_group = [plan for plan in plans if plan.group == group]
+            written.extend(_write_group(checkpoint, directory, plans_of_group, progress=progress))
         check_source()
-        return publish(root, step, checkpoint.record, written, source=checkpoint.directory)
+        return publish(root, step, record=checkpoint.record, written=written, source=checkpoint.directory)
     except BaseException:
         abandon(root, step)
         raise
-
-
-def progress_bar(what: str, total: int, on_terminal: bool) -> Any:
-    """Of so many bytes: a bar, or in a log a line every ten seconds."""
-    lines = None if on_terminal else "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
-    pause = 0.1 if on_terminal else 10
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, delay=pause, mininterval=pause, bar_format=lines)
 
 
 def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:
@@ -137,21 +126,23 @@ def _spec(checkpoint: Checkpoint, group: str, name: str, *, rank: int, ranks: in
     return PieceSpec(name, checkpoint.dtype(group, name), shape, *split_rows(shape[0], ranks, rank))
 
 
-def _write_group(checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], bar: Any) -> list[Written]:
+def _write_group(
+    checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], *, progress: Callable[[int], object]
+) -> list[Written]:
     """Write the files of one group, which are complete one pipeline stage after another."""
     pieces = [(spec, plan) for plan in plans for spec in plan.specs]
     order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}
-    files: dict[str, PieceFileWriter] = {}
+    files: dict[str, ShardFileWriter] = {}
     finished: list[Future[None]] = []
     with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
         for plan, rows, is_last in _read_ahead(checkpoint, pieces):
             if plan.name not in files:
-                files[plan.name] = PieceFileWriter(directory / plan.name, plan.specs)
+                files[plan.name] = ShardFileWriter(directory / plan.name, plan.specs)
                 stack.push(files[plan.name])
             files[plan.name].write(rows)
-            bar.update(rows.nbytes)
+            progress(rows.nbytes)
             left[plan.name] -= is_last
             if not left[plan.name]:
                 finished.append(flusher.submit(files[plan.name].finish))
@@ -168,7 +159,7 @@ def _read_ahead(
     def blocks() -> Iterator[tuple[FilePlan, Tensor, bool]]:
         for spec, plan in pieces:
             row = spec.start
-            for rows in read_blocks(checkpoint, plan.group, spec.name, spec.start, spec.stop):
+            for rows in read_blocks(checkpoint, plan.group, spec.name, start=spec.start, stop=spec.stop):
                 row += len(rows)
                 yield plan, rows, row == spec.stop
 

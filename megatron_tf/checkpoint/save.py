@@ -1,4 +1,7 @@
-"""Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it."""
+"""Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it.
+
+`tensors` maps a group of the format ("model", "exp_avg", ...) to the rows that this rank holds of its tensors.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +11,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_tf.checkpoint.commit import abandon, prepare, prune, publish, temporary_directory
+from megatron_tf.checkpoint.commit import abandon, prepare_directory, prune, publish, temporary_directory
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileWriter, PieceSpec, Written
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.sharding import RowShard
 
@@ -23,7 +26,7 @@ class Retention:
     """Which older checkpoints stay."""
 
     keep_last: int | None = None
-    """This many of the newest; None for all."""
+    """Number of the newest; None for all."""
     keep_every: int | None = None
     """And those of steps that are a multiple of this."""
 
@@ -31,25 +34,35 @@ class Retention:
 def save_checkpoint(
     root: Path,
     step: int,
-    groups: Mapping[str, Sequence[RowShard]],
+    *,
+    tensors: Mapping[str, Sequence[RowShard]],
     record: RunRecord,
     writer_label: str,
-    group: ProcessGroup | None,
+    process_group: ProcessGroup | None = None,
     retention: Retention = Retention(),
 ) -> Path:
-    """Write the checkpoint of `step` under `root` and return its directory; every rank of `group` calls it.
+    """Write the checkpoint of `step` under `root` and return its directory; every rank of `process_group` calls it.
 
-    `groups` are the rows this rank holds; those it is the writer of go to files named by `writer_label`. The
-    checkpoint appears when it is complete, and the ones before are left as they are until then. Raises
-    CheckpointError on every rank where any of them fails.
+    The rows that this rank is the writer of go to files named by `writer_label`. The checkpoint appears when it is
+    complete, and the ones before are left as they are until then. Raises CheckpointError on every rank where any of
+    them fails.
     """
-    is_first = group is None or group.rank() == 0
-    my_bytes = sum(_spec(shard).nbytes for shards in groups.values() for shard in _to_write(shards))
+    is_first = process_group is None or process_group.rank() == 0
+
+    def write() -> Written:
+        return write_rank(temporary_directory(root, step), tensors, writer_label)
+
+    def complete() -> Path:
+        path = publish(root, step, record=record, written=written)
+        if retention.keep_last is not None:
+            prune(root, retention.keep_last, retention.keep_every)
+        return path
+
     try:
-        needed = sum(_on_every_rank(group, lambda: my_bytes))
-        _on_every_rank(group, lambda: prepare(root, step, needed) if is_first else None)
-        written = _on_every_rank(group, lambda: write_rank(temporary_directory(root, step), groups, writer_label))
-        paths = _on_every_rank(group, lambda: complete(root, step, record, written, retention) if is_first else None)
+        needed = sum(_on_every_rank(process_group, lambda: _bytes_to_write(tensors)))
+        _on_every_rank(process_group, lambda: prepare_directory(root, step, needed) if is_first else None)
+        written = _on_every_rank(process_group, write)
+        paths = _on_every_rank(process_group, lambda: complete() if is_first else None)
     except BaseException:
         if is_first:
             abandon(root, step)
@@ -59,13 +72,13 @@ def save_checkpoint(
     return path
 
 
-def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer_label: str) -> Written:
-    """Write the rows this rank is the writer of, a file for each group."""
+def write_rank(directory: Path, tensors: Mapping[str, Sequence[RowShard]], writer_label: str) -> Written:
+    """Write the rows that this rank is the writer of, a file for each group."""
     everything = Written({}, [])
-    for group, shards in groups.items():
+    for group, shards in tensors.items():
         if mine := _to_write(shards):
             path = directory / f"{group}-{writer_label}.safetensors"
-            with PieceFileWriter(path, [_spec(shard) for shard in mine]) as file:
+            with ShardFileWriter(path, [_spec(shard) for shard in mine]) as file:
                 for shard in mine:
                     file.write(shard.tensor)
             written = file.written(group)
@@ -74,18 +87,8 @@ def write_rank(directory: Path, groups: Mapping[str, Sequence[RowShard]], writer
     return everything
 
 
-def complete(
-    root: Path,
-    step: int,
-    record: RunRecord,
-    written: Sequence[Written],
-    retention: Retention = Retention(),
-) -> Path:
-    """Put together what the ranks wrote and publish it."""
-    path = publish(root, step, record, written)
-    if retention.keep_last is not None:
-        prune(root, retention.keep_last, retention.keep_every)
-    return path
+def _bytes_to_write(tensors: Mapping[str, Sequence[RowShard]]) -> int:
+    return sum(_spec(shard).nbytes for shards in tensors.values() for shard in _to_write(shards))
 
 
 def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:
@@ -93,10 +96,10 @@ def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:
 
 
 def _spec(shard: RowShard) -> PieceSpec:
-    return PieceSpec(shard.name, shard.tensor.dtype, shard.global_shape, shard.start, shard.stop)
+    return PieceSpec(shard.name, shard.tensor.dtype, shard.global_shape, start=shard.start, stop=shard.stop)
 
 
-def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:
+def _on_every_rank(process_group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:
     """Results of `action` in rank order; where it fails on one rank, all raise that rank's error."""
     outcome: tuple[T | None, str | None]
     try:
@@ -104,9 +107,9 @@ def _on_every_rank(group: ProcessGroup | None, action: Callable[[], T]) -> list[
     except Exception as error:  # whatever it is: a rank that stayed away would leave the others waiting
         outcome = None, str(error) if isinstance(error, (OSError, UserError)) else repr(error)
     outcomes: list[Any] = [outcome]
-    if group is not None:
-        outcomes = [None] * group.size()
-        dist.all_gather_object(outcomes, outcome, group=group)
+    if process_group is not None:
+        outcomes = [None] * process_group.size()
+        dist.all_gather_object(outcomes, outcome, group=process_group)
     for rank, (_, message) in enumerate(outcomes):
         if message is not None:
             raise CheckpointError(f"saving failed on rank {rank}: {message}")

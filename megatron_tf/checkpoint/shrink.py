@@ -6,16 +6,16 @@ keys contribute to neither: to drop them is exact, and undoes a growth by them t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, Copy, DerivedCheckpoint, Recipe, copied
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
+from megatron_tf.checkpoint.transformed import Copy, Recipe, TransformedCheckpoint, copied
 from megatron_tf.config import ModelConfig
 from megatron_tf.tokenformer.parameters import Parameter, key_tokens
 
@@ -46,17 +46,17 @@ def keep_most_important(
     return kept
 
 
-def shrink(source: Checkpoint, kept: Kept) -> DerivedCheckpoint:
+def shrink(source: Checkpoint, kept: Kept) -> TransformedCheckpoint:
     """The checkpoint with the tokens of `kept` only; modules that are not in it stay whole."""
     recipes: dict[str, dict[str, Recipe]] = {}
     for group in source.groups():
-        recipes[group] = {
-            parameter.name: _recipe(source, group, parameter, kept) for parameter in held_parameters(source, group)
-        }
-    return DerivedCheckpoint(source, recipes, _record(source, kept))
+        recipes[group] = {}
+        for parameter in held_parameters(source, group):
+            recipes[group][parameter.name] = _recipe(source, group, parameter, kept=kept)
+    return TransformedCheckpoint(source, recipes, _record(source, kept))
 
 
-def _recipe(source: Checkpoint, group: str, parameter: Parameter, kept: Kept) -> Recipe:
+def _recipe(source: Checkpoint, group: str, parameter: Parameter, *, kept: Kept) -> Recipe:
     whole = copied(source, group, parameter.name)
     if not parameter.is_token or parameter.path not in kept:
         return whole
@@ -64,10 +64,15 @@ def _recipe(source: Checkpoint, group: str, parameter: Parameter, kept: Kept) ->
 
 
 def _runs(places: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring places as ranges."""
-    starts = [places[0]] + [place for before, place in pairwise(places) if place != before + 1]
-    stops = [before + 1 for before, place in pairwise(places) if place != before + 1] + [places[-1] + 1]
-    return list(zip(starts, stops, strict=True))
+    """Join neighbouring places to ranges [start, stop)."""
+    runs = [(places[0], places[0] + 1)]
+    for place in places[1:]:
+        start, stop = runs[-1]
+        if place == stop:
+            runs[-1] = start, place + 1
+        else:
+            runs.append((place, place + 1))
+    return runs
 
 
 def _record(source: Checkpoint, kept: Kept) -> RunRecord:

@@ -1,21 +1,13 @@
 """Another padding of the vocabulary: rows after the last id are dropped, or drawn as in a new model."""
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import (
-    Checkpoint,
-    Copy,
-    DerivedCheckpoint,
-    Normal,
-    Recipe,
-    Segment,
-    Zeros,
-    copied,
-)
+from megatron_tf.checkpoint.interface import Checkpoint
+from megatron_tf.checkpoint.transformed import Copy, Normal, Recipe, Segment, TransformedCheckpoint, Zeros, copied
 from megatron_tf.config import ModelConfig, parse_config, to_dict
 from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 
 
-def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
+def pad_vocabulary(source: Checkpoint, multiple: int) -> TransformedCheckpoint:
     """The checkpoint with its vocabulary padded to a `multiple`; the rows of real ids stay as they are.
 
     Padded rows are not masked in the loss, so that other ones move it a little. Raises ConfigError for a multiple that
@@ -28,7 +20,7 @@ def pad_vocabulary(source: Checkpoint, multiple: int) -> DerivedCheckpoint:
     for group in source.groups():
         names = [parameter.name for parameter in held_parameters(source, group)]
         recipes[group] = {name: _recipe(source, group, padded[name]) for name in names}
-    return DerivedCheckpoint(source, recipes, source.record.with_model(model))
+    return TransformedCheckpoint(source, recipes, source.record.with_model(model))
 
 
 def _recipe(source: Checkpoint, group: str, parameter: Parameter) -> Recipe:
@@ -39,5 +31,5 @@ def _recipe(source: Checkpoint, group: str, parameter: Parameter) -> Recipe:
         return Recipe(whole.dtype, whole.columns, [Copy(parameter.name, 0, rows)])
     new: Segment = Zeros(rows - old)
     if group == "model":
-        new = Normal(parameter.name, source.record.seed, old, rows, parameter.initial.std)
+        new = Normal(parameter.name, seed=source.record.seed, start=old, stop=rows, std=parameter.initial.std)
     return Recipe(whole.dtype, whole.columns, [*whole.segments, new])

@@ -1,6 +1,6 @@
 """Build the index files a run will read from its configuration: build-index CONFIG [--section.key=value].
 
-A run builds what is missing by itself; for large data sets its ranks would have to wait.
+A run builds what is missing by itself; for large datasets its ranks would have to wait.
 """
 
 import math
@@ -34,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(name: str, dataset: "Samples", samples: int) -> None:
-    """Build, and say how long it took."""
+    """Build, and print how long it took."""
     started = time.perf_counter()
     build(dataset, samples)
     print(f"{name}: {samples:,} samples, {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def build(dataset: "Samples", samples: int) -> None:
-    """Every epoch that so many samples reach into."""
+    """Build every epoch that the first `samples` samples reach into."""
     from megatron_tf.data.blend import BlendedDataset
     from megatron_tf.data.gpt_dataset import GPTDataset
     from megatron_tf.data.order import SampleOrder

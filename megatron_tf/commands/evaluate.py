@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of data sets, for each of the sets their documents come from.
+"""Perplexity and bits per byte of datasets, for each of the sets their documents come from.
 
 Each document is predicted on its own, after an end of document, in windows of the length the model was trained with.
 `python -m megatron_tf.lm_eval` runs the tasks of lm-evaluation-harness.
@@ -64,18 +64,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Predict, and return what is to be told. Raises UserError for what a user can fix."""
+    """Predict, and return the figures. Raises UserError for what a user can fix."""
     import_late("torch")  # --help need not wait for it
     from tqdm import tqdm
 
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.inference.model import load_model
-    from megatron_tf.inference.perplexity import Prediction, predict_documents, read_documents
+    from megatron_tf.inference.perplexity import Prediction, predict_documents, read_tokenized
     from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
 
     datasets = [IndexedDataset(prefix) for prefix in options.data_path]
-    model = load_model(options.checkpoint, options.device)
+    model = load_model(options.checkpoint, device=options.device)
     for dataset in datasets:
         check_made_with(dataset.prefix, model.record.tokenizer)
     tokenizer = load_tokenizer(model, options.tokenizer_model)
@@ -89,7 +89,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
-            read = read_documents(dataset, documents, tokenizer, model.config.vocab_size)
+            read = read_tokenized(dataset, documents, tokenizer=tokenizer, vocab_size=model.config.vocab_size)
             found = predict_documents(
                 model,
                 read,
@@ -120,7 +120,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures as lines."""
+    """Format the figures as lines."""
     rows = [
         f"{'set':<24}{'documents':>12}{'tokens':>14}{'bytes':>16}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>11}"
     ]

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.arguments import file_path, make_parser, parse, read_text
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompt-file",
         type=file_path,
-        help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are handed on "
+        help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are kept "
         "(without this and --prompt: a prompt on each line of the standard input)",
     )
     add("--output", type=file_path, help="write results here as JSON lines")
@@ -108,7 +108,7 @@ def generate(options: Options) -> None:
     mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = load_model(options.checkpoint, mesh.device, dtype, mesh.group("tp"))
+    model = load_model(options.checkpoint, device=mesh.device, dtype=dtype, group=mesh.group("tp"))
     if mesh.device.type == "cpu":
         model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
@@ -117,7 +117,7 @@ def generate(options: Options) -> None:
         seeds = [seed_of_sample(options.seed, number) for number in numbers]
         return continue_texts(model, tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds)
 
-    # ranks beside the first do the same work, and say nothing
+    # the other ranks do the same work, and print nothing
     with _opened(os.devnull if not mesh.is_first_rank else options.output) as out:
         if len(records) == options.num_samples == 1 and options.prompt_file is None and options.output is None:
             _stream(records[0]["prompt"], continue_batch, out)
@@ -129,14 +129,14 @@ def generate(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    """Raise UserError for what can't be, before anything is read."""
+    """Raise UserError for impossible options, before anything is read."""
     from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
     for name in ("batch_size", "num_samples"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be 1 or more")
     if not -(2**63) <= options.seed < 2**63:
-        raise UserError(f"--seed ({options.seed}) must lie within 64 bits")
+        raise UserError(f"--seed ({options.seed}) must be within 64 bits")
     if options.output is None and sys.stdout is None:
         raise UserError("the standard output is closed: give --output FILE")
     if options.output is not None:
@@ -157,7 +157,7 @@ def _read_records(options: Options) -> list[dict[str, Any]]:
 
 
 def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
-    """The prompt and what follows it, as it comes."""
+    """Print the prompt and its continuation, token by token."""
     print(prompt, end="", file=out, flush=True)
     for _, piece, _ in continue_batch([prompt], [0]):
         print(piece, end="", file=out, flush=True)
@@ -166,10 +166,12 @@ def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
 
 def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple[dict[str, Any], int]]:
     """(record, number of its sample) of each continuation; the record says its number where there are several."""
-    numbers = range(num_samples)
     if num_samples == 1:
         return [(record, 0) for record in records]
-    return [(record | {"sample": number}, number) for record in records for number in numbers]
+    requests = []
+    for record in records:
+        requests += [(record | {"sample": number}, number) for number in range(num_samples)]
+    return requests
 
 
 def _write_lines(
@@ -177,8 +179,8 @@ def _write_lines(
 ) -> None:
     """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
     for requests in batches:
-        prompts, numbers = [record["prompt"] for record, _ in requests], [number for _, number in requests]
-        texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
+        prompts = [record["prompt"] for record, _ in requests]
+        texts = {i: text for i, _, text in continue_batch(prompts, [number for _, number in requests])}
         for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
@@ -188,10 +190,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     """Records with a prompt each. Raises UserError naming the line that holds none."""
     from megatron_tf.inference.text import check_text
 
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start:,}: {error.reason}") from None
+    lines = read_text(path).split("\n")
     if path.suffix != ".jsonl":
         return _not_empty([{"prompt": line} for line in lines if line], path)
     records = []
@@ -203,7 +202,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 raise UserError(f"{path}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
                 raise UserError(f'{path}, line {number} is not an object with a text as its "prompt"')
-            # the whole record: its other keys are handed on
+            # the whole record: its other keys are kept
             check_text(json.dumps(record, ensure_ascii=False), f"{path}, line {number}")
             records.append(record)
     return _not_empty(records, path)

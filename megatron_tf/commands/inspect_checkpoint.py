@@ -15,7 +15,7 @@ NOT_STATE = {"config", "usage", "growth_stage"}
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Print what is asked for. Returns 1 where --diff finds a difference of tensors or other state."""
+    """Print what the options name. Returns 1 where --diff finds a difference of tensors or other state."""
     parser = make_parser("inspect-checkpoint", __doc__)
     parser.add_argument("directory", type=file_path, help="checkpoint, or a run's directory of them")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum first")
@@ -51,10 +51,12 @@ def show(reader: "CheckpointReader") -> int:
 def show_files(reader: "CheckpointReader") -> None:
     """Print the layout on disk."""
     files = reader.manifest.files
-    pieces = [len(entry.pieces) for tensors in reader.manifest.groups.values() for entry in tensors.values()]
+    pieces: list[int] = []
+    for tensors in reader.manifest.groups.values():
+        pieces += [len(entry.pieces) for entry in tensors.values()]
     print(
         f"\n{len(files)} files, {sum(entry.bytes for entry in files.values()):,} bytes; "
-        f"a tensor lies in {min(pieces)} to {max(pieces)} pieces"
+        f"a tensor is in {min(pieces)} to {max(pieces)} pieces"
     )
     for name, entry in files.items():
         print(f"  {name:<40}{entry.bytes:>18,}")

@@ -1,4 +1,4 @@
-"""Look into a data set: counts, checks, and documents or samples, decoded where a tokenizer is given."""
+"""Look into a dataset: counts, checks, and documents or samples, decoded where a tokenizer is given."""
 
 import tempfile
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Print what is asked for. Raises DataError for a data set that is not sound."""
+    """Print what the options name. Raises DataError for a damaged dataset."""
     parser = make_parser("inspect-dataset", __doc__)
     parser.add_argument("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
     parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def inspect(options: Options) -> None:
-    """Print. Raises DataError for a data set that is not sound."""
+    """Print. Raises DataError for a damaged dataset."""
     dataset = IndexedDataset(options.prefix)
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
-    describe(dataset)
+    show_counts(dataset)
     check_ids(dataset, tokenizer)
     for index in options.documents:
         if not 0 <= index < len(dataset):
@@ -90,8 +90,8 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
     return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
 
 
-def describe(dataset: IndexedDataset) -> None:
-    """Counts, lengths, and the report beside the data."""
+def show_counts(dataset: IndexedDataset) -> None:
+    """Print counts, lengths, and the report next to the data."""
     lengths = dataset.document_lengths
     print(f"{dataset.prefix}: {len(dataset):,} documents, {len(dataset.tokens):,} tokens of type {dataset.dtype}")
     if len(lengths):
@@ -123,7 +123,7 @@ def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
 
 
 def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, int]:
-    """(document, offset in it, id) of the first id that a vocabulary has not; there is one."""
+    """(document, offset in it, id) of the first id outside the vocabulary; there must be one."""
     for document in range(len(dataset)):
         ids = dataset.document(document)
         bad = first_bad_id(ids, vocab_size)
@@ -138,7 +138,7 @@ def starts(dataset: IndexedDataset) -> range:
 
 
 def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
-    """Ids, and the text of all of them."""
+    """Print the first ids, and the text of all of them."""
     first = " ".join(map(str, ids[:SHOWN_IDS].tolist()))
     print(f"\n{name}, {len(ids):,} tokens: {first}{' ...' if len(ids) > SHOWN_IDS else ''}")
     if tokenizer is not None:

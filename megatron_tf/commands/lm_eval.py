@@ -47,7 +47,7 @@ def register() -> None:
     except ImportError as error:
         raise UserError(f"lm-eval is not installed ({error}): pip install 'megatron_tf[eval]'") from None
     if "megatron_tf" not in registry:
-        registry.register("megatron_tf", target="megatron_tf.inference.harness:MegatronTF")
+        registry.register("megatron_tf", target="megatron_tf.inference.lm_eval_model:MegatronTF")
 
 
 def leave_ranks() -> None:

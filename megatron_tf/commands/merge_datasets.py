@@ -1,4 +1,4 @@
-"""Put data sets together into one; documents stay as they are, in the order of the prefixes given."""
+"""Put datasets together into one; documents stay as they are, in the order of the prefixes given."""
 
 import os
 from collections.abc import Iterator
@@ -23,21 +23,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--input", nargs="+", type=file_prefix, required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs"
     )
-    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new data set")
+    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new dataset")
     args = parser.parse_args(arguments)
     merge(args.input, args.output_prefix)
     return 0
 
 
 def merge(prefixes: list[str], output: str) -> None:
-    """Write the new data set; it appears under its name when it is complete."""
+    """Write the new dataset; it appears under its name when it is complete."""
     for path in (*(Path(f"{output}.{kind}") for kind in ("idx", "bin", "json")), sets_path(output)):
         if os.path.lexists(path):
-            raise DataError(f"{path} exists: remove that data set, or choose another --output-prefix")
+            raise DataError(f"{path} exists: remove that dataset, or choose another --output-prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     dtypes = {dataset.dtype for dataset in datasets}
     if len(dtypes) > 1:
-        raise DataError(f"the data sets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
+        raise DataError(f"the datasets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
     report = merged_report(prefixes)
     data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
     data.parent.mkdir(parents=True, exist_ok=True)

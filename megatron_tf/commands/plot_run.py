@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")
-    stages = [stage for path in args.metrics for stage in read_stages(path)]
+    stages: list[Stage] = []
+    for path in args.metrics:
+        stages += read_stages(path)
     draw(stages, args.output, title=args.title, x=args.x)
     table = summarize(stages)
     print(table)
@@ -107,8 +109,8 @@ def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") ->
         axes.scatter([at for at, _ in points], [loss for _, loss in points], color=colour, s=24, zorder=3)
     axes.scatter([], [], color="0.4", s=24, label="held-out text")
     for before, after in itertools.pairwise(stages):
-        goes_on = min(after.series("tokens")) > max(before.series("tokens"))
-        if before.parameters != after.parameters and goes_on:
+        continues = min(after.series("tokens")) > max(before.series("tokens"))
+        if before.parameters != after.parameters and continues:
             mark_growth(axes, before=before, after=after, x=x)
     axes.set(xlabel=AXES[x], ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.25)
@@ -121,7 +123,7 @@ def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") ->
 
 
 def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:
-    """A vertical line where the model grew."""
+    """Draw a vertical line where the model grew."""
     position = before.series(x)[-1]
     axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
     text = f" grown: {before.parameters / 1e6:.1f} M to {after.parameters / 1e6:.1f} M"

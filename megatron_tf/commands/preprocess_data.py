@@ -31,12 +31,13 @@ from megatron_tf.data.preprocess import (
     tokenize_input,
 )
 from megatron_tf.data.published import claim, exclusive
-from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
+from megatron_tf.data.tokenizer import TYPES, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
 from megatron_tf.parallel.launch import number_of
 
 MAX_KEY_BYTES = 100
+build_once = cache(build_tokenizer)  # in a process, for all its inputs
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set by mpiexec and srun
 
 
@@ -57,9 +58,9 @@ class Options:
     max_bad_lines: float
 
 
-@command(interrupted="interrupted: run the same command again to go on")
+@command(interrupted="interrupted: run the same command again to resume")
 def main(arguments: list[str] | None = None) -> int:
-    """Make the data sets. What is finished before an error is kept."""
+    """Make the datasets. What is finished before an error is kept."""
     options = parse_arguments(arguments)
     os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by the engines for byte-level BPE when they start
     try:
@@ -67,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks is not None or is_alone():
                 preprocess(options, ranks)
     except OSError as error:
-        if is_disk_full(error):
-            raise DataError(f"{error}: make room and run the same command again to go on") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk, or a quota, is full
+            raise DataError(f"{error}: make room and run the same command again to resume") from error
         raise
     return 0
 
@@ -78,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     parser = make_parser("preprocess-data", __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files, or patterns such as '*.zst'")
-    add("--output-prefix", type=file_prefix, required=True, help="where the data sets go: PREFIX_text_document.bin")
+    add("--output-prefix", type=file_prefix, required=True, help="where the datasets go: PREFIX_text_document.bin")
     add("--tokenizer-type", required=True, help=", ".join(TYPES))
     add("--tokenizer-model", type=file_path, help="the tokenizer's file; of a vocab.json, merges.txt is next to it")
     add(
@@ -86,7 +87,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     )
     add("--json-keys", nargs="+", default=["text"], help="texts to take from each line")
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    add("--split-by-meta", metavar="KEY", help="a data set for each value of meta.KEY, such as pile_set_name")
+    add("--split-by-meta", metavar="KEY", help="a dataset for each value of meta.KEY, such as pile_set_name")
     add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize")
     add("--log-interval", type=int, default=10000, help="documents between lines of a log")
     add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
@@ -112,7 +113,7 @@ def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
 
 
 def preprocess(options: Options, ranks: Any | None) -> None:
-    """Tokenize every input and put the data sets together, on the ranks of an executor or in this process."""
+    """Tokenize every input and put the datasets together, on the ranks of an executor or in this process."""
     inputs, prefix = find_inputs(options.input), options.output_prefix
     tokenizer = build_tokenizer(
         options.tokenizer_type, options.tokenizer_model, threads=options.workers, eod_token=options.eod_token
@@ -127,7 +128,7 @@ def preprocess(options: Options, ranks: Any | None) -> None:
     )
     report = finished_report(inputs, prefix, settings, tokenizer_model=options.tokenizer_model)
     if report is not None:
-        print(f"{prefix}.json: these data sets are complete already")
+        print(f"{prefix}.json: these datasets are complete already")
     else:
         with exclusive(prefix):
             if options.split_by_meta is None:  # otherwise the names are known when all has been read
@@ -146,7 +147,7 @@ def preprocess(options: Options, ranks: Any | None) -> None:
 
 
 def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
-    """Print what is in the data sets, and what is not."""
+    """Print what is in the datasets, and what is not."""
     for data_set, counts in report["data_sets"].items():
         print(f"{data_set}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     for kind, bad in report["bad_lines"].items():
@@ -156,21 +157,17 @@ def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
     if split_by_meta is not None and without:
         print(
             f"warning: {without:,} of {report['documents']:,} documents have no meta.{split_by_meta}: they are in the "
-            f"data set {UNKNOWN_SET}; is --split-by-meta right?",
+            f"dataset {UNKNOWN_SET}; is --split-by-meta right?",
             file=sys.stderr,
         )
 
 
-@cache
-def tokenizer_of(tokenizer_type: str, path: Path | None, workers: int, eod_token: str | None) -> Tokenizer:
-    """The tokenizer, built once in a process however many inputs it gets."""
-    return build_tokenizer(tokenizer_type, path, threads=workers, eod_token=eod_token)
-
-
 @contextmanager
 def progress_of(inputs: list[Path], log_interval: int) -> Iterator[ReportProgress]:
-    """A bar on a terminal, lines in a log; both count bytes of the inputs as they lie on disk."""
-    total, documents, started = sum(path.stat().st_size for path in inputs), 0, time.perf_counter()
+    """A bar on a terminal, lines in a log; both count bytes of the inputs as they are on disk."""
+    total = sum(path.stat().st_size for path in inputs)
+    documents = 0
+    started = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         done = 0
 
@@ -230,12 +227,7 @@ def tokenize_alone(path: Path, number: int, *, options: Options, settings: Setti
         nonlocal documents
         documents += more_documents
 
-    tokenizer = tokenizer_of(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
+    tokenizer = build_once(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
     prefix = options.output_prefix
     tokenize_input(path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=count)
     return documents
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether the disk or a quota is what stopped us."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -42,7 +42,7 @@ def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer
     """Join the other ranks and train; returns the exit code."""
     signals.end_at_once(partial(exit_code, is_saved=config.checkpoint.save is not None))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors say in a line what its warnings say in forty
-    # after the configuration is known to be sound: it takes seconds
+    # after the configuration has been checked: it takes seconds
     from megatron_tf.kernels.build_failure import make_compiler_cache
 
     make_compiler_cache()  # the imports below raise a bare OSError without it

@@ -39,8 +39,8 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Write the new checkpoint. After an error nothing is written; exit code 3 says that it was written and --verify
-    finds fault with it."""
+    """Write the new checkpoint. After an error nothing is written; exit code 3: it was written, and --verify
+    found it at fault."""
     options = parse_arguments(arguments)
     import_late("megatron_tf.commands.resharding")
     from megatron_tf.commands.resharding import run
@@ -99,7 +99,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     )
     growth.add_argument("--insert-layers", metavar="I,J,...", help="a new layer before each old one named")
     growth.add_argument(
-        "--moments", choices=["keep", "reset"], help="Adam's moments of what was there; by default keep"
+        "--moments", choices=["keep", "reset"], help="optimizer state (Adam moments) of what was there; by default keep"
     )
     growth.add_argument(
         "--old-tokens-lr-scale", type=float, metavar="X", help="of old tokens; 0 freezes them; by default 1"
@@ -107,5 +107,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     growth.add_argument(
         "--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0"
     )
-    parser.add_argument("--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that do most on --data")
+    parser.add_argument(
+        "--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data"
+    )
     return parse(parser, Options, arguments)

@@ -1,34 +1,33 @@
 """What `reshard_checkpoint` does once it has read its options."""
 
 import math
+import os
 import resource
-import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_tf.checkpoint.derived import BLOCK_BYTES, Checkpoint, DerivedCheckpoint, read_blocks
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.interface import BLOCK_BYTES, Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, Target, plan_files, progress_bar, reshard
+from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, FilePlan, Target, plan_files, reshard
 from megatron_tf.checkpoint.shrink import keep_most_important, shrink
-from megatron_tf.checkpoint.summary import common_shape, differing_values, names_by_pattern
+from megatron_tf.checkpoint.summary import common_shape, differences, names_by_pattern
+from megatron_tf.checkpoint.transformed import TransformedCheckpoint
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
+from megatron_tf.commands.progress import byte_bar
 from megatron_tf.commands.reshard_checkpoint import Options
 from megatron_tf.config import GrowthStage, parse_config, parse_token_option
 from megatron_tf.config.load import read_yaml
 from megatron_tf.errors import UserError
-from megatron_tf.inference.calibration import (
-    Comparison,
-    available_memory,
-    compare_models,
-    read_samples,
-    token_importance,
-)
+from megatron_tf.inference.comparison import compare_models
+from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
+from megatron_tf.inference.samples import samples_for
 from megatron_tf.inference.tokenizer import check_made_with
 from megatron_tf.model.parallelize import stage_layers
 from megatron_tf.tokenformer.sizes import training_flops
@@ -43,38 +42,42 @@ class VerificationError(UserError):
 
 
 def run(options: Options) -> None:
-    """Do it."""
+    """Reshard, grow or shrink. Raises UserError for what a user can fix."""
     if options.save.resolve() == options.load.resolve():
         raise CheckpointError("--save is the same directory as --load: choose another")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
     source = CheckpointReader(options.load, check_at_end=True).complete()
-    result, is_exact = derive(source, options)
+    result, is_exact = transform(source, options)
     target = make_target(result, options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
-    describe(source, result, target)
+    plans = list(plan_files(result, target))
+    print_plan(source, result, target=target, plans=plans)
     if options.dry_run:
         return
     if options.data is not None:
         check_made_with(options.data, source.record.tokenizer)
-    path = reshard(
-        result,
-        options.save,
-        target,
-        check_source=source.verify,
-        on_terminal=sys.stderr.isatty(),
-        allow_existing=options.allow_existing,
-    )
+    total = sum(plan.nbytes for plan in plans)
+    with byte_bar("writing", total) as bar:
+        path = reshard(
+            result,
+            options.save,
+            target,
+            check_source=source.verify,
+            progress=bar.update,
+            allow_existing=options.allow_existing,
+        )
     print(f"wrote {path}", flush=True)
     if options.verify:
-        compare_tensors(result, path)
+        with byte_bar("verifying", total) as bar:
+            check_tensors(result, path, bar.update)
         source.verify()
         print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
     if options.verify or options.data:
-        report(source.directory, path, options, is_exact=is_exact)
+        compare_outputs(source.directory, path, options, is_exact=is_exact)
 
 
-def derive(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool]:
-    """(the checkpoint to write, whether it computes the same)."""
+def transform(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool]:
+    """Return the checkpoint to write, and whether its model computes the same."""
     result: Checkpoint = source
     stage = growth_stage(options)
     if options.shrink is not None and stage:
@@ -93,7 +96,7 @@ def derive(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool
 
 
 def growth_stage(options: Options) -> GrowthStage | None:
-    """From --stage and the options beside it; None for no growth."""
+    """Make the growth stage of --stage and of the options that override its keys; None for no growth."""
     values: dict[str, Any] = {}
     if options.stage:
         try:
@@ -120,23 +123,22 @@ def growth_stage(options: Options) -> GrowthStage | None:
     return parse_config(GrowthStage, values, str(options.stage or "growth")) if values else None
 
 
-def shrunk(source: CheckpointReader, options: Options) -> DerivedCheckpoint:
-    """The source without the tokens that do least on the data."""
+def shrunk(source: CheckpointReader, options: Options) -> TransformedCheckpoint:
+    """Drop the tokens that contribute least on the data."""
     if options.data is None:
-        raise CheckpointError("--shrink needs --data PREFIX: the tokens that do least on it are dropped")
-    assert options.shrink is not None  # `derive` has looked
+        raise CheckpointError("--shrink needs --data PREFIX: the tokens that contribute least on it are dropped")
+    assert options.shrink is not None  # `transform` has looked
     tokens = parse_token_option("--shrink", options.shrink)
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
         raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
     model = load_model(source.directory)
-    check_made_with(options.data, source.record.tokenizer)
-    samples = read_samples(options.data, model.config.vocab_size, source.record.seq_length, options.data_tokens)
+    samples = samples_for(source.record, options.data, options.data_tokens)
     importance = token_importance(model, samples)
     return shrink(source, keep_most_important(model.config, importance, tokens))  # type: ignore[arg-type]
 
 
 def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
-    """The target layout, with layers balanced over stages as the trainer does."""
+    """Make the target layout, with layers balanced over stages as the trainer does."""
     config = checkpoint.record.model
     if tensor_parallel < 1 or pipeline_parallel < 1:
         raise CheckpointError("the target's parallel sizes must be 1 or more")
@@ -148,9 +150,8 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
     return Target(tensor_parallel, stage_layers(config, pipeline_parallel, checkpoint.record.seq_length))
 
 
-def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> None:
+def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, plans: Sequence[FilePlan]) -> None:
     """Print what goes in and what comes out."""
-    plans = list(plan_files(result, target))
     print(f"{source.directory}, step {source.step:,}")
     print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
     names_before, names_after = names_by_pattern(source, "model"), names_by_pattern(result, "model")
@@ -158,11 +159,10 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
         old_shape, old = _size_of(source, names)
         new_shape, new = _size_of(result, names_after[pattern])
         print(f"  {pattern:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
-    both = (source, result)
     rows = {
-        "all parameters": [_parameters(checkpoint) for checkpoint in both],
-        "layers": [checkpoint.record.model.num_layers for checkpoint in both],
-        "FLOPs per token in training": [_flops(checkpoint) for checkpoint in both],
+        "all parameters": [_parameters(source), _parameters(result)],
+        "layers": [source.record.model.num_layers, result.record.model.num_layers],
+        "FLOPs per token in training": [_flops(source), _flops(result)],
         "files": [len(source.manifest.files) - 1, len(plans)],
         "bytes": [sum(file.bytes for file in source.manifest.files.values()), sum(plan.nbytes for plan in plans)],
     }
@@ -177,7 +177,7 @@ def describe(source: CheckpointReader, result: Checkpoint, target: Target) -> No
 
 
 def _size_of(checkpoint: Checkpoint, names: list[str]) -> tuple[str, int]:
-    """(shapes, parameters) of the tensors that differ in their layer only."""
+    """Return the shapes and the parameters of tensors that differ in their layer only."""
     shapes = [checkpoint.shape("model", name) for name in names]
     shape = common_shape(shapes)
     return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
@@ -191,19 +191,11 @@ def _flops(checkpoint: Checkpoint) -> int:
     return training_flops(checkpoint.record.model, checkpoint.record.seq_length)
 
 
-def compare_tensors(expected: Checkpoint, path: Path) -> None:
-    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`."""
+def check_tensors(expected: Checkpoint, path: Path, progress: Callable[[int], object]) -> None:
+    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`, bit for bit."""
     found = CheckpointReader(path, check_at_end=True)
-    tensors = [(group, name) for group in expected.groups() for name in expected.names(group)]
-    total = sum(math.prod(expected.shape(*tensor)) * expected.dtype(*tensor).itemsize for tensor in tensors)
-    with progress_bar("verifying", total, sys.stderr.isatty()) as bar:
-        for group, name in tensors:
-            rows = expected.shape(group, name)[0]
-            sides = (read_blocks(checkpoint, group, name, start=0, stop=rows) for checkpoint in (expected, found))
-            for wanted, have in zip(*sides, strict=True):
-                if differing_values(wanted, have):  # by their bytes: a NaN equals the same NaN
-                    raise VerificationError(f"{path}: {group} {name} is not what it should be")
-                bar.update(have.nbytes)
+    for difference in differences(expected, found, progress):
+        raise VerificationError(f"{path} is not what it should be: {difference}")
     if found.record != expected.record:
         raise VerificationError(f"{path}: its metadata is not what it should be")
     try:
@@ -212,19 +204,18 @@ def compare_tensors(expected: Checkpoint, path: Path) -> None:
         raise VerificationError(str(error)) from error
 
 
-def report(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
+def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
     """Print how the outputs of both models differ. Raises VerificationError where they should not."""
     readers = [CheckpointReader(path) for path in (before, after)]
-    needed, available = max(4 * _parameters(reader) for reader in readers), available_memory()
+    needed = max(4 * _parameters(reader) for reader in readers)
+    available = available_memory()
     if needed > available:
         print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
         return
     samples = None
     if options.data:
-        vocab_size = readers[0].record.model.vocab_size
-        check_made_with(options.data, readers[0].record.tokenizer)
-        samples = read_samples(options.data, vocab_size, readers[0].record.seq_length, options.data_tokens)
-    found: Comparison = compare_models(before, after, samples)
+        samples = samples_for(readers[0].record, options.data, options.data_tokens)
+    found = compare_models(before, after, samples)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:
         old, new = found.losses
@@ -237,3 +228,12 @@ def report(before: Path, after: Path, options: Options, *, is_exact: bool) -> No
         print("this change does not keep the model's outputs, as said in --help")
     elif not found.difference <= EXACT * found.largest:  # a NaN is neither
         raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
+
+
+def available_memory() -> int:
+    """Return the bytes that can be allocated without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # macOS shows the total, not what is free: half of it
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(0.8 * 1024 * int(fields["MemAvailable"].split()[0]))

@@ -1,4 +1,4 @@
-"""Continuing a batch of prompts with a key-value cache."""
+"""Continuation of a batch of prompts with a key-value cache."""
 
 from collections.abc import Collection, Sequence
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from megatron_tf.errors import UserError
 from megatron_tf.inference.model import LanguageModel
-from megatron_tf.inference.sampling import Sampling, choose
+from megatron_tf.inference.sampling import Sampling, sample_tokens
 
 _PREFILL_TOKENS = 4096  # of prompts, run at a time: bounds the memory of long ones
 
 
 class Generation:
-    """Prompts of any lengths, being continued together.
+    """Continues prompts of any lengths together.
 
     Sample i is what it would be alone, up to rounding: it sees no other, and has random numbers of its own, which
-    start from the seed. Ids that pad the vocabulary never come. With a tensor-parallel model every rank makes the same
-    calls, and gets the tokens that the first rank has chosen.
+    start from the seed. Ids that pad the vocabulary are never chosen. With a tensor-parallel model every rank makes the
+    same calls, and gets the tokens that the first rank has chosen.
     """
 
     def __init__(
@@ -26,12 +26,13 @@ class Generation:
         model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
+        *,
         seed: int | Sequence[int] = 0,
     ) -> None:
         """`prompts` are ids, at least one in each; `seed` is one for all, or one for each. Raises UserError for an
         empty prompt."""
         if not all(len(prompt) for prompt in prompts):
-            raise UserError("a prompt is empty: it takes a token to begin with, such as the end of a document")
+            raise UserError("a prompt is empty: it needs a first token, such as the end of a document")
         self.active = list(range(len(prompts)))
         self._model = model
         self._prompts = prompts
@@ -43,20 +44,20 @@ class Generation:
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
-        """The next token of every active sample. Raises UserError where the model gives what is not a number."""
+        """Return the next token of every active sample. Raises UserError where the model's logits are non-finite."""
         hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
         logits = self._model.score(hidden)[:, 0, : self._model.config.vocab_size]
         if not logits.sum().isfinite():
-            raise UserError("the model's logits are not finite: its checkpoint is of a run that had gone astray")
+            raise UserError("the model's logits are non-finite: its checkpoint is of a run that had diverged")
         uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
-        tokens = choose(logits, self._sampling, uniform.to(logits.device))
+        tokens = sample_tokens(logits, self._sampling, uniform.to(logits.device))
         if self._model.group is not None:
             dist.broadcast(tokens, group=self._model.group, group_src=0)
         self._last = tokens[:, None]
         return dict(zip(self.active, tokens.tolist(), strict=True))
 
     def finish(self, samples: Collection[int]) -> None:
-        """Go on without these."""
+        """Stop continuing these samples."""
         rows = [row for row, sample in enumerate(self.active) if sample not in samples]
         if len(rows) == len(self.active):
             return

@@ -63,7 +63,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def arrange_for_decoding(self) -> None:
-        """Let value tokens lie column by column in memory, which makes decoding on a CPU faster; no value changes."""
+        """Store value tokens column by column, which makes decoding on a CPU faster; no value changes."""
         for pattention in self.transformer.pattentions().values():
             pattention.value_tokens.data = pattention.value_tokens.t().contiguous().t()
 
@@ -83,13 +83,14 @@ class LanguageModel(nn.Module):
 
 def load_model(
     path: str | Path,
+    *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     group: ProcessGroup | None = None,
 ) -> LanguageModel:
-    """The model of a checkpoint of any layout, with parameters and activations of `dtype`.
+    """Load the model of a checkpoint of any layout, with parameters and activations of `dtype`.
 
-    Each rank of `group` reads its own rows of tokens alone. Raises CheckpointError naming what is wrong with the
+    Each rank of `group` reads only its own rows of tokens. Raises CheckpointError naming what is wrong with the
     checkpoint, and UserError where the ranks can't share the model evenly.
     """
     reader = CheckpointReader(Path(path)).complete()
@@ -98,6 +99,7 @@ def load_model(
     with torch.device("meta"):
         transformer = TokenFormer(config, group=group, dtype=dtype)
     declared = model_parameters(config)
+    # parameters of the meta device hold no memory: each is replaced by the rows that are read for it
     for path, module in transformer.named_modules():
         for role, _ in list(module.named_parameters(recurse=False)):
             rows = _read_own_rows(reader, declared[f"{path}.{role}"], group)
@@ -118,4 +120,4 @@ def _read_own_rows(reader: CheckpointReader, parameter: Parameter, group: Proces
     start, stop = 0, rows
     if parameter.is_sharded:
         start, stop = split_rows(rows, group_size(group), group_rank(group))
-    return reader.read_rows("model", name, start, stop)
+    return reader.read_rows("model", name, start=start, stop=stop)

@@ -1,4 +1,4 @@
-"""How well a model predicts the documents of a data set, for each set they come from: perplexity and bits per byte."""
+"""Perplexity and bits per byte of the documents of a dataset, for each set they come from."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ class Prediction:
     """Negative log-likelihood."""
 
     def add(self, other: "Prediction") -> None:
-        """Count more."""
+        """Add the counts of another prediction."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
@@ -51,7 +51,7 @@ class Prediction:
 
 
 class Document(NamedTuple):
-    """One document of a data set."""
+    """One document of a dataset."""
 
     set_name: str
     ids: Sequence[int]
@@ -59,11 +59,12 @@ class Document(NamedTuple):
     text_bytes: int
 
 
-def read_documents(
-    dataset: IndexedDataset, documents: range, tokenizer: Tokenizer, vocab_size: int
+def read_tokenized(
+    dataset: IndexedDataset, documents: range, *, tokenizer: Tokenizer, vocab_size: int
 ) -> Iterator[Document]:
-    """Some documents, with their set and bytes. Where nothing tells these (data of other tools), the set is the data
-    set's name, and the bytes are those of the decoded text. Raises DataError for ids that the model has not."""
+    """Yield some documents with their set and bytes. Where nothing tells these (data of other tools), the set is the
+    dataset's name, and the bytes are those of the decoded text. Raises DataError for ids that the model does not have.
+    """
     sets = read_document_sets(dataset.prefix, len(dataset))
     for i in documents:
         ids = np.asarray(dataset.document(i), dtype=np.int64)
@@ -78,15 +79,16 @@ def read_documents(
 def predict_documents(
     model: LanguageModel,
     documents: Iterator[Document],
+    *,
     eod: int,
     window: int,
     stride: int,
     batch_size: int | None,
     progress: Callable[[int], object],
 ) -> dict[str, Prediction]:
-    """Set -> how well its documents were predicted, each on its own after an end of document; see `rolling_windows`.
+    """Return set -> how well its documents were predicted, each on its own after an end of document.
 
-    `progress` takes the tokens predicted since it was called before.
+    For `window` and `stride` see `rolling_windows`. `progress` takes the tokens predicted since it was called before.
     """
     predictions: dict[str, Prediction] = {}
 
@@ -94,7 +96,7 @@ def predict_documents(
         for document in documents:
             of_set = predictions.setdefault(document.set_name, Prediction())
             of_set.add(Prediction(documents=1, text_bytes=document.text_bytes))
-            for request in rolling_windows([eod, *document.ids], window, stride):
+            for request in rolling_windows([eod, *document.ids], window=window, stride=stride):
                 yield document.set_name, request
 
     stream = windows()

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Sampling of the next token from logits."""
 
 from dataclasses import dataclass
 
@@ -44,11 +44,11 @@ class Sampling:
         if self.top_k < 0:
             raise UserError(f"top_k ({self.top_k}) must be 0, for all, or more")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p ({self.top_p}) must lie above 0, and at most at 1")
+            raise UserError(f"top_p ({self.top_p}) must be above 0 and at most 1")
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] -> the ids that may come and their probabilities, each [B, K].
+    """Logits [B, V] -> the ids that may be chosen and their probabilities, each [B, K].
 
     Those that are cut off have probability 0; the sampling must not be greedy.
     """
@@ -69,8 +69,8 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return ids, probabilities
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """One id for each row of logits [B, V], by numbers drawn uniformly from [0, 1): `uniform` [B], float64."""
+def sample_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Choose an id for each row of logits [B, V] by numbers drawn uniformly from [0, 1): `uniform` [B], float64."""
     if sampling.is_greedy:
         return logits.argmax(-1)
     ids, probabilities = candidates(logits, sampling)

@@ -1,4 +1,4 @@
-"""How likely a model finds texts: continuations in batches by length, long texts in windows."""
+"""Log-likelihoods of texts under a model: continuations in batches by length, long texts in windows."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -33,14 +33,14 @@ class Score(NamedTuple):
 def score(
     model: LanguageModel, requests: Sequence[Request], batch_size: int | None = None
 ) -> Iterator[tuple[int, Score]]:
-    """(index, score) of every request, the longest first; `batch_size` None suits it to the requests' lengths."""
+    """Yield (index, score) of every request, the longest first; `batch_size` None suits it to the requests' lengths."""
     tokens = _CPU_TOKENS if next(model.parameters()).device.type == "cpu" else _GPU_TOKENS
     for batch in _batches(requests, batch_size, tokens):
         yield from zip(batch, _score_batch(model, [requests[i] for i in batch]), strict=True)
 
 
-def rolling_windows(ids: Sequence[int], window: int, stride: int, first: int = 1) -> Iterator[Request]:
-    """Requests that score ids[first:] once each, in turns of `stride`, given all that fits into `window` inputs.
+def rolling_windows(ids: Sequence[int], *, window: int, stride: int, first: int = 1) -> Iterator[Request]:
+    """Yield requests that score ids[first:] once each, in turns of `stride`, given all that fits into `window` inputs.
 
     With stride == window and first == 1 these are lm-evaluation-harness's windows of context_len 1: the first id of a
     turn has but one id before it, and the last turn as many as fit. Raises UserError unless 1 <= stride <= window.

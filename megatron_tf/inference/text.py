@@ -1,4 +1,4 @@
-"""Continuing texts: tokens to text as they come, and where to stop."""
+"""Continuation of texts: tokens to text as they are generated, and where to stop."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ _INCOMPLETE = "\ufffd"  # what decoders make of a character whose bytes have not
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a continuation goes on, beside the end of the document."""
+    """Where a continuation ends, if the document does not end before."""
 
     max_new_tokens: int = 100
     stop: Sequence[str] = field(default_factory=tuple)
@@ -33,9 +33,9 @@ class Continuation:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], limits: Limits) -> None:
         self.text = ""
-        """What has come for certain."""
+        """What will not change any more."""
         self.num_tokens = 0
-        """Tokens that have come, without the end of document."""
+        """Generated tokens, without the end of document."""
         self.finish_reason: Literal["eod", "stop", "length"] | None = None
         self._tokenizer = tokenizer
         self._limits = limits
@@ -64,7 +64,7 @@ class Continuation:
         return self._show(len(self._held))
 
     def _cut_at_stop(self) -> bool:
-        """Whether a stop string has come; then the text ends before it."""
+        """Cut the text before a stop string; returns whether there is one."""
         found = [place for place in map(self._held.find, self._limits.stop) if place >= 0]
         if found:
             self._held = self._held[: min(found)]
@@ -101,18 +101,32 @@ def continue_texts(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    *,
     sampling: Sampling,
     limits: Limits,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, str, Continuation]]:
-    """(prompt's index, text that has come, all that has come for it) as tokens come, until all prompts are finished.
-
-    `seed` is one for all, so that the same prompt gets the same text, or one for each (see `seed_of_sample`).
-    An empty prompt begins as a document does: after the end of another.
-    """
+    """Continue texts, see `continue_ids`. An empty prompt begins as a document does: after the end of another."""
     ids = [row.tolist() or [tokenizer.eod] for row in tokenizer.encode_batch(prompts).rows()]
-    texts = [Continuation(tokenizer, prompt, limits) for prompt in ids]
-    generation = Generation(model, ids, sampling, seed)
+    return continue_ids(model, tokenizer, ids, sampling=sampling, limits=limits, seed=seed)
+
+
+def continue_ids(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    limits: Limits,
+    seed: int | Sequence[int] = 0,
+) -> Iterator[tuple[int, str, Continuation]]:
+    """Yield (prompt's index, new text, all of its continuation) token by token, until all prompts are finished.
+
+    `prompts` are ids, at least one in each. `seed` is one for all, so that the same prompt gets the same text, or one
+    for each (see `seed_of_sample`).
+    """
+    texts = [Continuation(tokenizer, prompt, limits) for prompt in prompts]
+    generation = Generation(model, prompts, sampling, seed=seed)
     while generation.active:
         for sample, token in generation.step().items():
             yield sample, texts[sample].add(token), texts[sample]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import megatron_tf
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.convert.huggingface.check import load_export
 from tests.support import commands
 from tests.support.commands import make_run, run
 from tests.support.models import greedy_ids

@@ -20,7 +20,7 @@ from megatron_tf import evaluate, lm_eval
 from megatron_tf.commands import preprocess_data
 from megatron_tf.data.document_sets import sets_path
 from megatron_tf.errors import UserError
-from megatron_tf.inference.harness import MegatronTF
+from megatron_tf.inference.lm_eval_model import MegatronTF
 from megatron_tf.inference.model import load_model
 from tests.support.commands import ENVIRONMENT, free_port
 from tests.support.models import SEQ_LENGTH, random_model, write_checkpoint

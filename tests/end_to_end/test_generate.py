@@ -114,7 +114,7 @@ def test_tokens_are_written_as_they_come(checkpoint):
     "arguments, message",
     [
         (["nowhere", "--prompt", "a"], "nowhere does not exist"),
-        (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p (2.0) must lie above 0"),
+        (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p (2.0) must be above 0"),
         (["{checkpoint}", "--prompt", "a", "--stop", ""], "a stop string is empty"),
         (["{checkpoint}", "--prompt", "a", "--batch-size", "0"], "--batch-size (0) must be 1 or more"),
         (["{checkpoint}", "--prompt", "a", "--num-samples", "0"], "--num-samples (0) must be 1 or more"),

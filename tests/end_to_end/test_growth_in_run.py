@@ -95,10 +95,10 @@ def test_frozen_tokens_stay_as_they_are(folder):
     for group in ("model", "exp_avg", "exp_avg_sq"):
         for name in steps[0].names(group):
             rows = steps[0].shape(group, name)[0]
-            before, after = (reader.read_rows(group, name, 0, rows) for reader in steps)
+            before, after = (reader.read_rows(group, name, start=0, stop=rows) for reader in steps)
             assert torch.equal(before, after) == name.startswith("layers."), (group, name)
             if name.startswith("layers."):
-                new = steps[1].read_rows(group, name, rows, steps[1].shape(group, name)[0])
+                new = steps[1].read_rows(group, name, start=rows, stop=steps[1].shape(group, name)[0])
                 assert (new != 0).all() or name.endswith("key_tokens")
                 assert new.abs().sum() > 0
 
@@ -121,7 +121,9 @@ def test_the_layout_changes_with_the_growth(folder):
     train(derive_run(folder, "stayed", growth=[{"at_step": 3, "ffn_tokens": 128}]))
     one, other = CheckpointReader(folder / "moved"), CheckpointReader(folder / "stayed")
     for name in one.names("model"):
-        rows = [reader.read_rows("model", name, 0, reader.shape("model", name)[0]) for reader in (one, other)]
+        rows = [
+            reader.read_rows("model", name, start=0, stop=reader.shape("model", name)[0]) for reader in (one, other)
+        ]
         assert torch.allclose(*rows, rtol=1e-4, atol=1e-6), name
 
 

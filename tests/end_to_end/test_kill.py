@@ -48,7 +48,7 @@ def test_a_save_that_is_killed_leaves_the_newest_complete(tmp_path, victim):
         assert reader.step >= newest, "a newer checkpoint was there before"
         newest = reader.step
         for group in reader.groups():
-            assert (reader.read_rows(group, "embedding.weight", 0, victims.ROWS) == newest).all()
+            assert (reader.read_rows(group, "embedding.weight", start=0, stop=victims.ROWS) == newest).all()
     assert newest > KILLS / 5
     assert litter > KILLS / 5, "few were killed while they were saving"
     save(tmp_path, random_tensors(), step=newest + 1)

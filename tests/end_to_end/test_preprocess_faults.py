@@ -231,7 +231,7 @@ def test_a_rank_builds_its_tokenizer_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         preprocess_data, "build_tokenizer", lambda *rest, **named: built.append(1) or build(*rest, **named)
     )
-    preprocess_data.tokenizer_of.cache_clear()
+    preprocess_data.build_once.cache_clear()
     arguments = ["--tokenizer-type", "NullTokenizer", "--workers", "1", "--input", *map(str, shards)]
     parsed = preprocess_data.parse_arguments([*arguments, "--output-prefix", str(tmp_path / "out")])
     settings = Settings({"type": "NullTokenizer"}, ("text",), append_eod=False, split_by_meta=None)

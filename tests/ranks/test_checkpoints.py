@@ -256,7 +256,7 @@ def begin_again(mesh, config):
     run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh)).restore()
     sound = CheckpointReader(run.origin)
     same = all(
-        torch.equal(sound.read_rows("model", shard.name, shard.start, shard.stop), shard.tensor)
+        torch.equal(sound.read_rows("model", shard.name, start=shard.start, stop=shard.stop), shard.tensor)
         for shard in run.state.shards
     )
     return run.record.training.step, run.damaged, same

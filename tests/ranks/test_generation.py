@@ -15,7 +15,7 @@ PROMPTS = [[5, 9, 100], list(range(40, 57)), [7]]
 def generate(mesh, root, sampling, seed):
     """(tokens of each step, logits of a prompt, parameters held) on this rank."""
     model = load_model(root, group=mesh.group("tp"))
-    generation = Generation(model, PROMPTS, sampling, seed)
+    generation = Generation(model, PROMPTS, sampling, seed=seed)
     steps = [generation.step() for _ in range(20)]
     with torch.no_grad():
         logits = model(torch.tensor([PROMPTS[1]]))

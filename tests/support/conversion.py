@@ -1,13 +1,11 @@
 """Checkpoints of small models that no run has trained."""
 
-import sys
-
 import torch
 
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, TokenizerChoice, in_memory, new_record
 from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.commands import convert_checkpoint
 from megatron_tf.config import ModelConfig
+from megatron_tf.convert.external import ExternalCheckpoint, TokenizerChoice, in_memory, new_record
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from tests.support.data import write_tokenizer
@@ -37,10 +35,10 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
     choice = TokenizerChoice(kind, path, identity, eod_token)
-    record = new_record(config, tau, choice, seq_length=64, seed=1)
+    record = new_record(config, choice, tau=tau, seq_length=64, seed=1)
     target = Target(tensor_parallel=1, stages=[range(config.num_layers)])
-    source = ForeignCheckpoint(folder, tensors, record)
-    return reshard(source, folder / "run", target, lambda: None, sys.stderr.isatty())
+    source = ExternalCheckpoint(folder, tensors, record)
+    return reshard(source, folder / "run", target)
 
 
 def convert(source, target, load, save, *options):

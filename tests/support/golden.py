@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.checkpoint.official import official_name
 from megatron_tf.config import ModelConfig
+from megatron_tf.convert.official.names import OFFICIAL
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tokenformer.parameters import model_parameters
 
@@ -34,7 +34,7 @@ def golden_case(case: str):
 
 def fixture_name(model: TokenFormer, name: str) -> str:
     """The official name of a parameter of ours."""
-    return official_name(model_parameters(model.config)[name], model.config.num_layers)
+    return OFFICIAL.of(model_parameters(model.config)[name], model.config.num_layers)
 
 
 def golden_model(case: str, dtype: torch.dtype = torch.float32):

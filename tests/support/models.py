@@ -41,7 +41,7 @@ def write_checkpoint(root, model: LanguageModel):
     """The model as a checkpoint of a run on bytes; returns its directory."""
     config = to_dict(small_run(model=_keys(model.config)))
     record = make_record(model.config, config=config, tokenizer=NullTokenizer().identity)
-    save_checkpoint(root, 0, {"model": parameter_shards(model.transformer)}, record, "one", None)
+    save_checkpoint(root, 0, tensors={"model": parameter_shards(model.transformer)}, record=record, writer_label="one")
     return root
 
 

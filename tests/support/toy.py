@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tf.checkpoint.commit import prepare, temporary_directory
+from megatron_tf.checkpoint.commit import prepare_directory, publish, temporary_directory
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import Target
-from megatron_tf.checkpoint.save import complete, write_rank
+from megatron_tf.checkpoint.save import write_rank
 from megatron_tf.config import ModelConfig
 from megatron_tf.parallel.sharding import RowShard, split_rows
 from tests.support.records import make_record
@@ -100,7 +100,7 @@ def all_ranks(layout):
 
 def write(root, tensors, layout=(1, 1, 1), step=100):
     """Everything but the commit of a save by that layout's ranks."""
-    prepare(root, step, 0)
+    prepare_directory(root, step, 0)
     directory = temporary_directory(root, step)
     return [
         write_rank(directory, rank_shards(tensors, layout, (p, t, d)), f"pp{p:02d}-tp{t:02d}-dp{d:02d}")
@@ -110,7 +110,7 @@ def write(root, tensors, layout=(1, 1, 1), step=100):
 
 def save(root, tensors, layout=(1, 1, 1), step=100, facts=None):
     """A checkpoint as that layout's ranks save it; returns its directory."""
-    return complete(root, step, facts or record(step), write(root, tensors, layout, step))
+    return publish(root, step, record=facts or record(step), written=write(root, tensors, layout, step))
 
 
 def blank(groups):
@@ -125,7 +125,10 @@ def read_all(path):
     """{group: {name: tensor}} of a checkpoint."""
     reader = CheckpointReader(path)
     return {
-        group: {name: reader.read_rows(group, name, 0, reader.shape(group, name)[0]) for name in reader.names(group)}
+        group: {
+            name: reader.read_rows(group, name, start=0, stop=reader.shape(group, name)[0])
+            for name in reader.names(group)
+        }
         for group in reader.groups()
     }
 

@@ -23,7 +23,14 @@ def save_for_ever(root, first):
     """One checkpoint after another, the last two stay."""
     step = first
     while True:
-        save_checkpoint(Path(root), step, shards_of(step), record(step), "all", None, Retention(keep_last=2))
+        save_checkpoint(
+            Path(root),
+            step,
+            tensors=shards_of(step),
+            record=record(step),
+            writer_label="all",
+            retention=Retention(keep_last=2),
+        )
         step += 1
 
 
@@ -32,7 +39,14 @@ def save_in_background_for_ever(root, first):
     with BackgroundSaver(None, lambda path: None, print) as saver:
         step = first
         while True:
-            saver.save(Path(root), step, shards_of(step), record(step), "all", Retention(keep_last=2))
+            saver.save(
+                Path(root),
+                step,
+                tensors=shards_of(step),
+                record=record(step),
+                writer_label="all",
+                retention=Retention(keep_last=2),
+            )
             torch.randn(300, 300).mm(torch.randn(300, 300))
             step += 1
 

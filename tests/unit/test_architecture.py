@@ -13,6 +13,7 @@ FLOORS = [
     {"layers", "data", "checkpoint"},
     {"model"},
     {"training", "inference"},
+    {"convert"},
     {"commands"},
     {"pretrain", "torchrun", "generate", "evaluate", "lm_eval", "__main__"},
 ]

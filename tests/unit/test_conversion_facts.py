@@ -12,8 +12,9 @@ import megatron_tf
 from megatron_tf import generate
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import convert_checkpoint
-from megatron_tf.inference.huggingface import configuration, configuration_tokenformer
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.convert.huggingface import configuration
+from megatron_tf.convert.huggingface.check import load_export
+from megatron_tf.convert.huggingface.template import configuration_tokenformer
 from megatron_tf.inference.tokenizer import load_tokenizer
 from tests.support.conversion import save_small_model
 from tests.support.data import write_tokenizer

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tf import files
-from megatron_tf.commands import convert_checkpoint, merge_datasets, preprocess_data
+from megatron_tf.checkpoint import destination
+from megatron_tf.commands import merge_datasets, preprocess_data
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import open_or_build
 from megatron_tf.files import concatenate, locked, replace_durably, write_json
@@ -122,7 +123,7 @@ def test_merged_data_sets_are_on_the_disk(tmp_path, changes):
 
 
 def test_a_conversion_takes_its_place_once_all_of_it_is_on_the_disk(tmp_path, changes):
-    with convert_checkpoint.new_directory(tmp_path / "out", 0) as directory:
+    with destination.new_directory(tmp_path / "out", 0) as directory:
         (directory / "inner").mkdir()
         written = [directory / "a", directory / "inner" / "b"]
         for path in written:

@@ -5,7 +5,7 @@ import torch
 
 from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
-from megatron_tf.inference.sampling import Sampling, choose
+from megatron_tf.inference.sampling import Sampling, sample_tokens
 from tests.support.models import VOCAB, random_model
 
 PROMPTS = [[5], list(range(40, 57)), [7, 7, 7, 200, 3], list(range(150))]
@@ -14,7 +14,7 @@ GREEDY = Sampling(temperature=0)
 
 def generate(model, prompts, sampling=GREEDY, seed=0, count=30):
     """`count` tokens after each prompt."""
-    generation, found = Generation(model, prompts, sampling, seed), [[] for _ in prompts]
+    generation, found = Generation(model, prompts, sampling, seed=seed), [[] for _ in prompts]
     for _ in range(count):
         for i, token in generation.step().items():
             found[i].append(token)
@@ -28,7 +28,7 @@ def uncached(model, prompt, sampling=GREEDY, seed=0, count=30):
     for _ in range(count):
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
         logits = model(torch.tensor([ids]))[:, -1, : model.config.vocab_size]
-        ids.append(int(choose(logits, sampling, uniform)))
+        ids.append(int(sample_tokens(logits, sampling, uniform)))
     return ids[len(prompt) :]
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_a_number_is_told():
     model = random_model()
     with torch.no_grad():
         model.transformer.final_norm.weight[3] = torch.nan
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite"):
         Generation(model, PROMPTS, GREEDY).step()
     with pytest.raises(UserError, match="a prompt is empty"):
         Generation(model, [[1], []], GREEDY)

@@ -11,8 +11,10 @@ from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.checkpoint.summary import differences
 from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.config import to_dict
-from megatron_tf.inference.calibration import mean_loss, read_samples, token_importance
+from megatron_tf.inference.comparison import mean_token_loss
+from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
+from megatron_tf.inference.samples import read_samples
 from megatron_tf.model.parallelize import parameter_shards
 from tests.support.data import write_data_set
 from tests.support.golden import golden_model
@@ -26,7 +28,7 @@ SEQ_LENGTH = 16
 def golden_checkpoint(case, root):
     model, tensors, _ = golden_model(case)
     record = make_record(model.config, config=to_dict(small_run(training={"seq_length": SEQ_LENGTH})))
-    save_checkpoint(root, 0, {"model": parameter_shards(model)}, record, "one", None)
+    save_checkpoint(root, 0, tensors={"model": parameter_shards(model)}, record=record, writer_label="one")
     return tensors
 
 
@@ -168,9 +170,9 @@ def test_random_growth_is_said_to_move_the_logits(tmp_path, text, capsys):
     moved = float(re.search(r"max \|delta logit\| before and after: (\S+)", out)[1])
     assert moved > 0.1
     losses = re.search(r"loss on .*: (\S+) before, (\S+) after", out)
-    samples = read_samples(text, 256, SEQ_LENGTH, 16384)
+    samples = read_samples(text, vocab_size=256, seq_length=SEQ_LENGTH, num_tokens=16384)
     for path, loss in zip("ab", losses.groups(), strict=True):
-        assert float(loss) == pytest.approx(mean_loss(load_model(tmp_path / path), samples), abs=1e-5)
+        assert float(loss) == pytest.approx(mean_token_loss(load_model(tmp_path / path), samples), abs=1e-5)
 
 
 @pytest.mark.parametrize("case", L2_CASES)
@@ -191,7 +193,7 @@ def test_shrinking_drops_what_does_least(tmp_path, text):
     golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
     assert tool(tmp_path / "a", tmp_path / "b", "--shrink", "ffn=128", "--data", text, "--verify") == 0
     model, smaller = load_model(tmp_path / "a"), load_model(tmp_path / "b")
-    samples = read_samples(text, 256, SEQ_LENGTH, 16384)
+    samples = read_samples(text, vocab_size=256, seq_length=SEQ_LENGTH, num_tokens=16384)
     importance = token_importance(model, samples)["layers.1.ffn"]
     kept = importance.topk(128).indices.sort().values
     old, new = (m.transformer.get_parameter("layers.1.ffn.key_tokens") for m in (model, smaller))

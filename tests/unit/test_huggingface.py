@@ -10,11 +10,10 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from megatron_tf.checkpoint import huggingface
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.commands import train_tokenizer
-from megatron_tf.inference.huggingface import check, export
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.commands import conversion, train_tokenizer
+from megatron_tf.convert.huggingface import check, tensors
+from megatron_tf.convert.huggingface.check import load_export
 from tests.support import toy
 from tests.support.conversion import convert, save_small_model
 from tests.support.data import write_data_set
@@ -29,7 +28,7 @@ MODELS = {
 
 @pytest.mark.parametrize("model, is_large", [*((model, False) for model in MODELS), ("tokens by layer", True)])
 def test_export_and_import_keep_every_bit(model, is_large, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 10_000 if is_large else huggingface.SHARD_BYTES)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 10_000 if is_large else tensors.SHARD_BYTES)
     checkpoint = save_small_model(tmp_path, tau_scale=1.3, **MODELS[model])
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 0
     assert "between megatron_tf and transformers in float32" in capsys.readouterr().out
@@ -89,7 +88,7 @@ def test_the_card_tells_lineage_and_loss(tmp_path):
 
 
 def alter_tau(write):
-    """As `write_surroundings`, with one temperature a hundredth larger."""
+    """As `write_config_and_tokenizer`, with one temperature a hundredth larger."""
 
     def altered(checkpoint, directory, *arguments, **options):
         write(checkpoint, directory, *arguments, **options)
@@ -101,7 +100,7 @@ def alter_tau(write):
 
 
 def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "write_surroundings", alter_tau(export.write_surroundings))
+    monkeypatch.setattr(conversion, "write_config_and_tokenizer", alter_tau(conversion.write_config_and_tokenizer))
     assert convert("megatron_tf", "hf", save_small_model(tmp_path), tmp_path / "model") == 1
     said = capsys.readouterr()
     assert "in float64" in said.out
@@ -110,7 +109,7 @@ def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, mon
 
 
 def edit_code(write, old, new):
-    """As `write_surroundings`, with a fault in the model's code."""
+    """As `write_config_and_tokenizer`, with a fault in the model's code."""
 
     def edited(checkpoint, directory, *arguments, **options):
         write(checkpoint, directory, *arguments, **options)
@@ -137,7 +136,8 @@ def edit_code(write, old, new):
     ],
 )
 def test_an_export_that_generates_something_else_is_not_left_behind(old, new, way, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "write_surroundings", edit_code(export.write_surroundings, old, new))
+    write = edit_code(conversion.write_config_and_tokenizer, old, new)
+    monkeypatch.setattr(conversion, "write_config_and_tokenizer", write)
     assert convert("megatron_tf", "hf", save_small_model(tmp_path), tmp_path / "model") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "logits differ by" in line
@@ -211,8 +211,8 @@ def cut(export):
         (edit_facts(untie_embeddings_and_output_weights=True), "lacks lm_head.weight"),
         (edit_facts(hidden_size=33), "hidden_size (33) must be divisible"),
         (lambda export: (export / "model.safetensors").unlink(), "holds no weights"),
-        (write_index(x="../other.safetensors"), "which is no file beside it"),
-        (write_index(x="missing.safetensors"), "which is no file beside it"),
+        (write_index(x="../other.safetensors"), "which is no file next to it"),
+        (write_index(x="missing.safetensors"), "which is no file next to it"),
         (cut, "ends early"),
         (lambda export: (export / "model.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
         (lambda export: write_another_tokenizer(export), "is not the tokenizer that"),

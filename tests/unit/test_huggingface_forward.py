@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 import megatron_tf
-from megatron_tf.checkpoint import huggingface
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.convert.huggingface.check import load_export
+from megatron_tf.convert.huggingface.tensors import HUGGINGFACE
 from megatron_tf.tokenformer.parameters import model_parameters
 
 IDS = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -141,7 +141,7 @@ def test_loss_gradients_and_gradient_checkpointing(exported):
     expected.backward()
     declared = model_parameters(ours.config)
     gradients = {
-        huggingface.huggingface_name(declared[name]): parameter.grad
+        HUGGINGFACE.of(declared[name], ours.config.num_layers): parameter.grad
         for name, parameter in ours.transformer.named_parameters()
     }
     for is_checkpointed in (False, True):

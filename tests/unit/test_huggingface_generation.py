@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, CompileConfig, GenerationMixin, StaticCache, pipeline
 
 import megatron_tf
-from megatron_tf.inference.huggingface.check import load_export
+from megatron_tf.convert.huggingface.check import load_export
 from tests.support.conversion import convert, save_small_model
 from tests.support.models import greedy_ids
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tf.generate import main
 from megatron_tf.inference.generation import Generation
-from megatron_tf.inference.sampling import Sampling, choose
+from megatron_tf.inference.sampling import Sampling, sample_tokens
 from tests.support.models import greedy_ids, random_model, write_checkpoint
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0], [-5e4, 7e4, 7e4 - 1]])
@@ -32,14 +32,14 @@ def generate(capsys):
 @pytest.mark.parametrize("temperature", [1e-40, 1e-45, 5e-324, 1e-25])
 def test_a_temperature_near_zero_is_greedy(temperature):
     uniform = torch.tensor([0.0, 0.999], dtype=torch.float64)
-    assert choose(LOGITS, Sampling(temperature), uniform).tolist() == [1, 1]
+    assert sample_tokens(LOGITS, Sampling(temperature), uniform).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("top_p", [1e-40, 1e-50, 5e-324])
 @pytest.mark.parametrize("drawn", [0.0, 0.999])
 def test_a_share_near_zero_keeps_the_likeliest(top_p, drawn):
     uniform = torch.full((2,), drawn, dtype=torch.float64)
-    assert choose(LOGITS, Sampling(1.0, top_p=top_p), uniform).tolist() == [1, 1]
+    assert sample_tokens(LOGITS, Sampling(1.0, top_p=top_p), uniform).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("options", [["--temperature", "1e-40"], ["--top-p", "1e-50"], ["--temperature", "1e300"]])
@@ -89,7 +89,7 @@ def test_a_closed_standard_input_holds_no_prompt(checkpoint, generate, monkeypat
 def test_a_seed_of_too_many_bits_is_refused(checkpoint, generate, seed):
     code, _, error = generate(checkpoint, "--prompt", "x", f"--seed={seed}")
     assert code == 1
-    assert error == f"error: --seed ({seed}) must lie within 64 bits\n"
+    assert error == f"error: --seed ({seed}) must be within 64 bits\n"
 
 
 def test_the_output_never_replaces_the_prompts(checkpoint, generate, tmp_path):

@@ -26,8 +26,8 @@ NAMES_OF_OURS = re.compile(  # (?<![\w.-]) leaves names of other programs alone,
     re.VERBOSE,
 )
 TEMPLATE = {  # travels with an export, and runs without the package
-    "megatron_tf/inference/huggingface/configuration_tokenformer.py",
-    "megatron_tf/inference/huggingface/modeling_tokenformer.py",
+    "megatron_tf/convert/huggingface/template/configuration_tokenformer.py",
+    "megatron_tf/convert/huggingface/template/modeling_tokenformer.py",
 }
 
 

@@ -26,7 +26,7 @@ def save(root, config, adam_steps, moments=()):
     groups |= {m: [shard.with_tensor(torch.ones_like(shard.tensor)) for shard in state.shards] for m in moments}
     counters = {"samples": 56, "tokens": 896, "adam_steps": adam_steps}
     record = make_record(config.model, config=to_dict(config), step=7, **counters)
-    save_checkpoint(root, 7, groups, record, "all", None)
+    save_checkpoint(root, 7, tensors=groups, record=record, writer_label="all")
 
 
 def restore(root):

@@ -28,7 +28,9 @@ def save(root, step):
     config = small_run()
     state = build(config)
     record = make_record(config.model, config=to_dict(config), step=step, samples=56, tokens=896)
-    return save_checkpoint(root, step, {"model": list(state.shards)}, record, "pp00-tp00-dp00", None)
+    return save_checkpoint(
+        root, step, tensors={"model": list(state.shards)}, record=record, writer_label="pp00-tp00-dp00"
+    )
 
 
 DAMAGE = {

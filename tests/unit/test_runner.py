@@ -140,7 +140,10 @@ def test_a_missing_package_is_named_with_what_brings_it():
         import_late("megatron_tf.no_such_module")
 
 
-@pytest.mark.parametrize(("module", "is_ours"), [("lm_eval.tasks", False), ("megatron_tf.inference.harness", True)])
+@pytest.mark.parametrize(
+    ("module", "is_ours"),
+    [("lm_eval.tasks", False), ("megatron_tf.inference.lm_eval_model", True)],
+)
 def test_what_lm_eval_refuses_is_one_line_and_a_bug_of_our_model_is_not(module, is_ours, monkeypatch, capsys):
     namespace = {"__name__": module}
     exec("def fail():\n    raise ValueError('no such task')", namespace)

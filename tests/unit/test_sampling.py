@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_tf.errors import UserError
-from megatron_tf.inference.sampling import Sampling, candidates, choose
+from megatron_tf.inference.sampling import Sampling, candidates, sample_tokens
 
 LOGITS = torch.tensor([[0.1, 2.0, -1.0, 1.5, 0.3], [3.0, 0.0, 0.0, 2.9, -4.0]])
 
@@ -43,15 +43,15 @@ def test_an_even_grid_of_numbers_gives_each_token_its_share(sampling):
     count = 10_000
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     for row, wanted in zip(LOGITS, distribution(sampling), strict=True):
-        tokens = choose(row.expand(count, -1), sampling, grid)
+        tokens = sample_tokens(row.expand(count, -1), sampling, grid)
         shares = torch.bincount(tokens, minlength=len(row)) / count
         assert torch.allclose(shares, wanted, atol=1.01 / count)
-        edges = choose(row.expand(2, -1), sampling, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+        edges = sample_tokens(row.expand(2, -1), sampling, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
         assert (wanted[edges] > 0).all()
 
 
 def test_temperature_zero_takes_the_likeliest():
-    assert choose(LOGITS, Sampling(temperature=0), torch.tensor([0.99, 0.0])).tolist() == [1, 0]
+    assert sample_tokens(LOGITS, Sampling(temperature=0), torch.tensor([0.99, 0.0])).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}])

@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_plain_model(model, batch_size):
 @pytest.mark.parametrize("window, stride", [(1, 1), (5, 5), (5, 2), (5, 1), (30, 30)])
 def test_windows_score_each_id_once(length, window, stride):
     ids, first = list(range(length)), 1
-    for request in rolling_windows(ids, window, stride):
+    for request in rolling_windows(ids, window=window, stride=stride):
         last = request.ids[-1]
         assert list(request.ids) == ids[max(0, last - window) : last + 1]
         assert last + 1 - request.num_scored == first
@@ -70,10 +70,13 @@ def test_windows_are_those_of_lm_eval(length):
     utils = pytest.importorskip("lm_eval.utils")
     pairs = utils.get_rolling_token_windows(list(range(1, length)), 0, 6, 1)
     expected = [utils.make_disjoint_window(pair) for pair in pairs]
-    found = [(w.ids[: len(w.ids) - w.num_scored], w.ids[-w.num_scored :]) for w in rolling_windows(range(length), 6, 6)]
+    found = [
+        (w.ids[: len(w.ids) - w.num_scored], w.ids[-w.num_scored :])
+        for w in rolling_windows(range(length), window=6, stride=6)
+    ]
     assert [(list(context), list(scored)) for context, scored in found] == expected
 
 
 def test_windows_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="windows of 4 tokens can't move by 5"):
-        list(rolling_windows([1, 2, 3], 4, 5))
+        list(rolling_windows([1, 2, 3], window=4, stride=5))

@@ -8,8 +8,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import AutoTokenizer
 
 from megatron_tf.commands import convert_checkpoint
+from megatron_tf.convert.huggingface import export
 from megatron_tf.data.tokenizer import build_tokenizer
-from megatron_tf.inference.huggingface import export
 from tests.support.conversion import save_small_model
 
 TEXTS = ["the <s>old</s> fox", "fox</s>dogs", "a <unk> b", "</s>", "<s>"]

@@ -66,7 +66,7 @@ def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch,
     monkeypatch.undo()
     assert pretrain.main([str(folder / "many.yaml")]) == 0
     assert CheckpointReader(folder / "many").record.training.samples == 8 * (6 + 5)
-    rows = reader.read_rows("model", "embedding.weight", 0, 257)
+    rows = reader.read_rows("model", "embedding.weight", start=0, stop=257)
     assert torch.isfinite(rows).all()
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tf.checkpoint.background import BackgroundSaver
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import load_shards
 from megatron_tf.checkpoint.record import Identity, RunDetails, RunRecord, is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
@@ -50,8 +50,16 @@ def save_state(
     label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     if saver is None:
-        return save_checkpoint(root, step, groups, record, label, mesh.world, retention)
-    saver.save(root, step, groups, record, label, retention)
+        return save_checkpoint(
+            root,
+            step,
+            tensors=groups,
+            record=record,
+            writer_label=label,
+            process_group=mesh.world,
+            retention=retention,
+        )
+    saver.save(root, step, tensors=groups, record=record, writer_label=label, retention=retention)
     return None
 
 

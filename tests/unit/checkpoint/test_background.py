@@ -16,16 +16,23 @@ from tests.support.toy import record
 
 def begin(saver, root, step, rows):
     shard = RowShard("w", tuple(rows.shape), 0, len(rows), rows, True)
-    saver.save(root, step, {"model": [shard]}, record(step), "all", Retention(keep_last=2))
+    saver.save(
+        root,
+        step,
+        tensors={"model": [shard]},
+        record=record(step),
+        writer_label="all",
+        retention=Retention(keep_last=2),
+    )
 
 
 def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
     """The writer is held back until the values have changed."""
     changed, original, saved = threading.Event(), background.save_checkpoint, []
 
-    def held_back(*arguments):
+    def held_back(*arguments, **options):
         assert changed.wait(10)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(background, "save_checkpoint", held_back)
     rows = torch.ones(4, 3)
@@ -35,8 +42,8 @@ def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
         rows.fill_(2)
         changed.set()
         begin(saver, tmp_path, 2, rows)
-        assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", 0, 4).eq(1).all()
-    assert CheckpointReader(tmp_path).read_rows("model", "w", 0, 4).eq(2).all()
+        assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", start=0, stop=4).eq(1).all()
+    assert CheckpointReader(tmp_path).read_rows("model", "w", start=0, stop=4).eq(2).all()
     assert [path.name for path in saved] == ["step_00000001", "step_00000002"]
 
 

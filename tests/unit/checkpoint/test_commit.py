@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint import commit
-from megatron_tf.checkpoint.commit import complete_checkpoints, prepare, prune, step_of
+from megatron_tf.checkpoint.commit import complete_checkpoints, prepare_directory, prune, publish, step_of
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.save import complete, save_checkpoint
+from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.ranks import RankPool
@@ -60,7 +60,7 @@ def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             die_before(patch, moment)
             try:
-                complete(root, step, record(step), written)
+                publish(root, step, record=record(step), written=written)
                 outcomes.append("done")
             except Killed:
                 CheckpointReader(root).verify()
@@ -131,7 +131,7 @@ def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 100 << 20))
     with pytest.raises(CheckpointError, match=r"needs 50,000,000 bytes and the disk has 104,857,600 free: make room"):
-        prepare(tmp_path, 1, 50_000_000)
+        prepare_directory(tmp_path, 1, 50_000_000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_leaves_the_one_before(tmp_path, capsys, room):
     tensors = random_tensors(2)["model"]
     shards = [RowShard(name, tuple(rows.shape), 0, len(rows), rows, True) for name, rows in tensors.items()]
     with files_end_at(room), pytest.raises(CheckpointError) as caught:
-        save_checkpoint(tmp_path / "run", 200, {"model": shards}, record(200), "all", None)
+        save_checkpoint(tmp_path / "run", 200, tensors={"model": shards}, record=record(200), writer_label="all")
     assert ".step_00000200.tmp/model-all.safetensors: File too large after" in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["latest", "step_00000100"]
     assert same(read_all(tmp_path / "run"), random_tensors(1))
@@ -166,7 +166,13 @@ def test_a_disk_that_fills_leaves_the_one_before(tmp_path, capsys, room):
 def test_a_failed_save_cleans_up_and_says_why(tmp_path):
     shard = RowShard("w", (2, 2), 0, 2, torch.ones(2, 2), True)
     with pytest.raises(CheckpointError, match=r"saving failed on rank 0: .*not JSON serializable"):
-        save_checkpoint(tmp_path, 1, {"model": [shard]}, replace(record(1), config={"model": object()}), "all", None)
+        save_checkpoint(
+            tmp_path,
+            1,
+            tensors={"model": [shard]},
+            record=replace(record(1), config={"model": object()}),
+            writer_label="all",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +185,16 @@ def save_on_rank(mesh, root, fails):
     shard = RowShard("w", (4, 3), 2 * rank, 2 * rank + 2, rows, True)
     start = time.monotonic()
     try:
-        return str(save_checkpoint(root, 10, {"model": [shard]}, record(10), f"dp{rank:02d}", mesh.world))
+        return str(
+            save_checkpoint(
+                root,
+                10,
+                tensors={"model": [shard]},
+                record=record(10),
+                writer_label=f"dp{rank:02d}",
+                process_group=mesh.world,
+            )
+        )
     except CheckpointError as error:
         assert time.monotonic() - start < 10  # no waiting for a collective that the failed rank never joins
         return str(error)
@@ -194,7 +209,7 @@ def test_real_ranks_save_together_and_fail_together(tmp_path):
     finally:
         pool.close()
     assert first == second
-    assert CheckpointReader(Path(first)).read_rows("model", "w", 0, 4)[:, 0].tolist() == [0, 0, 1, 1]
+    assert CheckpointReader(Path(first)).read_rows("model", "w", start=0, stop=4)[:, 0].tolist() == [0, 0, 1, 1]
     assert failed[0] == failed[1]
     assert failed[0].startswith("saving failed on rank 1")
     assert list((tmp_path / "bad").iterdir()) == []

@@ -68,7 +68,7 @@ def test_a_manifest_that_would_still_make_sense_is_found_too(root):
 def test_verify_finds_damage_that_nothing_reads(root):
     flip_bit(root / "step_00000200" / SOME_FILE, -1)
     reader = CheckpointReader(root)
-    reader.read_rows("model", "embedding.weight", 0, 24)
+    reader.read_rows("model", "embedding.weight", start=0, stop=24)
     with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest sound"):
         reader.verify()
 
@@ -134,7 +134,10 @@ HOSTILE = {
     ),
     "dots": (lambda body: body["files"].update({"..": {"bytes": 1, "xxh3_128": ""}}), "names '..', which is no file"),
     "no metadata": (lambda body: body["files"].pop(METADATA), "does not list metadata.json"),
-    "unknown file": (lambda body: embedding(body)["pieces"][0].update(file="y"), "lies in 'y', which is not listed"),
+    "unknown file": (
+        lambda body: embedding(body)["pieces"][0].update(file="y"),
+        "is stored in 'y', which is not listed",
+    ),
     "gap": (lambda body: embedding(body)["pieces"].pop(0), "embedding.weight: expected a piece from row 0"),
     "overlap": (lambda body: embedding(body)["pieces"][1].update(start=3), "expected a piece from row 12, found [3,"),
     "short": (lambda body: embedding(body)["pieces"].pop(), "pieces end at row 12 of 24"),

@@ -38,7 +38,7 @@ STD = 2 / (LAYERS * HIDDEN**0.5)
 def grow_to(source, root, stage, layout=(1, 1)):
     """The grown checkpoint's directory."""
     reader = CheckpointReader(source, check_at_end=True)
-    return reshard(grow(reader, stage), root, target(*layout), reader.verify, False)
+    return reshard(grow(reader, stage), root, target(*layout), check_source=reader.verify)
 
 
 def kind_of(name):
@@ -65,17 +65,17 @@ def test_old_rows_stay_new_keys_are_zero_new_values_are_drawn(tmp_path, layout):
             assert torch.equal(new[len(old) :], expected)
 
 
-def test_what_is_derived_is_what_is_written(tmp_path):
+def test_the_transformed_checkpoint_is_what_is_written(tmp_path):
     source = CheckpointReader(save(tmp_path / "base", random_tensors()))
     stage = GrowthStage(ffn_tokens=100, init="duplicate", insert_layers=[1, 3], moments="reset")
-    derived, written = grow(source, stage), read_all(grow_to(tmp_path / "base", tmp_path / "grown", stage, (2, 2)))
-    for group in derived.groups():
-        assert derived.names(group) == list(written[group])
+    transformed, written = grow(source, stage), read_all(grow_to(tmp_path / "base", tmp_path / "grown", stage, (2, 2)))
+    for group in transformed.groups():
+        assert transformed.names(group) == list(written[group])
         for name, whole in written[group].items():
             for start, stop in [(0, len(whole)), (0, 1), (len(whole) // 2, len(whole)), (1, len(whole) - 1)]:
-                assert torch.equal(derived.read_rows(group, name, start, stop), whole[start:stop])
-    with pytest.raises(CheckpointError, match=r"has 100 rows, \[90, 101\) are asked for"):
-        derived.read_rows("model", "layers.0.ffn.key_tokens", 90, 101)
+                assert torch.equal(transformed.read_rows(group, name, start=start, stop=stop), whole[start:stop])
+    with pytest.raises(CheckpointError, match=r"has 100 rows, \[90, 101\) are requested"):
+        transformed.read_rows("model", "layers.0.ffn.key_tokens", start=90, stop=101)
 
 
 def test_kinds_left_out_stay(tmp_path):
@@ -104,7 +104,9 @@ def test_growth_composes(tmp_path):
     for group in GROUPS:
         for name in in_one.names(group):
             rows = in_one.shape(group, name)[0]
-            assert torch.equal(in_one.read_rows(group, name, 0, rows), in_two.read_rows(group, name, 0, rows))
+            assert torch.equal(
+                in_one.read_rows(group, name, start=0, stop=rows), in_two.read_rows(group, name, start=0, stop=rows)
+            )
     assert in_two.record.model == in_one.record.model
     assert [event.kinds for event in in_two.record.lineage] == [
         {"qkv": [12, 14], "ffn": [36, 48]},
@@ -146,7 +148,7 @@ def test_duplicates_share_out_values_and_moments(tmp_path):
     for group, key_scale, value_scale in [("model", 1, 1 / 3), ("exp_avg", 1 / 3, 1), ("exp_avg_sq", 1 / 9, 1)]:
         for side, scale in (("key", key_scale), ("value", value_scale)):
             name = f"layers.1.ffn.{side}_tokens"
-            old, new = tensors[group][name], grown.read_rows(group, name, 0, 114)
+            old, new = tensors[group][name], grown.read_rows(group, name, start=0, stop=114)
             copies = new[:108].unflatten(0, (3, 36))
             if (group, side) == ("model", "value"):
                 noise = copies - scale * old
@@ -166,9 +168,9 @@ def test_random_growth_is_the_official_one(tmp_path):
     grown = grow(source, GrowthStage(ffn_tokens=72, init="random"))
     name = "layers.2.ffn.key_tokens"
     drawn = normal_rows(name, seed=7, start=36, stop=72, columns=HIDDEN, std=0.02)
-    assert torch.equal(grown.read_rows("model", name, 36, 72), drawn)
+    assert torch.equal(grown.read_rows("model", name, start=36, stop=72), drawn)
     assert grown.record.tau["layers.2.ffn"] == 72**0.5
-    assert not grown.read_rows("exp_avg", name, 36, 72).any()
+    assert not grown.read_rows("exp_avg", name, start=36, stop=72).any()
 
 
 def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
@@ -179,16 +181,18 @@ def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
     assert grown.record.lineage[0].inserted_layers == [1, 2, 5]
     for old, new in {0: 0, 1: 3, 2: 4}.items():
         for group in GROUPS:
-            rows = grown.read_rows(group, f"layers.{new}.ffn.key_tokens", 0, 36)
+            rows = grown.read_rows(group, f"layers.{new}.ffn.key_tokens", start=0, stop=36)
             assert torch.equal(rows, tensors[group][f"layers.{old}.ffn.key_tokens"])
     drawn = []
     for new in (1, 2, 5):
         for module, kind in MODULES.items():
-            value = grown.read_rows("model", f"layers.{new}.{module}.value_tokens", 0, TOKENS[kind])
+            value = grown.read_rows("model", f"layers.{new}.{module}.value_tokens", start=0, stop=TOKENS[kind])
             assert bool(value.any()) == (kind == "qkv")
-            drawn.append(grown.read_rows("model", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).flatten())
+            drawn.append(
+                grown.read_rows("model", f"layers.{new}.{module}.key_tokens", start=0, stop=TOKENS[kind]).flatten()
+            )
             assert 0.01 < drawn[-1].std() < 0.04
-            assert not grown.read_rows("exp_avg", f"layers.{new}.{module}.key_tokens", 0, TOKENS[kind]).any()
+            assert not grown.read_rows("exp_avg", f"layers.{new}.{module}.key_tokens", start=0, stop=TOKENS[kind]).any()
             assert grown.record.after_growth.old_rows[f"layers.{new}.{module}.key_tokens"] == 0
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
     assert grown.names("model")[:2] == ["embedding.weight", "layers.0.attention.query.key_tokens"]
@@ -199,7 +203,7 @@ def test_moments_can_be_reset(tmp_path):
     source = CheckpointReader(save(tmp_path, random_tensors()))
     grown = grow(source, GrowthStage(ffn_tokens=72, moments="reset"))
     for name in grown.names("exp_avg"):
-        assert not grown.read_rows("exp_avg_sq", name, 0, grown.shape("exp_avg_sq", name)[0]).any()
+        assert not grown.read_rows("exp_avg_sq", name, start=0, stop=grown.shape("exp_avg_sq", name)[0]).any()
     assert grown.record.training.adam_steps == 0
     assert grown.record.training.step == 100
 

@@ -26,7 +26,7 @@ def inspect():
 def test_it_says_what_is_there(tmp_path, inspect, capsys):
     tensors = random_tensors()
     base = CheckpointReader(save(tmp_path / "a", tensors, (2, 1, 1)))
-    reshard(grow(base, GrowthStage(ffn_tokens=72)), tmp_path / "b", target(1, 1), base.verify, False)
+    reshard(grow(base, GrowthStage(ffn_tokens=72)), tmp_path / "b", target(1, 1), check_source=base.verify)
     assert inspect(tmp_path / "b", "--verify") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "verified: the checksums of all 4 files hold" in lines
@@ -40,7 +40,7 @@ def test_it_says_what_is_there(tmp_path, inspect, capsys):
 def test_layers_that_differ_are_shown(tmp_path, inspect, capsys):
     base = CheckpointReader(save(tmp_path / "a", random_tensors()))
     stage = GrowthStage(ffn_tokens={"1": 72}, insert_layers=[3], old_tokens_lr_scale=0.5, rewarmup_iters=9)
-    reshard(grow(base, stage), tmp_path / "b", target(1, 1), base.verify, False)
+    reshard(grow(base, stage), tmp_path / "b", target(1, 1), check_source=base.verify)
     assert inspect(tmp_path / "b") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "layers.*.ffn.key_tokens 4 36..72 x 6 float32 1,080" in out

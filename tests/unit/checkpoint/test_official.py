@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import megatron_tf
-from megatron_tf.checkpoint import derived
+from megatron_tf.checkpoint import interface
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.official import official_name
 from megatron_tf.commands import convert_checkpoint, reshard_checkpoint
+from megatron_tf.convert.official.names import OFFICIAL
 from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support import toy
 from tests.support.data import write_tokenizer
@@ -48,7 +48,7 @@ def import_tensors(folder, tensors, *options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_file_gives_the_official_logits_and_comes_back_bit_for_bit(case, tmp_path, monkeypatch):
-    monkeypatch.setattr(derived, "BLOCK_BYTES", 1000)  # several blocks a tensor
+    monkeypatch.setattr(interface, "BLOCK_BYTES", 1000)  # several blocks a tensor
     config, fixture, _ = golden_case(case)
     tensors = official_tensors(case)
     code, run = import_tensors(tmp_path, tensors, *facts(tmp_path, config.norm_activation))
@@ -212,6 +212,6 @@ def test_names_and_metadata(tmp_path):
     assert reader.groups() == ["model"]
     assert set(reader.record.tau.values()) == {8.0, 16.0}
     declared = model_parameters(config)
-    assert len({official_name(parameter, 2) for parameter in declared.values()}) == len(declared)
+    assert len(OFFICIAL.parameters(config)) == len(declared)
     assert {math.prod(reader.shape("model", name)) for name in reader.names("model")} <= {64, 4096, 16384}
     assert toy.read_all(run)["model"].keys() == declared.keys()

@@ -203,5 +203,5 @@ def test_an_impossible_value_is_named(path, value, message):
 def test_a_tool_writes_keys_of_a_later_version_again(tmp_path):
     source = CheckpointReader(toy.save(tmp_path / "a", toy.random_tensors()))
     source.record = RunRecord.from_json({**source.record.to_json(), "future": [1]}, "file")
-    written = reshard(pad_vocabulary(source, 5), tmp_path / "b", toy.target(1, 1), lambda: None, False)
+    written = reshard(pad_vocabulary(source, 5), tmp_path / "b", toy.target(1, 1))
     assert json.loads((written / "metadata.json").read_text())["future"] == [1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tf.checkpoint import derived
+from megatron_tf.checkpoint import interface
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import plan_files, reshard
@@ -21,7 +21,7 @@ PAIRS = [((1, 1), (2, 1)), ((2, 1), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (6, 3)),
 def repartition(source, root, layout):
     """As the tool does."""
     reader = CheckpointReader(source, check_at_end=True)
-    return reshard(reader, root, layout, reader.verify, False)
+    return reshard(reader, root, layout, check_source=reader.verify)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -40,7 +40,7 @@ def test_there_and_back_is_byte_for_byte_the_same(tmp_path, pair):
 def test_blocks_do_not_show(tmp_path, monkeypatch):
     tensors = random_tensors()
     source = save(tmp_path / "source", tensors, (5, 1, 1))
-    monkeypatch.setattr(derived, "BLOCK_BYTES", 7 * 24)  # seven rows
+    monkeypatch.setattr(interface, "BLOCK_BYTES", 7 * 24)  # seven rows
     assert same(read_all(repartition(source, tmp_path / "target", target(2, 2))), tensors)
 
 
@@ -87,15 +87,15 @@ def test_the_plan_is_what_is_written(tmp_path):
 
 
 def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(derived, "BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr(interface, "BLOCK_BYTES", 1 << 16)
     whole = torch.randn(1 << 15, 64)  # 8 MiB
     shard = RowShard("embedding.weight", tuple(whole.shape), 0, len(whole), whole, True)
-    source = save_checkpoint(tmp_path / "a", 1, {"model": [shard]}, record(1), "all", None)
+    source = save_checkpoint(tmp_path / "a", 1, tensors={"model": [shard]}, record=record(1), writer_label="all")
     largest, original = 0, CheckpointReader.read_rows
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         nonlocal largest
-        rows = original(self, *args)
+        rows = original(self, *args, **options)
         largest = max(largest, rows.untyped_storage().nbytes())
         return rows
 
@@ -107,4 +107,4 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
     assert largest == 1 << 16
     assert peak < 4 << 20  # hashing the source takes blocks of 1 MiB
     monkeypatch.undo()
-    assert torch.equal(CheckpointReader(path).read_rows("model", "embedding.weight", 0, len(whole)), whole)
+    assert torch.equal(CheckpointReader(path).read_rows("model", "embedding.weight", start=0, stop=len(whole)), whole)

@@ -40,7 +40,7 @@ def test_every_layout_reads_what_any_other_wrote(tmp_path, layout):
             wanted = rank_shards(tensors, other, rank)
             loaded = blank(wanted)
             for group, shards in loaded.items():
-                load_shards(reader, group, shards, shapes())
+                load_shards(reader, group, shards, expected_names=shapes())
             for have, want in zip(itertools.chain(*loaded.values()), itertools.chain(*wanted.values()), strict=True):
                 assert torch.equal(have.tensor, want.tensor), (other, rank, have.name)
 
@@ -54,8 +54,10 @@ def test_layouts_leave_no_trace_in_the_values(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
 def test_types_and_bit_patterns_survive(tmp_path, dtype):
     rows = torch.randint(0, 2**60, (5, 3)).view(torch.uint8)[:, : 3 * dtype.itemsize].contiguous().view(dtype)
-    path = save_checkpoint(tmp_path, 1, {"model": [RowShard("w", (5, 3), 0, 5, rows, True)]}, record(1), "all", None)
-    read = CheckpointReader(path).read_rows("model", "w", 1, 4)
+    path = save_checkpoint(
+        tmp_path, 1, tensors={"model": [RowShard("w", (5, 3), 0, 5, rows, True)]}, record=record(1), writer_label="all"
+    )
+    read = CheckpointReader(path).read_rows("model", "w", start=1, stop=4)
     assert torch.equal(read.view(torch.uint8), rows[1:4].view(torch.uint8))
 
 
@@ -64,11 +66,11 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
     reader = CheckpointReader(save(tmp_path, tensors, (3, 1, 2)))
     whole = tensors["model"]["layers.1.ffn.key_tokens"]
     for start, stop in [(0, 0), (0, 1), (5, 7), (11, 25), (35, 36), (0, 36)]:
-        rows = reader.read_rows("model", "layers.1.ffn.key_tokens", start, stop)
+        rows = reader.read_rows("model", "layers.1.ffn.key_tokens", start=start, stop=stop)
         assert torch.equal(rows, whole[start:stop])
         assert rows.untyped_storage().nbytes() == rows.nbytes
     with pytest.raises(CheckpointError, match=r"ffn.key_tokens has 36 rows, \[30, 40\)"):
-        reader.read_rows("model", "layers.1.ffn.key_tokens", 30, 40)
+        reader.read_rows("model", "layers.1.ffn.key_tokens", start=30, stop=40)
 
 
 def test_facts_come_back(tmp_path):
@@ -90,17 +92,17 @@ def test_another_model_is_refused_by_name(tmp_path):
     tensors = random_tensors()
     reader = CheckpointReader(save(tmp_path, tensors))
     with pytest.raises(CheckpointError, match=r"another model: its 'model' lacks head\.weight"):
-        load_shards(reader, "model", [], [*shapes(), "head.weight"])
+        load_shards(reader, "model", [], expected_names=[*shapes(), "head.weight"])
     with pytest.raises(CheckpointError, match=r"'model' also has final_norm.bias and 1 more"):
-        load_shards(reader, "model", [], list(shapes())[:-2])
+        load_shards(reader, "model", [], expected_names=list(shapes())[:-2])
     with pytest.raises(CheckpointError, match=r"holds no 'master', only model, exp_avg, exp_avg_sq"):
-        load_shards(reader, "master", [], shapes())
+        load_shards(reader, "master", [], expected_names=shapes())
     wider = shard_of(tensors, "embedding.weight", global_shape=(24, 8))
     with pytest.raises(CheckpointError, match=r"embedding.weight is \[24, 6\] torch.float32 in it, \[24, 8\]"):
-        load_shards(reader, "model", [wider], shapes())
+        load_shards(reader, "model", [wider], expected_names=shapes())
     half = shard_of(tensors, "embedding.weight", tensor=torch.empty(24, 6, dtype=torch.float16))
     with pytest.raises(CheckpointError, match=r"torch.float16 in the configured model"):
-        load_shards(reader, "model", [half], shapes())
+        load_shards(reader, "model", [half], expected_names=shapes())
 
 
 def test_what_no_rank_or_two_ranks_write_is_refused(tmp_path):
@@ -110,15 +112,15 @@ def test_what_no_rank_or_two_ranks_write_is_refused(tmp_path):
         "b": [RowShard("w", (6, 2), 0, 4, rows, True), RowShard("w", (6, 2), 2, 6, rows, True)],
     }.items():
         with pytest.raises(CheckpointError, match=r"model w: (pieces end at row 4 of 6|expected a piece from row 4)"):
-            save_checkpoint(tmp_path / name, 1, {"model": shards}, record(1), "all", None)
+            save_checkpoint(tmp_path / name, 1, tensors={"model": shards}, record=record(1), writer_label="all")
         assert list((tmp_path / name).iterdir()) == []
 
 
 def test_rows_of_other_writers_are_left_out(tmp_path):
     rows = torch.ones(4, 2)
     shards = [RowShard("w", (4, 2), 0, 4, rows, True), RowShard("w", (4, 2), 0, 4, 2 * rows, False)]
-    path = save_checkpoint(tmp_path, 1, {"model": shards}, record(1), "all", None)
-    assert torch.equal(CheckpointReader(path).read_rows("model", "w", 0, 4), rows)
+    path = save_checkpoint(tmp_path, 1, tensors={"model": shards}, record=record(1), writer_label="all")
+    assert torch.equal(CheckpointReader(path).read_rows("model", "w", start=0, stop=4), rows)
 
 
 def test_the_target_helper_is_consistent():

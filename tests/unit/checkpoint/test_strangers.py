@@ -143,7 +143,7 @@ def test_numbers_that_cannot_be_are_refused(directory, shape, dtype, message):
 def test_memory_is_not_taken_for_rows_that_a_file_has_not(directory):
     change_manifest(directory, lambda body: embedding(body).update(shape=[24, 10**15]))
     with pytest.raises(CheckpointError, match=r"is \[24, 6\] torch\.float32 in the file"):
-        CheckpointReader(directory).read_rows("model", "embedding.weight", 0, 24)
+        CheckpointReader(directory).read_rows("model", "embedding.weight", start=0, stop=24)
 
 
 def change_offsets(directory, change):

@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.record import GrowthEvent, LossScale
 from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint, resharding
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.errors import UserError
-from megatron_tf.inference.calibration import Comparison
+from megatron_tf.inference.comparison import Comparison
 from tests.support import toy
 from tests.support.conversion import save_small_model
 from tests.support.data import write_data_set
@@ -53,8 +53,8 @@ def test_another_bit_of_a_zero_fails_verification(tmp_path, capsys, monkeypatch)
     changed = toy.random_tensors()
     changed["exp_avg"]["final_norm.bias"][0] = float("nan")
     other = toy.save(tmp_path / "b", changed)
-    with pytest.raises(resharding.VerificationError, match=r"exp_avg final_norm\.bias is not what"):
-        resharding.compare_tensors(source, other)
+    with pytest.raises(resharding.VerificationError, match=r"is not what it should be: exp_avg final_norm\.bias"):
+        resharding.check_tensors(source, other, lambda num_bytes: None)
 
 
 RECORD = toy.record()

@@ -10,8 +10,8 @@ from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import NullTokenizer
-from megatron_tf.inference.calibration import read_samples
-from megatron_tf.inference.perplexity import read_documents
+from megatron_tf.inference.perplexity import read_tokenized
+from megatron_tf.inference.samples import read_samples
 from tests.support.data import write_data_set
 
 VOCAB = 257
@@ -34,13 +34,13 @@ def test_the_first_id_outside_the_vocabulary_is_found(ids, expected):
 def test_a_bad_id_to_predict_is_named(tmp_path, bad):
     dataset = IndexedDataset(write_with(tmp_path, bad))
     with pytest.raises(DataError, match=rf"d: document 1 has id {bad} at offset 2, and the model ids from 0 to 256"):
-        list(read_documents(dataset, range(3), NullTokenizer(), VOCAB))
+        list(read_tokenized(dataset, range(3), tokenizer=NullTokenizer(), vocab_size=VOCAB))
 
 
 @pytest.mark.parametrize("bad", [-1, VOCAB])
 def test_a_bad_id_among_those_that_verify_a_conversion_is_named(tmp_path, bad):
     with pytest.raises(DataError, match=rf"d: document 1 has id {bad} at offset 2"):
-        read_samples(write_with(tmp_path, bad), VOCAB, 4, 20)
+        read_samples(write_with(tmp_path, bad), vocab_size=VOCAB, seq_length=4, num_tokens=20)
 
 
 @pytest.mark.parametrize("bad", [-1, VOCAB])

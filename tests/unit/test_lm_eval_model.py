@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 
 from megatron_tf.config import ConfigError
 from megatron_tf.errors import UserError
-from megatron_tf.inference.harness import MegatronTF
+from megatron_tf.inference.lm_eval_model import MegatronTF
 from tests.support.models import random_model, write_checkpoint
 
 

@@ -2,18 +2,19 @@
 size with an index; streamed both ways."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.derived import Checkpoint, read_blocks
 from megatron_tf.checkpoint.files import file_size, read_bounded
-from megatron_tf.checkpoint.foreign import GROUP, ForeignTensor, parameter_bytes
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import PieceFileReader, PieceFileWriter, PieceSpec
+from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
+from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileReader, ShardFileWriter
+from megatron_tf.convert.external import GROUP, ExternalTensor, parameter_bytes
+from megatron_tf.convert.names import NameTable
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role
 
 SHARD_BYTES = 5 * 10**9
@@ -21,46 +22,45 @@ SHARD_BYTES = 5 * 10**9
 MOST_JSON_BYTES = 1 << 26
 """A configuration, or an index, has no more."""
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_NAMES = {
-    (Module.EMBEDDING, Role.WEIGHT): "model.embed_tokens.weight",
-    (Module.FINAL_NORM, Role.WEIGHT): "model.norm.weight",
-    (Module.FINAL_NORM, Role.BIAS): "model.norm.bias",
-    (Module.HEAD, Role.WEIGHT): "lm_head.weight",
-}
-"""Outside the layers, whose parameters the code of the export names as we do."""
+_AS_OURS = (Module.QUERY, Module.KEY, Module.VALUE, Module.PROJ, Module.FFN)
+HUGGINGFACE = NameTable(
+    paths={
+        Module.EMBEDDING: "model.embed_tokens",
+        **{module: f"model.layers.{{layer}}.{module}" for module in _AS_OURS},
+        Module.FINAL_NORM: "model.norm",
+        Module.HEAD: "lm_head",
+    },
+    roles={role: role.value for role in Role},
+)
+"""Names in the code of the template, which calls what is in its layers as we do."""
 
 
-def huggingface_name(parameter: Parameter) -> str:
-    """Return the name of a parameter of ours in the exported model."""
-    return _NAMES.get((parameter.module, parameter.role), f"model.{parameter.name}")
-
-
-def write_tensors(checkpoint: Checkpoint, directory: Path, bar: Any) -> None:
-    """Write the parameters into `directory` in blocks of rows, telling `bar` the bytes."""
+def write_tensors(checkpoint: Checkpoint, directory: Path, progress: Callable[[int], object]) -> None:
+    """Write the parameters into `directory` in blocks of rows; `progress` takes the bytes of each."""
     shards = _shards(checkpoint)
-    index: dict[str, str] = {}
+    index: dict[str, str] = {}  # their name -> file
     for number, parameters in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         specs = [_spec(checkpoint, parameter) for parameter in parameters]
-        with PieceFileWriter(directory / file, specs, {"format": "pt"}) as writer:
+        index |= {spec.name: file for spec in specs}
+        with ShardFileWriter(directory / file, specs, {"format": "pt"}) as writer:
             for parameter in parameters:
-                index[huggingface_name(parameter)] = file
-                for rows in read_blocks(checkpoint, GROUP, parameter.name, 0, parameter.shape[0]):
+                for rows in read_blocks(checkpoint, GROUP, parameter.name):
                     writer.write(rows)
-                    bar.update(rows.nbytes)
+                    progress(rows.nbytes)
     if len(shards) > 1:
         content = {"metadata": {"total_size": parameter_bytes(checkpoint)}, "weight_map": index}
         (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_tensors(directory: Path) -> dict[str, ForeignTensor]:
-    """The tensors of a directory under their own names. Raises CheckpointError naming the file that is not as it
-    should be."""
-    return {
-        name: _foreign(reader, reader.whole(name))
-        for reader in map(_open, _files(directory))
-        for name in reader.names()
-    }
+def read_tensors(directory: Path) -> dict[str, ExternalTensor]:
+    """Return the tensors of a directory under their own names. Raises CheckpointError naming the file at fault."""
+    tensors: dict[str, ExternalTensor] = {}
+    for path in _files(directory):
+        file_size(path)  # refuses a FIFO, which would wait for its other end
+        reader = ShardFileReader(path)
+        tensors |= {name: _external(reader, reader.whole(name)) for name in reader.names()}
+    return tensors
 
 
 def _shards(checkpoint: Checkpoint) -> list[list[Parameter]]:
@@ -79,12 +79,8 @@ def _shards(checkpoint: Checkpoint) -> list[list[Parameter]]:
 
 def _spec(checkpoint: Checkpoint, parameter: Parameter) -> PieceSpec:
     dtype = checkpoint.dtype(GROUP, parameter.name)
-    return PieceSpec(huggingface_name(parameter), dtype, parameter.shape, 0, parameter.shape[0])
-
-
-def _open(path: Path) -> PieceFileReader:
-    file_size(path)  # a FIFO would wait for its other end
-    return PieceFileReader(path)
+    name = HUGGINGFACE.of(parameter, checkpoint.record.model.num_layers)
+    return PieceSpec(name, dtype, parameter.shape, start=0, stop=parameter.shape[0])
 
 
 def _files(directory: Path) -> list[Path]:
@@ -101,14 +97,14 @@ def _files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index} is damaged: {error!r}") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not (directory / file).is_file():
-            raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
+            raise CheckpointError(f"{index} names {file!r}, which is no file next to it")
     return [directory / file for file in files]
 
 
-def _foreign(reader: PieceFileReader, spec: PieceSpec) -> ForeignTensor:
+def _external(reader: ShardFileReader, spec: PieceSpec) -> ExternalTensor:
     def read_rows(start: int, stop: int) -> Tensor:
         rows = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
         reader.read(spec, start, rows)
         return rows
 
-    return ForeignTensor(spec.shape, spec.dtype, read_rows)
+    return ExternalTensor(spec.shape, spec.dtype, read_rows)

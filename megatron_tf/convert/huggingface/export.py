@@ -1,4 +1,7 @@
-"""A checkpoint as a directory for transformers, and back: everything in it but the tensors."""
+"""A checkpoint as a directory for transformers, and back: everything in it but the tensors.
+
+The model's code is copied from `template/`.
+"""
 
 import json
 import shutil
@@ -7,27 +10,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.files import read_bounded
-from megatron_tf.checkpoint.foreign import ForeignCheckpoint, ForeignTensor, rename
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.huggingface import MOST_JSON_BYTES, huggingface_name, read_tensors
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.json_object import JsonObject
 from megatron_tf.checkpoint.record import RunRecord, read_model
 from megatron_tf.config import TOKEN_KINDS, ModelConfig
+from megatron_tf.convert.external import ExternalCheckpoint, ExternalTensor, rename
+from megatron_tf.convert.huggingface.card import model_card
+from megatron_tf.convert.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
+from megatron_tf.convert.huggingface.tensors import HUGGINGFACE, MOST_JSON_BYTES, read_tensors
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
-from megatron_tf.inference.huggingface.card import model_card
-from megatron_tf.inference.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
-from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
+from megatron_tf.tokenformer.parameters import initial_taus
 from megatron_tf.tokenizer_files import merges_file
 
 _CODE = ("configuration_tokenformer.py", "modeling_tokenformer.py")
 _TOKENIZER_FILES = {"HFTokenizer": "tokenizer.json", "SentencePieceTokenizer": "tokenizer.model"}
 
 
-def write_surroundings(
-    checkpoint: Checkpoint, directory: Path, tokenizer: Tokenizer, tokenizer_file: Path | None, measured: str | None
+def write_config_and_tokenizer(
+    checkpoint: Checkpoint,
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    tokenizer_path: Path | None,
+    measured: str | None,
 ) -> None:
     """Write the configuration, the code, the tokenizer's files and the model card; `measured` is a loss, in words.
 
@@ -38,15 +46,15 @@ def write_surroundings(
     if model.layer != "tokenformer":
         raise CheckpointError(f"{checkpoint.directory} is a plain transformer: only TokenFormers are exported")
     for name in _CODE:
-        shutil.copyfile(Path(__file__).with_name(name), directory / name)
+        shutil.copyfile(Path(__file__).parent / "template" / name, directory / name)
     _write_json(directory / "config.json", _config(record, tokenizer.eod))
     _write_json(directory / "generation_config.json", _generation_config(model, tokenizer.eod))
-    _write_tokenizer(directory, tokenizer, tokenizer_file, record.seq_length)
-    (directory / "README.md").write_text(model_card(model, record, directory.name, measured))
+    _write_tokenizer(directory, tokenizer, tokenizer_path, seq_length=record.seq_length)
+    (directory / "README.md").write_text(model_card(record, directory.name, measured))
 
 
-def read_export(directory: Path) -> ForeignCheckpoint:
-    """A directory written by this module, as a checkpoint without moments.
+def read_export(directory: Path) -> ExternalCheckpoint:
+    """A directory written by this module, as a checkpoint without optimizer state.
 
     Raises CheckpointError or ConfigError naming the file and what is wrong with it.
     """
@@ -68,12 +76,12 @@ def read_export(directory: Path) -> ForeignCheckpoint:
     renamed = _fitting(directory, tensors, record.model, record.tau)
     check_vocabulary(config, record.model, path)
     tau = record.tau or initial_taus(record.model)  # as transformers does without them
-    return ForeignCheckpoint(directory, renamed, replace(record, tau=tau))
+    return ExternalCheckpoint(directory, renamed, replace(record, tau=tau))
 
 
 def _fitting(
-    directory: Path, tensors: Mapping[str, ForeignTensor], model: ModelConfig, tau: Mapping[str, float]
-) -> dict[str, ForeignTensor]:
+    directory: Path, tensors: Mapping[str, ExternalTensor], model: ModelConfig, tau: Mapping[str, float]
+) -> dict[str, ExternalTensor]:
     """The tensors of the model by our names. Raises CheckpointError where they are not all there."""
     path = directory / "config.json"
     if model.num_layers > len(tensors):
@@ -81,8 +89,7 @@ def _fitting(
     differing = tau.keys() ^ initial_taus(model).keys()
     if tau and differing:
         raise CheckpointError(f"{path}: tau is not there for each projection: {min(differing)}")
-    expected = model_parameters(model).values()
-    return rename(directory, tensors, expected=expected, their_name=huggingface_name)
+    return rename(directory, tensors, expected=HUGGINGFACE.parameters(model))
 
 
 def tokenizer_file(directory: Path, kind: str) -> Path | None:
@@ -173,8 +180,8 @@ def _generation_config(model: ModelConfig, eod: int) -> dict[str, Any]:
     return config | ({"suppress_tokens": padding} if padding else {})
 
 
-def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, seq_length: int) -> None:
-    """The tokenizer's own file, and how transformers is to read it; nothing for a kind that transformers has not."""
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, *, seq_length: int) -> None:
+    """Write the tokenizer's own file, and how transformers is to read it; nothing where transformers lacks its kind."""
     kind = tokenizer.identity["type"]
     if path is None or kind not in _TOKENIZER_FILES:
         return

@@ -22,9 +22,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.foreign import ForeignTensor
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.pieces import bytes_of
+from megatron_tf.checkpoint.shard_files import bytes_of
+from megatron_tf.convert.external import ExternalTensor
 
 _MOST_PICKLE_BYTES = 1 << 26
 _BLOCK_BYTES = 1 << 20
@@ -126,10 +126,10 @@ class ZippedTensors:
             if not isinstance(name, str) or not isinstance(value, _Strided):
                 raise CheckpointError(f"{path} holds more than tensors: {name!r} is {type(value).__name__}")
 
-    def tensors(self) -> dict[str, ForeignTensor]:
+    def tensors(self) -> dict[str, ExternalTensor]:
         """All of them, checked against the records they are stored in."""
         with self._naming_the_file():
-            return {name: self._foreign(name, tensor) for name, tensor in self._state.items()}
+            return {name: self._external(name, tensor) for name, tensor in self._state.items()}
 
     def _by_name(self) -> dict[str, zipfile.ZipInfo]:
         records: dict[str, zipfile.ZipInfo] = {}
@@ -167,7 +167,7 @@ class ZippedTensors:
             raise CheckpointError(f"{self.path}: {record.filename} has {record.file_size:,} bytes, which is too many")
         return self._zip.read(record)
 
-    def _foreign(self, name: str, tensor: _Strided) -> ForeignTensor:
+    def _external(self, name: str, tensor: _Strided) -> ExternalTensor:
         storage = tensor.storage
         if not isinstance(storage, _Storage) or not all(map(_is_count, (tensor.offset, *tensor.shape))):
             raise CheckpointError(f"{self.path}: {name} has shape {list(tensor.shape)} or a storage that cannot be")
@@ -179,7 +179,7 @@ class ZippedTensors:
                 f"{'which is missing' if record is None else f'which has {record.file_size:,}'}"
             )
         if tensor.strides != _contiguous_strides(tensor):
-            raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file anew, each tensor by clone()")
+            raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file again, each tensor by clone()")
         if tensor.offset + math.prod(tensor.shape) > storage.count:
             raise CheckpointError(
                 f"{self.path}: {name} is {list(tensor.shape)} from {tensor.offset:,} on, and its storage has "
@@ -192,7 +192,7 @@ class ZippedTensors:
             self._fill(record, start + first * row_bytes, rows)
             return rows
 
-        return ForeignTensor(tensor.shape, storage.dtype, read_rows)
+        return ExternalTensor(tensor.shape, storage.dtype, read_rows)
 
     def _fill(self, record: zipfile.ZipInfo, offset: int, rows: Tensor) -> None:
         buffer = bytes_of(rows)

@@ -1,7 +1,7 @@
 """Checkpoints of other programs: their tensors under our names, with the record ours need."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.derived import Checkpoint
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.tokenformer.parameters import Parameter
 
 GROUP = "model"
-"""What other programs' files hold; they have no moments."""
+"""What other programs' files hold; they have no optimizer state."""
 
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of weights that are read; each tensor of a file may have another. Ours are fp32."""
@@ -25,8 +25,8 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class ForeignTensor:
-    """A tensor that lies in a file of another program."""
+class ExternalTensor:
+    """A tensor in a file of another program, which is read when it is needed."""
 
     shape: Shape
     dtype: torch.dtype
@@ -34,28 +34,28 @@ class ForeignTensor:
     """(start, stop) -> these rows, in memory of their own."""
 
 
-def in_memory(tensor: Tensor) -> ForeignTensor:
-    """A tensor that has been loaded."""
+def in_memory(tensor: Tensor) -> ExternalTensor:
+    """Wrap a tensor that has been loaded."""
 
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor[start:stop].clone(memory_format=torch.contiguous_format)
 
-    return ForeignTensor(tuple(tensor.shape), tensor.dtype, read_rows)
+    return ExternalTensor(tuple(tensor.shape), tensor.dtype, read_rows)
 
 
-def widened(tensor: ForeignTensor) -> ForeignTensor:
-    """A tensor of 16 bits in fp32, which holds every number of fp16 and bf16 exactly."""
+def widened(tensor: ExternalTensor) -> ExternalTensor:
+    """Convert a tensor of 16 bits to fp32, which holds every number of fp16 and bf16 exactly."""
 
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor.read_rows(start, stop).float()
 
-    return ForeignTensor(tensor.shape, torch.float32, read_rows)
+    return ExternalTensor(tensor.shape, torch.float32, read_rows)
 
 
-class ForeignCheckpoint:
+class ExternalCheckpoint:
     """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
 
-    def __init__(self, directory: Path, tensors: Mapping[str, ForeignTensor], record: RunRecord) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, ExternalTensor], record: RunRecord) -> None:
         self.directory = directory
         self.record = record
         self._tensors = tensors
@@ -76,21 +76,21 @@ class ForeignCheckpoint:
         """Type."""
         return self._tensor(group, name).dtype
 
-    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
         tensor = self._tensor(group, name)
         if not 0 <= start <= stop <= tensor.shape[0]:
-            raise CheckpointError(f"{name} has {tensor.shape[0]} rows, [{start}, {stop}) are asked for")
+            raise CheckpointError(f"{name} has {tensor.shape[0]} rows, [{start}, {stop}) are requested")
         return tensor.read_rows(start, stop)
 
-    def _tensor(self, group: str, name: str) -> ForeignTensor:
+    def _tensor(self, group: str, name: str) -> ExternalTensor:
         if group != GROUP or name not in self._tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name!r} in {group!r}")
         return self._tensors[name]
 
 
 def parameter_bytes(checkpoint: Checkpoint) -> int:
-    """Of all parameters."""
+    """Return the bytes of all parameters together."""
     return sum(
         math.prod(checkpoint.shape(GROUP, name)) * checkpoint.dtype(GROUP, name).itemsize
         for name in checkpoint.names(GROUP)
@@ -98,20 +98,15 @@ def parameter_bytes(checkpoint: Checkpoint) -> int:
 
 
 def rename(
-    path: Path,
-    found: Mapping[str, ForeignTensor],
-    *,
-    expected: Collection[Parameter],
-    their_name: Callable[[Parameter], str],
-) -> dict[str, ForeignTensor]:
-    """Give the tensors in a file our names, in the order of the `expected` parameters, and the type fp32.
+    path: Path, found: Mapping[str, ExternalTensor], *, expected: Mapping[str, Parameter]
+) -> dict[str, ExternalTensor]:
+    """Give the tensors in a file our names, in the order of `expected`, and the type fp32.
 
-    Raises CheckpointError that names the first tensor that is missing, not expected, of another shape, or of a type
-    that fp32 does not hold exactly.
+    `expected` are the parameters by the file's names for them. Raises CheckpointError that names the first tensor that
+    is missing, not expected, of another shape, or of a type that fp32 does not hold exactly.
     """
     renamed = {}
-    for parameter in expected:
-        theirs = their_name(parameter)
+    for theirs, parameter in expected.items():
         if theirs not in found:
             raise CheckpointError(f"{path} lacks {theirs}")
         tensor = found[theirs]
@@ -123,9 +118,9 @@ def rename(
                 f"{path}: {theirs} is {tensor.dtype}, expected {known}: convert the file to fp32 first"
             )
         renamed[parameter.name] = tensor if tensor.dtype == torch.float32 else widened(tensor)
-    if strangers := found.keys() - {their_name(parameter) for parameter in expected}:
+    if strangers := found.keys() - expected.keys():
         more = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model has not")
+        raise CheckpointError(f"{path} also has {min(strangers)}{more}, which this model does not have")
     return renamed
 
 
@@ -141,22 +136,19 @@ class TokenizerChoice:
 
 
 def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
-    """The identity of a tokenizer of which the number of ids alone is known."""
+    """Return the identity of a tokenizer of which only the number of ids is known."""
     return {"type": kind, "vocab_size": vocab_size, "sha256": None, "is_unknown": True}
 
 
 def new_record(
-    model: ModelConfig, tau: Mapping[str, float], tokenizer: TokenizerChoice, *, seq_length: int, seed: int
+    model: ModelConfig, tokenizer: TokenizerChoice, *, tau: Mapping[str, float], seq_length: int, seed: int
 ) -> RunRecord:
-    """The record of a model that no run of ours has trained; a run that starts from it begins at step 0."""
+    """Make the record of a model that no run of ours has trained; a run that starts from it begins at step 0."""
+    path = None if tokenizer.path is None else str(tokenizer.path)
     end = {} if tokenizer.eod_token is None else {"eod_token": tokenizer.eod_token}
     config = {
         "model": to_dict(model),
         "training": {"seq_length": seq_length, "seed": seed},
-        "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": _as_text(tokenizer.path), **end},
+        "data": {"tokenizer_type": tokenizer.kind, "tokenizer_model": path, **end},
     }
     return RunRecord(model=model, config=config, tau=tau, tokenizer=tokenizer.identity)
-
-
-def _as_text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -22,11 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tf.config import ConfigError
-from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.sampling import Sampling, seed_of_sample
-from megatron_tf.inference.scoring import Score, rolling_windows, score
-from megatron_tf.inference.text import Continuation, Limits, check_text
+from megatron_tf.inference.scoring import Request, Score, rolling_windows, score
+from megatron_tf.inference.text import Limits, check_text, continue_ids
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
@@ -55,7 +54,7 @@ class Text(NamedTuple):
 
 
 class MegatronTF(TemplateLM):
-    """A checkpoint of any layout, whole on each rank; ranks started by torchrun are replicas.
+    """A checkpoint of any layout, whole on each rank; ranks started by torchrun are data-parallel replicas.
 
     `batch_size` is lm-eval's: a number of sequences, or "auto" for as many as suits their length. `max_length` is the
     length of contexts, by default the one the model was trained with. Every wait for another rank ends with an error
@@ -87,9 +86,10 @@ class MegatronTF(TemplateLM):
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_DTYPES)}")
         self._mesh = init_mesh(tensor=1, pipeline=1, data=None, timeout=timedelta(seconds=distributed_timeout_seconds))
-        self._rank, self._world_size = self._mesh.rank("dp"), self._mesh.size("dp")
+        self._rank = self._mesh.rank("dp")
+        self._world_size = self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
-        self._model = load_model(str(checkpoint), str(self._device), _DTYPES[dtype])
+        self._model = load_model(str(checkpoint), device=str(self._device), dtype=_DTYPES[dtype])
         self._tokenizer = load_tokenizer(self._model, _as_path(tokenizer_model))
         self.max_length = max_length or self._model.record.seq_length
         self.max_gen_toks = max_gen_toks
@@ -114,7 +114,7 @@ class MegatronTF(TemplateLM):
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score continuations, each given the end of its context that fits."""
-        texts = [_text(*request, self.eot_token_id) for request in requests]
+        texts = [_text(request, self.eot_token_id) for request in requests]
         answers = [(0.0, False)] * len(texts)
         for i, found in self._scores(texts, disable_tqdm):
             answers[i] = (found.log_likelihood, found.is_greedy)
@@ -135,10 +135,14 @@ class MegatronTF(TemplateLM):
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
-        texts, size = [""] * len(requests), self._batch_size or _GENERATED_TOGETHER
+        texts = [""] * len(requests)
+        size = self._batch_size or _GENERATED_TOGETHER
+        batches = []
+        for group in alike.values():
+            batches += [group[i : i + size] for i in range(0, len(group), size)]
         seeds = _seeds([repr(request.args) for request in requests])
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank > 0) as bar:
-            for batch in (group[i : i + size] for group in alike.values() for i in range(0, len(group), size)):
+            for batch in batches:
                 contexts = [requests[i].args[0] for i in batch]
                 found = self._continue(contexts, requests[batch[0]].args[1], [seeds[i] for i in batch])
                 for i, text in zip(batch, found, strict=True):
@@ -166,10 +170,15 @@ class MegatronTF(TemplateLM):
 
     def _scores(self, texts: Sequence[Text], disable_tqdm: bool) -> Iterator[tuple[int, Score]]:
         """(index, score) of each text with something to score, as soon as the last of its windows is."""
-        windows = [list(rolling_windows(ids, self.max_length, self.max_length, first)) for ids, first in texts]
-        owners = [owner for owner, of_text in enumerate(windows) for _ in of_text]
-        missing, totals = [len(of_text) for of_text in windows], [Score(0.0, True)] * len(texts)
-        found = score(self._model, [window for of_text in windows for window in of_text], self._batch_size)
+        windows: list[Request] = []
+        owners = []  # of each window, the text it is part of
+        for owner, (ids, first) in enumerate(texts):
+            of_text = list(rolling_windows(ids, window=self.max_length, stride=self.max_length, first=first))
+            windows += of_text
+            owners += [owner] * len(of_text)
+        missing = Counter(owners)
+        totals = [Score(0.0, True)] * len(texts)
+        found = score(self._model, windows, self._batch_size)
         interval = 0.1 if sys.stderr.isatty() else 30
         hidden = disable_tqdm or self.rank > 0
         for i, (log_likelihood, is_greedy) in tqdm(
@@ -191,20 +200,20 @@ class MegatronTF(TemplateLM):
         limits = Limits(num_tokens, [stop for stop in wanted["until"] if stop])
         sampling = Sampling(wanted.get("temperature") or 0.0, wanted.get("top_k") or 0, wanted.get("top_p") or 1.0)
         prompts = [(self.tok_encode(context) or [self.eot_token_id])[-room:] for context in contexts]
-        texts = [Continuation(self._tokenizer, prompt, limits) for prompt in prompts]
-        generation = Generation(self._model, prompts, sampling, seeds)
-        while generation.active:
-            for sample, token in generation.step().items():
-                texts[sample].add(token)
-            generation.finish([sample for sample in generation.active if texts[sample].finish_reason])
-        return [text.text for text in texts]
+        texts = [""] * len(prompts)
+        continuations = continue_ids(
+            self._model, self._tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds
+        )
+        for i, piece, _ in continuations:
+            texts[i] += piece
+        return texts
 
 
-def _choose_device(asked: str | None, mesh: Mesh) -> torch.device:
-    """lm-eval asks for cuda:0 wherever nobody asked for anything, on every rank and without a GPU too."""
-    if asked is None or not torch.cuda.is_available() or (asked != "cpu" and mesh.size("dp") > 1):
+def _choose_device(requested: str | None, mesh: Mesh) -> torch.device:
+    """lm-eval requests cuda:0 by default, on every rank and without a GPU too."""
+    if requested is None or not torch.cuda.is_available() or (requested != "cpu" and mesh.size("dp") > 1):
         return mesh.device
-    return torch.device(asked)
+    return torch.device(requested)
 
 
 def _seeds(requests: Sequence[str]) -> list[int]:
@@ -217,8 +226,9 @@ def _seeds(requests: Sequence[str]) -> list[int]:
     return seeds
 
 
-def _text(texts: tuple[str, str] | None, context: list[int], continuation: list[int], eod: int) -> Text:
+def _text(request: Pair, eod: int) -> Text:
     """A context of blanks, which lm-eval gives to the continuation, is an empty one: a document begins."""
+    texts, context, continuation = request
     if not continuation:
         raise ConfigError(f"the tokenizer leaves no token to the continuation of {texts}")
     context = context or [eod]

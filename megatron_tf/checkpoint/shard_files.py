@@ -1,4 +1,9 @@
-"""Files of rows: plain safetensors, written and read some rows at a time, so that no whole tensor is needed."""
+"""Shard files: plain safetensors that hold pieces, row ranges of tensors, written and read some rows at a time.
+
+The safetensors library is not used: it writes whole tensors from memory, and its reader maps the file, where every page
+it touches counts as the process's memory, up to the whole file. Here, a checkpoint larger than the memory streams
+through blocks of rows, and is hashed on the way. Tests hold the files against that library.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +19,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.format import (
     DTYPE_NAMES,
-    DTYPES,
+    STORED_DTYPES,
     CheckpointError,
     FileEntry,
     Groups,
@@ -57,7 +62,7 @@ class Written:
     pieces: list[tuple[str, PieceSpec, Piece]]
 
 
-class PieceFileWriter:
+class ShardFileWriter:
     """Writes one safetensors file whose tensors arrive row by row, in the order of `specs`, and hashes it as it goes.
 
     Used as a context manager: leaving it makes the file durable. `facts` are the header's metadata, by default which
@@ -89,7 +94,7 @@ class PieceFileWriter:
         with self.file, self._naming_the_file():
             sync_file(self.file)
 
-    def __enter__(self) -> "PieceFileWriter":
+    def __enter__(self) -> "ShardFileWriter":
         return self
 
     def __exit__(
@@ -128,7 +133,7 @@ class HashedFile:
         self.hashed = 0
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from `offset` on; returns how many bytes there were."""
+        """Fill `buffer` with the bytes from `offset`; returns how many there were."""
         self._hash_up_to(offset)
         self.file.seek(offset)
         count = self.file.readinto(buffer)
@@ -149,11 +154,10 @@ class HashedFile:
             self.hashed += len(data)
 
 
-class PieceFileReader:
-    """Rows of the tensors of one safetensors file, read straight into their place.
+class ShardFileReader:
+    """Reads rows of the tensors of one safetensors file straight into their place.
 
-    Not by `safe_open`, which maps the file: every page it touches counts as the process's memory, up to the whole
-    file. Raises CheckpointError where the file's header is not that of a safetensors file.
+    Raises CheckpointError where the file's header is not that of a safetensors file.
     """
 
     def __init__(self, path: Path, hashed: HashedFile | None = None) -> None:
@@ -179,9 +183,9 @@ class PieceFileReader:
         return [name for name in self.tensors if name != "__metadata__"]
 
     def whole(self, name: str) -> PieceSpec:
-        """A tensor that lies whole in the file, as its header has it."""
+        """Return the spec of a tensor of which the file holds all rows, as its header describes it."""
         shape, dtype, _ = self._header_of(name)
-        return PieceSpec(name, dtype, shape, 0, shape[0] if shape else 1)
+        return PieceSpec(name, dtype, shape, start=0, stop=shape[0] if shape else 1)
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
@@ -232,25 +236,25 @@ class PieceFileReader:
             raise CheckpointError(f"{self.path} is not a safetensors file: {size - position} bytes belong to no tensor")
 
     def _header_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
-        """(shape, type, where its bytes lie) of a tensor."""
+        """Return shape, type, and begin and end of the bytes of a tensor."""
         try:
             found = self.tensors[name]
             begin, end = (int(offset) for offset in found["data_offsets"])
-            return tuple(int(size) for size in found["shape"]), DTYPES[found["dtype"]], (begin, end)
+            return tuple(int(size) for size in found["shape"]), STORED_DTYPES[found["dtype"]], (begin, end)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path} does not hold {name}") from error
 
 
 def collect_groups(written: Iterable[Written]) -> Groups:
-    """Entries of every tensor from its pieces, in any order; raises CheckpointError where rows are missing."""
+    """Make the entries of tensors from their pieces, in any order. Raises CheckpointError where rows are missing."""
     found: dict[str, dict[str, list[tuple[PieceSpec, Piece]]]] = {}
     for part in written:
         for group, spec, piece in part.pieces:
             found.setdefault(group, {}).setdefault(spec.name, []).append((spec, piece))
-    return {
-        group: {name: _entry(f"{group} {name}", parts) for name, parts in tensors.items()}
-        for group, tensors in found.items()
-    }
+    groups = {}
+    for group, tensors in found.items():
+        groups[group] = {name: _entry(f"{group} {name}", parts) for name, parts in tensors.items()}
+    return groups
 
 
 def _entry(what: str, parts: list[tuple[PieceSpec, Piece]]) -> TensorEntry:

@@ -1,7 +1,7 @@
 """The model card of an export."""
 
 from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
-from megatron_tf.config import TOKEN_KINDS, ModelConfig
+from megatron_tf.config import TOKEN_KINDS
 from megatron_tf.tokenformer.sizes import parameter_count
 
 _CARD = """---
@@ -44,8 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 """
 
 
-def model_card(model: ModelConfig, record: RunRecord, name: str, measured: str | None) -> str:
-    """README.md of an export called `name`, from the checkpoint's record; `measured` is a loss in words."""
+def model_card(record: RunRecord, name: str, measured: str | None) -> str:
+    """Return README.md of an export called `name`, from the checkpoint's record; `measured` is a loss in words."""
+    model = record.model
     tokenizer = record.tokenizer
     return _CARD.format(
         name=name,
@@ -72,7 +73,7 @@ def _lineage(record: RunRecord) -> list[str]:
     training = record.training
     lines = [_growth(event) for event in record.lineage] or ["never grown"]
     if not training.step:
-        return [*lines, "not trained by megatron_tf: imported, or as at birth"]
+        return [*lines, "not trained by megatron_tf: imported, or as initialized"]
     return [*lines, f"step {training.step:,} ({training.tokens:,} tokens): this checkpoint"]
 
 

@@ -1,44 +1,18 @@
-"""A checkpoint made from another without being written: each tensor is a sequence of old rows, new rows and zeros.
+"""A checkpoint that transforms another one without being written: each tensor is old rows, new rows and zeros.
 
-The tool writes it to files; a run that grows reads it straight into its new, larger model.
+A command writes it to files; a run that grows reads it straight into its new, larger model: so both give the same rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.tokenformer.initial_values import normal_rows
-
-BLOCK_BYTES = 4 << 20
-"""Rows are streamed in blocks of about this many bytes."""
-
-
-class Checkpoint(Protocol):
-    """Any rows of any logical tensor: of files, or derived from such."""
-
-    directory: Path
-    record: RunRecord
-
-    def groups(self) -> list[str]:
-        """Names of the groups of tensors."""
-
-    def names(self, group: str) -> list[str]:
-        """Logical tensors of a group; none for a group it does not have."""
-
-    def shape(self, group: str, name: str) -> tuple[int, ...]:
-        """Global shape."""
-
-    def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
-
-    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, on the CPU; only those are read. Raises CheckpointError if it has fewer."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +29,9 @@ class Copy:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def read(self, source: Checkpoint, group: str, low: int, high: int, out: Tensor) -> None:
+    def read(self, source: Checkpoint, group: str, *, low: int, high: int, out: Tensor) -> None:
         """Fill `out` with the segment's rows [low, high)."""
-        out.copy_(source.read_rows(group, self.name, self.start + low, self.start + high))
+        out.copy_(source.read_rows(group, self.name, start=self.start + low, stop=self.start + high))
         if self.scale != 1.0:
             out.mul_(self.scale)
         for normal, sign in zip(self.noise, (1, -1), strict=False):
@@ -82,7 +56,7 @@ class Normal:
         start, stop = self.start + low, self.start + high
         return normal_rows(self.stream, seed=self.seed, start=start, stop=stop, columns=columns, std=self.std)
 
-    def read(self, source: Checkpoint, group: str, low: int, high: int, out: Tensor) -> None:
+    def read(self, source: Checkpoint, group: str, *, low: int, high: int, out: Tensor) -> None:
         """Fill `out` with the segment's rows [low, high)."""
         out.copy_(self.rows(low, high, out.shape[1]))
 
@@ -96,7 +70,7 @@ class Zeros:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, source: Checkpoint, group: str, low: int, high: int, out: Tensor) -> None:
+    def read(self, source: Checkpoint, group: str, *, low: int, high: int, out: Tensor) -> None:
         """Fill `out` with zeros."""
         out.zero_()
 
@@ -118,7 +92,7 @@ class Recipe:
         return (sum(map(len, self.segments)), *self.columns)
 
 
-class DerivedCheckpoint:
+class TransformedCheckpoint:
     """`recipes` over the tensors of `source`: group -> name -> Recipe, in the order of the new model."""
 
     def __init__(self, source: Checkpoint, recipes: Mapping[str, Mapping[str, Recipe]], record: RunRecord) -> None:
@@ -143,17 +117,18 @@ class DerivedCheckpoint:
         """Type."""
         return self._recipe(group, name).dtype
 
-    def read_rows(self, group: str, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
         recipe = self._recipe(group, name)
         if not 0 <= start <= stop <= recipe.shape[0]:
-            raise CheckpointError(f"{name} has {recipe.shape[0]} rows, [{start}, {stop}) are asked for")
+            raise CheckpointError(f"{name} has {recipe.shape[0]} rows, [{start}, {stop}) are requested")
         rows = torch.empty((stop - start, *recipe.columns), dtype=recipe.dtype)
-        first = 0
+        first = 0  # row of the tensor with which the segment begins
         for segment in recipe.segments:
             low, high = max(start, first), min(stop, first + len(segment))
             if low < high:
-                segment.read(self.source, group, low - first, high - first, rows[low - start : high - start])
+                out = rows[low - start : high - start]
+                segment.read(self.source, group, low=low - first, high=high - first, out=out)
             first += len(segment)
         return rows
 
@@ -168,15 +143,3 @@ def copied(source: Checkpoint, group: str, name: str) -> Recipe:
     """The whole tensor as it is."""
     rows, *columns = source.shape(group, name)
     return Recipe(source.dtype(group, name), tuple(columns), [Copy(name, 0, rows)])
-
-
-def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Rows of a tensor that make a block of BLOCK_BYTES, at least one."""
-    return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))
-
-
-def read_blocks(checkpoint: Checkpoint, group: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
-    """Rows [start, stop) of a tensor in blocks of bounded size."""
-    step = rows_per_block(checkpoint.shape(group, name), checkpoint.dtype(group, name))
-    for low in range(start, stop, step):
-        yield checkpoint.read_rows(group, name, low, min(stop, low + step))

@@ -1,0 +1,1 @@
+"""Other programs' formats: the official implementation's weights, and Hugging Face directories."""

@@ -1,0 +1,1 @@
+"""Directories for transformers: tensors, configuration, tokenizer, the model's code, and the check of all of them."""
