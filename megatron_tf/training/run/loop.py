@@ -77,10 +77,9 @@ class Loop:
 
     def _is_stopped(self, reason: str | None = None, *, by_time: bool = True) -> bool:
         """Whether the ranks agree to stop: `reason` is this rank's observers'."""
-        agreement = self.context.stop_signal.agree(reason, by_time=by_time)
-        self._is_trace_requested = self._is_trace_requested or agreement.is_trace_requested
-        self._stop = agreement.stop
-        return agreement.stop is not None
+        self._stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
+        self._is_trace_requested = self._is_trace_requested or is_trace_requested
+        return self._stop is not None
 
     def _finish_evaluation(self) -> bool:
         """Make up for an evaluation that the last stop left out; whether the run stops in or after it."""
@@ -109,7 +108,7 @@ class Loop:
 
     def _step(self) -> tuple[StepResult, str | None]:
         """Train on the next batch; what came of it, and why observers want to stop."""
-        timer, observer = self.context.timer, self.context.observer
+        timer, observers = self.context.timer, self.context.observers
         began = time.perf_counter()
         number, training = self.done.step + 1, self.config.training
         samples = training.batch_size_at(self.done.samples)
@@ -121,7 +120,7 @@ class Loop:
         lr = self._learning_rate(tokens)
         is_trace_requested = self._is_trace_requested
         self._is_trace_requested = False
-        with observer.during_step(number, is_trace_requested=is_trace_requested):
+        with observers.during_step(number, is_trace_requested=is_trace_requested):
             result = train_step(self.state, batch, lr, self.done.samples)
         if result.nonfinite:
             self._check_ids(self.context.loader, batch, self.done.samples)
@@ -147,7 +146,7 @@ class Loop:
             totals=self.done,
             usage=self.record.usage,
         )
-        return result, observer.on_step(report)
+        return result, observers.tell(lambda observer: observer.on_step(report))
 
     def _account(self) -> None:
         """Count the time that devices were held since the last call."""
@@ -209,7 +208,7 @@ class Loop:
             by_dataset[part.name] = loss
         self._set_details(evaluation_due=False)
         evaluation = Evaluation(self.done.step, mean, by_dataset if len(self.context.validation) > 1 else {})
-        return self._is_stopped(self.context.observer.on_evaluation(evaluation))
+        return self._is_stopped(self.context.observers.tell(lambda observer: observer.on_evaluation(evaluation)))
 
     def _loss_on(self, part: ValidationSet) -> float | None:
         """Mean loss over the first `eval_iters` global batches; None where the ranks agree to stop on the way."""
