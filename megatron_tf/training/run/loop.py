@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,15 +24,6 @@ from megatron_tf.training.step.schedule import learning_rate, rewarmup
 from megatron_tf.training.step.state import TrainState
 from megatron_tf.training.step.step import StepResult, evaluation_loss, train_step
 from megatron_tf.training.supervision.stop_signal import Stop
-
-
-@dataclass(frozen=True)
-class StageEnd:
-    """How a stage of growth, or the job within it, ended."""
-
-    record: RunRecord
-    stop: Stop | None
-    """Why it ended before its last step; None where that is done, or the next stage is due."""
 
 
 class Loop:
@@ -61,8 +51,8 @@ class Loop:
         """How far the run has come."""
         return self.record.training
 
-    def run(self) -> StageEnd:
-        """Train."""
+    def run(self) -> tuple[RunRecord, Stop | None]:
+        """Train; (how far the run has come, why it stops: None where it is done, or the next stage is due)."""
         # a limit of time leaves room for a step, or a run could make none for ever
         is_last = self._is_stopped(by_time=False) or self._finish_evaluation()
         while self.done.step < self.config.training.train_iters and not is_last:
@@ -73,7 +63,7 @@ class Loop:
             elif is_stopped:
                 self._save(waits=True)
                 is_last = True
-        return StageEnd(self.record, self._stop)
+        return self.record, self._stop
 
     def _is_stopped(self, reason: str | None = None, *, by_time: bool = True) -> bool:
         """Whether the ranks agree to stop: `reason` is this rank's observers'."""

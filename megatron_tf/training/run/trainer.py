@@ -82,11 +82,11 @@ def train(
         )
         _report_start(config, run, reporter)
         while True:
-            ended = Loop(config, run, context=context, reload=resume.reload_into).run()
-            if _is_done(ended.record, config):
+            record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
+            if _is_done(record, config):
                 return 0
-            if ended.stop is not None:
-                return _stopped(config, ended.record, stop=ended.stop, log=log)
+            if stop is not None:
+                return _stopped(config, record, stop=stop, log=log)
             del run  # the larger model needs its memory
             resumable = _open_next_stage(config, mesh, log)
             if resumable is None:
