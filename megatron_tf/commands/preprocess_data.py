@@ -227,7 +227,9 @@ def tokenize_alone(path: Path, number: int, *, options: Options, settings: Setti
         nonlocal documents
         documents += more_documents
 
-    tokenizer = build_once(options.tokenizer_type, options.tokenizer_model, options.workers, options.eod_token)
+    tokenizer = build_once(
+        options.tokenizer_type, options.tokenizer_model, threads=options.workers, eod_token=options.eod_token
+    )
     prefix = options.output_prefix
     tokenize_input(path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=count)
     return documents

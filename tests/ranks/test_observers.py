@@ -100,3 +100,13 @@ def test_a_reason_on_one_rank_stops_all_with_all_saved(rank_pool, tmp_path, layo
     reader.verify()
     assert reader.step == stops_at[1]
     assert reader.record.details.evaluation_due == (stops_at == ("step", 2))  # left out, made up for at the next start
+
+
+def test_a_reason_from_an_evaluation_that_was_left_out_stops_at_once(rank_pool, tmp_path):
+    layout = (1, 1, 2)
+    config = config_of(layout, tmp_path)
+    rank_pool.run(observed_run, *layout, config, ("step", 2))
+    answers = rank_pool.run(observed_run, *layout, config, ("evaluation", 2), 1)
+    assert [(code, [told[:2] for told in seen]) for code, seen, _ in answers] == [(0, [("evaluation", 2)])] * 2
+    record = CheckpointReader(tmp_path / "saved").record
+    assert (record.training.step, record.details.evaluation_due) == (2, False)

@@ -38,3 +38,16 @@ def test_packages_import_only_from_floors_below():
             seen += 1
             assert imported == package or FLOOR[imported] < FLOOR[package], f"{path} imports {imported}"
     assert seen > 50
+
+
+TRAINING = {"observability": 0, "supervision": 0, "step": 1, "run": 2}
+
+
+def test_parts_of_training_import_only_from_floors_below():
+    for part, floor in TRAINING.items():
+        for path in (ROOT / "training" / part).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_tf.training."):
+                    imported = node.module.split(".")[2]
+                    assert imported == part or TRAINING[imported] < floor, f"{path} imports {node.module}"
+    assert {path.parent.name for path in (ROOT / "training").rglob("?*.py")} == {"training", *TRAINING}

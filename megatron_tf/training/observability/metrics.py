@@ -94,11 +94,14 @@ class MetricsLog:
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Losses on the validation split after `step` steps: of the blend under "", of its data sets by name."""
-        values = {f"validation_loss/{name}" if name else "validation_loss": loss for name, loss in losses.items()}
+        by_name = {name: loss for name, loss in losses.items() if name}
+        values = {"validation_loss": losses[""]} | {f"validation_loss/{name}": loss for name, loss in by_name.items()}
         for sink in self.sinks:
             sink.scalars(values, step)
-        each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if name)
-        self.say(f"step {step:>6}/{self.train_iters}  validation loss {losses['']:.4f}{f'  ({each})' if each else ''}")
+        line = f"step {step:>6}/{self.train_iters}  validation loss {losses['']:.4f}"
+        if by_name:
+            line += f"  ({', '.join(f'{name} {loss:.4f}' for name, loss in by_name.items())})"
+        self.say(line)
 
     def _warn(self, text: str) -> None:
         with contextlib.suppress(OSError):  # there is nowhere left to say it

@@ -114,43 +114,21 @@ class Observer:
         """Called after a growth within the job, before the first step of the larger model."""
 
 
-class Observers(Observer):
-    """Several observers as one: each is told everything, in their order, and the first reason to stop counts."""
+class Observers:
+    """The observers of a run, told in their order."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
     @contextmanager
     def during_step(self, step: int, *, is_trace_requested: bool) -> Iterator[None]:
-        """See Observer."""
+        """Surround the step with the contexts of all."""
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.enter_context(observer.during_step(step, is_trace_requested=is_trace_requested))
             yield
 
-    def on_step(self, report: StepReport) -> str | None:
-        """See Observer."""
-        return self._first_reason(lambda observer: observer.on_step(report))
-
-    def on_fault(self, fault: Fault) -> None:
-        """See Observer."""
-        for observer in self.observers:
-            observer.on_fault(fault)
-
-    def on_evaluation(self, evaluation: Evaluation) -> str | None:
-        """See Observer."""
-        return self._first_reason(lambda observer: observer.on_evaluation(evaluation))
-
-    def on_checkpoint(self, path: Path) -> None:
-        """See Observer."""
-        for observer in self.observers:
-            observer.on_checkpoint(path)
-
-    def on_growth(self, stage: Stage) -> None:
-        """See Observer."""
-        for observer in self.observers:
-            observer.on_growth(stage)
-
-    def _first_reason(self, tell: Callable[[Observer], str | None]) -> str | None:
-        reasons = [tell(observer) for observer in self.observers]  # all are told, whatever the first one says
+    def tell(self, call: Callable[[Observer], str | None]) -> str | None:
+        """Let `call` call a method of each; the first reason to stop that one returns."""
+        reasons = [call(observer) for observer in self.observers]  # all are told, whatever the first one says
         return next(filter(None, reasons), None)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
@@ -15,15 +14,9 @@ from megatron_tf.training.observability.observer import Observer
 _COMMUNICATION = ("gloo:", "ncclDevKernel", "ncclKernel")  # how the backends' own events are called
 
 
-@dataclass(frozen=True)
-class StepProfile:
-    """What was seen in a step that was profiled."""
-
-    step: int
-    communication: float
-    """Seconds in which collectives were under way."""
-    trace: Path | None
-    """This rank's trace, if the step was traced."""
+Report = Callable[[int, float, Path | None], None]
+"""Takes a step that was profiled, the seconds in which collectives were under way in it, and this rank's trace, if
+there is one."""
 
 
 class Profiler(Observer):
@@ -33,7 +26,7 @@ class Profiler(Observer):
     ranks every `communication_interval`-th one for the time it communicates.
     """
 
-    def __init__(self, config: LoggingConfig, mesh: Mesh, report: Callable[[StepProfile], None]) -> None:
+    def __init__(self, config: LoggingConfig, mesh: Mesh, report: Report) -> None:
         self.config = config
         self.mesh = mesh
         self.report = report
@@ -54,7 +47,7 @@ class Profiler(Observer):
         with profile(activities=activities) as profiled:
             yield
         trace = self._write_trace(profiled, step) if is_traced else None
-        self.report(StepProfile(step, _seconds_of_communication(profiled), trace))
+        self.report(step, _seconds_of_communication(profiled), trace)
 
     def _is_chosen(self, step: int) -> bool:
         first = self.config.profile_step_start

@@ -9,7 +9,6 @@ from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.sizes import parameter_count
 from megatron_tf.training.observability.metrics import MetricsLog
 from megatron_tf.training.observability.observer import Evaluation, Fault, Observer, Stage, StepReport
-from megatron_tf.training.observability.profiling import StepProfile
 from megatron_tf.training.observability.step_timer import StepTimer
 from megatron_tf.training.observability.throughput import peak_flops, peak_memory
 
@@ -23,7 +22,7 @@ class Reporter(Observer):
         self.timer = timer
         self.world_size = mesh.world.size() if mesh.world is not None else 1
         self.peak_flops = peak_flops(config, mesh.device)
-        self._profile: StepProfile | None = None  # of the step under way
+        self._communication: float | None = None  # seconds of it in the step under way, if that is profiled
 
     def on_start(self, stage: Stage, origin: Path | None) -> None:
         """Report the start of a job, from the checkpoint `origin` or from nothing."""
@@ -38,16 +37,16 @@ class Reporter(Observer):
         self._report_stage("growth", stage)
         self._say(stage.record.training.step, f"grown to {parameter_count(stage.config.model):,} parameters")
 
-    def on_profile(self, profile: StepProfile) -> None:
+    def on_profile(self, step: int, communication: float, trace: Path | None) -> None:
         """Report where a trace is; the time of communication goes with the metrics of the step."""
-        self._profile = profile
-        if profile.trace is not None:
-            self._say(profile.step, f"traced: {profile.trace}, and one for each other rank")
+        self._communication = communication
+        if trace is not None:
+            self._say(step, f"traced: {trace}, and one for each other rank")
 
     def on_step(self, report: StepReport) -> None:
         """See Observer."""
-        profile = self._profile
-        self._profile = None
+        communication = self._communication
+        self._communication = None
         flops_per_second = report.flops / report.seconds / self.world_size
         values = {
             "loss": report.loss,
@@ -64,8 +63,8 @@ class Reporter(Observer):
         if self.peak_flops is not None:
             values["mfu"] = flops_per_second / self.peak_flops
             notes.append(f"MFU {values['mfu']:.1%}")
-        if profile is not None:
-            values["seconds/communication"] = profile.communication
+        if communication is not None:
+            values["seconds/communication"] = communication
         if report.loss_scale is not None:
             values["loss_scale"] = report.loss_scale
         if not self.log.is_interval(report.step):
@@ -77,13 +76,13 @@ class Reporter(Observer):
         values |= {f"seconds/{name}": part for name, part in phases.items()}
         self.log.step(report.step, report.tokens, values)
         notes.append(f"{memory / 2**30:.2f} GiB")
-        if profile is not None:
-            notes.append(f"communicating {profile.communication / report.seconds:.0%} of the step")
+        if communication is not None:
+            notes.append(f"communicating {communication / report.seconds:.0%} of the step")
         self.log.interval(report.step, values, phases=phases, notes="  ".join(notes))
 
     def on_fault(self, fault: Fault) -> None:
         """See Observer."""
-        self._profile = None  # of a step that was skipped
+        self._communication = None  # of a step that was skipped
         self.log.event({"event": fault.kind, "step": fault.step, **fault.values})
         self._say(fault.step, fault.message)
 

@@ -72,5 +72,6 @@ def _depends_on_length(values: Mapping[str, Any]) -> bool:
 
 def _moves(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether the order of samples becomes another: it follows from the sets' names and weights, not their folders."""
-    (old_weights, old), (weights, new) = (parse_data_path(values["data.data_path"]) for values in (saved, now))
+    old_weights, old = parse_data_path(saved["data.data_path"])
+    weights, new = parse_data_path(now["data.data_path"])
     return old_weights != weights or [Path(prefix).name for prefix in old] != [Path(prefix).name for prefix in new]

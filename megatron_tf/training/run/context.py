@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.data.build import ValidationSet
 from megatron_tf.data.loader import BatchLoader
-from megatron_tf.training.observability.observer import Observer
+from megatron_tf.training.observability.observer import Observers
 from megatron_tf.training.observability.step_timer import StepTimer
 from megatron_tf.training.supervision.stop_signal import StopSignal
 
@@ -20,6 +20,6 @@ class RunContext:
     saver: BackgroundSaver
     stop_signal: StopSignal
     timer: StepTimer
-    observer: Observer
+    observers: Observers
     say: Callable[[str], None]
     """Takes a line for people."""

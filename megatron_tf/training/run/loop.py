@@ -4,7 +4,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
@@ -24,15 +23,6 @@ from megatron_tf.training.step.schedule import learning_rate, rewarmup
 from megatron_tf.training.step.state import TrainState
 from megatron_tf.training.step.step import StepResult, evaluation_loss, train_step
 from megatron_tf.training.supervision.stop_signal import Stop
-
-
-@dataclass(frozen=True)
-class StageEnd:
-    """How a stage of growth, or the job within it, ended."""
-
-    record: RunRecord
-    stop: Stop | None
-    """Why it ended before its last step; None where that is done, or the next stage is due."""
 
 
 class Loop:
@@ -60,8 +50,8 @@ class Loop:
         """How far the run has come."""
         return self.record.training
 
-    def run(self) -> StageEnd:
-        """Train."""
+    def run(self) -> tuple[RunRecord, Stop | None]:
+        """Train; (how far the run has come, why it stops: None where it is done, or the next stage is due)."""
         # a limit of time leaves room for a step, or a run could make none for ever
         is_last = self._is_stopped(by_time=False) or self._finish_evaluation()
         while self.done.step < self.config.training.train_iters and not is_last:
@@ -72,14 +62,13 @@ class Loop:
             elif is_stopped:
                 self._save(waits=True)
                 is_last = True
-        return StageEnd(self.record, self._stop)
+        return self.record, self._stop
 
     def _is_stopped(self, reason: str | None = None, *, by_time: bool = True) -> bool:
         """Whether the ranks agree to stop: `reason` is this rank's observers'."""
-        agreement = self.context.stop_signal.agree(reason, by_time=by_time)
-        self._is_trace_requested = self._is_trace_requested or agreement.is_trace_requested
-        self._stop = agreement.stop
-        return agreement.stop is not None
+        self._stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
+        self._is_trace_requested = self._is_trace_requested or is_trace_requested
+        return self._stop is not None
 
     def _finish_evaluation(self) -> bool:
         """Make up for an evaluation that the last stop left out; whether the run stops in or after it."""
@@ -108,7 +97,7 @@ class Loop:
 
     def _step(self) -> tuple[StepResult, str | None]:
         """Train on the next batch; what came of it, and why observers want to stop."""
-        timer, observer = self.context.timer, self.context.observer
+        timer, observers = self.context.timer, self.context.observers
         began = time.perf_counter()
         number, training = self.done.step + 1, self.config.training
         samples = training.batch_size_at(self.done.samples)
@@ -120,7 +109,7 @@ class Loop:
         lr = self._learning_rate(tokens)
         is_trace_requested = self._is_trace_requested
         self._is_trace_requested = False
-        with observer.during_step(number, is_trace_requested=is_trace_requested):
+        with observers.during_step(number, is_trace_requested=is_trace_requested):
             result = train_step(self.state, batch, lr)
         if result.nonfinite:
             self._check_ids(self.context.loader.dataset, batch)
@@ -146,7 +135,7 @@ class Loop:
             totals=self.done,
             usage=self.record.usage,
         )
-        return result, observer.on_step(report)
+        return result, observers.tell(lambda observer: observer.on_step(report))
 
     def _account(self) -> None:
         """Count the time that devices were held since the last call."""
@@ -207,7 +196,7 @@ class Loop:
             by_dataset[part.name] = loss
         self._set_details(evaluation_due=False)
         evaluation = Evaluation(self.done.step, mean, by_dataset if len(self.context.validation) > 1 else {})
-        return self._is_stopped(self.context.observer.on_evaluation(evaluation))
+        return self._is_stopped(self.context.observers.tell(lambda observer: observer.on_evaluation(evaluation)))
 
     def _loss_on(self, part: ValidationSet) -> float | None:
         """Mean loss over the first `eval_iters` global batches; None where the ranks agree to stop on the way."""

@@ -61,49 +61,30 @@ class Recovery:
         `record` already counts the step, or that it was skipped.
         """
         if result.is_overflow:
-            self._report_overflow(record)
+            scale = self.state.scaler.scale
+            cause = f"gradients overflow in fp16, the loss scale is now {scale:g}"
+            self._report("overflow", record, f"{cause}; {_end_of_batch(record)} is skipped", loss_scale=scale)
             return Recovered(record)
         if result.nonfinite:
             return self._skip(result.nonfinite, record)
         self.skipped_in_a_row = 0
-        if self.spikes.is_spike(result.loss):
-            self._report_spike(result.loss, record)
-            if self.spikes.in_a_row == self.training.rewind_after_spikes:
-                return self._rewind(record)
-        return None
-
-    def _report_overflow(self, record: RunRecord) -> None:
-        scale = self.state.scaler.scale
+        if not self.spikes.is_spike(result.loss):
+            return None
+        cause = f"warning: the loss jumped to {result.loss:.4f}, {self.spikes.in_a_row} step(s) in a row"
         self._report(
-            "overflow",
-            record,
-            f"gradients overflow in fp16, the loss scale is now {scale:g}; the batch that ends at sample "
-            f"{record.training.samples:,} is skipped",
-            loss_scale=scale,
+            "spike", record, f"{cause}; the batch ends at sample {record.training.samples:,}", loss=result.loss
         )
+        is_due = self.spikes.in_a_row == self.training.rewind_after_spikes
+        return self._rewind(record) if is_due else None
 
     def _skip(self, nonfinite: Mapping[str, int], record: RunRecord) -> Recovered:
-        counters, culprits = record.training, name_nonfinite(nonfinite)
+        culprits, skipped = name_nonfinite(nonfinite), record.training.skipped
+        message = f"warning: non-finite: {culprits}; {_end_of_batch(record)} is skipped, {skipped} so far"
+        self._report("skipped", record, message, unsound=dict(nonfinite))
         self.skipped_in_a_row += 1
-        self._report(
-            "skipped",
-            record,
-            f"warning: non-finite: {culprits}; the batch that ends at sample {counters.samples:,} is skipped, "
-            f"{counters.skipped} so far",
-            unsound=dict(nonfinite),
-        )
         if self.skipped_in_a_row < self.training.max_skipped_steps:
             return Recovered(record)
         return Recovered(record, f"{self.skipped_in_a_row} batches in a row were non-finite in {culprits}")
-
-    def _report_spike(self, loss: float, record: RunRecord) -> None:
-        self._report(
-            "spike",
-            record,
-            f"warning: the loss jumped to {loss:.4f}, {self.spikes.in_a_row} step(s) in a row; the batch ends at "
-            f"sample {record.training.samples:,}",
-            loss=loss,
-        )
 
     def _rewind(self, record: RunRecord) -> Recovered | None:
         """Return to the last checkpoint, and continue after the data read since; None where there is none."""
@@ -129,9 +110,13 @@ class Recovery:
         return Recovered(rewound, f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
 
     def _report(self, kind: str, record: RunRecord, message: str, **values: Any) -> None:
-        training = record.training
-        values["samples"] = training.samples
-        self.context.observer.on_fault(Fault(kind=kind, step=training.step, message=message, values=values))
+        values["samples"] = record.training.samples
+        fault = Fault(kind=kind, step=record.training.step, message=message, values=values)
+        self.context.observers.tell(lambda observer: observer.on_fault(fault))
+
+
+def _end_of_batch(record: RunRecord) -> str:
+    return f"the batch that ends at sample {record.training.samples:,}"
 
 
 def name_nonfinite(nonfinite: Mapping[str, int]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.commit import newest_checkpoint
@@ -70,8 +71,8 @@ def train(
         log = stack.enter_context(_open_log(config, mesh, run.record.training.step))
         _say_warnings(warnings, run.changes, log)
         reporter = Reporter(log, config=config, mesh=mesh, timer=timer)
-        observer = Observers([reporter, Profiler(config.logging, mesh, reporter.on_profile), *observers])
-        saver = stack.enter_context(_saver(config, mesh, log=log, observer=observer))
+        everyone = Observers([reporter, Profiler(config.logging, mesh, reporter.on_profile), *observers])
+        saver = stack.enter_context(_saver(config, mesh, log=log, observers=everyone))
         loader = stack.enter_context(_open_loader(config, mesh, record=run.record, tokenizer=tokenizer))
         context = RunContext(
             loader=loader,
@@ -79,23 +80,22 @@ def train(
             saver=saver,
             stop_signal=stop_signal,
             timer=timer,
-            observer=observer,
+            observers=everyone,
             say=log.say,
         )
-        _report_start(config, mesh, run=run, reporter=reporter)
+        _report_start(config, run, reporter)
         while True:
-            ended = Loop(config, run, context=context, reload=resume.reload_into).run()
-            if _is_done(ended.record, config):
+            record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
+            if _is_done(record, config):
                 return 0
-            if ended.stop is not None:
-                return _stopped(config, ended.record, stop=ended.stop, log=log)
+            if stop is not None:
+                return _stopped(config, record, stop=stop, log=log)
             del run  # the larger model needs its memory
             resumable = _open_next_stage(config, mesh, log)
             if resumable is None:
                 return EXIT_START_AGAIN
             run = resume.restore(resumable)
-            _say_kernels(run.state.kernels, log)
-            observer.on_growth(_stage(config, mesh, run))
+            _report_growth(config, run, context)
 
 
 def _is_done(record: RunRecord, config: RunConfig) -> bool:
@@ -120,25 +120,34 @@ def _say_warnings(warnings: Iterable[str], changes: str, log: MetricsLog) -> Non
         log.say(changes)
 
 
-def _report_start(config: RunConfig, mesh: Mesh, *, run: RestoredRun, reporter: Reporter) -> None:
-    _say_kernels(run.state.kernels, reporter.log)
-    reporter.on_start(_stage(config, mesh, run), run.origin)
+def _report_start(config: RunConfig, run: RestoredRun, reporter: Reporter) -> None:
+    _say_kernels(run.state.kernels, reporter.log.say)
+    reporter.on_start(_stage(config, run), run.origin)
     if _is_done(run.record, config):
         steps = config.training.train_iters
         reporter.log.say(f"nothing is left to do: {run.origin} is at the last of {steps} steps (train_iters)")
 
 
-def _stage(config: RunConfig, mesh: Mesh, run: RestoredRun) -> Stage:
-    layout = {axis: mesh.size(axis) for axis in ("tp", "pp", "dp")}
+def _report_growth(config: RunConfig, run: RestoredRun, context: RunContext) -> None:
+    _say_kernels(run.state.kernels, context.say)
+    stage = _stage(config, run)
+    context.observers.tell(lambda observer: observer.on_growth(stage))
+
+
+def _stage(config: RunConfig, run: RestoredRun) -> Stage:
+    layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
     return Stage(config.at_stage(run.stage), run.record, layout)
 
 
-def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observer: Observer) -> BackgroundSaver:
-    return BackgroundSaver(
-        mesh.new_world(timedelta(seconds=config.parallel.distributed_timeout_seconds)),
-        observer.on_checkpoint,
-        lambda reason: log.say(f"warning: {reason}; training continues until the next save"),
-    )
+def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observers) -> BackgroundSaver:
+    def on_saved(path: Path) -> None:
+        observers.tell(lambda observer: observer.on_checkpoint(path))
+
+    def on_failure(reason: str) -> None:
+        log.say(f"warning: {reason}; training continues until the next save")
+
+    limit = timedelta(seconds=config.parallel.distributed_timeout_seconds)
+    return BackgroundSaver(mesh.new_world(limit), on_saved, on_failure)
 
 
 def _open_loader(config: RunConfig, mesh: Mesh, *, record: RunRecord, tokenizer: Tokenizer) -> BatchLoader:
@@ -154,11 +163,11 @@ def _open_loader(config: RunConfig, mesh: Mesh, *, record: RunRecord, tokenizer:
     )
 
 
-def _say_kernels(kernels: Kernels, log: MetricsLog) -> None:
+def _say_kernels(kernels: Kernels, say: Callable[[str], None]) -> None:
     if kernels.warning:
-        log.say(f"warning: {kernels.warning}")
+        say(f"warning: {kernels.warning}")
     if kernels.taken:
-        log.say(f"kernels: auto took {kernels.taken}")
+        say(f"kernels: auto took {kernels.taken}")
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:

@@ -83,11 +83,11 @@ class Optimizer:
 
         At 0 they are frozen: no bit of them or of their moments changes, and their gradients do not count in the norm.
         """
-        self._old = [
-            min(max(old_rows.get(shard.name, 0) - shard.start, 0), len(shard.tensor)) if lr_scale != 1.0 else 0
-            for shard in self.shards
-        ]
         self._lr_scale = lr_scale
+        self._old = [0] * len(self.shards)
+        if lr_scale != 1.0:
+            for i, shard in enumerate(self.shards):
+                self._old[i] = min(max(old_rows.get(shard.name, 0) - shard.start, 0), len(shard.tensor))
         self._build_adam()
 
     def _build_adam(self) -> None:
@@ -101,10 +101,11 @@ class Optimizer:
         for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
             decay = self._weight_decay(self.declared[shard.name])
             for rows, scale in ((slice(0, old), self._lr_scale), (slice(old, len(shard.tensor)), 1.0)):
-                if scale and (rows.stop > rows.start or rows.stop == 0 == len(shard.tensor)):
-                    part = shard.tensor[rows]
-                    self._trained.append((i, rows, part))
-                    groups.setdefault((decay, scale), []).append(part)
+                if scale == 0 or (rows.start == rows.stop and len(shard.tensor)):
+                    continue  # frozen, or no such rows
+                part = shard.tensor[rows]
+                self._trained.append((i, rows, part))
+                groups.setdefault((decay, scale), []).append(part)
         param_groups: list[dict[str, Any]] = [
             {"params": parts, "weight_decay": decay, "lr_scale": scale}
             for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)

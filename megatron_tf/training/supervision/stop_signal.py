@@ -21,15 +21,6 @@ class Stop:
     """Whether the run is not to be started again on its own account."""
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What the ranks have agreed on."""
-
-    stop: Stop | None
-    is_trace_requested: bool
-    """Whether any rank was sent SIGUSR2 since the last agreement."""
-
-
 class StopSignal:
     """Finds out together whether to stop. The limit of time counts from when it is made."""
 
@@ -38,8 +29,9 @@ class StopSignal:
         self.signals = signals
         self.deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
 
-    def agree(self, reason: str | None = None, *, by_time: bool = True) -> Agreement:
-        """Ask all ranks; each gets the same answer, and all call it together.
+    def agree(self, reason: str | None = None, *, by_time: bool = True) -> tuple[Stop | None, bool]:
+        """(whether and why all ranks stop, whether any was sent SIGUSR2 since the last call): the same on every rank,
+        which all call it together.
 
         `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
         """
@@ -57,4 +49,4 @@ class StopSignal:
             stop = Stop(name_of(number), number)
         elif late:
             stop = Stop("its time is up (training.exit_duration_in_mins)")
-        return Agreement(stop, bool(trace))
+        return stop, bool(trace)
