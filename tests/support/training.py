@@ -80,7 +80,8 @@ def training_run(mesh, config: RunConfig, steps: int = 20):
     state = build_state(config, mesh)
     loss = forward_backward(state, random_batch(config, 0, mesh))
     gradients = whole_gradients(state)
-    curve = [(mean_over_replicas(loss, mesh), state.optimizer.step(config.optimizer.lr).norm)]
+    scale = state.scaler.scale
+    curve = [(mean_over_replicas(loss, mesh) / scale, state.optimizer.step(config.optimizer.lr, 1 / scale).norm)]
     for step in range(1, steps):
         result = train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
         curve.append((result.loss, result.grad_norm))

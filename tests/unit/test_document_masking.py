@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.data.batch import DocumentMasking, make_batch
 from megatron_tf.layers import attention
+from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import initialize, parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
 from tests.support.training import EOD, small_run
@@ -74,3 +75,13 @@ def test_gradients_equal_those_of_a_mask(monkeypatch):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_model_reads_nothing_back_from_its_device():
+    """On the meta device, where no value can be read: the host does not wait for what a device has yet to compute."""
+    with torch.device("meta"):
+        model = TokenFormer(parse_config(ModelConfig, vars(small_run().model), "test"))
+    model.dropout = Dropout(0.0, 0.1, seed=1)
+    starts = torch.tensor(slow_starts(IDS))
+    logits = model(IDS.to("meta"), document_starts=starts, sample_numbers=torch.arange(len(IDS)))
+    assert logits.shape == (8, 3, 104)
