@@ -1,6 +1,5 @@
 """What the code imports is declared and bounded, and the pinned lists are what pyproject.toml allows."""
 
-import ast
 import re
 import sys
 import sysconfig
@@ -14,6 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from megatron_tf.extras import EXTRAS
+from tests.support.imports import imported_names
 from tests.support.paths import ROOT
 
 NOT_INSTALLED = {
@@ -26,17 +26,6 @@ DEVELOPMENT = ("dev", "bench", "eval", "hf", "mpi", "plot")
 """Extras that `dev` brings."""
 NO_PACKAGE = {"apex"}
 """Modules that no package index offers: built from their sources."""
-
-
-def imported_modules(source):
-    """Top-level names of the modules that a text of Python imports, by statement or by a literal name."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("import_module", "find_spec"):
-            yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
 def declared():
@@ -62,22 +51,9 @@ def external_modules():
     found = {}
     for folder in ("megatron_tf", "tools", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            for module in imported_modules(path.read_text()):
-                found.setdefault(module.split(".")[0], path)
+            for name in imported_names(path.read_text(), package=folder):
+                found.setdefault(name.split(".")[0], path)
     return {module: path for module, path in found.items() if module not in own | sys.stdlib_module_names}
-
-
-@pytest.mark.parametrize(
-    "source, module",
-    [
-        ("import a.b as c", "a.b"),
-        ("def f():\n    from a import b", "a"),
-        ("importlib.import_module('a')", "a"),
-        ("importlib.util.find_spec('a.b')", "a.b"),
-    ],
-)
-def test_imports_are_seen(source, module):
-    assert list(imported_modules(source)) == [module]
 
 
 def test_every_import_is_of_a_declared_package():

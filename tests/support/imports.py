@@ -1,0 +1,27 @@
+"""What a text of Python imports."""
+
+import ast
+
+CALLS = ("import_module", "find_spec", "__import__")
+
+
+def imported_names(source, package=""):
+    """Absolute dotted names: `from a import b` gives a.b, whether b is a module or not; those in functions count too.
+
+    `package` is the one that relative imports start from. Of a name that a call is given in parts the first part
+    counts, where it is a literal.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            origin = ".".join(filter(None, (start, node.module)))
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in CALLS:
+            yield from filter(None, map(_literal, node.args[:1]))
+
+
+def _literal(node):
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return parts[0].value.rstrip(".") if isinstance(parts[0], ast.Constant) else None
