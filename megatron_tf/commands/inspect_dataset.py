@@ -109,8 +109,9 @@ def show_counts(dataset: IndexedDataset) -> None:
 
 def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     """Raise DataError where an id is beyond the vocabulary."""
-    highest = max((int(dataset.tokens[i : i + BLOCK_TOKENS].max()) for i in starts(dataset)), default=0)
-    lowest = min((int(dataset.tokens[i : i + BLOCK_TOKENS].min()) for i in starts(dataset)), default=0)
+    blocks = [dataset.tokens[i : i + BLOCK_TOKENS] for i in range(0, len(dataset.tokens), BLOCK_TOKENS)]
+    highest = max((int(block.max()) for block in blocks), default=0)
+    lowest = min((int(block.min()) for block in blocks), default=0)
     print(f"  ids from {lowest:,} to {highest:,}")
     size = highest + 1 if tokenizer is None else tokenizer.vocab_size
     if lowest < 0 or highest >= size:
@@ -130,11 +131,6 @@ def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, i
         if bad is not None:
             return document, bad, int(ids[bad])
     raise AssertionError("no id is outside the vocabulary")
-
-
-def starts(dataset: IndexedDataset) -> range:
-    """Where blocks of tokens begin."""
-    return range(0, len(dataset.tokens), BLOCK_TOKENS)
 
 
 def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:

@@ -1,6 +1,5 @@
 """The tokenizer that a checkpoint's model was trained with, and data that it made."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from megatron_tf.checkpoint.record import RunRecord, is_same_tokenizer
 from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
 from megatron_tf.config import ConfigError
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.published import report_of
 from megatron_tf.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_tf.inference.model import LanguageModel
 
@@ -49,15 +49,9 @@ def check_made_with(prefix: str | Path, tokenizer: Mapping[str, Any]) -> None:
 
     `tokenizer` is the identity in a checkpoint's record. Datasets of other programs have no report.
     """
-    report = Path(f"{prefix}.json")
-    if not report.exists():
-        return
-    try:
-        made_with = json.loads(report.read_bytes())["tokenizer"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{report} does not say which tokenizer made the data: {error!r}") from error
-    if not is_same_tokenizer(tokenizer, made_with):
+    report = report_of(prefix)
+    if report is not None and not is_same_tokenizer(tokenizer, report["tokenizer"]):
         raise DataError(
-            f"{prefix} was made with another tokenizer ({made_with}) than the model was trained with "
+            f"{prefix} was made with another tokenizer ({report['tokenizer']}) than the model was trained with "
             f"({dict(tokenizer)}): choose data of that tokenizer, or preprocess the data again"
         )

@@ -93,11 +93,11 @@ def _logits_of_transformers(export: Path, dtype: torch.dtype) -> list[_Logits]:
         found = [_Logits(_FORWARD, ids, model(ids, use_cache=False).logits)]
     for way, (num_prompts, settings) in _WAYS.items():
         with _blame_for(way):
-            found.extend(_generate(model, way, prompts[:num_prompts], settings))
+            found.extend(_generate(model, prompts[:num_prompts], way=way, settings=settings))
     return found
 
 
-def _generate(model: Any, way: str, prompts: Sequence[Tensor], settings: dict[str, Any]) -> Iterator[_Logits]:
+def _generate(model: Any, prompts: Sequence[Tensor], *, way: str, settings: dict[str, Any]) -> Iterator[_Logits]:
     """The logits before each new token, prompt by prompt."""
     longest = max(map(len, prompts))
     padded = torch.stack([torch.nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])

@@ -72,15 +72,15 @@ def read_export(directory: Path) -> ExternalCheckpoint:
     tensors = read_tensors(directory)
     # sizes must be those of the tensors in both places that tell them; in the rest of it transformers' place counts
     ours = JsonObject(path, "megatron_tf.config.model", config["megatron_tf"]["config"]["model"])
-    _fitting(directory, tensors, read_model(ours), record.tau)
-    renamed = _fitting(directory, tensors, record.model, record.tau)
+    _fitting(directory, tensors, model=read_model(ours), tau=record.tau)
+    renamed = _fitting(directory, tensors, model=record.model, tau=record.tau)
     check_vocabulary(config, record.model, path)
     tau = record.tau or initial_taus(record.model)  # as transformers does without them
     return ExternalCheckpoint(directory, renamed, replace(record, tau=tau))
 
 
 def _fitting(
-    directory: Path, tensors: Mapping[str, ExternalTensor], model: ModelConfig, tau: Mapping[str, float]
+    directory: Path, tensors: Mapping[str, ExternalTensor], *, model: ModelConfig, tau: Mapping[str, float]
 ) -> dict[str, ExternalTensor]:
     """The tensors of the model by our names. Raises CheckpointError where they are not all there."""
     path = directory / "config.json"
@@ -192,7 +192,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, *
         (directory / _TOKENIZER_FILES[kind]).write_text(tokenizer_json(path), encoding="utf-8")
         shutil.copyfile(path, directory / "vocab.json")
         shutil.copyfile(merges, directory / "merges.txt")
-    eod = _piece(kind, path, tokenizer.eod)
+    _, eod = _pieces(kind, path, tokenizer.eod)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,
@@ -207,32 +207,25 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, *
 
 
 def texts_with_special_pieces(kind: str, path: Path) -> list[str]:
-    """Texts that spell out the pieces that have a meaning of their own, such as ends of documents."""
-    return [f"one {piece} two{piece}" for piece in _special_pieces(kind, path)]
+    """Make texts that spell out the pieces that have a meaning of their own, such as ends of documents."""
+    special, _ = _pieces(kind, path, 0)
+    return [f"one {piece} two{piece}" for piece in special]
 
 
-def _special_pieces(kind: str, path: Path) -> list[str]:
+def _pieces(kind: str, path: Path, token_id: int) -> tuple[list[str], str]:
+    """Return the special pieces, and the name of an id; decoding would leave out that of a control piece."""
     if kind == "HFTokenizer":
         import tokenizers
 
-        added = tokenizers.Tokenizer.from_str(tokenizer_json(path)).get_added_tokens_decoder()
-        return [token.content for token in added.values()]
+        theirs = tokenizers.Tokenizer.from_str(tokenizer_json(path))
+        return [token.content for token in theirs.get_added_tokens_decoder().values()], str(
+            theirs.id_to_token(token_id)
+        )
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    special = (i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i))
-    return [str(model.id_to_piece(i)) for i in special]
-
-
-def _piece(kind: str, path: Path, token_id: int) -> str:
-    """The name of an id; decoding leaves out that of a control piece."""
-    if kind == "HFTokenizer":
-        import tokenizers
-
-        return str(tokenizers.Tokenizer.from_str(tokenizer_json(path)).id_to_token(token_id))
-    import sentencepiece
-
-    return str(sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(token_id))
+    special = [i for i in range(model.get_piece_size()) if model.is_control(i) or model.is_unknown(i)]
+    return [str(model.id_to_piece(i)) for i in special], str(model.id_to_piece(token_id))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
