@@ -63,8 +63,8 @@ def test_gradients_equal_those_of_a_mask(monkeypatch):
     starts = torch.tensor(slow_starts(IDS))
     allowed = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
 
-    def masked(attend, q, k, v, documents):
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+    def masked(documents, attend, qkv):
+        q, k, v = (t.permute(1, 2, 0, 3) for t in qkv)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).permute(2, 0, 1, 3)
 
     gradients = []
@@ -81,7 +81,7 @@ def test_the_model_reads_nothing_back_from_its_device():
     """On the meta device, where no value can be read: the host does not wait for what a device has yet to compute."""
     with torch.device("meta"):
         model = TokenFormer(parse_config(ModelConfig, vars(small_run().model), "test"))
-    model.dropout = Dropout(0.0, 0.1, seed=1)
+    model.dropout = Dropout(hidden_rate=0.0, attention_rate=0.1, seed=1)
     starts = torch.tensor(slow_starts(IDS))
     logits = model(IDS.to("meta"), document_starts=starts, sample_numbers=torch.arange(len(IDS)))
     assert logits.shape == (8, 3, 104)

@@ -121,7 +121,7 @@ FIRST = "sequential.2.attention.query.key_param_tokens"
         (drop("sequential.5.norm.bias"), "lacks sequential.5.norm.bias"),
         (drop(FIRST), f"it lacks {FIRST}"),
         (lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)), "not of an official TokenFormer"),
-        (put("sequential.9.extra", torch.ones(2)), "also has sequential.9.extra, which this model has not"),
+        (put("sequential.9.extra", torch.ones(2)), "also has sequential.9.extra, which this model does not have"),
         (put("sequential.5.norm.bias", torch.ones(63)), "norm.bias is [63], expected [64]"),
         (put("sequential.3.mlp.key_param_tokens", torch.ones(128, 64)), "is [128, 64], expected [256, 64]"),
         (put(FIRST, torch.ones(64)), "is [64], expected two dimensions"),

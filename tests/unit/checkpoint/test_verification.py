@@ -121,7 +121,7 @@ def test_a_report_that_names_no_tokenizer_is_refused(tmp_path, capsys):
     checkpoint, data = save_small_model(tmp_path), data_of_bytes(tmp_path)
     (tmp_path / "data.json").write_text("[]")
     assert evaluate.main([str(checkpoint), "--data-path", str(data)]) == 1
-    assert "data.json is not the report of a data set: it names no tokenizer" in capsys.readouterr().err
+    assert "data.json is not the report of a dataset: it names no tokenizer" in capsys.readouterr().err
 
 
 def test_evaluation_of_a_model_that_gives_nan_ends_with_an_error(tmp_path, capsys):
