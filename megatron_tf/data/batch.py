@@ -36,7 +36,7 @@ class Batch:
 
 
 def make_batch(ids: NDArray[np.int64], sample_numbers: NDArray[np.int64], masking: DocumentMasking) -> Batch:
-    """The batch of ids [count, B, S + 1] and sample numbers [count, B], whose memory it shares."""
+    """Make a batch of ids [count, B, S + 1] and sample numbers [count, B], whose memory it shares."""
     inputs = ids[..., :-1]
     ignored = starts = None
     num_targets = inputs.size
@@ -50,9 +50,9 @@ def make_batch(ids: NDArray[np.int64], sample_numbers: NDArray[np.int64], maskin
 
 
 def document_starts(inputs: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
-    """Position at which the document of each token begins: int64 [..., S]; an end of document belongs to what it ends.
+    """Find where the document of each token begins: int64 [..., S]; an end of document belongs to what it ends.
 
-    Found by the ids: a document of the dataset may itself be several, each with its end.
+    By the ids, not by what was read: a document of the dataset may itself be several, each with its end.
     """
     begins = np.zeros(inputs.shape, dtype=np.int64)
     begins[..., 1:] = np.where(inputs[..., :-1] == eod, np.arange(1, inputs.shape[-1]), 0)

@@ -8,7 +8,6 @@ from typing import Literal
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
-from megatron_tf.data.ends import check_ends
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.loader import BatchLoader
@@ -21,6 +20,8 @@ from megatron_tf.parallel.mesh import Mesh
 
 Split = Literal["train", "validation"]
 
+_LOOKED_AT = 256  # documents
+
 
 def build_loader(
     dataset: Samples,
@@ -31,7 +32,7 @@ def build_loader(
     consumed_samples: int = 0,
     is_training: bool = True,
 ) -> BatchLoader:
-    """This replica's batches of a dataset from the given position on; of full size where they are not to train on."""
+    """Read this replica's batches of a dataset from a position on; of full size where they are not to train on."""
     return BatchLoader(
         dataset,
         batch_size=training.batch_size_at if is_training else lambda _: training.global_batch_size,
@@ -205,7 +206,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     validation = parse_data_path(config.data.valid_data_path or [])[1]
     for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
         if config.data.eod_mask_loss or config.data.reset_attention_mask:
-            check_ends(IndexedDataset(prefix), tokenizer.eod)
+            _check_ends(IndexedDataset(prefix), tokenizer.eod)
         report = report_of(prefix)
         if report is not None:
             made_with, eod = report["tokenizer"], report.get("eod")
@@ -219,3 +220,15 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
                     f"{prefix} was made with another tokenizer ({made_with}) than the configured one "
                     f"({tokenizer.identity}): name that one, or preprocess the data again"
                 )
+
+
+def _check_ends(dataset: IndexedDataset, eod: int) -> None:
+    """Raise DataError where documents were written without this end: no boundary would be found between them."""
+    documents = [dataset.document(i) for i in range(min(len(dataset), _LOOKED_AT))]
+    if any(len(ids) for ids in documents) and not any((ids == eod).any() for ids in documents):
+        last = next(int(ids[-1]) for ids in documents if len(ids))
+        raise DataError(
+            f"{dataset.prefix}: none of its first documents has the end-of-document id {eod}, the first ends with "
+            f"{last}: preprocess it with --append-eod, name that token with data.eod_token, or set "
+            f"data.eod_mask_loss and data.reset_attention_mask to false"
+        )

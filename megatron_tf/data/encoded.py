@@ -1,6 +1,7 @@
 """Ids of texts, end to end, without a Python object for each."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -34,5 +35,5 @@ class Encoded(NamedTuple):
 def end_to_end(rows: list[list[int]]) -> Encoded:
     """The ids of texts, one list each, as Encoded."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    flat = (i for row in rows for i in row)
+    flat = chain.from_iterable(rows)
     return Encoded(np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())), lengths)

@@ -38,6 +38,7 @@ class GPTDataset:
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
+        # a sample starts within a document and takes from those that follow in the order, empty ones included
         position, offset = int(order.position[place]), int(order.offset[place])
         missing = self.order.seq_length + 1
         while missing:

@@ -161,7 +161,7 @@ def assemble(
     for part in parts:
         bad.merge(part.journal.bad)
     bad.check(max_bad_lines)
-    outputs = sorted({output for part in parts for output in part.journal.counts})
+    outputs = sorted(set().union(*(part.journal.counts for part in parts)))
     names = dataset_names(prefix, outputs, is_split=settings.split_by_meta is not None)
     claim(prefix, names.values())
     report = {

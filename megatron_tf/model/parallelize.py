@@ -105,7 +105,7 @@ def micro_batch_shapes(
 
 
 def token_loss(mesh: Mesh) -> LossFunction:
-    """The sum of the losses of a micro-batch's targets over a divisor; targets that are ignored add nothing."""
+    """Make the loss function: the sum over a micro-batch's targets, divided; targets that are ignored add nothing."""
     group = mesh.group("tp")
 
     def loss(logits: Tensor, targets: Tensor, divisor: float) -> Tensor:

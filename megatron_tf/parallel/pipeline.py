@@ -194,7 +194,7 @@ def make_runner(
     mesh: Mesh,
     schedule: Literal["1f1b", "gpipe"],
 ) -> Runner:
-    """The runner for this mesh; 1f1b needs at least as many micro-batches as there are stages."""
+    """Make the runner for this mesh; 1f1b needs at least as many micro-batches as there are stages."""
     if mesh.size("pp") == 1:
         return LocalRunner(module, loss_function)
     return PipelineRunner(module, loss_function, shapes=shapes, mesh=mesh, schedule=schedule)

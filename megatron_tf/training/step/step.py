@@ -62,7 +62,7 @@ def evaluation_loss(state: TrainState, batch: Batch) -> float:
 
 
 def micro_batches(state: TrainState, batch: Batch, sample_numbers: Tensor | None = None) -> MicroBatches:
-    """The batch as its stages compute with it: ids and targets on the device, the rest on the host."""
+    """Prepare a batch for the stages: ids and targets on the device, the rest on the host."""
     ids = batch.ids
     if has_bad_ids(state, batch):
         # some layouts would read rows of nobody; this rank still takes its part in the collectives of the step
