@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -7,13 +8,15 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import settings
 
 from tests.support.ranks import RankPool
 from tests.support.seed import SEED
 
-settings.register_profile("derandomized", derandomize=True)
-settings.load_profile("derandomized")
+with contextlib.suppress(ImportError):  # the tests that need it are skipped
+    from hypothesis import settings
+
+    settings.register_profile("derandomized", derandomize=True)
+    settings.load_profile("derandomized")
 
 # a job in the background of a shell ignores Ctrl-C, and so would all that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

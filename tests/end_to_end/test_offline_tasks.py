@@ -5,8 +5,11 @@ import importlib.util
 import json
 import zipfile
 
-import pyarrow
 import pytest
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+
+import pyarrow
 import yaml
 
 from tests.support.paths import EXAMPLES

@@ -10,6 +10,9 @@ import zipfile
 from importlib.metadata import distribution
 
 import pytest
+
+pytest.importorskip("packaging", reason="packaging is not installed")
+
 import yaml
 from packaging.requirements import Requirement
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_tf.config import ModelConfig
 from megatron_tf.convert.official.names import OFFICIAL
@@ -29,6 +29,7 @@ def golden_case(case: str):
         vocab_size=official["padded_vocab_size"],
         norm_activation=official["norm_activation_type"],
     )
+    load_file = pytest.importorskip("safetensors.torch").load_file
     return config, load_file(GOLDEN / f"{case}.safetensors"), facts
 
 

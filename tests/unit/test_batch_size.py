@@ -2,8 +2,11 @@
 
 import itertools
 
-import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,6 +6,9 @@ import re
 import shutil
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 import torch
 
 import megatron_tf

@@ -8,6 +8,9 @@ from importlib.metadata import distribution, distributions, packages_distributio
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("packaging", reason="packaging is not installed")
+
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version

@@ -3,6 +3,9 @@
 import sys
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache

@@ -3,6 +3,9 @@
 import functools
 
 import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
 import torch
 from transformers import AutoTokenizer, CompileConfig, GenerationMixin, StaticCache, pipeline
 

@@ -4,6 +4,9 @@ import itertools
 import math
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

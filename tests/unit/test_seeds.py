@@ -4,7 +4,6 @@ import ast
 
 import pytest
 import torch
-from hypothesis import settings
 
 from tests.support.paths import ROOT
 from tests.support.seed import SEED
@@ -111,7 +110,8 @@ def test_what_has_a_seed_is_not(source):
 
 def test_torch_and_hypothesis_are_seeded_before_each_test():
     assert torch.initial_seed() == SEED
-    assert settings.default.derandomize
+    hypothesis = pytest.importorskip("hypothesis")
+    assert hypothesis.settings.default.derandomize
 
 
 def initial_seed(mesh):

@@ -8,6 +8,9 @@ import re
 import shutil
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

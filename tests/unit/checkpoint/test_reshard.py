@@ -5,7 +5,6 @@ import tracemalloc
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from megatron_tf.checkpoint import interface
 from megatron_tf.checkpoint.format import CheckpointError
@@ -46,6 +45,7 @@ def test_blocks_do_not_show(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 3), (6, 2)], ids=str)
 def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
+    load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = random_tensors()
     path = repartition(save(tmp_path / "a", tensors), tmp_path / "b", target(*layout))
     for stage, rank in itertools.product(range(layout[1]), range(layout[0])):

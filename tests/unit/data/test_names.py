@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,6 +5,9 @@ import json
 import sys
 
 import pytest
+
+pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+
 import tiktoken
 import tiktoken_ext.openai_public as published
 import tokenizers

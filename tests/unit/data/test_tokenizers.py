@@ -5,6 +5,10 @@ import sys
 import tracemalloc
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+pytest.importorskip("tiktoken", reason="tiktoken is not installed")
+
 import tiktoken
 import tokenizers
 from backports import zstd

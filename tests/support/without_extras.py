@@ -1,0 +1,42 @@
+"""A plugin of pytest, `-p tests.support.without_extras`: no package can be imported that only an extra brings."""
+
+import sys
+
+OPTIONAL = {
+    "accelerate",
+    "hypothesis",
+    "lm_eval",
+    "matplotlib",
+    "megatron",
+    "mpi4py",
+    "packaging",
+    "pyarrow",
+    "pybind11",
+    "safetensors",
+    "tensorboard",
+    "tiktoken",
+    "tiktoken_ext",
+    "transformers",
+    "triton",
+}
+
+
+class Without:
+    """A finder of modules that finds none of them."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in OPTIONAL else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+
+def pytest_configure():
+    """Hide them, from what plugins have imported too."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in OPTIONAL:
+            del sys.modules[name]
+    sys.meta_path[:] = map(Without, sys.meta_path)
