@@ -1,6 +1,6 @@
 """Saving while training continues: a save stalls for the copy to host memory, and a thread writes it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -9,9 +9,7 @@ from typing import Self
 from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.checkpoint.save import Retention, save_checkpoint
-from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.checkpoint.save import Tensors
 
 
 class BackgroundSaver:
@@ -31,17 +29,9 @@ class BackgroundSaver:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self.pending: Future[None] | None = None
 
-    def save(
-        self,
-        root: Path,
-        step: int,
-        *,
-        tensors: Mapping[str, Sequence[RowShard]],
-        record: RunRecord,
-        writer_label: str,
-        retention: Retention,
-    ) -> None:
-        """Start what `save_checkpoint` does, once the save before is done; the arguments may change after the call."""
+    def save(self, save: Callable[..., Path], tensors: Tensors) -> None:
+        """Start `save(tensors=..., process_group=...)`, which is `save_checkpoint` with its other arguments, once the
+        save before is done; `tensors` may change after the call."""
         self.wait()
         copies = {}
         for group, shards in tensors.items():
@@ -52,15 +42,7 @@ class BackgroundSaver:
 
         def write() -> None:
             try:
-                path = save_checkpoint(
-                    root,
-                    step,
-                    tensors=copies,
-                    record=record,
-                    writer_label=writer_label,
-                    process_group=self.process_group,
-                    retention=retention,
-                )
+                path = save(tensors=copies, process_group=self.process_group)
             except CheckpointError as error:
                 self.on_failure(str(error))
                 raise

@@ -1,7 +1,4 @@
-"""Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it.
-
-`tensors` maps a group of the format ("model", "exp_avg", ...) to the rows that this rank holds of its tensors.
-"""
+"""Saving a run's checkpoint: every rank writes the rows it holds, rank 0 completes it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +16,8 @@ from megatron_tf.errors import UserError
 from megatron_tf.parallel.sharding import RowShard
 
 T = TypeVar("T")
+Tensors = Mapping[str, Sequence[RowShard]]
+"""Group of the format ("model", "exp_avg", ...) -> the rows that this rank holds of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def save_checkpoint(
     root: Path,
     step: int,
     *,
-    tensors: Mapping[str, Sequence[RowShard]],
+    tensors: Tensors,
     record: RunRecord,
     writer_label: str,
     process_group: ProcessGroup | None = None,
@@ -72,7 +71,7 @@ def save_checkpoint(
     return path
 
 
-def write_rank(directory: Path, tensors: Mapping[str, Sequence[RowShard]], writer_label: str) -> Written:
+def write_rank(directory: Path, tensors: Tensors, writer_label: str) -> Written:
     """Write the rows that this rank is the writer of, a file for each group."""
     everything = Written({}, [])
     for group, shards in tensors.items():
@@ -87,7 +86,7 @@ def write_rank(directory: Path, tensors: Mapping[str, Sequence[RowShard]], write
     return everything
 
 
-def _bytes_to_write(tensors: Mapping[str, Sequence[RowShard]]) -> int:
+def _bytes_to_write(tensors: Tensors) -> int:
     return sum(_spec(shard).nbytes for shards in tensors.values() for shard in _to_write(shards))
 
 

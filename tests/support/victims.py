@@ -1,5 +1,6 @@
 """Processes that are to be killed while they save or repartition."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,18 +20,16 @@ def shards_of(step):
     return {group: [RowShard("embedding.weight", (ROWS, 512), 0, ROWS, rows, True)] for group in GROUPS}
 
 
+def save(root, step, **options):
+    keep = Retention(keep_last=2)
+    return save_checkpoint(Path(root), step, record=record(step), writer_label="all", retention=keep, **options)
+
+
 def save_for_ever(root, first):
     """One checkpoint after another, the last two stay."""
     step = first
     while True:
-        save_checkpoint(
-            Path(root),
-            step,
-            tensors=shards_of(step),
-            record=record(step),
-            writer_label="all",
-            retention=Retention(keep_last=2),
-        )
+        save(root, step, tensors=shards_of(step))
         step += 1
 
 
@@ -39,14 +38,7 @@ def save_in_background_for_ever(root, first):
     with BackgroundSaver(None, lambda path: None, print) as saver:
         step = first
         while True:
-            saver.save(
-                Path(root),
-                step,
-                tensors=shards_of(step),
-                record=record(step),
-                writer_label="all",
-                retention=Retention(keep_last=2),
-            )
+            saver.save(partial(save, root, step), shards_of(step))
             torch.randn(300, 300).mm(torch.randn(300, 300))
             step += 1
 

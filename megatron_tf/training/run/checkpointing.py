@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_tf.checkpoint.background import BackgroundSaver
@@ -49,17 +50,10 @@ def save_state(
     step = record.training.step
     label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
+    save = partial(save_checkpoint, root, step, record=record, writer_label=label, retention=retention)
     if saver is None:
-        return save_checkpoint(
-            root,
-            step,
-            tensors=groups,
-            record=record,
-            writer_label=label,
-            process_group=mesh.world,
-            retention=retention,
-        )
-    saver.save(root, step, tensors=groups, record=record, writer_label=label, retention=retention)
+        return save(tensors=groups, process_group=mesh.world)
+    saver.save(save, groups)
     return None
 
 

@@ -1,47 +1,40 @@
 """Saving in the background: what is written is what was there at the call, and failures are told."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
 
-from megatron_tf.checkpoint import background
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.save import Retention
+from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
 from tests.support.toy import record
 
 
-def begin(saver, root, step, rows):
+def begin(saver, root, step, rows, save=save_checkpoint):
     shard = RowShard("w", tuple(rows.shape), 0, len(rows), rows, True)
-    saver.save(
-        root,
-        step,
-        tensors={"model": [shard]},
-        record=record(step),
-        writer_label="all",
-        retention=Retention(keep_last=2),
-    )
+    keep = Retention(keep_last=2)
+    saver.save(partial(save, root, step, record=record(step), writer_label="all", retention=keep), {"model": [shard]})
 
 
-def test_what_changes_after_the_call_is_not_written(tmp_path, monkeypatch):
+def test_what_changes_after_the_call_is_not_written(tmp_path):
     """The writer is held back until the values have changed."""
-    changed, original, saved = threading.Event(), background.save_checkpoint, []
+    changed, saved = threading.Event(), []
 
     def held_back(*arguments, **options):
         assert changed.wait(10)
-        return original(*arguments, **options)
+        return save_checkpoint(*arguments, **options)
 
-    monkeypatch.setattr(background, "save_checkpoint", held_back)
     rows = torch.ones(4, 3)
     with BackgroundSaver(None, saved.append, pytest.fail) as saver:
-        begin(saver, tmp_path, 1, rows)
+        begin(saver, tmp_path, 1, rows, held_back)
         assert not (tmp_path / "latest").exists()
         rows.fill_(2)
         changed.set()
-        begin(saver, tmp_path, 2, rows)
+        begin(saver, tmp_path, 2, rows, held_back)
         assert CheckpointReader(tmp_path / "step_00000001").read_rows("model", "w", start=0, stop=4).eq(1).all()
     assert CheckpointReader(tmp_path).read_rows("model", "w", start=0, stop=4).eq(2).all()
     assert [path.name for path in saved] == ["step_00000001", "step_00000002"]
