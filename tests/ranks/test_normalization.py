@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tf.data.batch import DocumentMasking, make_batch
-from megatron_tf.training import state as state_module
+from megatron_tf.training.step import state as state_module
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, forward_backward, mean_over_replicas
 from tests.support.layouts import layout_config, whole_model
