@@ -47,14 +47,9 @@ def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     (rows, columns), outputs = x.shape, weight.shape[0]
     assert weight.shape == (outputs, columns)
     out = x.new_empty(rows, outputs)
+    threads = torch.get_num_threads()
     _MULTIPLY[x.dtype](
-        x.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        rows=rows,
-        outputs=outputs,
-        columns=columns,
-        threads=torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows=rows, outputs=outputs, columns=columns, threads=threads
     )
     return out
 
