@@ -45,7 +45,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_tf*"]),
-    package_data={"megatron_tf": ["py.typed", "*.pyi"]},
+    package_data={"megatron_tf": ["py.typed"], "megatron_tf.data": ["*.pyi"], "megatron_tf.kernels": ["*.pyi"]},
     entry_points={
         "console_scripts": ["megatron-tf = megatron_tf.__main__:main"],
         "lm_eval.models": ["megatron_tf = megatron_tf.inference.harness:MegatronTF"],  # read by lm-eval after 0.4.13
@@ -101,7 +101,7 @@ setup(
     },
     ext_modules=[
         Pybind11Extension(
-            "megatron_tf._index",
+            "megatron_tf.data._index",
             ["csrc/index_bindings.cpp", "csrc/blend.cpp", "csrc/indexed_dataset.cpp"],
             include_dirs=["csrc"],
             depends=[
@@ -116,7 +116,7 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
         ),
         Pybind11Extension(
-            "megatron_tf._row_product",
+            "megatron_tf.kernels._row_product",
             ["csrc/row_product_bindings.cpp"],
             include_dirs=["csrc"],
             depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf import _row_product as native
+from megatron_tf.kernels import _row_product as native
 
 MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
 _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
