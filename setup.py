@@ -32,7 +32,7 @@ class BuildIndex(build_ext):
 setup(
     ext_modules=[
         Pybind11Extension(
-            "megatron_tf._index",
+            "megatron_tf.data._index",
             ["csrc/index_bindings.cpp", "csrc/blend.cpp", "csrc/indexed_dataset.cpp"],
             include_dirs=["csrc"],
             depends=[
@@ -47,7 +47,7 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
         ),
         Pybind11Extension(
-            "megatron_tf._row_product",
+            "megatron_tf.kernels._row_product",
             ["csrc/row_product_bindings.cpp"],
             include_dirs=["csrc"],
             depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],

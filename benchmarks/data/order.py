@@ -94,7 +94,7 @@ def data_set(lengths: NDArray[np.int32]) -> Iterator[str]:
 
 def ours_samples(lengths: NDArray[np.int32], _: int) -> None:
     """The sample index alone, of documents in a random order."""
-    from megatron_tf._index import sample_index
+    from megatron_tf.data._index import sample_index
 
     documents = np.random.default_rng(2).permutation(len(lengths)).astype(np.uint32)
     timed(lambda: sample_index(documents, lengths, SEQ_LENGTH))
@@ -131,7 +131,7 @@ def ours_resumed_blend(_: NDArray[np.int32], __: int) -> None:
 
 def ours_greedy_blend(_: NDArray[np.int32], __: int) -> None:
     """100 M samples in the order of version 0.1 and of Megatron-LM."""
-    from megatron_tf._index import greedy_blend
+    from megatron_tf.data._index import greedy_blend
 
     timed(lambda: greedy_blend(weights(), BLENDED))
 

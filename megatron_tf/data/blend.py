@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf._index import BLEND_BLOCK, greedy_blend
+from megatron_tf.data._index import BLEND_BLOCK, greedy_blend
 
 SPACED = "spaced"
 """Name of SpacedBlend in a checkpoint: the blend of new runs."""

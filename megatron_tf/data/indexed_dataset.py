@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf._index import check_index
+from megatron_tf.data._index import check_index
 from megatron_tf.errors import UserError
 from megatron_tf.files import sync_file
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_tf._index import sample_index
+from megatron_tf.data._index import sample_index
 from megatron_tf.data.gpt_dataset import shares_of
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order import aligned, samples_in

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_tf._index import permutation, sample_index
+from megatron_tf.data._index import permutation, sample_index
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
 

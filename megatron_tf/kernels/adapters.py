@@ -36,7 +36,7 @@ HOW_TO_GET = {
 
 def require(key: str, choice: str, device: torch.device) -> None:
     """Raise UserError, saying how to get it, unless the package `choice` can be used on `device`."""
-    if choice in HOW_TO_GET and importlib.util.find_spec(choice) is None:
+    if choice in HOW_TO_GET and not is_installed(choice):
         raise UserError(f"kernels.{key}={choice}: it is not installed: {HOW_TO_GET[choice]}; or choose auto")
     if choice in HOW_TO_GET and device.type != "cuda":
         raise UserError(f"kernels.{key}={choice} needs a GPU: choose auto or torch's own")

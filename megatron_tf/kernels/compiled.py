@@ -29,14 +29,7 @@ class CompiledKernels(PattentionKernels):
         return _compiled(_weights, norm.name)(scores, statistic, tau)
 
     def backward(
-        self,
-        norm: Normalisation,
-        scores: Tensor,
-        *,
-        factor: Tensor,
-        grad: Tensor,
-        tau: Tensor,
-        reduce: Reduce | None,
+        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         scale = tau.to(factor.dtype) ** -norm.tau_power

@@ -42,14 +42,7 @@ class EagerKernels(PattentionKernels):
         return factor, weights
 
     def backward(
-        self,
-        norm: Normalisation,
-        scores: Tensor,
-        *,
-        factor: Tensor,
-        grad: Tensor,
-        tau: Tensor,
-        reduce: Reduce | None,
+        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         wide = factor.dtype
@@ -69,13 +62,7 @@ class EagerKernels(PattentionKernels):
         return weights, grad
 
     def infer(
-        self,
-        norm: Normalisation,
-        x: Tensor,
-        *,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        taus: Sequence[float],
+        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
     ) -> Tensor | None:
         """See PattentionKernels: for a few rows on a CPU, whose values are stored column by column in memory."""
         columns = [value.t() for value in values]

@@ -23,26 +23,13 @@ class PattentionKernels(Protocol):
         """Normalize scores [R, n] with tau [R]: (factor [R] in accumulation type, weights of the values [R, n])."""
 
     def backward(
-        self,
-        norm: Normalisation,
-        scores: Tensor,
-        *,
-        factor: Tensor,
-        grad: Tensor,
-        tau: Tensor,
-        reduce: Reduce | None,
+        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
         """Return the weights again and the gradient of the scores, each [R, n]; `grad`, that of the weights, may be
         overwritten."""
 
     def infer(
-        self,
-        norm: Normalisation,
-        x: Tensor,
-        *,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        taus: Sequence[float],
+        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
     ) -> Tensor | None:
         """Compute G whole Pattentions of x [T, D], keys [N, D] and values [N, E] on one rank: y [G, T, E].
 

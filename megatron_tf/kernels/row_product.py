@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf import _row_product as native
+from megatron_tf.kernels import _row_product as native
 
 MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
 _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
@@ -47,14 +47,9 @@ def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
     (rows, columns), outputs = x.shape, weight.shape[0]
     assert weight.shape == (outputs, columns)
     out = x.new_empty(rows, outputs)
+    threads = torch.get_num_threads()
     _MULTIPLY[x.dtype](
-        x.data_ptr(),
-        weight.data_ptr(),
-        out.data_ptr(),
-        rows=rows,
-        outputs=outputs,
-        columns=columns,
-        threads=torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows=rows, outputs=outputs, columns=columns, threads=threads
     )
     return out
 

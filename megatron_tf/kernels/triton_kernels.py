@@ -48,14 +48,7 @@ class TritonKernels(PattentionKernels):
         return factor, weights
 
     def backward(
-        self,
-        norm: Normalisation,
-        scores: Tensor,
-        *,
-        factor: Tensor,
-        grad: Tensor,
-        tau: Tensor,
-        reduce: Reduce | None,
+        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
         """See PattentionKernels."""
         if scores.dtype == torch.float64:

@@ -5,14 +5,8 @@ from collections.abc import Iterable
 import torch
 
 from megatron_tf.kernels.build_failure import describe_build_failure, is_build_failure
-from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.tokenformer.normalisation import Normalisation, accumulation_type
-
-
-def needs_warm_up(kernels: PattentionKernels) -> bool:
-    """Whether these are compiled when they are called first."""
-    return not isinstance(kernels, EagerKernels)
 
 
 def warm_up(

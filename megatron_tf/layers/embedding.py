@@ -15,12 +15,7 @@ class VocabularyWeight(nn.Module):
     """A [V, D] weight cut by rows over the vocabulary: it embeds ids, and turns hidden states into logits."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        group: ProcessGroup | None = None,
-        sequence_parallel: bool = False,
+        self, vocab_size: int, hidden_size: int, *, group: ProcessGroup | None = None, sequence_parallel: bool = False
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))

@@ -8,7 +8,7 @@ from tests.support.imports import imported_names
 from tests.support.paths import ROOT
 
 FLOORS = [
-    {"_index", "_row_product", "errors", "files", "help_text", "tokenizer_files"},
+    {"errors", "files", "help_text", "tokenizer_files"},
     {"extras"},
     {"config"},
     {"tokenformer"},

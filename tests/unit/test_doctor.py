@@ -82,7 +82,7 @@ def test_an_extension_that_does_not_load_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib, "import_module", fail)
     first = next(doctor.compiled_code())
-    assert first[:3] == (doctor.PROBLEM, "_index", "can't be loaded: GLIBCXX_3.4.32 not found")
+    assert first[:3] == (doctor.PROBLEM, "data._index", "can't be loaded: GLIBCXX_3.4.32 not found")
 
 
 def test_the_report_covers_every_optional_package():

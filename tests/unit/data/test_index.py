@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tf._index import BLEND_BLOCK, greedy_blend, permutation, sample_index
+from megatron_tf.data._index import BLEND_BLOCK, greedy_blend, permutation, sample_index
 
 
 class TwinStream:

@@ -192,7 +192,7 @@ def test_many_weights_choose_the_sets_of_megatron_core_at_every_step(seed):
     """Weights whose shares differ by the last bit only, or are due at one step, included."""
     from megatron.core.datasets import helpers, utils
 
-    from megatron_tf._index import greedy_blend
+    from megatron_tf.data._index import greedy_blend
 
     generator = np.random.default_rng(seed)
     count = [2, 3, 7, 8, 9, 10, 22, 33, 65, 90][seed % 10]
