@@ -5,6 +5,7 @@ it with checkpoint.load, or, if it is copied there, checkpoint.save. Tensors are
 larger than the memory.
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     )
     parser.add_argument("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
     parser.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
+    _add_growth_options(parser)
+    parser.add_argument(
+        "--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data"
+    )
+    return parse(parser, Options, arguments)
+
+
+def _add_growth_options(parser: argparse.ArgumentParser) -> None:
     growth = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
     growth.add_argument("--stage", type=file_path, metavar="FILE", help="YAML file with the keys of a stage")
     growth.add_argument(
@@ -107,7 +116,3 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     growth.add_argument(
         "--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0"
     )
-    parser.add_argument(
-        "--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data"
-    )
-    return parse(parser, Options, arguments)

@@ -73,7 +73,7 @@ def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
                     f"megatron-tf reshard-checkpoint --shrink takes away"
                 )
             if layer is not None and new[i] > old[layer]:
-                _check_init(model, stage, f"{kind}_tokens={new[i]}", old[layer], new[i])
+                _check_init(model, stage, f"{kind}_tokens={new[i]}", old=old[layer], new=new[i])
         changes[f"{kind}_tokens"] = new[0] if len(set(new)) == 1 else new
     grown = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
     if grown == model:
@@ -113,7 +113,7 @@ def parse_token_option(option: str, text: str) -> dict[str, LayerTokens]:
     return counts
 
 
-def _check_init(model: ModelConfig, stage: GrowthStage, what: str, old: int, new: int) -> None:
+def _check_init(model: ModelConfig, stage: GrowthStage, what: str, *, old: int, new: int) -> None:
     """Raise where the kind of growth can't keep the promise it makes."""
     is_softmax = model.norm_activation == "softmax"
     if stage.init == "zero_key" and is_softmax:

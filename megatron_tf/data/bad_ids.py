@@ -24,7 +24,7 @@ def describe_bad_id(value: int, vocab_size: int, place: tuple[Path, int, int]) -
     )
 
 
-def check_ids(ids: NDArray[np.generic], vocab_size: int, prefix: Path, document: int) -> None:
+def check_ids(ids: NDArray[np.generic], vocab_size: int, *, prefix: Path, document: int) -> None:
     """Raise DataError where a document has an id that the vocabulary has not."""
     bad = first_bad_id(ids, vocab_size)
     if bad is not None:

@@ -68,7 +68,7 @@ def read_tokenized(
     sets = read_document_sets(dataset.prefix, len(dataset))
     for i in documents:
         ids = np.asarray(dataset.document(i), dtype=np.int64)
-        check_ids(ids, vocab_size, dataset.prefix, i)
+        check_ids(ids, vocab_size, prefix=dataset.prefix, document=i)
         kept = ids[: len(ids) - int(len(ids) > 0 and int(ids[-1]) == tokenizer.eod)].tolist()
         if sets is None:
             yield Document(dataset.prefix.name, kept, len(tokenizer.decode(kept).encode()))

@@ -29,7 +29,7 @@ def read_samples(prefix: Path, *, vocab_size: int, seq_length: int, num_tokens: 
     parts = []
     for i in range(len(dataset)):
         parts.append(np.asarray(dataset.document(i), dtype=np.int64))
-        check_ids(parts[-1], vocab_size, prefix, i)
+        check_ids(parts[-1], vocab_size, prefix=prefix, document=i)
         have += len(parts[-1])
         if have >= wanted:
             break

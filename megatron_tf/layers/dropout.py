@@ -41,7 +41,8 @@ class Dropout:
         if not self.hidden_rate:
             return x
         length, start = x.shape[0] * group_size(sequence_group), x.shape[0] * group_rank(sequence_group)
-        masks = [self._mask(sample, branch, length, x)[start : start + x.shape[0]] for sample in self.samples]
+        part = slice(start, start + x.shape[0])
+        masks = [self._mask(x, branch, length=length, sample=sample)[part] for sample in self.samples]
         return x.masked_fill(torch.stack(masks, 1), 0.0) / (1.0 - self.hidden_rate)
 
     @contextmanager
@@ -54,7 +55,7 @@ class Dropout:
             torch.manual_seed(stream_seed(self.seed, "attention dropout", self.layer, self.samples, group_rank(group)))
             yield self.attention_rate
 
-    def _mask(self, sample: int, branch: str, length: int, x: Tensor) -> Tensor:
+    def _mask(self, x: Tensor, branch: str, *, length: int, sample: int) -> Tensor:
         """What is dropped of one sample: [S, D], of which a rank may need a part only."""
         generator = torch.Generator(x.device)
         generator.manual_seed(stream_seed(self.seed, "hidden dropout", self.layer, branch, sample))
