@@ -28,5 +28,5 @@ COMMANDS = {
     "reshard-checkpoint": Entry("reshard_checkpoint", "grow a checkpoint, or reshard it", is_tool=True),
     "convert-checkpoint": Entry("convert_checkpoint", "official weights and Hugging Face, in and out", is_tool=True),
     "plot-run": Entry("plot_run", "draw the loss of a run", is_tool=True),
-    "doctor": Entry("doctor", "check this machine, and print what a bug report needs"),
+    "doctor": Entry("doctor", "check this machine, and print what a bug report needs", is_tool=True),
 }

@@ -1,0 +1,6 @@
+"""Check this machine: `megatron-tf doctor` as a script of the source tree."""
+
+from megatron_tf.commands.runner import run_script
+
+if __name__ == "__main__":
+    raise SystemExit(run_script("doctor"))
