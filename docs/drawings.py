@@ -17,6 +17,8 @@ NEW_COLOR = "#54a24b"
 PLAIN_COLOR = "#dddddd"
 INK = "#333333"
 SMALL, NORMAL, LARGE = 8, 9.5, 11
+STRIPE = 0.42
+"""Height of a row, width of a column."""
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megatron_tf", "font.family": "sans-serif"})
 
 
@@ -50,20 +52,21 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, *, words: s
     text(axes, x + width / 2, y + height / 2, words)
 
 
-def rows(axes: Axes, x: float, y: float, width: float, *, colors: list[str], height: float = 0.42) -> None:
+def rows(axes: Axes, x: float, y: float, width: float, *, colors: list[str]) -> None:
     """Draw a matrix by its rows, one color each; (x, y) is its upper left corner."""
     for number, color in enumerate(colors):
-        axes.add_patch(
-            Rectangle((x, y + number * height), width, height, facecolor=color, edgecolor="white", linewidth=1.2)
-        )
+        stripe(axes, (x, y + number * STRIPE), (width, STRIPE), color=color)
 
 
-def columns(axes: Axes, x: float, y: float, height: float, *, colors: list[str], width: float = 0.42) -> None:
+def columns(axes: Axes, x: float, y: float, height: float, *, colors: list[str]) -> None:
     """Draw a matrix by its columns, one color each; (x, y) is its upper left corner."""
     for number, color in enumerate(colors):
-        axes.add_patch(
-            Rectangle((x + number * width, y), width, height, facecolor=color, edgecolor="white", linewidth=1.2)
-        )
+        stripe(axes, (x + number * STRIPE, y), (STRIPE, height), color=color)
+
+
+def stripe(axes: Axes, corner: tuple[float, float], size: tuple[float, float], *, color: str) -> None:
+    """Draw a row or a column of a matrix."""
+    axes.add_patch(Rectangle(corner, *size, facecolor=color, edgecolor="white", linewidth=1.2))
 
 
 def draw_pattention() -> Figure:
