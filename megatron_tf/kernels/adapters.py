@@ -18,6 +18,8 @@ from megatron_tf.extras import how_to_install
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [S, B, h, d] -> [S, B, h, d]: causal attention scaled by 1/sqrt(d)."""
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""x [..., D], weight [N, D] of the same type -> [..., N]."""
 
 
 class Normalise(Protocol):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.adapters import Attend, sdpa
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.pattention import Pattention, pattend
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self.attend: Attend = sdpa
+        self.attend = Kernels().attend
 
     def project_in(self, x: Tensor) -> Tensor:
         """x [S, B, D], whole on every rank -> query, key and value [3, S, B, D / R] of this rank's heads."""

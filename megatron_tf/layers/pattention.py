@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.kernels.value_product import mix_values
 from megatron_tf.parallel.collectives import all_reduce
@@ -48,8 +48,15 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
         self.norm = NORMALISATIONS[norm_activation]
         self.tau = self.norm.initial_tau(num_tokens)
-        self.kernels: PattentionKernels = EagerKernels()
+        self.kernels = Kernels().pattention
         self.recompute_scores = False
+
+    @torch.no_grad()
+    def use(self, kernels: PattentionKernels) -> None:
+        """Compute with these kernels, and store the values as they are fastest; no value changes."""
+        self.kernels = kernels
+        if kernels.stores_columns:
+            self.value_tokens.data = self.value_tokens.t().contiguous().t()
 
     def forward(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Compute y [..., E] of x [..., D]: this rank's partial sum."""

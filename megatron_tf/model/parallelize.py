@@ -10,11 +10,8 @@ from megatron_tf.config import ModelConfig
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up
-from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX, cross_entropy
-from megatron_tf.layers.norm import FinalNorm
-from megatron_tf.layers.pattention import Pattention
-from megatron_tf.model.tokenformer import Block, TokenFormer
+from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatchShapes, partition_layers
@@ -44,15 +41,10 @@ def build_stage(
 
 def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granularity: str) -> None:
     """How the stage is computed: none of it changes what is computed, beyond rounding."""
+    model.use(kernels)
     model.recompute_blocks = recompute_granularity == "full"
-    for module in model.modules():
-        if isinstance(module, Pattention):
-            module.kernels = kernels.pattention
-            module.recompute_scores = recompute_granularity == "selective"
-        elif isinstance(module, Attention):
-            module.attend = kernels.attend
-        elif isinstance(module, (Block, FinalNorm)):
-            module.normalise = kernels.normalise
+    for pattention in model.pattentions().values():
+        pattention.recompute_scores = recompute_granularity == "selective"
 
 
 def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.dtype) -> str | None:

@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.kernels.adapters import Attend, Normalise, torch_norm
+from megatron_tf.kernels.adapters import Attend
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.layers.attention import Attention, LinearAttention, PattentionAttention
 from megatron_tf.layers.cache import CachePositions, KeyValueCache
 from megatron_tf.layers.dropout import Dropout
@@ -50,7 +51,7 @@ class Block(nn.Module):
             self.attention = LinearAttention(width, heads, group=group, sequence_parallel=sequence_parallel)
             self.ffn = MLP(width, ffn_tokens)
         self.epsilon = config.layernorm_epsilon
-        self.normalise: Normalise = torch_norm
+        self.normalise = Kernels().normalise
         self.group = group
         self.sequence_parallel = sequence_parallel
 
@@ -163,6 +164,18 @@ class TokenFormer(nn.Module):
         """Hidden states [s, B, D] after the last layer -> this rank's logits [S, B, V / R]."""
         x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
         return (self.embedding if self.is_tied else self.head).logits(x)
+
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these kernels: none of them changes what is computed, beyond rounding."""
+        for module in self.modules():
+            if isinstance(module, Pattention):
+                module.use(kernels.pattention)
+            elif isinstance(module, Attention):
+                module.attend = kernels.attend
+            elif isinstance(module, (Block, FinalNorm)):
+                module.normalise = kernels.normalise
+            elif isinstance(module, VocabularyWeight):
+                module.linear = kernels.linear
 
     def pattentions(self) -> dict[str, Pattention]:
         """Every Pattention by name."""
