@@ -61,10 +61,10 @@ class TritonKernels(PattentionKernels):
             return weights, grad
         inner = torch.empty_like(factor)
         options = _options(norm, n, _BLOCK)
-        first_row[(rows,)](scores, factor, grad, weights, inner, **options)
+        backward_activation_row[(rows,)](scores, factor, grad, weights, inner, **options)
         share = (inner if reduce is None else reduce(inner)) * scale
         grid = (rows, triton.cdiv(n, options["BLOCK"]))
-        second_block[grid](scores, factor, grad, share, **options)
+        backward_norm_block[grid](scores, factor, grad, share, **options)
         return weights, grad
 
 
@@ -198,7 +198,9 @@ def backward_row(scores, factor, grad, scale, weights, n: tl.constexpr, NORM: tl
 
 
 @triton.jit
-def first_row(scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def backward_activation_row(
+    scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
+):
     """Weights again, and this rank's part of one row's inner product."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.load(factor + row)
@@ -217,7 +219,7 @@ def first_row(scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.co
 
 
 @triton.jit
-def second_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def backward_norm_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of one block of a row's scores, over that of the weights."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -24,7 +24,7 @@ AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
 
 
 class LayoutError(UserError):
-    """The ranks that were started do not make the layout that was asked for."""
+    """The ranks that were started do not make the layout that was requested."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,17 @@ class Mesh:
 
 
 def data_parallel_size(
-    world_size: int, *, tensor: int, pipeline: int, asked: int | None = None, shard_size: int | None = None
+    world_size: int, *, tensor: int, pipeline: int, requested: int | None = None, shard_size: int | None = None
 ) -> int:
     """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it, or
     `shard_size` does not divide the replicas."""
     data, rest = divmod(world_size, tensor * pipeline)
-    if rest or data == 0 or (asked is not None and asked != data):
-        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {asked}" if asked else "")
-        need = tensor * pipeline * (asked or 1)
+    if rest or data == 0 or (requested is not None and requested != data):
+        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {requested}" if requested else "")
+        need = tensor * pipeline * (requested or 1)
         raise LayoutError(
             f"the world has {world_size} rank(s), but the layout {layout} needs "
-            f"{'' if asked else 'a multiple of '}{need}: start that many, or change the layout"
+            f"{'' if requested else 'a multiple of '}{need}: start that many, or change the layout"
         )
     if data % (shard_size or 1):
         raise LayoutError(f"{data} replica(s) are no multiple of parallel.data_parallel_shard_size ({shard_size})")
@@ -145,12 +145,12 @@ def init_mesh(
     if cuda:
         torch.cuda.set_device(device)
     if world_size == 1:
-        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
+        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # the layout comes after the check: on a rank of another configuration it would fail alone, and the others wait
     store = meet(backend, device, timeout=timeout, limit=limit or timeout, check=check)
-    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
+    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
     mesh = build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
     return dataclasses.replace(mesh, store=store, local_rank=local_rank)
 

@@ -223,7 +223,7 @@ def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
                 num_ranks,
                 tensor=tensor,
                 pipeline=pipeline,
-                asked=parallel.data_parallel_size,
+                requested=parallel.data_parallel_size,
                 shard_size=parallel.data_parallel_shard_size,
             )
             check_batch_sizes(staged, pipeline, replicas)

@@ -198,7 +198,7 @@ class Optimizer:
         """
         squares = torch.zeros(len(self.position), dtype=torch.float64, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
-            if shard.writer:
+            if shard.is_writer:
                 squares[self.position[shard.name]] = torch.linalg.vector_norm(gradient).double().square()
         for axis in ("tp", "dp", "pp"):
             group = self.mesh.group(axis)

@@ -36,12 +36,12 @@ class StopSignal:
         `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
         """
         is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
-        requests = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
+        mine = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
         self.signals.is_trace_requested = False
-        asked = torch.tensor([int(request) for request in requests], device=self.mesh.device)
+        requested = torch.tensor([int(request) for request in mine], device=self.mesh.device)
         if self.mesh.world is not None:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world)
-        number, late, trace, observed = asked.tolist()
+            dist.all_reduce(requested, op=dist.ReduceOp.MAX, group=self.mesh.world)
+        number, late, trace, observed = requested.tolist()
         stop = None
         if observed:  # it comes before a signal: what is to be started again would lose the reason
             stop = Stop(self.mesh.first_failure(reason) or "", is_final=True)
