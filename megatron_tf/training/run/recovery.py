@@ -95,7 +95,7 @@ class Recovery:
             self.context.say(f"step {spent.step:>6}  there is no checkpoint to rewind to: training continues")
             return None
         self.rewinds_in_a_row += 1
-        self.spikes.in_a_row = 0
+        self.spikes.restart()
         # parameters, optimizer state and schedule of the checkpoint, but the position in the data of now
         training = replace(
             restored.record.training,

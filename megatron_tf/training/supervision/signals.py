@@ -27,7 +27,7 @@ class SignalCatcher:
     def __init__(self) -> None:
         self.number = 0
         """The signal that requested a stop; 0 for none."""
-        self.is_trace_requested = False
+        self._is_trace_requested = False
         self._code_at_once: Callable[[int], int] | None = None
         self._interrupted_at: float | None = None
         self._before: dict[int, Any] = {}
@@ -42,6 +42,11 @@ class SignalCatcher:
     def stop_at_next_step(self) -> None:
         """From now on a signal is noted for the run, whose ranks stop together."""
         self._code_at_once = None
+
+    def take_trace_request(self) -> bool:
+        """Whether TRACE_SIGNAL came since the last call."""
+        is_requested, self._is_trace_requested = self._is_trace_requested, False
+        return is_requested
 
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe()
@@ -69,7 +74,7 @@ class SignalCatcher:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == TRACE_SIGNAL:
-            self.is_trace_requested = True
+            self._is_trace_requested = True
         else:
             self.number = self.number or number
 

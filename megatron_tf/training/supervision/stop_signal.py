@@ -36,8 +36,7 @@ class StopSignal:
         `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
         """
         is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
-        mine = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
-        self.signals.is_trace_requested = False
+        mine = [self.signals.number, is_late, self.signals.take_trace_request(), reason is not None]
         requested = torch.tensor([int(request) for request in mine], device=self.mesh.device)
         if self.mesh.world is not None:
             dist.all_reduce(requested, op=dist.ReduceOp.MAX, group=self.mesh.world)
