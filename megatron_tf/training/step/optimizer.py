@@ -72,7 +72,9 @@ class Optimizer:
         self.implementation = implementation
         self.declared = declared
         self.position = {name: i for i, name in enumerate(declared)}  # in the sum of the global norm
-        self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
+        self._moments: dict[str, list[Tensor]] = {}
+        for moment in MOMENTS:
+            self._moments[moment] = [torch.zeros_like(shard.tensor) for shard in shards]
         self._num_steps = 0
         self._old = [0] * len(shards)  # how many of the first rows of each shard are old
         self._lr_scale = 1.0
@@ -126,9 +128,9 @@ class Optimizer:
         return self.config.weight_decay_by_kind.get(parameter.kind, default)
 
     def _fill_state(self) -> None:
-        moments = [
-            (part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}) for i, rows, part in self._trained
-        ]
+        moments: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for i, rows, part in self._trained:
+            moments.append((part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}))
         set_adam_state(self.adam, moments, self._num_steps)
 
     def step(self, lr: float, scale: float = 1.0) -> Update:
@@ -138,6 +140,7 @@ class Optimizer:
         """
         gradients = self._take_gradients()
         if scale != 1.0:
+            # private, but what torch's optimizers call: one kernel for many tensors, where mul_ launches one for each
             torch._foreach_mul_(gradients, scale)
         squares = self._squares(gradients)
         norm = float(squares.sum().sqrt())

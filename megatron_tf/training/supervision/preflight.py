@@ -45,11 +45,10 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
         reports = [None] * mesh.world.size()
         dist.all_gather_object(reports, mine, group=mesh.world)
     shared.remove()
-    errors = [
-        f"rank {rank} (host {report['host']}): {error}"
-        for rank, report in enumerate(reports)
-        for error in [*report["errors"], *_differences(reports[0], report)]
-    ]
+    errors: list[str] = []
+    for rank, report in enumerate(reports):
+        found = [*report["errors"], *_differences(reports[0], report)]
+        errors += [f"rank {rank} (host {report['host']}): {error}" for error in found]
     if errors:
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise ConfigError("; ".join(errors[:3]) + more)
