@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_tf.errors import UserError
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.launch import adopt_launcher, number_of
 from megatron_tf.parallel.meeting import Check, meet
 
@@ -78,13 +79,16 @@ class Mesh:
         call it."""
         return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of each rank, by rank; the same on every rank, which all call it."""
+        values = [value] * group_size(self.world)
+        if self.world is not None:
+            dist.all_gather_object(values, value, group=self.world)
+        return values
+
     def first_failure(self, failure: str | None) -> str | None:
         """What the lowest rank that failed says of it; None if none did. The same on every rank, which all call it."""
-        failures: list[str | None] = [failure]
-        if self.world is not None:
-            failures = [None] * self.world.size()
-            dist.all_gather_object(failures, failure, group=self.world)
-        return next((each for each in failures if each is not None), None)
+        return next((each for each in self.gather(failure) if each is not None), None)
 
     def first_on_host_first(self, action: Callable[[], str | None]) -> str | None:
         """Do something on one rank of each host, and then on the others, which find what it left there.

@@ -12,6 +12,7 @@ from megatron_tf.data.batch import Batch
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.observability.observer import Evaluation, StepReport
 from megatron_tf.training.run.checkpointing import save_state
@@ -41,7 +42,7 @@ class Loop:
         self.context = context
         self.recovery = Recovery(self.config, run, context=context, reload=reload)
         self.flops_per_token = float(training_flops(self.config.model, config.training.seq_length))
-        self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
+        self.world_size = group_size(self.state.mesh.world)
         self._is_trace_requested = False  # kept for the next step: an evaluation can be between
 
     @property

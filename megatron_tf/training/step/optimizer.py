@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_tf.config import OptimizerConfig
+from megatron_tf.parallel.collectives import all_reduce, group_rank, group_size
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import Module, Parameter
@@ -204,9 +205,7 @@ class Optimizer:
             if shard.is_writer:
                 squares[self.position[shard.name]] = torch.linalg.vector_norm(gradient).double().square()
         for axis in ("tp", "dp", "pp"):
-            group = self.mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(squares, group=group)
+            squares = all_reduce(squares, self.mesh.group(axis))
         return squares
 
     def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
@@ -216,12 +215,11 @@ class Optimizer:
         return {kind: math.sqrt(total) for kind, total in sums.items()}
 
     def _find_nonfinite(self, gradients: Iterable[Tensor]) -> dict[str, int]:
-        size = self.mesh.world.size() if self.mesh.world is not None else 1
-        rank = self.mesh.world.rank() if self.mesh.world is not None else 0
-        first = torch.full((len(self.position),), size, device=self.mesh.device)
+        world = self.mesh.world
+        none = group_size(world)  # beyond every rank, so that MIN passes over it
+        first = torch.full((len(self.position),), none, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
             if not math.isfinite(float(torch.linalg.vector_norm(gradient))):
-                first[self.position[shard.name]] = rank
-        if self.mesh.world is not None:
-            dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.mesh.world)
-        return {name: where for name, where in zip(self.position, first.tolist(), strict=True) if where < size}
+                first[self.position[shard.name]] = group_rank(world)
+        first = all_reduce(first, world, dist.ReduceOp.MIN)
+        return {name: where for name, where in zip(self.position, first.tolist(), strict=True) if where != none}

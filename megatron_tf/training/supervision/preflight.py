@@ -40,10 +40,7 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
         "versions": _versions(),
         "clock": time.time(),
     }
-    reports: list[Any] = [mine]
-    if mesh.world is not None:
-        reports = [None] * mesh.world.size()
-        dist.all_gather_object(reports, mine, group=mesh.world)
+    reports = mesh.gather(mine)
     shared.remove()
     errors: list[str] = []
     for rank, report in enumerate(reports):

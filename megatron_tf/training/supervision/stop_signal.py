@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.supervision.signals import SignalCatcher, name_of
 
@@ -38,9 +39,7 @@ class StopSignal:
         is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
         mine = [self.signals.number, is_late, self.signals.take_trace_request(), reason is not None]
         requested = torch.tensor([int(request) for request in mine], device=self.mesh.device)
-        if self.mesh.world is not None:
-            dist.all_reduce(requested, op=dist.ReduceOp.MAX, group=self.mesh.world)
-        number, late, trace, observed = requested.tolist()
+        number, late, trace, observed = all_reduce(requested, self.mesh.world, dist.ReduceOp.MAX).tolist()
         stop = None
         if observed:  # it comes before a signal: what is to be started again would lose the reason
             stop = Stop(self.mesh.first_failure(reason) or "", is_final=True)
