@@ -69,6 +69,7 @@ def _backward_activation(
 
 def _backward_norm(norm: Normalisation, scores: Tensor, *, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
     wide = factor.dtype
+    # copied, as backward_norm writes over it, and what is given to a graph belongs to the caller
     return norm.backward_norm(scores.to(wide), factor[:, None], before.to(wide, copy=True), share[:, None]).to(
         scores.dtype
     )

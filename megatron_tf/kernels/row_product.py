@@ -46,7 +46,7 @@ def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and x.device.type == "cpu"
         and x.is_contiguous()
         and all(weight.dtype == dtype and weight.is_contiguous() for weight in weights)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()  # which can't follow an address into C++
     )
 
 

@@ -70,6 +70,7 @@ class TritonKernels(PattentionKernels):
 
 def _options(norm: Normalisation, n: int, largest: int) -> dict[str, int]:
     """What kernels over rows of n tokens are compiled for: the norm, and blocks of at most `largest` elements."""
+    # NORM is a constant, so that its branches cost nothing; a warp of 32 threads has 512 elements, 16 in each
     block = min(largest, triton.next_power_of_2(n))
     return {"n": n, "NORM": _NORMS[norm.name], "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
@@ -124,11 +125,12 @@ def forward_row(
     scores, tau, factor, weights, n: tl.constexpr, epsilon: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Statistic, factor and weights of one row that fits."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # row * n passes 2^31 in a large micro-batch
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     a = tl.load(scores + row * n + columns, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(tau + row)
+    # columns outside are 0 and add nothing to a norm; softmax masks them, as exp(0) is 1
     if NORM == 0:
         f = t / tl.sqrt(tl.sum(a * a, 0) + epsilon)
     elif NORM == 1:
@@ -190,7 +192,9 @@ def backward_row(scores, factor, grad, scale, weights, n: tl.constexpr, NORM: tl
     a = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
     dp = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     f = tl.load(factor + row)
+    # weights are computed again: the scores are read anyway, and to keep both takes twice the memory
     p = _weights(a, f, NORM)
+    # outside dp is 0, and with it every term
     du, terms = _before_norm(a, f, dp, p, NORM)
     share = tl.sum(terms, 0) * tl.load(scale + row)
     tl.store(weights + place, p, mask=inside)
@@ -228,6 +232,7 @@ def backward_norm_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.c
     a = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
     dp = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     f = tl.load(factor + row)
+    # not read from the weights that the first pass wrote: memory is what bounds this kernel, not arithmetic
     p = _weights(a, f, NORM)
     du, _ = _before_norm(a, f, dp, p, NORM)
     tl.store(grad + place, _after_norm(a, f, du, tl.load(share + row), p, NORM), mask=inside)

@@ -68,6 +68,7 @@ class Attention(nn.Module):
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
+        # query and key together, as both are rotated
         q, k = apply_rotary(qk, *rotary).unbind(0)
         v = v.squeeze(0)
         with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
@@ -104,6 +105,7 @@ class PattentionAttention(Attention):
             qkv = torch.stack([projection(x, self.group) for projection in projections])
         else:
             qkv = pattend(x, projections, self.group)
+        # over the last dimension, which is heads: attention needs whole heads, and no rank needs all of them
         return reduce_scatter(qkv, -1, self.group)
 
     def project_out(self, x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Loop:
         is_last = stop is not None
         while self.done.step < self.config.training.train_iters and not is_last:
             result, reason = self._step()
+            # once a step on every rank, whatever came of it: a rank alone in a collective would wait for ever
             stop = self._agree(reason)
             if not self._recover(result):
                 stop, is_last = self._finish_step(stop)
@@ -91,7 +92,7 @@ class Loop:
         is_done = step == training.train_iters
         is_due = any(growth.is_due(step, self.done.tokens) for growth in self.following)
         if self.context.validation and (step % training.eval_interval == 0 or is_done):
-            self._set_details(evaluation_due=True)
+            self._set_details(evaluation_due=True)  # noted first: a stop saves in the middle of an evaluation
             stop = stop or self._evaluate()
         is_last = is_done or is_due or stop is not None
         if is_last or (save_interval and step % save_interval == 0):
@@ -102,7 +103,7 @@ class Loop:
     def _step(self) -> tuple[StepResult, str | None]:
         """Train on the next batch; what came of it, and why observers want to stop."""
         timer, observers = self.context.timer, self.context.observers
-        began = time.perf_counter()
+        began = time.perf_counter()  # a step includes its wait for data
         number, training = self.done.step + 1, self.config.training
         samples = training.batch_size_at(self.done.samples)
         tokens = samples * training.seq_length
@@ -116,6 +117,7 @@ class Loop:
         with observers.during_step(number, is_trace_requested=is_trace_requested):
             result = train_step(self.state, batch, lr)
         if result.nonfinite:
+            # only now: a bad id makes the loss NaN on every rank, and to find it takes a collective
             self._check_ids(self.context.loader.dataset, batch)
         timer.enter("report")
         self._account()
@@ -206,6 +208,7 @@ class Loop:
         """Mean loss over the first `eval_iters` global batches, or why the ranks agree to stop on the way."""
         training, total = self.config.training, 0.0
         mesh, masking = self.state.mesh, self.context.loader.masking
+        # a loader for each evaluation, so that all of them see the same batches
         with build_loader(part.samples, training=training, mesh=mesh, masking=masking, is_training=False) as loader:
             for _ in range(training.eval_iters):
                 self.context.timer.enter("evaluation")

@@ -144,19 +144,20 @@ class Optimizer:
             # private, but what torch's optimizers call: one kernel for many tensors, where mul_ launches one for each
             torch._foreach_mul_(gradients, scale)
         squares = self._squares(gradients)
+        # the one wait for the device in a step of the optimizer: whether anything is updated depends on it
         norm = float(squares.sum().sqrt())
         norms = self._by_kind(squares.tolist())
         if not math.isfinite(norm):
             return Update(norm, norms, self._find_nonfinite(gradients))
         limit = self.config.clip_grad
         if limit and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
         for i, rows, part in self._trained:
             part.grad = gradients[i][rows]
         for group in self.adam.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)  # slices keep the memory of all gradients until the next backward
         self._num_steps += 1
         return Update(norm, norms)
 
@@ -187,9 +188,10 @@ class Optimizer:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
+                # the first stage has the gradient of looking up, the last one that of the logits
                 dist.all_reduce(local, group=self.tied_group)
             if self._lr_scale == 0:
-                local[:old].zero_()
+                local[:old].zero_()  # or clipping would depend on what is not trained
             gradients.append(local)
             parameter.grad = None
         return gradients
@@ -202,7 +204,7 @@ class Optimizer:
         """
         squares = torch.zeros(len(self.position), dtype=torch.float64, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
-            if shard.is_writer:
+            if shard.is_writer:  # copies on other ranks would count twice
                 squares[self.position[shard.name]] = torch.linalg.vector_norm(gradient).double().square()
         for axis in ("tp", "dp", "pp"):
             squares = all_reduce(squares, self.mesh.group(axis))

@@ -52,6 +52,7 @@ class SignalCatcher:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, args=(self._reader,), daemon=True, name="signals").start()
+        # no warning where the pipe is full: then the thread has enough to read
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, TRACE_SIGNAL):
             # a shell lets a job in the background ignore Ctrl-C
