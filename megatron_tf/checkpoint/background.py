@@ -37,7 +37,7 @@ class BackgroundSaver:
         for group, shards in tensors.items():
             # not pinned: torch keeps pinned blocks for the rest of the run, each rounded up to a power of two
             copies[group] = [
-                shard.with_tensor(shard.tensor.detach().to("cpu", copy=True)) for shard in shards if shard.writer
+                shard.with_tensor(shard.tensor.detach().to("cpu", copy=True)) for shard in shards if shard.is_writer
             ]
 
         def write() -> None:

@@ -91,7 +91,7 @@ def _bytes_to_write(tensors: Tensors) -> int:
 
 
 def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:
-    return [shard for shard in shards if shard.writer and shard.stop > shard.start]
+    return [shard for shard in shards if shard.is_writer and shard.stop > shard.start]
 
 
 def _spec(shard: RowShard) -> PieceSpec:

@@ -109,8 +109,7 @@ def generate(options: Options) -> None:
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     model = load_model(options.checkpoint, device=mesh.device, dtype=dtype, group=mesh.group("tp"))
-    if mesh.device.type == "cpu":
-        model.arrange_for_decoding()
+    model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:

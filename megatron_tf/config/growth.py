@@ -65,7 +65,7 @@ def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
     for kind in TOKEN_KINDS:
         old = model.token_counts(kind)
         kept = [old[layer] if layer is not None else _neighbour(old, origin, i) for i, layer in enumerate(origin)]
-        new = _asked_counts(kind, kept, getattr(stage, f"{kind}_tokens"))
+        new = _requested_counts(kind, kept, getattr(stage, f"{kind}_tokens"))
         for i, layer in enumerate(origin):
             if layer is not None and new[i] < old[layer]:
                 raise ConfigError(
@@ -139,13 +139,13 @@ def _neighbour(old: list[int], origin: list[int | None], place: int) -> int:
     return old[next(following, len(old) - 1)]
 
 
-def _asked_counts(kind: str, counts: list[int], asked: LayerTokens | None) -> list[int]:
-    if asked is None:
+def _requested_counts(kind: str, counts: list[int], requested: LayerTokens | None) -> list[int]:
+    if requested is None:
         return counts
-    if isinstance(asked, int):
-        return [asked] * len(counts)
+    if isinstance(requested, int):
+        return [requested] * len(counts)
     new = list(counts)
-    for layers, count in asked.items():
+    for layers, count in requested.items():
         first, _, last = layers.partition("-")
         try:
             chosen = range(int(first), int(last or first) + 1)

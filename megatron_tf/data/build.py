@@ -52,16 +52,16 @@ def build_dataset(config: RunConfig, blend: str = SPACED) -> Samples:
     entries = config.data.data_path
     weights, prefixes = parse_data_path(entries)
     _check_positive(weights, prefixes)
-    cache, asked = _cache(config, prefixes), samples_of_run(config.training, "train")
+    cache, requested = _cache(config, prefixes), samples_of_run(config.training, "train")
     datasets = [
-        _open(config, prefix, "train", asked=share, cache=cache)
-        for prefix, share in zip(prefixes, _samples_to_prepare(config, entries, asked), strict=True)
+        _open(config, prefix, "train", requested=share, cache=cache)
+        for prefix, share in zip(prefixes, _samples_to_prepare(config, entries, requested), strict=True)
     ]
     if len(datasets) == 1:
         return datasets[0]
     if config.data.order != "megatron":
         return BlendedDataset(datasets, _blend(blend, weights))
-    weights = normalised(weights) if _has_weights(entries) else _sizes(config, datasets, asked)
+    weights = normalised(weights) if _has_weights(entries) else _sizes(config, datasets, requested)
     return BlendedDataset(datasets, GreedyBlend(normalised(weights), are_shares=True))
 
 
@@ -84,24 +84,24 @@ def _has_weights(entries: Sequence[str]) -> bool:
     return len(entries[0].split(maxsplit=1)) == 2
 
 
-def _samples_to_prepare(config: RunConfig, entries: Sequence[str], asked: int) -> list[int | None]:
-    """Samples that Megatron-LM prepares of each set so that a run can take `asked`; None for those of one epoch."""
+def _samples_to_prepare(config: RunConfig, entries: Sequence[str], requested: int) -> list[int | None]:
+    """Samples that Megatron-LM prepares of each set so that a run can take `requested`; None for those of one epoch."""
     weights, prefixes = parse_data_path(entries)
     # it takes one set with a weight for a blend, unless there are lists of sets for each split
     is_plain = not _has_weights(entries) or config.data.valid_data_path is not None
     if len(prefixes) == 1 and is_plain:
-        return [asked]
-    return [*samples_of_parts(asked, weights)] if _has_weights(entries) else [None] * len(prefixes)
+        return [requested]
+    return [*samples_of_parts(requested, weights)] if _has_weights(entries) else [None] * len(prefixes)
 
 
-def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], asked: int) -> list[float]:
+def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], requested: int) -> list[float]:
     """Samples in an epoch of each, by which Megatron-LM blends sets without weights. Raises ConfigError where the run
     takes more: Megatron-LM then ends for want of data."""
     length = config.training.seq_length
     sizes = [float(samples_in(data.order.lengths, length, data.dataset.prefix.name)) for data in datasets]
-    if asked > sum(sizes):
+    if requested > sum(sizes):
         raise ConfigError(
-            f"data.data_path: the run takes {asked:,} samples, its datasets have {int(sum(sizes)):,} in one epoch; "
+            f"data.data_path: the run takes {requested:,} samples, its datasets have {int(sum(sizes)):,} in one epoch; "
             f"Megatron-LM reads sets without weights only once: write every entry as WEIGHT PREFIX"
         )
     return sizes
@@ -121,15 +121,15 @@ def build_validation(config: RunConfig) -> list[ValidationSet]:
     """The datasets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
     entries = config.data.valid_data_path or config.data.data_path
     weights, prefixes = parse_data_path(entries)
-    asked: int | None = samples_of_run(config.training, "validation")
+    requested: int | None = samples_of_run(config.training, "validation")
     if len(entries) == 1:  # of several each is evaluated on its own
-        (asked,) = _samples_to_prepare(config, entries, samples_of_run(config.training, "validation"))
+        (requested,) = _samples_to_prepare(config, entries, samples_of_run(config.training, "validation"))
     cache, names = _cache(config, prefixes), [Path(prefix).name for prefix in prefixes]
     return [
         ValidationSet(
             name if names.count(name) == 1 else prefix,
             weight / sum(weights),
-            _open(config, prefix, "validation", asked=asked, cache=cache),
+            _open(config, prefix, "validation", requested=requested, cache=cache),
         )
         for name, prefix, weight in zip(names, prefixes, weights, strict=True)
     ]
@@ -139,9 +139,9 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
     return config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
 
 
-def _open(config: RunConfig, prefix: str, split: Split, *, asked: int | None, cache: Path) -> GPTDataset:
-    """The documents of a split in their order; `asked` are the samples that Megatron-LM would prepare, None for those
-    of one epoch.
+def _open(config: RunConfig, prefix: str, split: Split, *, requested: int | None, cache: Path) -> GPTDataset:
+    """The documents of a split in their order; `requested` are the samples that Megatron-LM would prepare, None for
+    those of one epoch.
 
     Raises DataError or OSError with the key of what can't be used.
     """
@@ -151,12 +151,14 @@ def _open(config: RunConfig, prefix: str, split: Split, *, asked: int | None, ca
     except DataError as error:
         raise DataError(f"data.{'valid_' if is_valid else ''}data_path: {error}") from error
     try:
-        return _ordered(config, indexed, split, asked=asked, cache=cache)
+        return _ordered(config, indexed, split, requested=requested, cache=cache)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"data.data_cache_path {cache} is no directory: {error}") from error
 
 
-def _ordered(config: RunConfig, indexed: IndexedDataset, split: Split, *, asked: int | None, cache: Path) -> GPTDataset:
+def _ordered(
+    config: RunConfig, indexed: IndexedDataset, split: Split, *, requested: int | None, cache: Path
+) -> GPTDataset:
     training, is_megatron = config.training, config.data.order == "megatron"
     divide = split_sequences if is_megatron else split_documents
     if split == "validation" and config.data.valid_data_path is not None:
@@ -168,7 +170,7 @@ def _ordered(config: RunConfig, indexed: IndexedDataset, split: Split, *, asked:
     order: Order
     if is_megatron:
         order = MegatronOrder(
-            lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache, samples=asked
+            lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache, samples=requested
         )
     else:
         order = SampleOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)

@@ -18,6 +18,8 @@ from megatron_tf.extras import how_to_install
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [S, B, h, d] -> [S, B, h, d]: causal attention scaled by 1/sqrt(d)."""
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""x [..., D], weight [N, D] of the same type -> [..., N]."""
 
 
 class Normalise(Protocol):
@@ -68,11 +70,11 @@ def flash_attention(version_4: bool) -> Attend:
 
 def transformer_engine_attention() -> Attend:
     """Make attention of DotProductAttention of transformer-engine, which flattens heads on the way out."""
-    kind = importlib.import_module("transformer_engine.pytorch").DotProductAttention
+    layer_class = importlib.import_module("transformer_engine.pytorch").DotProductAttention
 
     @functools.cache
     def module(heads: int, width: int) -> Any:
-        return kind(heads, width, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
+        return layer_class(heads, width, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = module(*q.shape[-2:])(q.contiguous(), k.contiguous(), v.contiguous())
@@ -105,11 +107,11 @@ def apex_norm() -> Normalise:
 def transformer_engine_norm() -> Normalise:
     """Make a norm of LayerNorm of transformer-engine, called with our weight and bias; ones and zeros where there are
     none."""
-    kind = importlib.import_module("transformer_engine.pytorch").LayerNorm
+    layer_class = importlib.import_module("transformer_engine.pytorch").LayerNorm
 
     @functools.cache
     def module(width: int, epsilon: float, device: torch.device, dtype: torch.dtype) -> Any:
-        return kind(width, eps=epsilon, device=device, params_dtype=dtype).requires_grad_(False)
+        return layer_class(width, eps=epsilon, device=device, params_dtype=dtype).requires_grad_(False)
 
     def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, epsilon: float) -> Tensor:
         given = {} if weight is None or bias is None else {"weight": weight, "bias": bias}

@@ -39,6 +39,7 @@ def is_build_failure(error: Exception) -> bool:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
+    # private modules: torch names the errors of its compilers nowhere else
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
@@ -81,10 +82,11 @@ def _remedy(name: str, cause: Exception, line: str) -> str:
 
 def _has_space(*paths: str) -> bool:
     """Whether inductor, which does not quote paths for the linker, can't use them."""
-    return any(character.isspace() for path in paths for character in path)
+    return any(map(str.isspace, "".join(paths)))
 
 
 def _inductor_cache() -> str:
+    # private: without TORCHINDUCTOR_CACHE_DIR only inductor knows where its cache is
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from megatron_tf.errors import UserError
 from megatron_tf.extras import how_to_install
-from megatron_tf.kernels import adapters
-from megatron_tf.kernels.adapters import Attend, Normalise
+from megatron_tf.kernels import adapters, row_product
+from megatron_tf.kernels.adapters import Attend, Linear, Normalise
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.pattention import PattentionKernels
@@ -22,6 +23,7 @@ class Kernels:
     pattention: PattentionKernels = field(default_factory=EagerKernels)
     attend: Attend = adapters.sdpa
     normalise: Normalise = adapters.torch_norm
+    linear: Linear = row_product.linear
     optimizer: str = "torch"
     automatic: Mapping[str, str] = field(default_factory=dict)
     """What `auto` took, by key."""
@@ -51,9 +53,15 @@ def choose_kernels(requested: Mapping[str, Any], device: torch.device, dtype: to
         pattention=pattention,
         attend=_attend(names["attention"], device),
         normalise=_normalise(names["norm"]),
+        linear=row_product.linear if device.type == "cpu" else F.linear,
         optimizer=names["optimizer"],
         automatic={key: name for key, name in names.items() if requested[key] == "auto"},
     )
+
+
+def choose_decoding_kernels(device: torch.device) -> Kernels:
+    """Choose the kernels that make the next token fastest: on a CPU, those for a few rows."""
+    return Kernels(pattention=row_product.DecodingKernels() if device.type == "cpu" else EagerKernels())
 
 
 def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:

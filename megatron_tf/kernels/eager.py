@@ -1,6 +1,6 @@
-"""A Pattention in eager PyTorch: rows go in chunks that a CPU's cache holds, and a few rows through code of our own."""
+"""A Pattention in eager PyTorch: on a CPU, rows go in chunks that its cache holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.kernels.row_product import is_for_rows, pattend_rows
 from megatron_tf.tokenformer.normalisation import Normalisation, Reduce, accumulation_type
 
 # of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
@@ -60,15 +59,6 @@ class EagerKernels(PattentionKernels):
                 chunk, f = scores[rows].to(wide), factor[rows, None]
                 grad[rows] = norm.backward_norm(chunk, f, grad[rows].to(wide), share[rows, None])
         return weights, grad
-
-    def infer(
-        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
-    ) -> Tensor | None:
-        """See PattentionKernels: for a few rows on a CPU, whose values are stored column by column in memory."""
-        columns = [value.t() for value in values]
-        if not is_for_rows(x, [*keys, *columns]):
-            return None
-        return pattend_rows(norm.name, x, keys=keys, columns=columns, taus=taus)
 
 
 def _statistic(norm: Normalisation, chunk: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ class PattentionKernels(Protocol):
 
     name: ClassVar[str]
     """The choice in the configuration that takes them."""
+    stores_columns: ClassVar[bool] = False
+    """Whether they are fastest on values that are stored column by column; they take values stored in any way."""
 
     def forward(
         self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None

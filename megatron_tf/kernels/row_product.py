@@ -13,10 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.kernels import _row_product as native
+from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.tokenformer.normalisation import Normalisation
 
 MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
 _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
 _PATTEND = {torch.float32: native.pattend_rows_fp32, torch.bfloat16: native.pattend_rows_bf16}
+
+
+class DecodingKernels(EagerKernels):
+    """Eager kernels but for a few rows, whose Pattention they compute whole. They never train."""
+
+    stores_columns = True  # each output is then a product of contiguous rows, as each score is
+
+    def infer(
+        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
+    ) -> Tensor | None:
+        """See PattentionKernels."""
+        columns = [value.t() for value in values]
+        if not is_for_rows(x, [*keys, *columns]):
+            return None
+        return pattend_rows(norm.name, x, keys=keys, columns=columns, taus=taus)
 
 
 def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -29,7 +46,7 @@ def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
         and x.device.type == "cpu"
         and x.is_contiguous()
         and all(weight.dtype == dtype and weight.is_contiguous() for weight in weights)
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()  # which can't follow an address into C++
     )
 
 

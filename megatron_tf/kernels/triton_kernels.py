@@ -61,15 +61,16 @@ class TritonKernels(PattentionKernels):
             return weights, grad
         inner = torch.empty_like(factor)
         options = _options(norm, n, _BLOCK)
-        first_row[(rows,)](scores, factor, grad, weights, inner, **options)
+        backward_activation_row[(rows,)](scores, factor, grad, weights, inner, **options)
         share = (inner if reduce is None else reduce(inner)) * scale
         grid = (rows, triton.cdiv(n, options["BLOCK"]))
-        second_block[grid](scores, factor, grad, share, **options)
+        backward_norm_block[grid](scores, factor, grad, share, **options)
         return weights, grad
 
 
 def _options(norm: Normalisation, n: int, largest: int) -> dict[str, int]:
     """What kernels over rows of n tokens are compiled for: the norm, and blocks of at most `largest` elements."""
+    # NORM is a constant, so that its branches cost nothing; a warp of 32 threads has 512 elements, 16 in each
     block = min(largest, triton.next_power_of_2(n))
     return {"n": n, "NORM": _NORMS[norm.name], "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
@@ -124,11 +125,12 @@ def forward_row(
     scores, tau, factor, weights, n: tl.constexpr, epsilon: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Statistic, factor and weights of one row that fits."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # row * n passes 2^31 in a large micro-batch
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     a = tl.load(scores + row * n + columns, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(tau + row)
+    # columns outside are 0 and add nothing to a norm; softmax masks them, as exp(0) is 1
     if NORM == 0:
         f = t / tl.sqrt(tl.sum(a * a, 0) + epsilon)
     elif NORM == 1:
@@ -190,7 +192,9 @@ def backward_row(scores, factor, grad, scale, weights, n: tl.constexpr, NORM: tl
     a = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
     dp = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     f = tl.load(factor + row)
+    # weights are computed again: the scores are read anyway, and to keep both takes twice the memory
     p = _weights(a, f, NORM)
+    # outside dp is 0, and with it every term
     du, terms = _before_norm(a, f, dp, p, NORM)
     share = tl.sum(terms, 0) * tl.load(scale + row)
     tl.store(weights + place, p, mask=inside)
@@ -198,7 +202,9 @@ def backward_row(scores, factor, grad, scale, weights, n: tl.constexpr, NORM: tl
 
 
 @triton.jit
-def first_row(scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def backward_activation_row(
+    scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr
+):
     """Weights again, and this rank's part of one row's inner product."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.load(factor + row)
@@ -217,7 +223,7 @@ def first_row(scores, factor, grad, weights, inner, n: tl.constexpr, NORM: tl.co
 
 
 @triton.jit
-def second_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def backward_norm_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of one block of a row's scores, over that of the weights."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -226,6 +232,7 @@ def second_block(scores, factor, grad, share, n: tl.constexpr, NORM: tl.constexp
     a = tl.load(scores + place, mask=inside, other=0.0).to(tl.float32)
     dp = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     f = tl.load(factor + row)
+    # not read from the weights that the first pass wrote: memory is what bounds this kernel, not arithmetic
     p = _weights(a, f, NORM)
     du, _ = _before_norm(a, f, dp, p, NORM)
     tl.store(grad + place, _after_norm(a, f, du, tl.load(share + row), p, NORM), mask=inside)

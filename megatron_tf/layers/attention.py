@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.adapters import Attend, sdpa
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.pattention import Pattention, pattend
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.group = group
         self.sequence_parallel = sequence_parallel
-        self.attend: Attend = sdpa
+        self.attend = Kernels().attend
 
     def project_in(self, x: Tensor) -> Tensor:
         """x [S, B, D], whole on every rank -> query, key and value [3, S, B, D / R] of this rank's heads."""
@@ -67,6 +68,7 @@ class Attention(nn.Module):
         """
         x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
         qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
+        # query and key together, as both are rotated
         q, k = apply_rotary(qk, *rotary).unbind(0)
         v = v.squeeze(0)
         with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
@@ -103,6 +105,7 @@ class PattentionAttention(Attention):
             qkv = torch.stack([projection(x, self.group) for projection in projections])
         else:
             qkv = pattend(x, projections, self.group)
+        # over the last dimension, which is heads: attention needs whole heads, and no rank needs all of them
         return reduce_scatter(qkv, -1, self.group)
 
     def project_out(self, x: Tensor) -> Tensor:

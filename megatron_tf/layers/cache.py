@@ -1,6 +1,6 @@
 """Keys and values that attention layers have seen of a batch, whose samples may differ in length.
 
-Shapes: B samples, S new tokens of each, h heads of this rank, d head_dim, C places that have memory.
+Shapes: B samples, S new tokens of each, h heads of this rank, d head_dim, C positions that have memory.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FIRST_CAPACITY = 128  # places; doubled whenever they are full
+_FIRST_CAPACITY = 128  # positions; doubled whenever they are full
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePositions:
-    """Where the new tokens of one step go, and what they see: every token at their own place or before it."""
+    """Where the new tokens of one step go, and what they see: every token at their own position or before it."""
 
-    positions: Tensor
+    indices: Tensor
     """[S, B], or [S, 1] where all samples have the same length."""
     start: int | None
-    """The first new place, where that is the same in all samples."""
+    """The first new position, where that is the same in all samples."""
     end: int
-    """Places that are in use after the step, in the longest sample."""
+    """Positions that are in use after the step, in the longest sample."""
     mask: Tensor | None
     """[B or 1, 1, S, end], true where a key is seen; None where all are, or where nothing came before."""
 
@@ -34,19 +34,19 @@ class LayerCache:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    def attend(self, places: CachePositions, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, positions: CachePositions) -> Tensor:
         """Attention of new q, k, v [S, B, h, d] over all that came before -> [S, B, h, d]; k and v are kept."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        self.key = _with(self.key, k, places)
-        self.value = _with(self.value, v, places)
-        key = self.key[:, :, : places.end]
-        value = self.value[:, :, : places.end]
-        is_causal = places.start == 0
-        return F.scaled_dot_product_attention(q, key, value, places.mask, is_causal=is_causal).permute(2, 0, 1, 3)
+        self.key = _with(self.key, k, positions)
+        self.value = _with(self.value, v, positions)
+        key = self.key[:, :, : positions.end]
+        value = self.value[:, :, : positions.end]
+        is_causal = positions.start == 0
+        return F.scaled_dot_product_attention(q, key, value, positions.mask, is_causal=is_causal).permute(2, 0, 1, 3)
 
 
 class KeyValueCache:
-    """What all layers of a model have seen of a batch; the first lengths[b] places of sample b count.
+    """What all layers of a model have seen of a batch; the first lengths[b] positions of sample b count.
 
     A cache is made empty for a batch and grows with each call of the model that it is given to.
     """
@@ -56,17 +56,17 @@ class KeyValueCache:
         self.lengths: list[int] | None = None
 
     def extend(self, batch: int, count: int, device: torch.device) -> CachePositions:
-        """Places for `count` more tokens of every sample, which count from now on."""
+        """Positions for `count` more tokens of every sample, which count from now on."""
         lengths = self.lengths or [0] * batch
         assert len(lengths) == batch, f"the cache is of {len(lengths)} samples, not {batch}"
         self.lengths = [length + count for length in lengths]
         end = max(self.lengths)
         is_even = min(lengths) == max(lengths)
         past = torch.tensor(lengths[:1] if is_even else lengths, device=device)
-        positions = past + torch.arange(count, device=device)[:, None]
+        indices = past + torch.arange(count, device=device)[:, None]
         all_seen = is_even and (count == 1 or lengths[0] == 0)
-        mask = None if all_seen else torch.arange(end, device=device) <= positions.t()[:, None, :, None]
-        return CachePositions(positions=positions, start=lengths[0] if is_even else None, end=end, mask=mask)
+        mask = None if all_seen else torch.arange(end, device=device) <= indices.t()[:, None, :, None]
+        return CachePositions(indices=indices, start=lengths[0] if is_even else None, end=end, mask=mask)
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Forget what is stored beyond each sample's length, such as padding."""
@@ -82,18 +82,18 @@ class KeyValueCache:
                 layer.key, layer.value = layer.key[index], layer.value[index]
 
 
-def _with(buffer: Tensor | None, new: Tensor, places: CachePositions) -> Tensor:
+def _with(buffer: Tensor | None, new: Tensor, positions: CachePositions) -> Tensor:
     """The buffer [B, h, C, d], larger where it was full, with new [B, h, S, d] in it."""
-    if buffer is None or buffer.shape[2] < places.end:
-        capacity = max(_FIRST_CAPACITY, places.end, 0 if buffer is None else 2 * buffer.shape[2])
-        # zeros: a place that is masked is still multiplied by its weight of zero
+    if buffer is None or buffer.shape[2] < positions.end:
+        capacity = max(_FIRST_CAPACITY, positions.end, 0 if buffer is None else 2 * buffer.shape[2])
+        # zeros: a position that is masked is still multiplied by its weight of zero
         larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
         if buffer is not None:
             larger[:, :, : buffer.shape[2]] = buffer
         buffer = larger
-    if places.start is not None:
-        buffer[:, :, places.start : places.end] = new
+    if positions.start is not None:
+        buffer[:, :, positions.start : positions.end] = new
     else:
         samples = torch.arange(len(new), device=new.device)[:, None]
-        buffer[samples, :, places.positions.t()] = new.transpose(1, 2)
+        buffer[samples, :, positions.indices.t()] = new.transpose(1, 2)
     return buffer

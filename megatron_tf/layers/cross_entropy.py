@@ -21,6 +21,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: ProcessGroup | None) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
+        # of all ranks, so that their sums of exponentials have one scale and none overflows
         highest = all_reduce(logits.amax(-1).to(wide), group, dist.ReduceOp.MAX)
         total = torch.empty_like(highest)
         for rows in _row_chunks(logits):

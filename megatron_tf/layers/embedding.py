@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.row_product import linear
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.layers.sequence import leave_tensor_parallel
 from megatron_tf.parallel.collectives import group_rank
 from megatron_tf.parallel.sharding import local_tensor
@@ -21,6 +21,7 @@ class VocabularyWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.linear = Kernels().linear
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Ids [B, S] -> [s, B, D], with s = S / R under sequence parallelism."""
@@ -35,4 +36,4 @@ class VocabularyWeight(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Whole hidden states [S, B, D] -> this rank's logits [S, B, V / R]."""
-        return linear(x, local_tensor(self.weight).to(x.dtype))
+        return self.linear(x, local_tensor(self.weight).to(x.dtype))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.adapters import Normalise, torch_norm
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.collectives import sum_backward
 from megatron_tf.parallel.sharding import local_tensor
 
@@ -22,7 +22,7 @@ class FinalNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.epsilon = epsilon
         self.sequence_group = sequence_group
-        self.normalise: Normalise = torch_norm
+        self.normalise = Kernels().normalise
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.kernels.value_product import mix_values
 from megatron_tf.parallel.collectives import all_reduce
@@ -48,8 +48,15 @@ class Pattention(nn.Module):
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
         self.norm = NORMALISATIONS[norm_activation]
         self.tau = self.norm.initial_tau(num_tokens)
-        self.kernels: PattentionKernels = EagerKernels()
+        self.kernels = Kernels().pattention
         self.recompute_scores = False
+
+    @torch.no_grad()
+    def use(self, kernels: PattentionKernels) -> None:
+        """Compute with these kernels, and store the values as they are fastest; no value changes."""
+        self.kernels = kernels
+        if kernels.stores_columns:
+            self.value_tokens.data = self.value_tokens.t().contiguous().t()
 
     def forward(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         """Compute y [..., E] of x [..., D]: this rank's partial sum."""
@@ -108,6 +115,7 @@ def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
 
 def _score(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
     """Scores [G, T, n] of x [T, D]."""
+    # in one tensor, so that the kernels take the rows of all projections at once
     scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
     for out, key in zip(scores, keys, strict=True):
         torch.mm(x, key.t(), out=out)
@@ -143,6 +151,7 @@ class _Pattend(torch.autograd.Function):
         tokens = rest if first.recompute_scores else rest[1:]
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
         scores = _score(x, keys) if first.recompute_scores else rest[0]
+        # one buffer for dP and then dA: the kernels may write over it
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
             torch.mm(dy_g, value.t(), out=out)
@@ -158,6 +167,7 @@ class _Pattend(torch.autograd.Function):
         grad = d_scores.view_as(scores)
         d_values = [torch.mm(w.t(), dy_g) for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]
         d_keys = [torch.mm(d_score.t(), x) for d_score in grad]
+        # added as it is made: the projections share x, and a gradient for each would take G times the memory
         dx = torch.mm(grad[0], keys[0])
         for d_score, key in zip(grad[1:], keys[1:], strict=True):
             dx.addmm_(d_score, key)

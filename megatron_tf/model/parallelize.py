@@ -10,11 +10,8 @@ from megatron_tf.config import ModelConfig
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up
-from megatron_tf.layers.attention import Attention
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX, cross_entropy
-from megatron_tf.layers.norm import FinalNorm
-from megatron_tf.layers.pattention import Pattention
-from megatron_tf.model.tokenformer import Block, TokenFormer
+from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import LossFunction, MicroBatchShapes, partition_layers
@@ -35,7 +32,7 @@ def build_stage(
 ) -> TokenFormer:
     """This rank's stage, its parameters placed on the mesh but not yet filled with values."""
     layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
-    with torch.device("meta"):
+    with torch.device("meta"):  # whole parameters, which need not fit on one rank
         model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh)
@@ -44,15 +41,10 @@ def build_stage(
 
 def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granularity: str) -> None:
     """How the stage is computed: none of it changes what is computed, beyond rounding."""
+    model.use(kernels)
     model.recompute_blocks = recompute_granularity == "full"
-    for module in model.modules():
-        if isinstance(module, Pattention):
-            module.kernels = kernels.pattention
-            module.recompute_scores = recompute_granularity == "selective"
-        elif isinstance(module, Attention):
-            module.attend = kernels.attend
-        elif isinstance(module, (Block, FinalNorm)):
-            module.normalise = kernels.normalise
+    for pattention in model.pattentions().values():
+        pattention.recompute_scores = recompute_granularity == "selective"
 
 
 def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.dtype) -> str | None:
@@ -65,7 +57,7 @@ def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.d
     if first is None or isinstance(first.kernels, EagerKernels):  # which nothing compiles
         return None
     declared = key_tokens(model.config)
-    shapes: dict[tuple[int, int], None] = {}
+    shapes: dict[tuple[int, int], None] = {}  # a set in the order of the layers, the same on every rank of a stage
     for path, projection in projections.items():
         together = 3 if declared[path].kind == "qkv" else 1  # query, key and value run together
         shapes[together * rows, len(local_tensor(projection.key_tokens))] = None
@@ -134,4 +126,5 @@ def _place(parameter: nn.Parameter, is_sharded: bool, mesh: Mesh) -> nn.Paramete
     placement = Shard(0) if is_sharded else Replicate()
     rows = parameter.shape[0] // ranks if is_sharded else parameter.shape[0]
     local = torch.empty((rows, *parameter.shape[1:]), dtype=parameter.dtype, device=mesh.device)
+    # run_check would send what is in the memory, which holds no values yet
     return nn.Parameter(DTensor.from_local(local, tensor_parallel, [placement], run_check=False))

@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tf.config import ModelConfig
-from megatron_tf.kernels.adapters import Attend, Normalise, torch_norm
+from megatron_tf.kernels.adapters import Attend
+from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.layers.attention import Attention, LinearAttention, PattentionAttention
 from megatron_tf.layers.cache import CachePositions, KeyValueCache
 from megatron_tf.layers.dropout import Dropout
@@ -50,7 +51,7 @@ class Block(nn.Module):
             self.attention = LinearAttention(width, heads, group=group, sequence_parallel=sequence_parallel)
             self.ffn = MLP(width, ffn_tokens)
         self.epsilon = config.layernorm_epsilon
-        self.normalise: Normalise = torch_norm
+        self.normalise = Kernels().normalise
         self.group = group
         self.sequence_parallel = sequence_parallel
 
@@ -143,15 +144,17 @@ class TokenFormer(nn.Module):
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
             dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
-        places = cache.extend(x.shape[0], x.shape[1], x.device) if cache is not None else None
+        positions = cache.extend(x.shape[0], x.shape[1], x.device) if cache is not None else None
         if self.is_first:
             x = self.embedding.embed(x).to(self.dtype)
             if dropout is not None:
                 x = dropout.hidden(x, "embedding", self.group if self.sequence_parallel else None)
-        rotary = self._rotary(x, places, document_starts)
+        rotary = self._rotary(x, positions, document_starts)
         documents = None if document_starts is None else _document_lengths(document_starts)
         for i, (layer, block) in enumerate(self.layers.items()):
-            attend = partial(cache.layers[i].attend, places) if cache is not None and places is not None else None
+            attend: Attend | None = None
+            if cache is not None and positions is not None:
+                attend = partial(cache.layers[i].attend, positions=positions)
             dropped = None if dropout is None else replace(dropout, layer=int(layer))
             run: Callable[..., Tensor] = block
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -164,6 +167,18 @@ class TokenFormer(nn.Module):
         x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
         return (self.embedding if self.is_tied else self.head).logits(x)
 
+    def use(self, kernels: Kernels) -> None:
+        """Compute with these kernels: none of them changes what is computed, beyond rounding."""
+        for module in self.modules():
+            if isinstance(module, Pattention):
+                module.use(kernels.pattention)
+            elif isinstance(module, Attention):
+                module.attend = kernels.attend
+            elif isinstance(module, (Block, FinalNorm)):
+                module.normalise = kernels.normalise
+            elif isinstance(module, VocabularyWeight):
+                module.linear = kernels.linear
+
     def pattentions(self) -> dict[str, Pattention]:
         """Every Pattention by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Pattention)}
@@ -175,14 +190,14 @@ class TokenFormer(nn.Module):
         )
 
     def _rotary(
-        self, x: Tensor, places: CachePositions | None, document_starts: Tensor | None
+        self, x: Tensor, positions: CachePositions | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
         dim = int(self.config.head_dim * self.config.rotary_percent)
-        positions = places.positions if places else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
+        indices = positions.indices if positions else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
-            positions = positions - document_starts.t().to(x.device)
-        cos, sin = rotary_tables(positions, dim, self.config.rotary_base)
+            indices = indices - document_starts.t().to(x.device)
+        cos, sin = rotary_tables(indices, dim, self.config.rotary_base)
         return cos.to(x.dtype), sin.to(x.dtype)
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_tf.errors import UserError
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.launch import adopt_launcher, number_of
 from megatron_tf.parallel.meeting import Check, meet
 
@@ -24,7 +25,7 @@ AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
 
 
 class LayoutError(UserError):
-    """The ranks that were started do not make the layout that was asked for."""
+    """The ranks that were started do not make the layout that was requested."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ class Mesh:
         call it."""
         return None if self.device_mesh is None else dist.new_group(backend="gloo", timeout=timeout)
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of each rank, by rank; the same on every rank, which all call it."""
+        values = [value] * group_size(self.world)
+        if self.world is not None:
+            dist.all_gather_object(values, value, group=self.world)
+        return values
+
     def first_failure(self, failure: str | None) -> str | None:
         """What the lowest rank that failed says of it; None if none did. The same on every rank, which all call it."""
-        failures: list[str | None] = [failure]
-        if self.world is not None:
-            failures = [None] * self.world.size()
-            dist.all_gather_object(failures, failure, group=self.world)
-        return next((each for each in failures if each is not None), None)
+        return next((each for each in self.gather(failure) if each is not None), None)
 
     def first_on_host_first(self, action: Callable[[], str | None]) -> str | None:
         """Do something on one rank of each host, and then on the others, which find what it left there.
@@ -105,17 +109,17 @@ class Mesh:
 
 
 def data_parallel_size(
-    world_size: int, *, tensor: int, pipeline: int, asked: int | None = None, shard_size: int | None = None
+    world_size: int, *, tensor: int, pipeline: int, requested: int | None = None, shard_size: int | None = None
 ) -> int:
     """Replicas that fit the world. Raises LayoutError, with the numbers, where the layout does not fill it, or
     `shard_size` does not divide the replicas."""
     data, rest = divmod(world_size, tensor * pipeline)
-    if rest or data == 0 or (asked is not None and asked != data):
-        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {asked}" if asked else "")
-        need = tensor * pipeline * (asked or 1)
+    if rest or data == 0 or (requested is not None and requested != data):
+        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {requested}" if requested else "")
+        need = tensor * pipeline * (requested or 1)
         raise LayoutError(
             f"the world has {world_size} rank(s), but the layout {layout} needs "
-            f"{'' if asked else 'a multiple of '}{need}: start that many, or change the layout"
+            f"{'' if requested else 'a multiple of '}{need}: start that many, or change the layout"
         )
     if data % (shard_size or 1):
         raise LayoutError(f"{data} replica(s) are no multiple of parallel.data_parallel_shard_size ({shard_size})")
@@ -145,12 +149,12 @@ def init_mesh(
     if cuda:
         torch.cuda.set_device(device)
     if world_size == 1:
-        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
+        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # the layout comes after the check: on a rank of another configuration it would fail alone, and the others wait
     store = meet(backend, device, timeout=timeout, limit=limit or timeout, check=check)
-    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, asked=data, shard_size=shard_size)
+    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
     mesh = build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
     return dataclasses.replace(mesh, store=store, local_rank=local_rank)
 

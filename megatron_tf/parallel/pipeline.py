@@ -132,7 +132,7 @@ class PipelineRunner:
         self.loss_function = loss_function
         self.shapes = shapes
         self.mesh = mesh
-        self.kind: type[Schedule] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
+        self.schedule_class: type[Schedule] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
         self.is_first = mesh.rank("pp") == 0
         self.is_last = mesh.rank("pp") == mesh.size("pp") - 1
         self._divisor = 1.0
@@ -140,7 +140,7 @@ class PipelineRunner:
 
     def train(self, batches: MicroBatches, divisor: float) -> Tensor | None:
         """See Runner."""
-        return self._run(self._schedule("train", self.kind, len(batches.inputs)).step, batches, divisor)
+        return self._run(self._schedule("train", self.schedule_class, len(batches.inputs)).step, batches, divisor)
 
     @torch.no_grad()
     def evaluate(self, batches: MicroBatches, divisor: float) -> Tensor | None:
@@ -157,13 +157,13 @@ class PipelineRunner:
         run(*inputs, target=target, losses=losses, return_outputs=False, **options)
         return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
 
-    def _schedule(self, purpose: str, kind: type[Schedule], count: int) -> Schedule:
+    def _schedule(self, purpose: str, schedule_class: type[Schedule], count: int) -> Schedule:
         """The schedule of `count` micro-batches; only the last one is kept, for what it has allocated."""
         if purpose not in self._made or self._made[purpose][0] != count:
-            self._made[purpose] = count, self._make(kind, count)
+            self._made[purpose] = count, self._make(schedule_class, count)
         return self._made[purpose][1]
 
-    def _make(self, kind: type[Schedule], count: int) -> Schedule:
+    def _make(self, schedule_class: type[Schedule], count: int) -> Schedule:
         rank, stages = self.mesh.rank("pp"), self.mesh.size("pp")
         shapes = self.shapes
         hidden = torch.empty(shapes.hidden, dtype=shapes.dtype, device="meta", requires_grad=True)
@@ -183,7 +183,7 @@ class PipelineRunner:
             return self.loss_function(output, targets, self._divisor)
 
         # the loss function has divided already: the schedule must not divide gradients by `count`
-        return kind(stage, count, loss_fn=loss_function, scale_grads=False)
+        return schedule_class(stage, count, loss_fn=loss_function, scale_grads=False)
 
 
 def make_runner(

@@ -22,7 +22,7 @@ class RowShard:
     stop: int
     tensor: Tensor
     """The local rows: [stop - start, *global_shape[1:]], sharing memory with the parameter."""
-    writer: bool
+    is_writer: bool
     """Whether this rank's copy is the one that counts: true on one rank for each row of the tensor."""
 
     def with_tensor(self, tensor: Tensor) -> "RowShard":
@@ -48,7 +48,7 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     `is_copy` marks a parameter that another pipeline stage owns (a tied embedding's second copy).
     """
     start, stop = 0, parameter.shape[0]
-    writer = not is_copy
+    is_writer = not is_copy
     local = parameter.detach()
     if isinstance(parameter, DTensor):
         local = local_tensor(parameter.detach())
@@ -60,11 +60,11 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
                 low, high = split_rows(stop - start, mesh.size(dim), mesh.get_local_rank(dim))
                 start, stop = start + low, start + high
             else:
-                writer = writer and mesh.get_local_rank(dim) == 0
+                is_writer = is_writer and mesh.get_local_rank(dim) == 0
     if local.shape[0] != stop - start:
         raise AssertionError(f"{name}: expected rows [{start}, {stop}), the rank holds {local.shape[0]}")
     shape = tuple(parameter.shape)
-    return RowShard(name, shape, start=start, stop=stop, tensor=local, writer=writer)
+    return RowShard(name, shape, start=start, stop=stop, tensor=local, is_writer=is_writer)
 
 
 @torch.no_grad()

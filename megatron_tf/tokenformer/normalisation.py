@@ -52,6 +52,9 @@ def _l2_factor(statistic: Tensor, tau: Tensor) -> Tensor:
     return tau * torch.rsqrt(statistic + EPSILON)
 
 
+# aten's own gelu_backward: torch.nn.functional has no derivative of gelu, and autograd would run its forward again
+
+
 def _l2_gelu_backward_activation(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = a * f
     du = torch.ops.aten.gelu_backward(dp, u)

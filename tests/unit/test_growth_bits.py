@@ -5,6 +5,7 @@ import torch
 
 from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.inference.model import load_model
+from megatron_tf.kernels.row_product import DecodingKernels
 from megatron_tf.layers.pattention import Pattention
 from tests.support.conversion import save_small_model
 
@@ -55,7 +56,7 @@ def pattention_of(keys, values, norm, is_for_decoding):
     layer.value_tokens.copy_(values)
     layer.tau = 5.0
     if is_for_decoding:
-        layer.value_tokens.data = layer.value_tokens.t().contiguous().t()
+        layer.use(DecodingKernels())
     return layer
 
 

@@ -1,16 +1,19 @@
 """The kernels between a Pattention's products: compiled against eager in float64, and what can be chosen."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels.compiled import CompiledKernels
-from megatron_tf.kernels.dispatch import choose_pattention
+from megatron_tf.kernels.dispatch import Kernels, choose_decoding_kernels, choose_pattention
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.kernels.row_product import MOST_ROWS
+from megatron_tf.kernels.row_product import MOST_ROWS, DecodingKernels
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.tokenformer.normalisation import NORMALISATIONS
 from tests.support.inductor import require_inductor
+from tests.support.models import random_model
 
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}
 
@@ -53,10 +56,21 @@ def test_what_a_cpu_can_choose():
         choose_pattention("triton", cpu)
 
 
-def test_only_eager_kernels_compute_a_whole_pattention_and_only_of_a_few_rows_without_gradients(monkeypatch):
+def test_a_model_computes_with_the_kernels_that_are_chosen_for_it():
+    model = random_model().transformer
+    model.use(replace(choose_decoding_kernels(torch.device("cpu")), linear=lambda x, weight: x.new_ones(1)))
+    assert {type(layer.kernels) for layer in model.pattentions().values()} == {DecodingKernels}
+    assert torch.equal(model.embedding.logits(torch.zeros(2, 1, model.config.hidden_size)), torch.ones(1))
+    model.use(Kernels())
+    assert {type(layer.kernels) for layer in model.pattentions().values()} == {EagerKernels}
+    assert model.embedding.logits(torch.zeros(2, 1, model.config.hidden_size)).shape[:2] == (2, 1)
+
+
+def test_only_decoding_kernels_compute_a_whole_pattention_and_only_of_a_few_rows_without_gradients(monkeypatch):
     layer, parts = Pattention(32, 32, num_tokens=40, norm_activation="softmax"), []
     for parameter in layer.parameters():
-        parameter.data = torch.randn(32, 40).t() if parameter is layer.value_tokens else torch.randn(40, 32)
+        parameter.data = torch.randn(40, 32)
+    layer.use(DecodingKernels())
     monkeypatch.setattr(EagerKernels, "forward", count_calls(EagerKernels.forward, parts))
     monkeypatch.setattr(CompiledKernels, "forward", EagerKernels.forward)
     with torch.no_grad():
@@ -64,12 +78,13 @@ def test_only_eager_kernels_compute_a_whole_pattention_and_only_of_a_few_rows_wi
         assert not parts
         layer(torch.ones(MOST_ROWS + 1, 32))
         assert len(parts) == 1
-        layer.kernels = CompiledKernels()
-        torch.testing.assert_close(layer(torch.ones(MOST_ROWS, 32)), whole)
-        assert len(parts) == 2
-    layer.kernels = EagerKernels()
+        for kernels in (CompiledKernels(), EagerKernels()):
+            layer.use(kernels)
+            torch.testing.assert_close(layer(torch.ones(MOST_ROWS, 32)), whole)
+        assert len(parts) == 3
+    layer.use(DecodingKernels())
     assert layer(torch.ones(MOST_ROWS, 32)).requires_grad
-    assert len(parts) == 3
+    assert len(parts) == 4
 
 
 def count_calls(function, calls):

@@ -11,7 +11,14 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from megatron_tf.kernels import triton_kernels  # noqa: E402
 
-KERNELS = ["forward_row", "statistic_row", "weights_block", "backward_row", "first_row", "second_block"]
+KERNELS = [
+    "forward_row",
+    "statistic_row",
+    "weights_block",
+    "backward_row",
+    "backward_activation_row",
+    "backward_norm_block",
+]
 
 
 @pytest.mark.parametrize("element", ["fp32", "bf16", "fp16"])

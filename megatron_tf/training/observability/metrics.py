@@ -93,7 +93,7 @@ class MetricsLog:
         self.say(line)
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Losses on the validation split after `step` steps: of the blend under "", of its data sets by name."""
+        """Losses on the validation split after `step` steps: of the blend under "", of its datasets by name."""
         by_name = {name: loss for name, loss in losses.items() if name}
         values = {"validation_loss": losses[""]} | {f"validation_loss/{name}": loss for name, loss in by_name.items()}
         for sink in self.sinks:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.config import RunConfig, to_dict
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.sizes import parameter_count
 from megatron_tf.training.observability.metrics import MetricsLog
@@ -20,7 +21,7 @@ class Reporter(Observer):
         self.log = log
         self.mesh = mesh
         self.timer = timer
-        self.world_size = mesh.world.size() if mesh.world is not None else 1
+        self.world_size = group_size(mesh.world)
         self.peak_flops = peak_flops(config, mesh.device)
         self._communication: float | None = None  # seconds of it in the step under way, if that is profiled
 

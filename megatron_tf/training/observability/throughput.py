@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tf.config import RunConfig
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.mesh import Mesh
 
 # Dense 16-bit matrix products, in 1e12 operations a second, by the makers' data sheets
@@ -30,7 +31,4 @@ def peak_memory(mesh: Mesh) -> int:
     else:
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         used = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    most = torch.tensor(used, device=mesh.device)
-    if mesh.world is not None:
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=mesh.world)
-    return int(most)
+    return int(all_reduce(torch.tensor(used, device=mesh.device), mesh.world, dist.ReduceOp.MAX))

@@ -12,6 +12,7 @@ from megatron_tf.data.batch import Batch
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.build import ValidationSet, build_loader
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.observability.observer import Evaluation, StepReport
 from megatron_tf.training.run.checkpointing import save_state
@@ -41,9 +42,8 @@ class Loop:
         self.context = context
         self.recovery = Recovery(self.config, run, context=context, reload=reload)
         self.flops_per_token = float(training_flops(self.config.model, config.training.seq_length))
-        self.world_size = self.state.mesh.world.size() if self.state.mesh.world is not None else 1
-        self._stop: Stop | None = None
-        self._is_trace_requested = False
+        self.world_size = group_size(self.state.mesh.world)
+        self._is_trace_requested = False  # kept for the next step: an evaluation can be between
 
     @property
     def done(self) -> TrainingCounters:
@@ -53,52 +53,57 @@ class Loop:
     def run(self) -> tuple[RunRecord, Stop | None]:
         """Train; (how far the run has come, why it stops: None where it is done, or the next stage is due)."""
         # a limit of time leaves room for a step, or a run could make none for ever
-        is_last = self._is_stopped(by_time=False) or self._finish_evaluation()
+        stop = self._agree(by_time=False) or self._finish_evaluation()
+        is_last = stop is not None
         while self.done.step < self.config.training.train_iters and not is_last:
             result, reason = self._step()
-            is_stopped = self._is_stopped(reason)
+            # once a step on every rank, whatever came of it: a rank alone in a collective would wait for ever
+            stop = self._agree(reason)
             if not self._recover(result):
-                is_last = self._finish_step(is_stopped)
-            elif is_stopped:
+                stop, is_last = self._finish_step(stop)
+            elif stop is not None:
                 self._save(waits=True)
                 is_last = True
-        return self.record, self._stop
+        return self.record, stop
 
-    def _is_stopped(self, reason: str | None = None, *, by_time: bool = True) -> bool:
-        """Whether the ranks agree to stop: `reason` is this rank's observers'."""
-        self._stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
+    def _agree(self, reason: str | None = None, *, by_time: bool = True) -> Stop | None:
+        """Whether and why the ranks stop: `reason` is this rank's observers'."""
+        stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
         self._is_trace_requested = self._is_trace_requested or is_trace_requested
-        return self._stop is not None
+        return stop
 
-    def _finish_evaluation(self) -> bool:
-        """Make up for an evaluation that the last stop left out; whether the run stops in or after it."""
+    def _finish_evaluation(self) -> Stop | None:
+        """Make up for an evaluation that the last stop left out; why the run stops in or after it, if it does."""
         if not (self.record.details.evaluation_due and self.context.validation):
-            return False
-        is_stopped = self._evaluate()
-        is_last = is_stopped or self.done.step >= self.config.training.train_iters
+            return None
+        stop = self._evaluate()
+        is_last = stop is not None or self.done.step >= self.config.training.train_iters
         if is_last and not self.record.details.evaluation_due:
             self._save(waits=True)  # or each start of the ended run would evaluate again
-        return is_stopped
+        return stop
 
-    def _finish_step(self, is_stopped: bool) -> bool:
-        """Evaluate and save where it is due; whether the step was the last of this stage or job."""
+    def _finish_step(self, stop: Stop | None) -> tuple[Stop | None, bool]:
+        """Evaluate and save where it is due; (why the run stops, whether the step was the last of this stage or job).
+
+        `stop` is why it stops already.
+        """
         training, step = self.config.training, self.done.step
         save_interval = self.config.checkpoint.save_interval
         is_done = step == training.train_iters
         is_due = any(growth.is_due(step, self.done.tokens) for growth in self.following)
         if self.context.validation and (step % training.eval_interval == 0 or is_done):
-            self._set_details(evaluation_due=True)
-            is_stopped = is_stopped or self._evaluate()
-        is_last = is_done or is_due or is_stopped
+            self._set_details(evaluation_due=True)  # noted first: a stop saves in the middle of an evaluation
+            stop = stop or self._evaluate()
+        is_last = is_done or is_due or stop is not None
         if is_last or (save_interval and step % save_interval == 0):
             self._save(waits=is_last)
             self.recovery.on_saved()
-        return is_last
+        return stop, is_last
 
     def _step(self) -> tuple[StepResult, str | None]:
         """Train on the next batch; what came of it, and why observers want to stop."""
         timer, observers = self.context.timer, self.context.observers
-        began = time.perf_counter()
+        began = time.perf_counter()  # a step includes its wait for data
         number, training = self.done.step + 1, self.config.training
         samples = training.batch_size_at(self.done.samples)
         tokens = samples * training.seq_length
@@ -112,6 +117,7 @@ class Loop:
         with observers.during_step(number, is_trace_requested=is_trace_requested):
             result = train_step(self.state, batch, lr)
         if result.nonfinite:
+            # only now: a bad id makes the loss NaN on every rank, and to find it takes a collective
             self._check_ids(self.context.loader.dataset, batch)
         timer.enter("report")
         self._account()
@@ -184,29 +190,31 @@ class Loop:
         self._save(waits=True)
         return f"; {self.config.checkpoint.save} holds {what}"
 
-    def _evaluate(self) -> bool:
-        """Evaluate on each validation set; whether to stop in it, which leaves it due for the next start, or after."""
+    def _evaluate(self) -> Stop | None:
+        """Evaluate on each validation set; why to stop in it, which leaves it due for the next start, or after."""
         mean = 0.0
         by_dataset = {}
         for part in self.context.validation:
             loss = self._loss_on(part)
-            if loss is None:
-                return True
+            if isinstance(loss, Stop):
+                return loss
             mean += part.weight * loss
             by_dataset[part.name] = loss
         self._set_details(evaluation_due=False)
         evaluation = Evaluation(self.done.step, mean, by_dataset if len(self.context.validation) > 1 else {})
-        return self._is_stopped(self.context.observers.tell(lambda observer: observer.on_evaluation(evaluation)))
+        return self._agree(self.context.observers.tell(lambda observer: observer.on_evaluation(evaluation)))
 
-    def _loss_on(self, part: ValidationSet) -> float | None:
-        """Mean loss over the first `eval_iters` global batches; None where the ranks agree to stop on the way."""
+    def _loss_on(self, part: ValidationSet) -> float | Stop:
+        """Mean loss over the first `eval_iters` global batches, or why the ranks agree to stop on the way."""
         training, total = self.config.training, 0.0
         mesh, masking = self.state.mesh, self.context.loader.masking
+        # a loader for each evaluation, so that all of them see the same batches
         with build_loader(part.samples, training=training, mesh=mesh, masking=masking, is_training=False) as loader:
             for _ in range(training.eval_iters):
                 self.context.timer.enter("evaluation")
-                if self._is_stopped():
-                    return None
+                stop = self._agree()
+                if stop is not None:
+                    return stop
                 batch = next(loader)
                 loss = evaluation_loss(self.state, batch)
                 if math.isnan(loss):

@@ -74,6 +74,7 @@ class Recovery:
         self._report(
             "spike", record, f"{cause}; the batch ends at sample {record.training.samples:,}", loss=result.loss
         )
+        # not >=: where there is no checkpoint the count continues, and every later spike would try again
         is_due = self.spikes.in_a_row == self.training.rewind_after_spikes
         return self._rewind(record) if is_due else None
 
@@ -89,17 +90,18 @@ class Recovery:
     def _rewind(self, record: RunRecord) -> Recovered | None:
         """Return to the last checkpoint, and continue after the data read since; None where there is none."""
         spent = record.training
-        self.context.saver.wait()
-        restored = self.reload(self.state)
+        self.context.saver.wait()  # the newest checkpoint can still be on its way to the disk
+        restored = self.reload(self.state)  # over the tensors that are there: a second state may not fit in memory
         if restored.origin is None:
             self.context.say(f"step {spent.step:>6}  there is no checkpoint to rewind to: training continues")
             return None
         self.rewinds_in_a_row += 1
-        self.spikes.in_a_row = 0
+        self.spikes.restart()
         # parameters, optimizer state and schedule of the checkpoint, but the position in the data of now
         training = replace(
             restored.record.training,
             samples=spent.samples,
+            # steps that are undone read data for nothing, as skipped ones do
             skipped=spent.skipped + spent.step - restored.record.training.step,
             overflows=spent.overflows,
         )

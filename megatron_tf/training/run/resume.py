@@ -73,6 +73,7 @@ class Resume:
                 restored = self._read(resumable, state)
             except DamagedCheckpointError as error:
                 reason = str(error)
+            # damaged for one rank, damaged for all: they have to resume from the same step
             if reason := self.mesh.first_failure(reason):
                 damaged.append(reason)
                 continue

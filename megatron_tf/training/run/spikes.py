@@ -31,6 +31,10 @@ class SpikeDetector:
         """What the next loss is judged by."""
         return SpikeHistory(tuple(self.losses), self.in_a_row)
 
+    def restart(self) -> None:
+        """Count spikes from none: the parameters are others now. What is known of the loss stays."""
+        self.in_a_row = 0
+
     def is_spike(self, loss: float) -> bool:
         """Take in the loss of a step."""
         if self.in_a_row == _HISTORY:  # a loss that stays up is no spike any more

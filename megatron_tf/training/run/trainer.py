@@ -17,6 +17,7 @@ from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import Kernels
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
 from megatron_tf.training.observability.metrics import MetricsLog
 from megatron_tf.training.observability.observer import Observer, Observers, Stage
@@ -213,17 +214,16 @@ def _hold_lock(config: RunConfig, mesh: Mesh, stack: ExitStack, *, end: Callable
 
 def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
     """Raise ConfigError where a stage of growth to come has a layout or batches that do not fit these ranks."""
-    num_ranks = 1 if mesh.world is None else mesh.world.size()
     for number in range(first, len(config.growth)):
         staged = config.at_stage(number + 1)
         parallel = staged.parallel
-        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        pipeline = parallel.pipeline_model_parallel_size
         try:
             replicas = data_parallel_size(
-                num_ranks,
-                tensor=tensor,
+                group_size(mesh.world),
+                tensor=parallel.tensor_model_parallel_size,
                 pipeline=pipeline,
-                asked=parallel.data_parallel_size,
+                requested=parallel.data_parallel_size,
                 shard_size=parallel.data_parallel_shard_size,
             )
             check_batch_sizes(staged, pipeline, replicas)

@@ -1,9 +1,5 @@
 """A batch with an id that the vocabulary has not: found by one rank, told alike by all."""
 
-from typing import Any
-
-import torch.distributed as dist
-
 from megatron_tf.data.bad_ids import describe_bad_id, first_bad_id
 from megatron_tf.data.batch import Batch
 from megatron_tf.data.blend import Samples
@@ -15,10 +11,7 @@ def bad_id_of_batch(batch: Batch, dataset: Samples, *, vocab_size: int, mesh: Me
 
     `batch` is this rank's part of the global batch, of samples of `dataset`.
     """
-    found: list[Any] = [_first_of_rank(batch, dataset, vocab_size)]
-    if mesh.world is not None:
-        mine, found = found[0], [None] * mesh.world.size()
-        dist.all_gather_object(found, mine, group=mesh.world)
+    found = mesh.gather(_first_of_rank(batch, dataset, vocab_size))
     bad = min((each for each in found if each is not None), default=None)
     return None if bad is None else str(bad[1])
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from megatron_tf.config import OptimizerConfig
+from megatron_tf.parallel.collectives import all_reduce, group_rank, group_size
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import Module, Parameter
@@ -72,7 +73,9 @@ class Optimizer:
         self.implementation = implementation
         self.declared = declared
         self.position = {name: i for i, name in enumerate(declared)}  # in the sum of the global norm
-        self._moments = {moment: [torch.zeros_like(shard.tensor) for shard in shards] for moment in MOMENTS}
+        self._moments: dict[str, list[Tensor]] = {}
+        for moment in MOMENTS:
+            self._moments[moment] = [torch.zeros_like(shard.tensor) for shard in shards]
         self._num_steps = 0
         self._old = [0] * len(shards)  # how many of the first rows of each shard are old
         self._lr_scale = 1.0
@@ -126,9 +129,9 @@ class Optimizer:
         return self.config.weight_decay_by_kind.get(parameter.kind, default)
 
     def _fill_state(self) -> None:
-        moments = [
-            (part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}) for i, rows, part in self._trained
-        ]
+        moments: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for i, rows, part in self._trained:
+            moments.append((part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}))
         set_adam_state(self.adam, moments, self._num_steps)
 
     def step(self, lr: float, scale: float = 1.0) -> Update:
@@ -138,21 +141,23 @@ class Optimizer:
         """
         gradients = self._take_gradients()
         if scale != 1.0:
+            # private, but what torch's optimizers call: one kernel for many tensors, where mul_ launches one for each
             torch._foreach_mul_(gradients, scale)
         squares = self._squares(gradients)
+        # the one wait for the device in a step of the optimizer: whether anything is updated depends on it
         norm = float(squares.sum().sqrt())
         norms = self._by_kind(squares.tolist())
         if not math.isfinite(norm):
             return Update(norm, norms, self._find_nonfinite(gradients))
         limit = self.config.clip_grad
         if limit and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
         for i, rows, part in self._trained:
             part.grad = gradients[i][rows]
         for group in self.adam.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)  # slices keep the memory of all gradients until the next backward
         self._num_steps += 1
         return Update(norm, norms)
 
@@ -183,9 +188,10 @@ class Optimizer:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
+                # the first stage has the gradient of looking up, the last one that of the logits
                 dist.all_reduce(local, group=self.tied_group)
             if self._lr_scale == 0:
-                local[:old].zero_()
+                local[:old].zero_()  # or clipping would depend on what is not trained
             gradients.append(local)
             parameter.grad = None
         return gradients
@@ -198,12 +204,10 @@ class Optimizer:
         """
         squares = torch.zeros(len(self.position), dtype=torch.float64, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
-            if shard.writer:
+            if shard.is_writer:  # copies on other ranks would count twice
                 squares[self.position[shard.name]] = torch.linalg.vector_norm(gradient).double().square()
         for axis in ("tp", "dp", "pp"):
-            group = self.mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(squares, group=group)
+            squares = all_reduce(squares, self.mesh.group(axis))
         return squares
 
     def _by_kind(self, squares: Sequence[float]) -> dict[str, float]:
@@ -213,12 +217,11 @@ class Optimizer:
         return {kind: math.sqrt(total) for kind, total in sums.items()}
 
     def _find_nonfinite(self, gradients: Iterable[Tensor]) -> dict[str, int]:
-        size = self.mesh.world.size() if self.mesh.world is not None else 1
-        rank = self.mesh.world.rank() if self.mesh.world is not None else 0
-        first = torch.full((len(self.position),), size, device=self.mesh.device)
+        world = self.mesh.world
+        none = group_size(world)  # beyond every rank, so that MIN passes over it
+        first = torch.full((len(self.position),), none, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
             if not math.isfinite(float(torch.linalg.vector_norm(gradient))):
-                first[self.position[shard.name]] = rank
-        if self.mesh.world is not None:
-            dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.mesh.world)
-        return {name: where for name, where in zip(self.position, first.tolist(), strict=True) if where < size}
+                first[self.position[shard.name]] = group_rank(world)
+        first = all_reduce(first, world, dist.ReduceOp.MIN)
+        return {name: where for name, where in zip(self.position, first.tolist(), strict=True) if where != none}

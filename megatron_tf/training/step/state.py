@@ -108,7 +108,7 @@ def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: t
 def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
     """The kernels that the model computes with from here on; the same on every rank, which all call it."""
     training = config.training
-    kernels = choose_kernels(_asked_kernels(config), mesh.device, dtype)
+    kernels = choose_kernels(_requested_kernels(config), mesh.device, dtype)
     choose_computation(model, kernels, training.recompute_granularity)
     failure = warm_up_kernels(model, mesh, rows=training.micro_batch_size * training.seq_length, dtype=dtype)
     if failure is not None:
@@ -117,11 +117,11 @@ def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: 
     return kernels
 
 
-def _asked_kernels(config: RunConfig) -> dict[str, Any]:
+def _requested_kernels(config: RunConfig) -> dict[str, Any]:
     """The configured kernels, without what `auto` would take and cannot drop or repeat every bit."""
-    asked = to_dict(config.kernels)
+    requested = to_dict(config.kernels)
     needs_sdpa = config.training.attention_dropout or config.training.deterministic
-    return asked | {"attention": "sdpa"} if needs_sdpa else asked
+    return requested | {"attention": "sdpa"} if needs_sdpa else requested
 
 
 def _build_optimizer(

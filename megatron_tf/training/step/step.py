@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_tf.data.batch import Batch
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import MicroBatches
 from megatron_tf.training.step.state import TrainState
@@ -95,8 +96,7 @@ def _loss_divisor(batch: Batch, mesh: Mesh) -> float:
     group = mesh.group("dp")
     if batch.ignored is None or group is None:
         return max(batch.num_targets, 1)  # every replica has as many
-    total = torch.tensor(batch.num_targets, device=mesh.device)
-    dist.all_reduce(total, group=group)
+    total = all_reduce(torch.tensor(batch.num_targets, device=mesh.device), group)
     return max(int(total), 1) / mesh.size("dp")
 
 
@@ -105,9 +105,8 @@ def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
     if mesh.world is None:
         return 0
     is_finite = loss is None or math.isfinite(float(loss))
-    first = torch.tensor(mesh.world.size() if is_finite else mesh.world.rank(), device=mesh.device)
-    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.world)
-    return int(first)
+    first = mesh.world.size() if is_finite else mesh.world.rank()
+    return int(all_reduce(torch.tensor(first, device=mesh.device), mesh.world, dist.ReduceOp.MIN))
 
 
 def mean_over_replicas(loss: Tensor | None, mesh: Mesh) -> float:
@@ -116,7 +115,5 @@ def mean_over_replicas(loss: Tensor | None, mesh: Mesh) -> float:
     if loss is not None:
         total += loss
     for axis in ("dp", "pp"):
-        group = mesh.group(axis)
-        if group is not None:
-            dist.all_reduce(total, group=group)
+        total = all_reduce(total, mesh.group(axis))
     return float(total) / mesh.size("dp")

@@ -40,16 +40,12 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
         "versions": _versions(),
         "clock": time.time(),
     }
-    reports: list[Any] = [mine]
-    if mesh.world is not None:
-        reports = [None] * mesh.world.size()
-        dist.all_gather_object(reports, mine, group=mesh.world)
+    reports = mesh.gather(mine)
     shared.remove()
-    errors = [
-        f"rank {rank} (host {report['host']}): {error}"
-        for rank, report in enumerate(reports)
-        for error in [*report["errors"], *_differences(reports[0], report)]
-    ]
+    errors: list[str] = []
+    for rank, report in enumerate(reports):
+        found = [*report["errors"], *_differences(reports[0], report)]
+        errors += [f"rank {rank} (host {report['host']}): {error}" for error in found]
     if errors:
         more = f"; and {len(errors) - 3} more" if len(errors) > 3 else ""
         raise ConfigError("; ".join(errors[:3]) + more)

@@ -27,7 +27,7 @@ class SignalCatcher:
     def __init__(self) -> None:
         self.number = 0
         """The signal that requested a stop; 0 for none."""
-        self.is_trace_requested = False
+        self._is_trace_requested = False
         self._code_at_once: Callable[[int], int] | None = None
         self._interrupted_at: float | None = None
         self._before: dict[int, Any] = {}
@@ -43,10 +43,16 @@ class SignalCatcher:
         """From now on a signal is noted for the run, whose ranks stop together."""
         self._code_at_once = None
 
+    def take_trace_request(self) -> bool:
+        """Whether TRACE_SIGNAL came since the last call."""
+        is_requested, self._is_trace_requested = self._is_trace_requested, False
+        return is_requested
+
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, args=(self._reader,), daemon=True, name="signals").start()
+        # no warning where the pipe is full: then the thread has enough to read
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, TRACE_SIGNAL):
             # a shell lets a job in the background ignore Ctrl-C
@@ -69,7 +75,7 @@ class SignalCatcher:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == TRACE_SIGNAL:
-            self.is_trace_requested = True
+            self._is_trace_requested = True
         else:
             self.number = self.number or number
 

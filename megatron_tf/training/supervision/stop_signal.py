@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.supervision.signals import SignalCatcher, name_of
 
@@ -36,12 +37,9 @@ class StopSignal:
         `reason` is why this rank's observers want to stop, None if they do not. Time that is up counts `by_time` only.
         """
         is_late = by_time and self.deadline is not None and time.monotonic() > self.deadline
-        requests = [self.signals.number, is_late, self.signals.is_trace_requested, reason is not None]
-        self.signals.is_trace_requested = False
-        asked = torch.tensor([int(request) for request in requests], device=self.mesh.device)
-        if self.mesh.world is not None:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world)
-        number, late, trace, observed = asked.tolist()
+        mine = [self.signals.number, is_late, self.signals.take_trace_request(), reason is not None]
+        requested = torch.tensor([int(request) for request in mine], device=self.mesh.device)
+        number, late, trace, observed = all_reduce(requested, self.mesh.world, dist.ReduceOp.MAX).tolist()
         stop = None
         if observed:  # it comes before a signal: what is to be started again would lose the reason
             stop = Stop(self.mesh.first_failure(reason) or "", is_final=True)

@@ -85,12 +85,14 @@ class Watchdog:
         if _is_of_communication(error):
             diagnosis = self._diagnose(f"({textwrap.shorten(str(error), 160)})")
             raise LostRankError(diagnosis or "") from error
+        # the last beat, so that the others name this error and not a rank that fell silent
         self._tell(self._beat(f"ended in {self.now()[0]}: {error}", 0.0, None))
 
     def _watch(self, main_thread: int) -> None:
         while not self.stop.wait(BEAT_SECONDS):
             operation, since = self.now()
             seconds = time.perf_counter() - since
+            # where the main thread is: it can wait in C++ for ever, and not say so itself
             self._tell(self._beat(operation, seconds, sys._current_frames().get(main_thread)))
             if seconds > self.limit_seconds:
                 self.end(self._diagnose(f"(the limit of {self.limit_seconds:.0f} s is reached)"))
@@ -116,6 +118,7 @@ class Watchdog:
         """Who blocks the run; None on all ranks but one that can say so."""
         try:
             before = self._beats()
+            # for three beats, so that a rank that is only late is not taken for frozen
             deadline = time.monotonic() + 3 * BEAT_SECONDS
             while time.monotonic() < deadline:  # this rank's own beat must be seen to continue, too
                 time.sleep(BEAT_SECONDS / 2)

@@ -51,7 +51,7 @@ def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
     for stage, rank in itertools.product(range(layout[1]), range(layout[0])):
         for group, shards in rank_shards(tensors, (*layout, 1), (stage, rank, 0)).items():
             held = load_file(path / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors")
-            wanted = {shard.name: shard.tensor for shard in shards if shard.writer}
+            wanted = {shard.name: shard.tensor for shard in shards if shard.is_writer}
             assert held.keys() == wanted.keys()
             assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
 
