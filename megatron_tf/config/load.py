@@ -103,7 +103,8 @@ class _UniqueKeys(yaml.SafeLoader):
         """See SafeLoader."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
+            key = key_node.value
+            line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key is not a name")
             if key in seen:

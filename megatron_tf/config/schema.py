@@ -21,7 +21,7 @@ DATA_CONTENT = "data.content"
 
 
 def check_weights(key: str, entries: Sequence[str]) -> None:
-    """Raise ConfigError, with `key`, for data sets of which some have a weight and others none, or with weights that
+    """Raise ConfigError, with `key`, for datasets of which some have a weight and others none, or with weights that
     are no shares of a whole."""
     fields = [entry.split(maxsplit=1) for entry in entries]
     if all(len(field) == 1 for field in fields):
@@ -66,7 +66,7 @@ class DataConfig:
     data_path: Annotated[list[Prefix], Field(min_length=1)]
     """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
     valid_data_path: Annotated[list[Prefix], Field(min_length=1)] | None = None
-    """Data sets for validation, whole, in place of a share of data_path."""
+    """Datasets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
@@ -136,7 +136,8 @@ class TrainingConfig:
 
     def samples_of(self, steps: int) -> int:
         """Samples of so many steps from the first one on."""
-        samples, ramp = 0, self.rampup_batch_size[2] if self.rampup_batch_size else 0
+        samples = 0
+        ramp = self.rampup_batch_size[2] if self.rampup_batch_size else 0
         for step in range(steps):
             if samples >= ramp:
                 return samples + (steps - step) * self.global_batch_size
@@ -259,7 +260,8 @@ class RunConfig:
 
     def at_stage(self, number: int) -> "RunConfig":
         """The run's configuration after `number` stages of growth. Raises ConfigError for a growth that can't be."""
-        model, layout = self.model, {}
+        model = self.model
+        layout = {}
         for stage in self.growth[:number]:
             model = grown_model(model, stage)
             for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -352,6 +354,8 @@ class RunConfig:
                 raise ConfigError(f"checkpoint.allow_changes: unknown key {key!r}; {hint}")
 
     def _keys(self) -> list[str]:
-        sections = [field.name for field in dataclasses.fields(self) if field.name != "growth"]
-        keys = [f"{name}.{key.name}" for name in sections for key in dataclasses.fields(getattr(self, name))]
+        keys = []
+        for section in dataclasses.fields(self):
+            if section.name != "growth":  # a list of stages, whose keys have no names of their own
+                keys += [f"{section.name}.{key.name}" for key in dataclasses.fields(getattr(self, section.name))]
         return [*keys, DATA_CONTENT]

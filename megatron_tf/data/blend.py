@@ -117,7 +117,8 @@ class GreedyBlend:
         """See Blend."""
         while step >= len(self._which):
             self._grow(2 * len(self._which))
-        which, block = int(self._which[step]), step // BLEND_BLOCK
+        which = int(self._which[step])
+        block = step // BLEND_BLOCK
         within_block = int(np.count_nonzero(self._which[block * BLEND_BLOCK : step] == which))
         return which, int(self._taken[block, which]) + within_block
 

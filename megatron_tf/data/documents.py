@@ -86,7 +86,8 @@ def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterat
     """
     batch = DocumentBatch()
     for number, line, size, is_ended, position in read_lines(path, MAX_LINE_BYTES):
-        batch.end_line, batch.end_byte = number, position
+        batch.end_line = number
+        batch.end_byte = position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
             continue
         batch.bad.lines += 1
@@ -110,7 +111,8 @@ def documents_of(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> I
     Raises as `read_batches` does, and DataError after a file without a document.
     """
     for path in paths:
-        documents, bad_here = 0, BadLines()
+        documents = 0
+        bad_here = BadLines()
         for batch in read_batches(path, keys):
             documents += len(batch.documents)
             kinds = set(bad_here.counts)

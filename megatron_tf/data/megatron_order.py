@@ -53,7 +53,8 @@ class MegatronOrder:
         return self._arrays, int(self._arrays.shuffle[sample % len(self._arrays.shuffle)])
 
     def _build(self) -> OrderArrays:
-        tokens, length = self._tokens, self.seq_length
+        tokens = self._tokens
+        length = self.seq_length
         epochs = max(1, -(-(self.samples * length + 1) // tokens))
         without_last = ((epochs - 1) * tokens - 1) // length
         is_partial = epochs > 1 and self.samples - without_last < int(PARTIAL_EPOCH * ((tokens - 1) // length))

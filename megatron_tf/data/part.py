@@ -95,7 +95,8 @@ class Part:
     """
 
     def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype) -> None:
-        self.stem, self.dtype = stem, dtype
+        self.stem = stem
+        self.dtype = dtype
         self._path = stem.with_name(stem.name + ".json")
         journal = Journal.read(self._path)
         is_usable = journal is not None and journal.identity == identity and self._holds(journal)

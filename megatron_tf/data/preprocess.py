@@ -66,7 +66,8 @@ def tokenize_input(
         if journal.is_complete:
             progress(path.stat().st_size, journal.num_documents)
             return
-        done, uncommitted = 0, 0
+        done = 0
+        uncommitted = 0
         for batch in _read_ahead(read_batches(path, settings.keys, journal.lines)):
             _add(part, batch, settings=settings, tokenizer=tokenizer)
             progress(batch.end_byte - done, len(batch.documents))
@@ -221,7 +222,8 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
     journals = [part.journal for part in parts]
     identity = journals[0].identity
     report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
-    data, index = Path(f"{dataset}.bin.tmp"), Path(f"{dataset}.idx.tmp")
+    data = Path(f"{dataset}.bin.tmp")
+    index = Path(f"{dataset}.idx.tmp")
     concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
@@ -235,7 +237,8 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
 
 
 def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
-    total, sets = Tally(), dict[str, Tally]()
+    total = Tally()
+    sets: dict[str, Tally] = {}
     for journal in journals:
         for name, count in journal.counts.get(output, {}).items():
             sets.setdefault(name, Tally()).add(count)

@@ -82,8 +82,8 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:
                     number += 1
                     yield Line(number, content, size, is_ended, raw.tell())
             except _DamageError as error:
-                end, position = path.stat().st_size, raw.tell()
-                yield Line(number + 1, f"damaged or truncated file ({error})", end - position, False, end)
+                end = path.stat().st_size
+                yield Line(number + 1, f"damaged or truncated file ({error})", end - raw.tell(), False, end)
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
@@ -141,7 +141,8 @@ def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[tuple
             parts.append(end)
             size += len(end)
             yield b"".join(parts) if size <= max_line_bytes else too_long, size, True
-            parts, size = [], 0
+            parts = []
+            size = 0
         size += len(rest)
         if size <= max_line_bytes:
             parts.append(rest)
@@ -181,10 +182,12 @@ def _decompressed(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterato
     data = raw.read(_CHUNK_BYTES)
     while data:
         start = last_chunk = raw.tell() - len(data)  # of this member, and of what its decoder was given last
-        decoder, made = new_decoder(), 0
+        decoder = new_decoder()
+        made = 0
         while not decoder.eof:
             if decoder.needs_input and not data:
-                last_chunk, data = raw.tell(), raw.read(_CHUNK_BYTES)
+                last_chunk = raw.tell()
+                data = raw.read(_CHUNK_BYTES)
                 if not data:
                     raise _DamageError("it ends within a compressed block; how much is lost is unknown")
             try:

@@ -6,7 +6,8 @@ import socket
 from megatron_tf.errors import UserError
 from megatron_tf.extras import how_to_install
 
-FIRST_PORT, NUM_PORTS = 20000, 10000
+FIRST_PORT = 20000
+NUM_PORTS = 10000
 """Ports of jobs under slurm, below those that systems hand out by themselves; examples/slurm counts alike."""
 
 

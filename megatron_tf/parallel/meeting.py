@@ -102,7 +102,8 @@ class _Joining(threading.Thread):
 
 
 def _explained(error: Exception, *, place: str, size: int, limit: timedelta) -> Exception:
-    text, lines = str(error), str(error).splitlines() or [repr(error)]
+    text = str(error)
+    lines = text.splitlines() or [repr(error)]
     if not isinstance(error, RuntimeError):  # of which torch's errors of communication are
         return error
     if "EADDRINUSE" in text or "ddress already in use" in text:

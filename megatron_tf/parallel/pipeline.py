@@ -98,7 +98,8 @@ class LocalRunner:
 
     def train(self, batches: MicroBatches, divisor: float) -> Tensor:
         """See Runner."""
-        losses, last = [], len(batches.inputs) - 1
+        losses = []
+        last = len(batches.inputs) - 1
         for i in range(len(batches.inputs)):
             set_gradient_sync(self.module, i == last)
             loss = self._loss(batches, i, divisor)

@@ -47,7 +47,8 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     Mesh dimensions named "tp" cut first and "dp", or "dp_shard", cuts what is left, whatever their order in the mesh.
     `is_copy` marks a parameter that another pipeline stage owns (a tied embedding's second copy).
     """
-    start, stop = 0, parameter.shape[0]
+    start = 0
+    stop = parameter.shape[0]
     writer = not is_copy
     local = parameter.detach()
     if isinstance(parameter, DTensor):
