@@ -93,6 +93,7 @@ py::tuple check_index(const py::buffer &file, const py::bytes &type_sizes) {
 PYBIND11_MODULE(_index, module) {
     module.doc() = "Indexed datasets and the order of training samples, in C++; megatron_tf.data is its user.";
     module.def("permutation", &permutation, py::arg("n"), py::arg("key0"), py::arg("key1"));
+    // Without conversion, which would copy arrays of another type without a word.
     const auto order = py::arg("order").noconvert(), lengths = py::arg("lengths").noconvert();
     module.def("sample_index", &sample_index<std::uint32_t, std::int32_t>, order, lengths, py::arg("seq_length"));
     module.def("sample_index", &sample_index<std::uint32_t, std::int64_t>, order, lengths, py::arg("seq_length"));

@@ -67,6 +67,7 @@ std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end,
         const bool is_known = document < num_lengths;
         const Length length = lengths[is_known ? document : 0];
         *ordered++ = length;
+        // without a branch, and looked into only where something was bad
         is_bad |= !is_known | (length < 0);
         if constexpr (sizeof(Length) < sizeof sum)
             sum += length;  // a window of them cannot overflow
@@ -97,12 +98,14 @@ SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents,
     std::vector<Length> ordered(std::min(window, num_documents));
     std::vector<std::int64_t> starts(parts + 1);  // of parts, in the stream of all documents
     const auto boundaries_before = [&](std::int64_t token) { return token / seq_length + (token % seq_length != 0); };
+    // A window is read twice, for its sums and for its boundaries: the second time from `ordered`, in the cache.
     for (std::size_t first = 0; first < num_documents; first += window) {
         const std::size_t count = std::min(window, num_documents - first);
         in_parts(parts, count, 1, [&](std::size_t part, std::size_t begin, std::size_t end) {
             starts[part + 1] =
                 gather_lengths(order, first + begin, first + end, lengths, num_lengths, ordered.data() + begin);
         });
+        // sums become starts: only now can parts write their boundaries, each to its own places
         for (std::size_t part = 0; part < parts; ++part)
             if (__builtin_add_overflow(starts[part], starts[part + 1], &starts[part + 1]) ||
                 starts[part + 1] > std::numeric_limits<std::int64_t>::max() - seq_length)

@@ -131,6 +131,7 @@ class TrainingConfig:
         if self.rampup_batch_size is None:
             return self.global_batch_size
         start, increment, samples = self.rampup_batch_size
+        # whole numbers alone: every rank, and every resume, counts the same size
         increments = (self.global_batch_size - start) // increment
         return start + increment * min(increments, consumed_samples * increments // samples)
 
@@ -139,6 +140,7 @@ class TrainingConfig:
         samples = 0
         ramp = self.rampup_batch_size[2] if self.rampup_batch_size else 0
         for step in range(steps):
+            # from here on every step is alike: only those of the ramp are counted one by one
             if samples >= ramp:
                 return samples + (steps - step) * self.global_batch_size
             samples += self.batch_size_at(samples)
@@ -271,6 +273,7 @@ class RunConfig:
         return dataclasses.replace(self, model=model, parallel=parallel, growth=[])
 
     def __post_init__(self) -> None:
+        # each section has checked itself: what is left are facts of several sections
         self._check_tensor_parallel()
         self._check_growth()
         self.model.check_rotary()
@@ -303,11 +306,13 @@ class RunConfig:
         for number, stage in enumerate(self.growth):
             if (stage.at_step is None) == (stage.at_tokens is None):
                 raise ConfigError(f"growth[{number}]: say when, by either at_step or at_tokens")
+            # all stages are built now: a run would otherwise find the impossible one only when it gets there
             try:
                 self.at_stage(number + 1)
             except ConfigError as error:
                 raise ConfigError(f"growth[{number}]: {error}") from None
         for key in ("at_step", "at_tokens"):
+            # each key on its own: how steps and tokens compare, only the run can tell
             times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
             if times != sorted(set(times)):
                 raise ConfigError(f"growth: {key} must increase from stage to stage, it is {times}")

@@ -79,6 +79,7 @@ class IndexedDataset:
         """Tokens of each document, [documents]: int32, or int64 where a document is of several sequences."""
         if self._one_sequence_each:
             return self.lengths
+        # differences of running sums: right for documents of no sequence too, where reduceat would not be
         ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         return np.diff(ends[self.documents])
 
@@ -106,6 +107,7 @@ class IndexedDataset:
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         first, last = int(self._bounds[index]), int(self._bounds[index + 1])
+        # a document of no sequence has no offset of its own
         if first == last:
             return 0, 0
         size = self.dtype.itemsize
@@ -159,6 +161,7 @@ def _read_index(path: Path) -> _Index:
         raise DataError(
             f"{path}: it is of {np.dtype(_TYPES_BY_CODE[code])} values, not of token ids: give a dataset of tokens"
         )
+    # what follows the bounds, if anything, is a byte for each sequence
     modes = mapped[_HEADER.size + 12 * sequences + 8 * bounds :]
     if modes.any():
         raise DataError(
@@ -197,6 +200,7 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
     """Write an .idx, in memory for one block."""
     with path.open("wb") as file:
         file.write(bytes(_HEADER.size))  # until the counts are known
+        # the file has all lengths, then all offsets, then all bounds: three passes need memory for one block alone
         sequences = sum(file.write(lengths.astype("<i4").tobytes()) for lengths, _ in blocks()) // 4
         offset = 0
         for lengths, _ in blocks():
@@ -211,6 +215,7 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
             ends = np.cumsum(counts, dtype="<i8") + bound
             bounds += file.write(ends.tobytes()) // 8
             bound = int(ends[-1]) if len(ends) else bound
+        # last, so that a file that a crash cut short does not look like an index
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, bounds))
         sync_file(file)
@@ -222,6 +227,7 @@ def blocks_of_documents(document_lengths: NDArray[np.int32]) -> Blocks:
     def blocks() -> Iterator[tuple[NDArray[np.int32], NDArray[np.integer]]]:
         for start in range(0, len(document_lengths), INDEX_BLOCK):
             block = document_lengths[start : start + INDEX_BLOCK]
+            # Megatron-LM writes no sequence for an empty document, only a bound
             yield block[block > 0], (block > 0).astype(np.int8)
 
     return blocks

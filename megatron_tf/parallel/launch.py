@@ -82,6 +82,7 @@ def _env_from_mpi() -> None:
     is_one_node = node.Get_size() == world.Get_size()
     address, port = world.bcast(("127.0.0.1" if is_one_node else socket.gethostname(), _free_port()))
     places = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": node.Get_rank()}
+    # torch.distributed reads them; the first rank has chosen address and port for all
     os.environ.update({name: str(place) for name, place in places.items()})
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))
