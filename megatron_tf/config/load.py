@@ -81,7 +81,9 @@ def _one_of_each(faults: Sequence[Any]) -> list[Any]:
     without the names that pydantic has for these types."""
     found: dict[tuple[Any, ...], Any] = {}
     for fault in faults:
+        # pydantic puts the names of types it has tried among the keys: without them the place is what the user wrote
         place = tuple(part for part in fault["loc"] if not re.search(r"\[|constrained|function-", str(part)))
+        # faults that such a name marks are alternatives: one of them is enough for a section.key
         key = place if len(place) == len(fault["loc"]) else place[:2]
         if key not in found or len(place) > len(found[key]["loc"]):
             found[key] = fault | {"loc": place}

@@ -78,6 +78,7 @@ class ModelConfig:
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raise ConfigError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
+        # every layer, since lists may give each another count
         shared = {"num_attention_heads": [self.num_attention_heads], "padded_vocab_size": [self.padded_vocab_size]}
         for kind in self.token_kinds:
             shared[f"{kind}_tokens"] = self.token_counts(kind)

@@ -42,6 +42,7 @@ class BadLines:
             self.counts[kind] = self.counts.get(kind, 0) + count
             self.bytes[kind] = self.bytes.get(kind, 0) + later.bytes[kind]
             self.shards[kind] = self.shards.get(kind, 0) + (0 if is_counted else later.shards[kind])
+        # the earlier one stays
         self.first = {**later.first, **self.first}
         self.lines += later.lines
 

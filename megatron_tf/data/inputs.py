@@ -65,6 +65,7 @@ def _names(base: str, part: str) -> list[str]:
     is_pattern = any(c in part for c in "*?") or ("[" in part and not os.path.lexists(os.path.join(base, part)))  # noqa: PTH118
     if not is_pattern:
         return [part] if os.path.lexists(os.path.join(base, part)) else []  # noqa: PTH118
+    # as in shells, `*` means no hidden files
     is_hidden = part.startswith(".")
     return [name for name in _entries(base) if name.startswith(".") <= is_hidden and fnmatchcase(name, part)]
 

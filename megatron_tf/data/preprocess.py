@@ -53,6 +53,7 @@ class Settings:
         """Everything that decides the bytes one input becomes."""
         status = path.stat()
         file = {"input": str(path), "size": status.st_size, "modified": status.st_mtime_ns}
+        # as JSON would give it back, with lists for tuples: it is compared with what was read from a journal
         return {"format": FORMAT_VERSION, **file, **json.loads(json.dumps(asdict(self)))}
 
 
@@ -90,6 +91,7 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
         if settings.eod is not None:
             encoded = _with_end(encoded, settings.eod)
         for output, which in _outputs(key, sets, settings).items():
+            # the usual case of one set in a batch copies nothing
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
             lengths = chosen.lengths.tolist()
             documents = [
@@ -138,6 +140,7 @@ def _utf8_size(text: str) -> int:
 def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
     """The same items; the next one is made in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        # None for the end: no item is None
         pending = reader.submit(next, iterator, None)
         while (item := pending.result()) is not None:
             pending = reader.submit(next, iterator, None)

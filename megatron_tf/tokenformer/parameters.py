@@ -55,6 +55,7 @@ _ATTENTION: dict[Module, ParameterKind] = {
     Module.VALUE: "qkv",
     Module.PROJ: "proj",
 }
+# whose outputs are added to the residual stream
 _ENDS_BRANCH = (Module.PROJ, Module.FFN, Module.FFN_DOWN)
 
 
