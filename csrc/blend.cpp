@@ -35,13 +35,16 @@ void greedy_blend(const double *weights, std::size_t num_datasets, bool are_shar
     const std::vector<double> shares = normalised(weights, num_datasets, are_shares);
     std::vector<double> counts(num_datasets);
     for (std::int64_t i = 0; i < size; ++i) {
+        // counts are doubles for the subtraction below: whole numbers below 2^53 are exact
         if (i % kBlendBlock == 0)
             taken = std::transform(counts.begin(), counts.end(), taken, [](double n) { return std::int64_t(n); });
+        // as Megatron-LM has it: without the 1, step 0 would find every dataset equally far behind
         const auto step = static_cast<double>(std::max<std::int64_t>(i, 1));
         std::size_t chosen = 0;
         double most = -std::numeric_limits<double>::infinity();
         for (std::size_t d = 0; d < num_datasets; ++d) {
             const double behind = shares[d] * step - counts[d];
+            // not >=: ties go to the first; and without fused operations (-ffp-contract), which round otherwise
             if (behind > most) {
                 most = behind;
                 chosen = d;

@@ -21,11 +21,11 @@ using Input = py::array_t<T, py::array::c_style>;
 
 // Hands a vector's memory to numpy without copying it.
 template <typename T>
-py::array_t<T> to_numpy(megatron_tf::Column<T> &&values) {
-    auto owner = std::make_unique<megatron_tf::Column<T>>(std::move(values));
+py::array_t<T> to_numpy(std::vector<T> &&values) {
+    auto owner = std::make_unique<std::vector<T>>(std::move(values));
     T *data = owner->data();
     const auto size = static_cast<py::ssize_t>(owner->size());
-    py::capsule release(owner.release(), [](void *vector) { delete static_cast<megatron_tf::Column<T> *>(vector); });
+    py::capsule release(owner.release(), [](void *vector) { delete static_cast<std::vector<T> *>(vector); });
     return py::array_t<T>(size, data, release);
 }
 
@@ -93,6 +93,7 @@ py::tuple check_index(const py::buffer &file, const py::bytes &type_sizes) {
 PYBIND11_MODULE(_index, module) {
     module.doc() = "Indexed datasets and the order of training samples, in C++; megatron_tf.data is its user.";
     module.def("permutation", &permutation, py::arg("n"), py::arg("key0"), py::arg("key1"));
+    // Without conversion, which would copy arrays of another type without a word.
     const auto order = py::arg("order").noconvert(), lengths = py::arg("lengths").noconvert();
     module.def("sample_index", &sample_index<std::uint32_t, std::int32_t>, order, lengths, py::arg("seq_length"));
     module.def("sample_index", &sample_index<std::uint32_t, std::int64_t>, order, lengths, py::arg("seq_length"));

@@ -26,6 +26,7 @@ void in_parts(std::size_t parts, std::size_t count, std::size_t granule, const A
         try {
             act(part, std::min(count, part * size), std::min(count, (part + 1) * size));
         } catch (...) {
+            // an exception that left a thread would end the process
             errors[part] = std::current_exception();
         }
     };

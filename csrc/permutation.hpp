@@ -44,10 +44,12 @@ void permutation(Id *result, std::size_t n, std::uint64_t key0, std::uint64_t ke
     const std::size_t buckets = std::size_t{1} << bits, parts = n > kBucketElements ? num_threads() : 1;
     std::vector<std::vector<std::size_t>> ends(parts, std::vector<std::size_t>(buckets));
     const auto for_each_part = [&](const auto &act) { in_parts(parts, n, 4 * Philox::kWords, act); };
+    // First count, then place: the choices are drawn again instead of being stored.
     for_each_part([&](std::size_t part, std::size_t begin, std::size_t end) {
         auto &counts = ends[part];
         for_each_bucket_choice(keys, bits, begin, end, [&](std::size_t, std::uint64_t bucket) { ++counts[bucket]; });
     });
+    // Counts become places: where a part's first element of a bucket goes, in the order that one thread would fill.
     std::size_t start = 0;
     for (std::size_t bucket = 0; bucket < buckets; ++bucket)
         for (auto &part : ends) start += std::exchange(part[bucket], start);
@@ -57,10 +59,12 @@ void permutation(Id *result, std::size_t n, std::uint64_t key0, std::uint64_t ke
             result[next[bucket]++] = static_cast<Id>(i);
         });
     });
+    // Every place has moved to its end by now: the last part's are those of the buckets.
     const auto &last = ends.back();
     in_parts(parts, buckets, 1, [&](std::size_t, std::size_t begin, std::size_t end) {
         for (std::size_t bucket = begin; bucket < end; ++bucket) {
             Id *values = result + (bucket == 0 ? 0 : last[bucket - 1]);
+            // stream 0 has chosen the buckets
             Philox generator(key0, key1, bucket + 1);
             for (std::size_t i = result + last[bucket] - values; i-- > 1;)
                 std::swap(values[i], values[generator.at_most(static_cast<std::uint32_t>(i))]);

@@ -46,6 +46,7 @@ private:
 
     void refill() {
         std::array<Block, kWords / 4> blocks;
+        // numpy counts before it draws: its first block is of counter 1
         for (auto &block : blocks) block = {++counter_, stream_, 0, 0};
         std::uint64_t k0 = key_[0], k1 = key_[1];
         for (int round = 0; round < 10; ++round) {
@@ -55,6 +56,7 @@ private:
                 block = {static_cast<std::uint64_t>(p1 >> 64) ^ block[1] ^ k0, static_cast<std::uint64_t>(p1),
                          static_cast<std::uint64_t>(p0 >> 64) ^ block[3] ^ k1, static_cast<std::uint64_t>(p0)};
             }
+            // Weyl sequences of the golden ratio and of sqrt(3) - 1, and above the multipliers, all from the paper
             k0 += 0x9E3779B97F4A7C15ULL;
             k1 += 0xBB67AE8584CAA73BULL;
         }

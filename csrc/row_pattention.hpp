@@ -103,6 +103,7 @@ void pattend_rows(const T *x, const T *keys, const T *values, T *out, Norm norm,
     const auto arranged = row_product::arrange_rows<T>(x, rows, width_in);
     row_product::multiply(arranged.data(), keys, scores.data(), rows, tokens, width_in, threads);
     row_product::run_best(row_product::Normalise{scores.data(), tokens, tau, norm}, 0, rows);
+    // in the order that T needs, but not rounded to it: weights stay fp32 between the products
     const auto weights = row_product::arrange_rows<T>(scores.data(), rows, tokens);
     row_product::multiply(weights.data(), values, out, rows, width_out, tokens, threads);
 }

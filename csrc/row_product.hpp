@@ -145,6 +145,7 @@ auto best_run() {
 
 template <typename Work>
 void run_best(const Work &work, std::size_t begin, std::size_t end) {
+    // the processor is asked once
     static const auto run = best_run<Work>();
     run(work, begin, end);
 }

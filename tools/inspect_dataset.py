@@ -1,4 +1,4 @@
-"""Look into a data set and check it: `megatron-tf inspect-dataset` as a script of the source tree."""
+"""Look into a dataset and check it: `megatron-tf inspect-dataset` as a script of the source tree."""
 
 from megatron_tf.commands.runner import run_script
 

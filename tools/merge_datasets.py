@@ -1,4 +1,4 @@
-"""Put data sets together: `megatron-tf merge-datasets` as a script of the source tree."""
+"""Put datasets together: `megatron-tf merge-datasets` as a script of the source tree."""
 
 from megatron_tf.commands.runner import run_script
 

@@ -1,4 +1,4 @@
-"""Turn Pile shards into indexed data sets: `megatron-tf preprocess-data` as a script of the source tree."""
+"""Turn Pile shards into indexed datasets: `megatron-tf preprocess-data` as a script of the source tree."""
 
 from megatron_tf.commands.runner import run_script
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_tf.commands.arguments import file_path, make_parser
 from megatron_tf.commands.runner import command, say_error
 from megatron_tf.config import RunConfig, load_config
-from megatron_tf.config.describe import describe
+from megatron_tf.config.describe import describe_keys
 from megatron_tf.training.supervision.signals import SignalCatcher, caught_signals, exit_code
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None, *, observers: "Sequence[Observer]" 
     Returns 0 when the run is done, by its configuration or as an observer says, 75 where it is saved and the same
     command continues it, 128 + the number of a signal where it is not saved.
     """
-    parser = make_parser("pretrain", __doc__, "Keys of the configuration, each also an override:\n" + describe())
+    parser = make_parser("pretrain", __doc__, "Keys of the configuration, each also an override:\n" + describe_keys())
     parser.add_argument("config", type=file_path, help="YAML file; examples/configs holds some")
     known, overrides = parser.parse_known_args(arguments)
     with caught_signals() as signals:

@@ -18,7 +18,7 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _LARGEST_SHOWN = 1_000_000  # bounds above it are of the representation: no one reaches them
 
 
-def describe() -> str:
+def describe_keys() -> str:
     """Every key with its type or choices, its default and its meaning, section by section."""
     lines = []
     for section in dataclasses.fields(RunConfig):
@@ -41,7 +41,8 @@ def _items(kind: Any, prefix: str) -> list[Item]:
 
 def type_name(hint: Any) -> str:
     """A type as users write its values: choices by name, null for None, and the bounds of numbers."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
     if origin is typing.Annotated:
         return type_name(arguments[0]) + _bounds(arguments[1:])
     if origin is typing.Literal:

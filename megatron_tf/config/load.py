@@ -81,7 +81,9 @@ def _one_of_each(faults: Sequence[Any]) -> list[Any]:
     without the names that pydantic has for these types."""
     found: dict[tuple[Any, ...], Any] = {}
     for fault in faults:
+        # pydantic puts the names of types it has tried among the keys: without them the place is what the user wrote
         place = tuple(part for part in fault["loc"] if not re.search(r"\[|constrained|function-", str(part)))
+        # faults that such a name marks are alternatives: one of them is enough for a section.key
         key = place if len(place) == len(fault["loc"]) else place[:2]
         if key not in found or len(place) > len(found[key]["loc"]):
             found[key] = fault | {"loc": place}
@@ -103,7 +105,8 @@ class _UniqueKeys(yaml.SafeLoader):
         """See SafeLoader."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
+            key = key_node.value
+            line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key is not a name")
             if key in seen:

@@ -78,13 +78,16 @@ class ModelConfig:
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raise ConfigError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
-        values = [(key, getattr(self, key)) for key in ("num_attention_heads", "padded_vocab_size")]
-        values += [(f"{kind}_tokens", count) for kind in self.token_kinds for count in self.token_counts(kind)]
-        for key, value in values:
-            if value % size:
-                raise ConfigError(
-                    f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
-                )
+        # every layer, since lists may give each another count
+        shared = {"num_attention_heads": [self.num_attention_heads], "padded_vocab_size": [self.padded_vocab_size]}
+        for kind in self.token_kinds:
+            shared[f"{kind}_tokens"] = self.token_counts(kind)
+        for key, values in shared.items():
+            for value in values:
+                if value % size:
+                    raise ConfigError(
+                        f"model.{key} ({value}) must be divisible by parallel.tensor_model_parallel_size ({size})"
+                    )
 
     def check_rotary(self) -> None:
         """Raise ConfigError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before

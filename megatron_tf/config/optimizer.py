@@ -71,10 +71,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise ConfigError(f"min_lr ({self.min_lr}) is above lr ({self.lr})")
-        by_steps, by_tokens = (
-            [key for key in (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}") if getattr(self, key)]
-            for unit in ("iters", "tokens")
-        )
+        by_steps = self._given("iters")
+        by_tokens = self._given("tokens")
         if by_tokens and (by_steps or self.lr_decay_tokens is None):
             raise ConfigError(
                 f"a schedule by tokens needs lr_decay_tokens and no key by steps: given are {by_tokens + by_steps}"
@@ -89,6 +87,11 @@ class OptimizerConfig:
         for unit in ("iters", "tokens"):
             if (end := getattr(self, f"lr_decay_{unit}")) is not None:
                 self.check_end(unit, f"lr_decay_{unit}", end)
+
+    def _given(self, unit: str) -> list[str]:
+        """Keys of the schedule in a unit that have a value."""
+        keys = (f"lr_decay_{unit}", f"lr_warmup_{unit}", f"lr_wsd_decay_{unit}")
+        return [key for key in keys if getattr(self, key)]
 
     def check_end(self, unit: str, key: str, end: int) -> None:
         """Raise ConfigError where a part of the schedule is longer than the whole, which ends after `end`, by `key`."""

@@ -21,7 +21,7 @@ DATA_CONTENT = "data.content"
 
 
 def check_weights(key: str, entries: Sequence[str]) -> None:
-    """Raise ConfigError, with `key`, for data sets of which some have a weight and others none, or with weights that
+    """Raise ConfigError, with `key`, for datasets of which some have a weight and others none, or with weights that
     are no shares of a whole."""
     fields = [entry.split(maxsplit=1) for entry in entries]
     if all(len(field) == 1 for field in fields):
@@ -66,7 +66,7 @@ class DataConfig:
     data_path: Annotated[list[Prefix], Field(min_length=1)]
     """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
     valid_data_path: Annotated[list[Prefix], Field(min_length=1)] | None = None
-    """Data sets for validation, whole, in place of a share of data_path."""
+    """Datasets for validation, whole, in place of a share of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
@@ -131,13 +131,16 @@ class TrainingConfig:
         if self.rampup_batch_size is None:
             return self.global_batch_size
         start, increment, samples = self.rampup_batch_size
+        # whole numbers alone: every rank, and every resume, counts the same size
         increments = (self.global_batch_size - start) // increment
         return start + increment * min(increments, consumed_samples * increments // samples)
 
     def samples_of(self, steps: int) -> int:
         """Samples of so many steps from the first one on."""
-        samples, ramp = 0, self.rampup_batch_size[2] if self.rampup_batch_size else 0
+        samples = 0
+        ramp = self.rampup_batch_size[2] if self.rampup_batch_size else 0
         for step in range(steps):
+            # from here on every step is alike: only those of the ramp are counted one by one
             if samples >= ramp:
                 return samples + (steps - step) * self.global_batch_size
             samples += self.batch_size_at(samples)
@@ -259,7 +262,8 @@ class RunConfig:
 
     def at_stage(self, number: int) -> "RunConfig":
         """The run's configuration after `number` stages of growth. Raises ConfigError for a growth that can't be."""
-        model, layout = self.model, {}
+        model = self.model
+        layout = {}
         for stage in self.growth[:number]:
             model = grown_model(model, stage)
             for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
@@ -269,6 +273,7 @@ class RunConfig:
         return dataclasses.replace(self, model=model, parallel=parallel, growth=[])
 
     def __post_init__(self) -> None:
+        # each section has checked itself: what is left are facts of several sections
         self._check_tensor_parallel()
         self._check_growth()
         self.model.check_rotary()
@@ -301,11 +306,13 @@ class RunConfig:
         for number, stage in enumerate(self.growth):
             if (stage.at_step is None) == (stage.at_tokens is None):
                 raise ConfigError(f"growth[{number}]: say when, by either at_step or at_tokens")
+            # all stages are built now: a run would otherwise find the impossible one only when it gets there
             try:
                 self.at_stage(number + 1)
             except ConfigError as error:
                 raise ConfigError(f"growth[{number}]: {error}") from None
         for key in ("at_step", "at_tokens"):
+            # each key on its own: how steps and tokens compare, only the run can tell
             times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
             if times != sorted(set(times)):
                 raise ConfigError(f"growth: {key} must increase from stage to stage, it is {times}")
@@ -352,6 +359,8 @@ class RunConfig:
                 raise ConfigError(f"checkpoint.allow_changes: unknown key {key!r}; {hint}")
 
     def _keys(self) -> list[str]:
-        sections = [field.name for field in dataclasses.fields(self) if field.name != "growth"]
-        keys = [f"{name}.{key.name}" for name in sections for key in dataclasses.fields(getattr(self, name))]
+        keys = []
+        for section in dataclasses.fields(self):
+            if section.name != "growth":  # a list of stages, whose keys have no names of their own
+                keys += [f"{section.name}.{key.name}" for key in dataclasses.fields(getattr(self, section.name))]
         return [*keys, DATA_CONTENT]

@@ -55,5 +55,6 @@ def document_starts(inputs: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
     By the ids, not by what was read: a document of the dataset may itself be several, each with its end.
     """
     begins = np.zeros(inputs.shape, dtype=np.int64)
+    # the token after an end is where the next document begins; the highest so far is then the one a token is in
     begins[..., 1:] = np.where(inputs[..., :-1] == eod, np.arange(1, inputs.shape[-1]), 0)
     return np.maximum.accumulate(begins, axis=-1)

@@ -57,6 +57,7 @@ class SpacedBlend:
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = np.array(weights, dtype=np.float64) / math.fsum(weights)
         self._phases, _ = np.modf((np.arange(len(weights)) + 0.5) * _GOLDEN_RATIO)
+        # no step is in block -1
         self._latest = (-1, *self.steps(0, 0))
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -117,11 +118,14 @@ class GreedyBlend:
         """See Blend."""
         while step >= len(self._which):
             self._grow(2 * len(self._which))
-        which, block = int(self._which[step]), step // BLEND_BLOCK
+        which = int(self._which[step])
+        block = step // BLEND_BLOCK
+        # a number for each step would take five times the memory: so it is counted, within a block alone
         within_block = int(np.count_nonzero(self._which[block * BLEND_BLOCK : step] == which))
         return which, int(self._taken[block, which]) + within_block
 
     def _grow(self, steps: int) -> None:
+        # from the first step each time, since a choice depends on all before it; doubling keeps that to twice the work
         self._which, self._taken = greedy_blend(self._weights, steps, self._are_shares)
 
 

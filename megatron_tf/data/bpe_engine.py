@@ -3,13 +3,14 @@
 import logging
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from megatron_tf.data.encoded import Encoded
 
 if TYPE_CHECKING:
     import gigatoken
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[list[str]], tuple[NDArray[np.uint32], NDArray[np.int64]]]
-"""texts -> (ids of all end to end, number of ids of each)."""
+Encode = Callable[[Sequence[str]], Encoded]
 
 # Outside of ranges that no two engines disagree about, so that most texts need no closer look.
 _UNSETTLED = re.compile(
@@ -80,9 +80,9 @@ def _is_settled_character(character: str) -> bool:
 def encode_flat(tokenizer: "gigatoken.Tokenizer") -> Encode:
     """A gigatoken tokenizer as an Encode, without a Python object for each id."""
 
-    def encode(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        layout: Any = tokenizer.encode_batch(texts).layout
-        return layout.content.data, np.diff(layout.offsets.data)
+    def encode(texts: Sequence[str]) -> Encoded:
+        layout: Any = tokenizer.encode_batch(list(texts)).layout
+        return Encoded(layout.content.data, np.diff(layout.offsets.data))
 
     return encode
 
@@ -90,11 +90,9 @@ def encode_flat(tokenizer: "gigatoken.Tokenizer") -> Encode:
 def _difference(encode: Encode, reference: "tokenizers.Tokenizer") -> str | None:
     added = [token.content for token in reference.get_added_tokens_decoder().values()]
     probes = [*PROBES, *added, "a" + "b".join(added) + " c"]
-    ids, lengths = encode(probes)
-    rows = np.split(ids, np.cumsum(lengths)[:-1])
-    for text, row, expected in zip(
-        probes, rows, reference.encode_batch_fast(probes, add_special_tokens=False), strict=True
-    ):
+    rows = encode(probes).rows()
+    expected_rows = reference.encode_batch_fast(probes, add_special_tokens=False)
+    for text, row, expected in zip(probes, rows, expected_rows, strict=True):
         if row.tolist() != expected.ids:
             return f"it encodes {text[:40]!r} differently"
     return None

@@ -42,6 +42,7 @@ class BadLines:
             self.counts[kind] = self.counts.get(kind, 0) + count
             self.bytes[kind] = self.bytes.get(kind, 0) + later.bytes[kind]
             self.shards[kind] = self.shards.get(kind, 0) + (0 if is_counted else later.shards[kind])
+        # the earlier one stays
         self.first = {**later.first, **self.first}
         self.lines += later.lines
 
@@ -86,7 +87,8 @@ def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterat
     """
     batch = DocumentBatch()
     for number, line, size, is_ended, position in read_lines(path, MAX_LINE_BYTES):
-        batch.end_line, batch.end_byte = number, position
+        batch.end_line = number
+        batch.end_byte = position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
             continue
         batch.bad.lines += 1
@@ -110,7 +112,8 @@ def documents_of(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> I
     Raises as `read_batches` does, and DataError after a file without a document.
     """
     for path in paths:
-        documents, bad_here = 0, BadLines()
+        documents = 0
+        bad_here = BadLines()
         for batch in read_batches(path, keys):
             documents += len(batch.documents)
             kinds = set(bad_here.counts)

@@ -26,9 +26,11 @@ class Encoded(NamedTuple):
 
     def replaced(self, which: Sequence[int], others: "Encoded") -> "Encoded":
         """With the texts `which` encoded as in `others`."""
-        rows, lengths = self.rows(), self.lengths.copy()
+        rows = self.rows()
+        lengths = self.lengths.copy()
         for i, row in zip(which, others.rows(), strict=True):
-            rows[i], lengths[i] = row, len(row)
+            rows[i] = row
+            lengths[i] = len(row)
         return Encoded(np.concatenate(rows), lengths)
 
 

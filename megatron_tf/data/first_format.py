@@ -12,7 +12,9 @@ _FORMAT = 1
 
 def is_of_first_format(report: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a report of version 0.1, which did not note the end of a document, is of these inputs and settings."""
-    first = [{key: value for key, value in each.items() if key != "eod"} | {"format": _FORMAT} for each in identities]
+    first = [{**identity, "format": _FORMAT} for identity in identities]
+    for identity in first:
+        identity.pop("eod", None)
     return bool(report["inputs"] == first)
 
 

@@ -39,7 +39,8 @@ class GPTDataset:
         """(document, first token, last + 1) of each piece of a sample."""
         order, place = self.order.locate(sample)
         # a sample starts within a document and takes from those that follow in the order, empty ones included
-        position, offset = int(order.position[place]), int(order.offset[place])
+        position = int(order.position[place])
+        offset = int(order.offset[place])
         missing = self.order.seq_length + 1
         while missing:
             document = int(order.documents[position])
@@ -47,7 +48,8 @@ class GPTDataset:
             if available:
                 yield self.documents.start + document, offset, offset + available
             missing -= available
-            position, offset = position + 1, 0
+            position += 1
+            offset = 0
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:

@@ -19,7 +19,7 @@ from megatron_tf.files import sync_file
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _FAIRSEQ_HEADER = struct.Struct("<9sQBQ")
-_DTYPES = {
+_TYPES_BY_CODE = {  # of elements; the codes are those of Megatron-LM
     1: np.uint8,
     2: np.int8,
     3: np.int16,
@@ -29,9 +29,9 @@ _DTYPES = {
     7: np.float32,
     8: np.uint16,
 }
-_TYPE_SIZES = bytes([0, *(np.dtype(dtype).itemsize for dtype in _DTYPES.values())])
+_TYPE_SIZES = bytes([0, *(np.dtype(dtype).itemsize for dtype in _TYPES_BY_CODE.values())])
 INDEX_BLOCK = 1 << 20  # documents written at a time
-_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_CODES = {np.dtype(dtype): code for code, dtype in _TYPES_BY_CODE.items()}
 
 
 class DataError(UserError):
@@ -52,7 +52,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path, by_sequence: bool = False) -> None:
         self.prefix = Path(prefix)
-        index_path, data_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+        index_path = Path(f"{prefix}.idx")
+        data_path = Path(f"{prefix}.bin")
         for path in (index_path, data_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing: give the prefix that megatron-tf preprocess-data wrote")
@@ -63,7 +64,8 @@ class IndexedDataset:
         self.documents = index.bounds
         self._one_sequence_each = index.one_sequence_each or by_sequence
         self._bounds = range(len(self.lengths) + 1) if by_sequence else self.documents
-        found, size = data_path.stat().st_size, index.data_bytes
+        found = data_path.stat().st_size
+        size = index.data_bytes
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
         self.tokens = _mapped(data_path, self.dtype)
@@ -77,6 +79,7 @@ class IndexedDataset:
         """Tokens of each document, [documents]: int32, or int64 where a document is of several sequences."""
         if self._one_sequence_each:
             return self.lengths
+        # differences of running sums: right for documents of no sequence too, where reduceat would not be
         ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         return np.diff(ends[self.documents])
 
@@ -104,6 +107,7 @@ class IndexedDataset:
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         first, last = int(self._bounds[index]), int(self._bounds[index + 1])
+        # a document of no sequence has no offset of its own
         if first == last:
             return 0, 0
         size = self.dtype.itemsize
@@ -153,10 +157,11 @@ def _read_index(path: Path) -> _Index:
         code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
     except ValueError as error:
         raise DataError(f"{path}: {_is_of_fairseq(mapped) or error}") from None
-    if np.issubdtype(_DTYPES[code], np.floating):
+    if np.issubdtype(_TYPES_BY_CODE[code], np.floating):
         raise DataError(
-            f"{path}: it is of {np.dtype(_DTYPES[code])} values, not of token ids: give a dataset of tokens"
+            f"{path}: it is of {np.dtype(_TYPES_BY_CODE[code])} values, not of token ids: give a dataset of tokens"
         )
+    # what follows the bounds, if anything, is a byte for each sequence
     modes = mapped[_HEADER.size + 12 * sequences + 8 * bounds :]
     if modes.any():
         raise DataError(
@@ -165,7 +170,7 @@ def _read_index(path: Path) -> _Index:
         )
     starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
     return _Index(
-        dtype=np.dtype(_DTYPES[code]),
+        dtype=np.dtype(_TYPES_BY_CODE[code]),
         lengths=mapped[starts[0] : starts[1]].view("<i4"),
         offsets=mapped[starts[1] : starts[2]].view("<i8"),
         bounds=mapped[starts[2] : starts[3]].view("<i8"),
@@ -195,6 +200,7 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
     """Write an .idx, in memory for one block."""
     with path.open("wb") as file:
         file.write(bytes(_HEADER.size))  # until the counts are known
+        # the file has all lengths, then all offsets, then all bounds: three passes need memory for one block alone
         sequences = sum(file.write(lengths.astype("<i4").tobytes()) for lengths, _ in blocks()) // 4
         offset = 0
         for lengths, _ in blocks():
@@ -202,12 +208,14 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
             ends = np.cumsum(sizes) + offset
             file.write((ends - sizes).tobytes())
             offset = int(ends[-1]) if len(ends) else offset
-        bound, bounds = 0, 1
+        bound = 0
+        bounds = 1
         file.write(bytes(8))
         for _, counts in blocks():
             ends = np.cumsum(counts, dtype="<i8") + bound
             bounds += file.write(ends.tobytes()) // 8
             bound = int(ends[-1]) if len(ends) else bound
+        # last, so that a file that a crash cut short does not look like an index
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, bounds))
         sync_file(file)
@@ -219,6 +227,7 @@ def blocks_of_documents(document_lengths: NDArray[np.int32]) -> Blocks:
     def blocks() -> Iterator[tuple[NDArray[np.int32], NDArray[np.integer]]]:
         for start in range(0, len(document_lengths), INDEX_BLOCK):
             block = document_lengths[start : start + INDEX_BLOCK]
+            # Megatron-LM writes no sequence for an empty document, only a bound
             yield block[block > 0], (block > 0).astype(np.int8)
 
     return blocks

@@ -44,17 +44,20 @@ def _check_distinct(inputs: Sequence[Path]) -> None:
         names[file] = path
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def _matches(pattern: str) -> list[str]:
     """Paths of a pattern, component by component: the glob module passes over directories that it can't read."""
     parts = [part for part in pattern.split("/") if part]
     found = ["/" if pattern.startswith("/") else ""]
     for depth, part in enumerate(parts, 1):
         is_last = depth == len(parts)
-        if part == "**":
-            found = [path for base in found for path in _all_below(base, with_files=is_last)]
-        else:
-            found = [os.path.join(base, name) for base in found for name in _names(base, part)]  # noqa: PTH118
-    yield from found
+        bases = found
+        found = []
+        for base in bases:
+            if part == "**":
+                found += _all_below(base, with_files=is_last)
+            else:
+                found += [os.path.join(base, name) for name in _names(base, part)]  # noqa: PTH118
+    return found
 
 
 def _names(base: str, part: str) -> list[str]:
@@ -62,6 +65,7 @@ def _names(base: str, part: str) -> list[str]:
     is_pattern = any(c in part for c in "*?") or ("[" in part and not os.path.lexists(os.path.join(base, part)))  # noqa: PTH118
     if not is_pattern:
         return [part] if os.path.lexists(os.path.join(base, part)) else []  # noqa: PTH118
+    # as in shells, `*` means no hidden files
     is_hidden = part.startswith(".")
     return [name for name in _entries(base) if name.startswith(".") <= is_hidden and fnmatchcase(name, part)]
 
@@ -75,7 +79,8 @@ def _entries(directory: str) -> list[str]:
 
 def _all_below(base: str, with_files: bool) -> Iterator[str]:
     """A directory and those below it, each once; hidden ones are left out, as in patterns."""
-    pending, seen = [base], set[tuple[int, int]]()
+    pending = [base]
+    seen = set[tuple[int, int]]()  # a link may lead back to where it is
     while pending:
         directory = pending.pop()
         status = os.stat(directory or ".")  # noqa: PTH116

@@ -44,11 +44,13 @@ class BatchLoader(Iterator[Batch]):
         self.masking = masking
         self._reads = 0
         self._is_cold = False
+        # one thread: batches are read in their order, and _reads and _is_cold have one writer
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
         self.pending = self.reader.submit(self._read, consumed_samples)
 
     def __next__(self) -> Batch:
         batch = self.pending.result()
+        # not before the batch is handed over: what is read ahead does not count as consumed
         self.consumed_samples += self.batch_size(self.consumed_samples)
         self.pending = self.reader.submit(self._read, self.consumed_samples)
         return batch
@@ -63,10 +65,12 @@ class BatchLoader(Iterator[Batch]):
         numbers = self._sample_numbers(first)
         samples = numbers.ravel().tolist()
         is_probe = self._reads % PROBE_INTERVAL == 0
+        # a probe reads without telling the system, so that its faults show whether data comes from the disk
         if self._is_cold and not is_probe:
             for sample in samples:
                 self.dataset.prefetch(sample)
         faults = _major_faults()
+        # read on its own, for its length
         first_row = self.dataset[samples[0]]
         rows = np.empty((len(samples), len(first_row)), dtype=np.int64)
         rows[0] = first_row
@@ -80,9 +84,12 @@ class BatchLoader(Iterator[Batch]):
     def _sample_numbers(self, first: int) -> NDArray[np.int64]:
         """[count, B]: which samples of the global batch that begins at `first` this replica's micro-batches hold."""
         numbers = first + np.arange(self.batch_size(first), dtype=np.int64)
+        # [count, replicas, B]: replicas take turns in runs of B, so that a sample falls into the same micro-batch
+        # of all whatever their number
         return numbers.reshape(-1, self.replicas, self.micro_batch_size)[:, self.replica]
 
 
 def _major_faults() -> int:
     """How often this thread had to wait for the disk."""
+    # elsewhere than on Linux other threads count too: then data is taken for cold too often, which only costs time
     return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt

@@ -53,10 +53,13 @@ class MegatronOrder:
         return self._arrays, int(self._arrays.shuffle[sample % len(self._arrays.shuffle)])
 
     def _build(self) -> OrderArrays:
-        tokens, length = self._tokens, self.seq_length
+        tokens = self._tokens
+        length = self.seq_length
         epochs = max(1, -(-(self.samples * length + 1) // tokens))
+        # a sample needs one token beyond its length: the target of its last one
         without_last = ((epochs - 1) * tokens - 1) // length
         is_partial = epochs > 1 and self.samples - without_last < int(PARTIAL_EPOCH * ((tokens - 1) // length))
+        # what is drawn, and when, is Megatron-LM's: sequences of all parts first, then samples part by part
         random = np.random.RandomState(self.seed)
         parts = [epochs - 1, 1] if is_partial else [epochs]
         # the type of the ids counts places among all epochs too

@@ -42,6 +42,7 @@ class SampleOrder:
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
         """(arrays of the sample's epoch, its place in them)."""
         epoch, visit = divmod(sample, self.samples_per_epoch)
+        # neighboring samples are of one epoch, so only where it changes are files opened and checked
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self._arrays_of(epoch)
         arrays = self._epoch[1]
@@ -51,6 +52,7 @@ class SampleOrder:
         group, row = divmod(epoch, self._epochs_of_file)
         if self._group is None or self._group[0] != group:
             key: tuple[object, ...] = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, group)
+            # left out for large datasets: the caches that they have keep their names
             if self._epochs_of_file > 1:
                 key = (*key, self._epochs_of_file)
             self._group = group, open_or_build(self.cache, key, lambda: self._build_group(group))
@@ -64,12 +66,15 @@ class SampleOrder:
         return OrderArrays(*map(np.stack, zip(*epochs, strict=True))) if len(epochs) > 1 else epochs[0]
 
     def _build(self, epoch: int) -> OrderArrays:
+        # documents first, so that samples of another epoch are cut in other places; then samples, so that the pieces of
+        # a long document do not follow one another
         documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
         position, offset = sample_index(documents, self.lengths, self.seq_length)
         shuffle = permutation(self.samples_per_epoch, *self._keys(epoch, "samples"))
         return OrderArrays(documents, position, offset, shuffle)
 
     def _keys(self, epoch: int, what: str) -> tuple[int, int]:
+        # the name is in it, so that datasets of the same size are not shuffled alike
         digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 

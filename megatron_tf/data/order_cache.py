@@ -58,9 +58,12 @@ def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], Orde
                 f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
             ) from error
         busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
+        # only who has to build takes the lock: most starts find the arrays, and a cache may be read-only
         with locked(cache / f"order-{name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
+            # another process may have built them while this one waited
             arrays = _open(directory)
             if arrays is None:
+                # read back, since mapped pages are shared by all ranks of a host, and those that were built are not
                 _write(directory, build())
                 arrays = _open(directory)
     if arrays is None:
@@ -87,6 +90,7 @@ def _write(directory: Path, arrays: OrderArrays) -> None:
     for name, array in zip(OrderArrays._fields, arrays, strict=True):
         np.save(temporary / f"{name}.npy", array)
     (temporary / "checksums.json").write_text(json.dumps([_checksum(array) for array in arrays]))
+    # a directory can only be renamed over an empty one; who has mapped the old files keeps them
     shutil.rmtree(directory, ignore_errors=True)
     try:
         temporary.rename(directory)
@@ -97,4 +101,5 @@ def _write(directory: Path, arrays: OrderArrays) -> None:
 
 
 def _checksum(array: NDArray[np.integer]) -> str:
+    # with type and shape, since the same bytes are another order under others
     return f"{array.dtype.str}{array.shape}{xxhash.xxh3_128_hexdigest(array.data)}"

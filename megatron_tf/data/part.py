@@ -95,7 +95,8 @@ class Part:
     """
 
     def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype) -> None:
-        self.stem, self.dtype = stem, dtype
+        self.stem = stem
+        self.dtype = dtype
         self._path = stem.with_name(stem.name + ".json")
         journal = Journal.read(self._path)
         is_usable = journal is not None and journal.identity == identity and self._holds(journal)
@@ -105,9 +106,11 @@ class Part:
 
     def append(self, output: str, ids: NDArray[np.generic], documents: Sequence[tuple[str, int, int]]) -> None:
         """Documents of one output, ids end to end, and (set, ids, bytes of text) of each; counted in the journal."""
+        # before anything is counted: opening cuts files to what the journal counts
         files = self._opened(output)
         for name, length, text_bytes in documents:
             self.journal.count(output, name).add(Tally(1, length, text_bytes))
+        # by first appearance, an order that JSON keeps: rows written before a resume still point to their sets
         places = {name: place for place, name in enumerate(self.journal.counts[output])}
         rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
         lengths = np.array([length for _, length, _ in documents], "<i4")
@@ -120,6 +123,7 @@ class Part:
 
     def commit(self, is_complete: bool = False) -> None:
         """Make everything so far last."""
+        # the journal last: it never claims more than the files hold, and what they hold beyond it is cut off
         for output in sorted(self._written):
             for file in self._opened(output):
                 sync_file(file)  # what was written through another descriptor too
@@ -169,6 +173,7 @@ class Part:
         opened: list[BinaryIO] = []
         sizes = self._sizes(self.journal, output)
         for path, size in zip(self.paths(output), sizes, strict=True):
+            # opened again after it was closed for want of descriptors, it keeps what is counted and not yet committed
             file = path.open("ab")
             file.truncate(size)
             opened.append(file)

@@ -53,6 +53,7 @@ class Settings:
         """Everything that decides the bytes one input becomes."""
         status = path.stat()
         file = {"input": str(path), "size": status.st_size, "modified": status.st_mtime_ns}
+        # as JSON would give it back, with lists for tuples: it is compared with what was read from a journal
         return {"format": FORMAT_VERSION, **file, **json.loads(json.dumps(asdict(self)))}
 
 
@@ -66,7 +67,8 @@ def tokenize_input(
         if journal.is_complete:
             progress(path.stat().st_size, journal.num_documents)
             return
-        done, uncommitted = 0, 0
+        done = 0
+        uncommitted = 0
         for batch in _read_ahead(read_batches(path, settings.keys, journal.lines)):
             _add(part, batch, settings=settings, tokenizer=tokenizer)
             progress(batch.end_byte - done, len(batch.documents))
@@ -89,6 +91,7 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
         if settings.eod is not None:
             encoded = _with_end(encoded, settings.eod)
         for output, which in _outputs(key, sets, settings).items():
+            # the usual case of one set in a batch copies nothing
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
             lengths = chosen.lengths.tolist()
             documents = [
@@ -137,6 +140,7 @@ def _utf8_size(text: str) -> int:
 def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
     """The same items; the next one is made in a thread while the caller works on this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        # None for the end: no item is None
         pending = reader.submit(next, iterator, None)
         while (item := pending.result()) is not None:
             pending = reader.submit(next, iterator, None)
@@ -221,7 +225,8 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
     journals = [part.journal for part in parts]
     identity = journals[0].identity
     report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
-    data, index = Path(f"{dataset}.bin.tmp"), Path(f"{dataset}.idx.tmp")
+    data = Path(f"{dataset}.bin.tmp")
+    index = Path(f"{dataset}.idx.tmp")
     concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
@@ -235,7 +240,8 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
 
 
 def _counts(journals: list[Journal], output: str) -> dict[str, Any]:
-    total, sets = Tally(), dict[str, Tally]()
+    total = Tally()
+    sets: dict[str, Tally] = {}
     for journal in journals:
         for name, count in journal.counts.get(output, {}).items():
             sets.setdefault(name, Tally()).add(count)

@@ -82,8 +82,8 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:
                     number += 1
                     yield Line(number, content, size, is_ended, raw.tell())
             except _DamageError as error:
-                end, position = path.stat().st_size, raw.tell()
-                yield Line(number + 1, f"damaged or truncated file ({error})", end - position, False, end)
+                end = path.stat().st_size
+                yield Line(number + 1, f"damaged or truncated file ({error})", end - raw.tell(), False, end)
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
@@ -94,6 +94,7 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:
 def _blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     """The text of a file in blocks. Raises DataError where it is of another format than its name says."""
     named = _named_format(path)
+    # enough for the magic of a tar archive, which is not at its beginning
     head = raw.read(512)
     raw.seek(0)
     if head:
@@ -103,6 +104,7 @@ def _blocks(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     else:
         blocks = _decompressed(raw, _GzipDecoder if named == "gzip" else _zstd_decoder)
     is_first = True
+    # what was compressed may itself be an archive
     for block in blocks:
         if is_first and block:
             is_first = False
@@ -141,7 +143,9 @@ def _split_lines(blocks: Iterator[bytes], max_line_bytes: int) -> Iterator[tuple
             parts.append(end)
             size += len(end)
             yield b"".join(parts) if size <= max_line_bytes else too_long, size, True
-            parts, size = [], 0
+            parts = []
+            size = 0
+        # of a line that is too long only the size is kept: a damaged file may have no line end for gigabytes
         size += len(rest)
         if size <= max_line_bytes:
             parts.append(rest)
@@ -181,10 +185,12 @@ def _decompressed(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterato
     data = raw.read(_CHUNK_BYTES)
     while data:
         start = last_chunk = raw.tell() - len(data)  # of this member, and of what its decoder was given last
-        decoder, made = new_decoder(), 0
+        decoder = new_decoder()
+        made = 0
         while not decoder.eof:
             if decoder.needs_input and not data:
-                last_chunk, data = raw.tell(), raw.read(_CHUNK_BYTES)
+                last_chunk = raw.tell()
+                data = raw.read(_CHUNK_BYTES)
                 if not data:
                     raise _DamageError("it ends within a compressed block; how much is lost is unknown")
             try:
@@ -195,6 +201,7 @@ def _decompressed(raw: BinaryIO, new_decoder: Callable[[], _Decoder]) -> Iterato
             data = b""
             made += len(block)
             yield block
+        # a file may be of many members: what a decoder did not take begins the next
         data = decoder.unused_data or _next_chunk(raw, is_padded=isinstance(decoder, _GzipDecoder))
 
 

@@ -8,10 +8,11 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Sequence
-from functools import cached_property
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS
 from megatron_tf.tokenizer_files import description_file, digest_of
+
+if TYPE_CHECKING:
+    import tiktoken
+
+log = logging.getLogger(__name__)
 
 _PUBLISHED = {  # SHA-256 of the files that OpenAI publishes
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": "r50k_base",
@@ -65,7 +71,7 @@ class Description(NamedTuple):
     end: str
 
 
-def describe(path: Path) -> Description | None:
+def read_description(path: Path) -> Description | None:
     """What a file of ranks is; None where only its name could tell. Raises DataError for a file that is none."""
     if path.suffix == ".json":
         return _tekken(path)
@@ -84,27 +90,22 @@ class RanksTokenizer:
     """Encodes with tiktoken itself. Raises DataError where it is not installed, or the files are no encoding."""
 
     def __init__(self, path: Path, description: Description, eod_token: str | None = None) -> None:
+        _check(path, description)
         try:
-            import tiktoken
+            self._encoding = _encoding(path, description)
         except ImportError:
             raise DataError(f"{path} is read by tiktoken, which is not installed: pip install tiktoken") from None
-        _check(path, description)
         self._path = path
         self._description = description
         self._eod_token = eod_token
-        self._encoding = tiktoken.Encoding(
-            path.name,
-            pat_str=description.pattern,
-            mergeable_ranks=description.ranks,
-            special_tokens=description.special_tokens,
-        )
         self.vocab_size = max((*description.ranks.values(), *description.special_tokens.values())) + 1
         self.identity = {"type": "TikTokenizer", "vocab_size": self.vocab_size, "sha256": digest_of(path)}
 
     @cached_property
     def eod(self) -> int:
         """See Tokenizer."""
-        special, token = self._description.special_tokens, self._eod_token or self._description.end
+        special = self._description.special_tokens
+        token = self._eod_token or self._description.end
         if token not in special:
             names = ", ".join(list(special)[:20]) or "none"
             raise DataError(f"{self._path} has no special token {token!r}: give another as --eod-token, of {names}")
@@ -119,6 +120,37 @@ class RanksTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         return self._encoding.decode(np.asarray(ids).tolist())
+
+
+def tiktoken_encoder(path: Path, special_tokens: dict[str, int]) -> Callable[[Sequence[str]], Encoded] | None:
+    """Make tiktoken's own encoder of ranks named as their encoding; None, and a warning, where it is missing."""
+    pattern = PATTERNS[path.name.removesuffix(".tiktoken")]
+    try:
+        encoding = _encoding(path, Description(pattern, _ranks(path), special_tokens, are_read=True, end=""))
+    except ImportError:
+        _warn(path)
+        return None
+    return lambda texts: end_to_end([encoding.encode(text, allowed_special="all") for text in texts])
+
+
+@cache
+def _warn(path: Path) -> None:
+    log.warning(
+        "%s: tiktoken is not installed; it may cut texts differently that have letters, marks or numbers which came "
+        "after Unicode 3.2: pip install tiktoken",
+        path,
+    )
+
+
+def _encoding(path: Path, description: Description) -> "tiktoken.Encoding":
+    import tiktoken
+
+    return tiktoken.Encoding(
+        path.name,
+        pat_str=description.pattern,
+        mergeable_ranks=description.ranks,
+        special_tokens=description.special_tokens,
+    )
 
 
 def _check(path: Path, description: Description) -> None:
@@ -153,7 +185,8 @@ def _described(path: Path) -> tuple[str, dict[str, int]]:
     pattern, special = _ENCODINGS.get(str(content.get("encoding")), (None, {}))
     if "encoding" in content and pattern is None:
         raise DataError(f"{path}: encoding {content['encoding']!r} is not one of {', '.join(_ENCODINGS)}")
-    pattern, special = content.get("pattern", pattern), content.get("special_tokens", special)
+    pattern = content.get("pattern", pattern)
+    special = content.get("special_tokens", special)
     is_right = isinstance(special, dict) and all(type(i) is int and i >= 0 for i in special.values())
     if not isinstance(pattern, str) or not is_right:
         raise DataError(f"{path} does not describe ranks: {expected}")
@@ -164,7 +197,8 @@ def _tekken(path: Path) -> Description:
     """Mistral's file: special tokens come first, and the vocabulary is cut to the size that the file names."""
     content: Any = json.loads(path.read_text(encoding="utf-8"))
     try:
-        config, entries = content["config"], content["vocab"]
+        config = content["config"]
+        entries = content["vocab"]
         count = int(config["default_num_special_tokens"])
         kept = entries[: int(config["default_vocab_size"]) - count]
         named = content.get("special_tokens")

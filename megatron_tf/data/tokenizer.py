@@ -12,8 +12,8 @@ from megatron_tf.data.bpe_engine import encode_flat, fast_engine, is_settled
 from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.hf_files import end_of_document, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.tiktoken_files import RanksTokenizer, describe
-from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS, tiktoken_encoder
+from megatron_tf.data.tiktoken_files import RanksTokenizer, read_description, tiktoken_encoder
+from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS
 from megatron_tf.tokenizer_files import description_file, digest_of
 
 
@@ -44,7 +44,8 @@ class HFTokenizer:
         import tokenizers
 
         content = text_to_ids_only(path)
-        self._path, self._eod_token = path, eod_token
+        self._path = path
+        self._eod_token = eod_token
         self._tokenizer = tokenizers.Tokenizer.from_str(content)
         self._engine = fast_engine(path, content, self._tokenizer)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -61,11 +62,9 @@ class HFTokenizer:
         texts = list(texts)
         if self._engine is None:
             return self._encode_slowly(texts)
-        unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
-        encoded = Encoded(*self._engine(texts))
-        return encoded.replaced(unsettled, self._encode_slowly([texts[i] for i in unsettled])) if unsettled else encoded
+        return _settled(texts, self._engine(texts), self._encode_slowly)
 
-    def _encode_slowly(self, texts: list[str]) -> Encoded:
+    def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
         return end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -128,21 +127,26 @@ class TikTokenizer:
         self.identity = _identity("TikTokenizer", self.vocab_size, path)
 
     @cached_property
-    def _reference(self) -> Callable[[Sequence[str]], list[list[int]]] | None:
-        return tiktoken_encoder(self._path, self._special_tokens)
+    def _reference(self) -> Callable[[Sequence[str]], Encoded]:
+        return tiktoken_encoder(self._path, self._special_tokens) or self._encode
+
+    def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
+        return self._reference(texts)  # built for the first text that needs it
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """See Tokenizer. Special tokens' names inside a text are encoded as these tokens."""
         texts = list(texts)
-        encoded = Encoded(*self._encode(texts))
-        unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
-        if not unsettled or self._reference is None:
-            return encoded
-        return encoded.replaced(unsettled, end_to_end(self._reference([texts[i] for i in unsettled])))
+        return _settled(texts, self._encode(texts), self._encode_slowly)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         return self._tokenizer.decode(np.asarray(ids, dtype=np.uint32)).decode(errors="replace")
+
+
+def _settled(texts: list[str], encoded: Encoded, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
+    """Texts that engines may cut differently, encoded again by `encode`."""
+    unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
+    return encoded.replaced(unsettled, encode([texts[i] for i in unsettled])) if unsettled else encoded
 
 
 class NullTokenizer:
@@ -214,7 +218,7 @@ def _of_ranks(path: Path, eod_token: str | None) -> Tokenizer:
     """By the fast engine where it knows the encoding by the file's name, else by tiktoken."""
     if path.name.removesuffix(".tiktoken") in PATTERNS and not description_file(path).is_file():
         return TikTokenizer(path, eod_token)
-    description = describe(path)
+    description = read_description(path)
     if description is None:
         raise DataError(
             f"{path}: a file of ranks does not tell how text is cut: name it "

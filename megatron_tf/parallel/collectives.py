@@ -30,6 +30,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpTyp
     """Sum (or `op`) of x over the ranks, outside autograd."""
     if group is None:
         return x
+    # torch reduces in place
     x = x.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, op=op, group=group)
     return x
@@ -41,6 +42,7 @@ def all_gather_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
         return x
     dim %= x.dim()
     x = x.detach().contiguous()
+    # ranks arrive along a new dimension 0; moved in front of `dim` and merged with it, they lie end to end
     gathered = x.new_empty((group.size(), *x.shape))
     _all_gather_single(gathered.flatten(0, 1), x, group=group)
     return gathered.movedim(0, dim).flatten(dim, dim + 1)
@@ -54,6 +56,7 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
     ranks = group.size()
     if x.shape[dim] % ranks:
         raise ValueError(f"dimension {dim} of {tuple(x.shape)} cannot be cut into {ranks} equal parts")
+    # the reverse: `dim` is cut by ranks, whose parts move to the front, where torch scatters them
     parts = x.detach().unflatten(dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[0])
     _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
@@ -63,7 +66,8 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
+        ctx.dim = dim
+        ctx.group = group
         return all_gather_copy(x, dim, group)
 
     @staticmethod
@@ -74,7 +78,8 @@ class _AllGather(torch.autograd.Function):
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
+        ctx.dim = dim
+        ctx.group = group
         return reduce_scatter_copy(x, dim, group)
 
     @staticmethod

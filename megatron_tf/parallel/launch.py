@@ -6,7 +6,8 @@ import socket
 from megatron_tf.errors import UserError
 from megatron_tf.extras import how_to_install
 
-FIRST_PORT, NUM_PORTS = 20000, 10000
+FIRST_PORT = 20000
+NUM_PORTS = 10000
 """Ports of jobs under slurm, below those that systems hand out by themselves; examples/slurm counts alike."""
 
 
@@ -81,6 +82,7 @@ def _env_from_mpi() -> None:
     is_one_node = node.Get_size() == world.Get_size()
     address, port = world.bcast(("127.0.0.1" if is_one_node else socket.gethostname(), _free_port()))
     places = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": node.Get_rank()}
+    # torch.distributed reads them; the first rank has chosen address and port for all
     os.environ.update({name: str(place) for name, place in places.items()})
     os.environ.setdefault("MASTER_ADDR", address)
     os.environ.setdefault("MASTER_PORT", str(port))

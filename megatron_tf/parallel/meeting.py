@@ -47,6 +47,7 @@ def meet(
             f"no answer from the first rank at {place} within {limit.total_seconds():.0f} s: something else listens at "
             f"that port, or the first rank is late; choose another MASTER_PORT"
         )
+    # the ranks have met: what is left is to connect to each other
     joining.join(seconds)
     if joining.error is not None:
         raise _explained(joining.error, place=place, size=size, limit=limit) from joining.error
@@ -64,6 +65,7 @@ class _Joining(threading.Thread):
     def __init__(
         self, backend: str, device: torch.device, *, timeout: timedelta, limit: timedelta, check: Check | None
     ) -> None:
+        # a daemon, since a wait in C++ can't be interrupted: a rank that gives up could not end otherwise
         super().__init__(daemon=True, name="meeting")
         self.backend = backend
         self.device = device
@@ -94,15 +96,18 @@ class _Joining(threading.Thread):
         # torchrun's store outlives a restart: without a name of its own an attempt can read the addresses of the one
         # before
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        # before groups are made: where ranks do not fit together, that needs no network beyond the store
         if self.check is not None:
             self.check(store, rank, size)
         dist.init_process_group(self.backend, store=store, rank=rank, world_size=size, timeout=self.timeout)
+        # until now it waited for as long as ranks may take to come
         store.set_timeout(self.timeout)
         return store
 
 
 def _explained(error: Exception, *, place: str, size: int, limit: timedelta) -> Exception:
-    text, lines = str(error), str(error).splitlines() or [repr(error)]
+    text = str(error)
+    lines = text.splitlines() or [repr(error)]
     if not isinstance(error, RuntimeError):  # of which torch's errors of communication are
         return error
     if "EADDRINUSE" in text or "ddress already in use" in text:
@@ -166,6 +171,7 @@ def _source_towards(target: str) -> str | None:
     """This host's address on the way to another; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
+            # of a datagram socket: this only looks up the route
             probe.connect((target, 9))
         except OSError:
             return None
@@ -176,6 +182,7 @@ def _source_towards(target: str) -> str | None:
 def _interface_of(address: str | None) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
+            # an ifreq: the name, then a sockaddr_in whose address begins at byte 20
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)

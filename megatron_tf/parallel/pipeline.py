@@ -38,6 +38,7 @@ def partition_layers(costs: Sequence[float], num_stages: int) -> list[range]:
                 for start, (dearest, starts) in best.items()
                 if start < stop
             ]
+            # by cost, then by cuts: every rank has to find the same ones where several cost the same
             following[stop] = min(cuts)
         best = following
     return [range(start, stop) for start, stop in itertools.pairwise(best[layers][1])]
@@ -98,8 +99,10 @@ class LocalRunner:
 
     def train(self, batches: MicroBatches, divisor: float) -> Tensor:
         """See Runner."""
-        losses, last = [], len(batches.inputs) - 1
+        losses = []
+        last = len(batches.inputs) - 1
         for i in range(len(batches.inputs)):
+            # gradients add up on each replica, and are communicated once
             set_gradient_sync(self.module, i == last)
             loss = self._loss(batches, i, divisor)
             loss.backward()
@@ -159,6 +162,7 @@ class PipelineRunner:
 
     def _schedule(self, purpose: str, schedule_class: type[Schedule], count: int) -> Schedule:
         """The schedule of `count` micro-batches; only the last one is kept, for what it has allocated."""
+        # the count changes while the batch size ramps up; training and evaluation alternate, so each keeps its own
         if purpose not in self._made or self._made[purpose][0] != count:
             self._made[purpose] = count, self._make(schedule_class, count)
         return self._made[purpose][1]
@@ -166,6 +170,7 @@ class PipelineRunner:
     def _make(self, schedule_class: type[Schedule], count: int) -> Schedule:
         rank, stages = self.mesh.rank("pp"), self.mesh.size("pp")
         shapes = self.shapes
+        # without data: told the shapes, stages need not exchange them before the first step
         hidden = torch.empty(shapes.hidden, dtype=shapes.dtype, device="meta", requires_grad=True)
         ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")
         output = torch.empty(shapes.output, dtype=shapes.dtype, device="meta", requires_grad=True)

@@ -47,7 +47,8 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     Mesh dimensions named "tp" cut first and "dp", or "dp_shard", cuts what is left, whatever their order in the mesh.
     `is_copy` marks a parameter that another pipeline stage owns (a tied embedding's second copy).
     """
-    start, stop = 0, parameter.shape[0]
+    start = 0
+    stop = parameter.shape[0]
     is_writer = not is_copy
     local = parameter.detach()
     if isinstance(parameter, DTensor):
@@ -56,6 +57,7 @@ def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
         names = mesh.mesh_dim_names or ()
         # each dimension cuts what those before it left; sorted() keeps "tp" (False) in front of "dp" (True)
         for dim in sorted(range(mesh.ndim), key=lambda d: names[d].startswith("dp")):
+            # every rank along a dimension that copies has these rows: the first of them writes
             if not parameter.placements[dim].is_replicate():
                 low, high = split_rows(stop - start, mesh.size(dim), mesh.get_local_rank(dim))
                 start, stop = start + low, start + high

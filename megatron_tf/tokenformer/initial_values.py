@@ -20,6 +20,7 @@ class Initial:
 
 def stream_seed(seed: int, *key: object) -> int:
     """Derive a 63-bit seed for the stream named by `key` under the run's `seed`."""
+    # repr keeps keys apart that only differ in type or in where one ends; generators take 63 bits
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -33,6 +34,7 @@ def normal_rows(name: str, *, seed: int, start: int, stop: int, columns: int, st
     rows = torch.empty(stop - start, columns)
     for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
         generator = torch.Generator().manual_seed(stream_seed(seed, name, block))
+        # a whole block even for a part of it: a row is what the generator gives after those before it
         values = torch.empty(_BLOCK_ROWS, columns).normal_(0.0, std, generator=generator)
         first = block * _BLOCK_ROWS
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)

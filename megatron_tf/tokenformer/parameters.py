@@ -55,6 +55,7 @@ _ATTENTION: dict[Module, ParameterKind] = {
     Module.VALUE: "qkv",
     Module.PROJ: "proj",
 }
+# whose outputs are added to the residual stream
 _ENDS_BRANCH = (Module.PROJ, Module.FFN, Module.FFN_DOWN)
 
 
@@ -121,6 +122,7 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
 def layer_parameters(config: ModelConfig, layer: int) -> Iterator[Parameter]:
     """List the parameters of one layer, in order."""
     ffn_rows = config.token_counts("ffn")[layer]
+    # the order of these is the order of a layer's modules, and so of names
     if config.layer == "tokenformer":
         rows = {module: config.token_counts(kind)[layer] for module, kind in _ATTENTION.items()}
         rows[Module.FFN] = ffn_rows

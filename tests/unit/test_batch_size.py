@@ -66,6 +66,9 @@ class Numbers:
     def __getitem__(self, sample):
         return np.array([sample])
 
+    def prefetch(self, sample):
+        """Called where memory is short: then the loader finds that it had to wait for the disk."""
+
 
 @pytest.mark.parametrize("consumed", [0, 8])
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.config import RunConfig
-from megatron_tf.config.describe import describe, type_name
+from megatron_tf.config.describe import describe_keys, type_name
 from megatron_tf.config.types import Count
 from megatron_tf.help_text import Item, layout
 
@@ -74,7 +74,7 @@ def test_an_option_shows_its_choices_and_default(capsys):
 
 
 def test_each_key_of_the_configuration_has_type_default_and_meaning():
-    sections = describe().strip().split("\n\n")
+    sections = describe_keys().strip().split("\n\n")
     assert len(sections) == len(dataclasses.fields(RunConfig))
     for section, text in zip(dataclasses.fields(RunConfig), sections, strict=True):
         kind = typing.get_args(section.type)
@@ -84,7 +84,7 @@ def test_each_key_of_the_configuration_has_type_default_and_meaning():
 
 
 def test_types_and_defaults_of_keys_are_those_that_a_file_takes():
-    model, training, *rest = (entries(text.partition("\n")[2]) for text in describe().strip().split("\n\n"))
+    model, training, *rest = (entries(text.partition("\n")[2]) for text in describe_keys().strip().split("\n\n"))
     keys = {name: entry for section in (model, training, *rest) for name, entry in section.items()}
     assert keys["--model.norm_activation"][:2] == ("l2_norm_gelu | gelu_l2_norm | softmax", "default l2_norm_gelu")
     assert keys["--model.num_layers"][:2] == ("int > 0", "required")

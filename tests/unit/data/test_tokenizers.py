@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from megatron_tf.data import bpe_engine
+from megatron_tf.data.encoded import Encoded
 from megatron_tf.data.tokenizer import HFTokenizer, build_tokenizer
 from tests.support.paths import DATA, EXAMPLES
 
@@ -104,7 +105,7 @@ def test_an_engine_that_differs_is_not_used_and_that_is_said(neox_path, monkeypa
     def off_by_one(tokenizer):
         def encode(texts):
             ids, lengths = honest(tokenizer)(texts)
-            return ids + 1, lengths
+            return Encoded(ids + 1, lengths)
 
         return encode
 
