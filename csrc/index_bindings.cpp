@@ -21,11 +21,11 @@ using Input = py::array_t<T, py::array::c_style>;
 
 // Hands a vector's memory to numpy without copying it.
 template <typename T>
-py::array_t<T> to_numpy(std::vector<T> &&values) {
-    auto owner = std::make_unique<std::vector<T>>(std::move(values));
+py::array_t<T> to_numpy(megatron_tf::Column<T> &&values) {
+    auto owner = std::make_unique<megatron_tf::Column<T>>(std::move(values));
     T *data = owner->data();
     const auto size = static_cast<py::ssize_t>(owner->size());
-    py::capsule release(owner.release(), [](void *vector) { delete static_cast<std::vector<T> *>(vector); });
+    py::capsule release(owner.release(), [](void *vector) { delete static_cast<megatron_tf::Column<T> *>(vector); });
     return py::array_t<T>(size, data, release);
 }
 

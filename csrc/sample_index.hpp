@@ -1,22 +1,90 @@
 // Where samples begin: every seq_length-th token of documents laid end to end.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "parallel.hpp"
+
 namespace megatron_tf {
 
 constexpr std::size_t kPrefetchDocuments = 64;  // lengths are read in random order: ask for them ahead
+constexpr std::size_t kWindowDocuments = std::size_t{1} << 18;  // for each thread: their lengths stay in the cache
+
+// Makes `resize` leave new elements as they are: the threads that fill them are the first to touch their pages.
+template <typename T>
+struct Unfilled : std::allocator<T> {
+    template <typename U>
+    struct rebind {
+        using other = Unfilled<U>;
+    };
+    template <typename U>
+    void construct(U *place) {
+        ::new (static_cast<void *>(place)) U;
+    }
+};
+
+template <typename T>
+using Column = std::vector<T, Unfilled<T>>;
 
 template <typename Id, typename Length>
 struct SampleIndex {
-    std::vector<Id> position;    // in the order of documents
-    std::vector<Length> offset;  // within that document
+    Column<Id> position;    // in the order of documents
+    Column<Length> offset;  // within that document
 };
+
+// Throws what is wrong with the documents at places [begin, end) of the order, where something is.
+template <typename Id, typename Length>
+[[noreturn]] void refuse(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
+                         std::size_t num_lengths) {
+    for (std::size_t place = begin; place < end; ++place) {
+        const auto document = static_cast<std::uint64_t>(order[place]);
+        if (document >= num_lengths)
+            throw std::out_of_range("document " + std::to_string(order[place]) + " of " + std::to_string(num_lengths));
+        if (lengths[document] < 0)
+            throw std::invalid_argument("document " + std::to_string(document) + " has a negative length");
+    }
+    throw std::overflow_error("more tokens than 63 bits count");
+}
+
+// Lengths of the documents at places [begin, end) of the order into `ordered`; returns their sum.
+template <typename Id, typename Length>
+std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
+                            std::size_t num_lengths, Length *ordered) {
+    if (num_lengths == 0) refuse(order, begin, end, lengths, num_lengths);
+    const auto address = reinterpret_cast<std::uintptr_t>(lengths);
+    std::int64_t sum = 0;
+    bool is_bad = false;
+    const auto gather = [&](std::size_t place) {
+        const auto document = static_cast<std::uint64_t>(order[place]);
+        const bool is_known = document < num_lengths;
+        const Length length = lengths[is_known ? document : 0];
+        *ordered++ = length;
+        // without a branch, and looked into only where something was bad
+        is_bad |= !is_known | (length < 0);
+        if constexpr (sizeof(Length) < sizeof sum)
+            sum += length;  // a window of them cannot overflow
+        else
+            is_bad |= __builtin_add_overflow(sum, std::int64_t{length}, &sum);
+    };
+    std::size_t place = begin;
+    for (; place + kPrefetchDocuments < end; ++place) {
+        // as a number, since a bad id may point anywhere: asking for what is not there is harmless
+        const auto ahead = static_cast<std::uint64_t>(order[place + kPrefetchDocuments]);
+        __builtin_prefetch(reinterpret_cast<const void *>(address + ahead * sizeof(Length)));
+        gather(place);
+    }
+    for (; place < end; ++place) gather(place);
+    if (is_bad) refuse(order, begin, end, lengths, num_lengths);
+    return sum;
+}
 
 // Boundaries of samples of `seq_length` tokens over documents laid end to end in `order`: one more than there are samples;
 // none for no tokens. Throws for ids outside of `lengths`, negative lengths, and more tokens than 63 bits count.
@@ -24,31 +92,46 @@ template <typename Id, typename Length>
 SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents, const Length *lengths,
                                      std::size_t num_lengths, std::int64_t seq_length) {
     if (seq_length <= 0) throw std::invalid_argument("seq_length must be positive");
-    const auto address = reinterpret_cast<std::uintptr_t>(lengths);
+    const std::size_t parts = num_documents > kWindowDocuments ? num_threads() : 1;
+    const std::size_t window = parts * kWindowDocuments;
     SampleIndex<Id, Length> index;
-    std::int64_t left = 0;  // tokens from the start of a document to the next boundary
-    std::int64_t tokens = 0;
-    for (std::size_t place = 0; place < num_documents; ++place) {
-        if (place + kPrefetchDocuments < num_documents) {
-            // as a number, since a bad id may point anywhere: asking for what is not there is harmless
-            const auto ahead = static_cast<std::uint64_t>(order[place + kPrefetchDocuments]);
-            __builtin_prefetch(reinterpret_cast<const void *>(address + ahead * sizeof(Length)));
+    std::vector<Length> ordered(std::min(window, num_documents));
+    std::vector<std::int64_t> starts(parts + 1);  // of parts, in the stream of all documents
+    const auto boundaries_before = [&](std::int64_t token) { return token / seq_length + (token % seq_length != 0); };
+    // A window is read twice, for its sums and for its boundaries: the second time from `ordered`, in the cache.
+    for (std::size_t first = 0; first < num_documents; first += window) {
+        const std::size_t count = std::min(window, num_documents - first);
+        in_parts(parts, count, 1, [&](std::size_t part, std::size_t begin, std::size_t end) {
+            starts[part + 1] =
+                gather_lengths(order, first + begin, first + end, lengths, num_lengths, ordered.data() + begin);
+        });
+        // sums become starts: only now can parts write their boundaries, each to its own places
+        for (std::size_t part = 0; part < parts; ++part)
+            if (__builtin_add_overflow(starts[part], starts[part + 1], &starts[part + 1]) ||
+                starts[part + 1] > std::numeric_limits<std::int64_t>::max() - seq_length)
+                throw std::overflow_error("more tokens than 63 bits count");
+        const auto boundaries = static_cast<std::size_t>(boundaries_before(starts[parts]));
+        if (first == 0 && count < num_documents) {  // the first window tells about how many there will be
+            index.position.reserve(static_cast<std::size_t>(
+                1.05 * static_cast<double>(boundaries) / static_cast<double>(count) * static_cast<double>(num_documents)));
+            index.offset.reserve(index.position.capacity());
         }
-        const auto document = static_cast<std::uint64_t>(order[place]);
-        if (document >= num_lengths)
-            throw std::out_of_range("document " + std::to_string(order[place]) + " of " + std::to_string(num_lengths));
-        const std::int64_t length = lengths[document];
-        if (length < 0)
-            throw std::invalid_argument("document " + std::to_string(document) + " has a negative length");
-        // with room for one sample more, so that no boundary overflows either
-        if (__builtin_add_overflow(tokens, length, &tokens) ||
-            tokens > std::numeric_limits<std::int64_t>::max() - seq_length)
-            throw std::overflow_error("more tokens than 63 bits count");
-        for (; left < length; left += seq_length) {
-            index.position.push_back(static_cast<Id>(place));
-            index.offset.push_back(static_cast<Length>(left));
-        }
-        left -= length;
+        index.position.resize(boundaries);
+        index.offset.resize(boundaries);
+        in_parts(parts, count, 1, [&](std::size_t part, std::size_t begin, std::size_t end) {
+            std::int64_t start = starts[part], token = boundaries_before(start) * seq_length;
+            auto position = index.position.begin() + token / seq_length;
+            auto offset = index.offset.begin() + token / seq_length;
+            for (std::size_t i = begin; i < end; ++i) {
+                const std::int64_t next = start + ordered[i];
+                for (; token < next; token += seq_length) {
+                    *position++ = static_cast<Id>(first + i);
+                    *offset++ = static_cast<Length>(token - start);
+                }
+                start = next;
+            }
+        });
+        starts[0] = starts[parts];
     }
     return index;
 }

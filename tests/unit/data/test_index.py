@@ -96,7 +96,7 @@ TYPES = list(itertools.product((np.uint32, np.int64), (np.int32, np.int64)))
 @pytest.mark.parametrize("ids, counts", TYPES)
 @pytest.mark.parametrize("documents", [63, 64, 65, 79, 80, 81, 96, 1000, 600_011])
 def test_sample_index_of_many_documents_equals_numpy(documents, ids, counts):
-    """From 65 on lengths are fetched ahead."""
+    """From 65 on lengths are fetched ahead; 600,011 are more than one window."""
     random = np.random.default_rng(documents)
     lengths = random.integers(0, 900, documents).astype(counts)
     order = random.permutation(documents).astype(ids)
@@ -127,8 +127,8 @@ def test_sample_index_of_the_format_page(lengths, expected):
     assert np.stack(sample_index(np.arange(len(lengths)), np.array(lengths), 4), 1).tolist() == expected
 
 
-def test_a_sample_index_of_more_than_a_million_documents():
-    """With empty ones among them, against cumulative sums."""
+def test_a_sample_index_of_several_windows():
+    """More documents than a thread takes at a time, against cumulative sums."""
     generator = np.random.default_rng(1)
     lengths = generator.integers(0, 40, 1_300_000).astype(np.int32)
     order = generator.permutation(len(lengths)).astype(np.uint32)
