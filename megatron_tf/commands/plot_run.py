@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in args.metrics:
         stages += read_stages(path)
     draw(stages, args.output, title=args.title, x=args.x)
-    table = summarize(stages)
+    table = summary_table(stages)
     print(table)
     if args.summary:
         args.summary.write_text(table + "\n")
@@ -135,7 +135,7 @@ def smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
 
 
-def summarize(stages: list[Stage]) -> str:
+def summary_table(stages: list[Stage]) -> str:
     """A Markdown table, a row a stage; first and last loss are means over 10 steps."""
     rows = [
         "| stage | layout (tp, pp, dp) | parameters | steps | tokens | first loss | last loss | held-out | rate |",
