@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.commands.arguments import file_path, make_parser, read_text
+from megatron_tf.commands.arguments import file_path, make_parser, parse, read_text
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
@@ -25,6 +25,17 @@ AXES = {
     "device_hours": "hours of devices",
     "step": "steps",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    metrics: list[Path]
+    x: str
+    output: Path
+    summary: Path | None
+    title: str
 
 
 @dataclass
@@ -53,17 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
     parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
     parser.add_argument("--title", default="", help="above the picture")
-    args = parser.parse_args(arguments)
+    options = parse(parser, Options, arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")
     stages: list[Stage] = []
-    for path in args.metrics:
+    for path in options.metrics:
         stages += read_stages(path)
-    draw(stages, args.output, title=args.title, x=args.x)
+    draw(stages, options.output, title=options.title, x=options.x)
     table = summary_table(stages)
     print(table)
-    if args.summary:
-        args.summary.write_text(table + "\n")
+    if options.summary:
+        options.summary.write_text(table + "\n")
     return 0
 
 
