@@ -179,7 +179,8 @@ def _write_lines(
     """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
     for requests in batches:
         prompts = [record["prompt"] for record, _ in requests]
-        texts = {i: text for i, _, text in continue_batch(prompts, [number for _, number in requests])}
+        numbers = [number for _, number in requests]
+        texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
         for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)

@@ -104,8 +104,9 @@ def read_stages(path: Path) -> list[Stage]:
 
 def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") -> None:
     """Loss against `x`, a colour for each stage, a line at each growth. Raises UserError for metrics without it."""
-    if missing := [stage for stage in stages if any(x not in values for values in stage.steps.values())]:
-        raise UserError(f"there are steps without {x!r} in the stage of {missing[0].parameters:,} parameters")
+    for stage in stages:
+        if any(x not in values for values in stage.steps.values()):
+            raise UserError(f"there are steps without {x!r} in the stage of {stage.parameters:,} parameters")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
