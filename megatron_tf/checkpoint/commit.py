@@ -13,7 +13,7 @@ from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.shard_files import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
-from megatron_tf.files import sync_directory, write_durably
+from megatron_tf.files import replace_durably, sync_directory, write_durably
 
 _RESERVE_BYTES = 64 << 20  # left free in addition to what is about to be written
 _STEP_NAME = re.compile(r"step_[0-9]{8,18}")
@@ -99,7 +99,7 @@ def publish(
         target.rename(old)
     temporary.rename(target)
     sync_directory(root)
-    _point_latest(root, target.name)
+    replace_durably(root / LATEST, target.name)
     if old.exists():
         shutil.rmtree(old)
     return target
@@ -138,10 +138,3 @@ def _clear_litter(root: Path) -> None:
             shutil.rmtree(temporary)
     for old in root.glob(".step_*.old"):
         shutil.rmtree(old)
-
-
-def _point_latest(root: Path, name: str) -> None:
-    new_latest = root / f".{LATEST}.tmp"
-    write_durably(new_latest, name)
-    new_latest.replace(root / LATEST)
-    sync_directory(root)

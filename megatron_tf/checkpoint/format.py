@@ -18,6 +18,7 @@ from megatron_tf.checkpoint.errors import CheckpointError as CheckpointError
 from megatron_tf.checkpoint.errors import DamagedCheckpointError as DamagedCheckpointError
 from megatron_tf.checkpoint.errors import FormatVersionError as FormatVersionError
 from megatron_tf.checkpoint.files import read_bounded
+from megatron_tf.checkpoint.json_object import JsonObject
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -122,43 +123,49 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
-    try:
-        files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
-        groups = {}
-        for group, tensors in body["groups"].items():
-            groups[group] = {name: _parse_entry(entry) for name, entry in tensors.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if METADATA not in files:
-        raise CheckpointError(f"{path} is damaged: it does not list {METADATA}")
-    for name, file in files.items():
-        if name != METADATA and not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{path} names {name!r}, which is no file of a checkpoint: do not use it")
-        if type(file.bytes) is not int or file.bytes < 0 or not isinstance(file.xxh3_128, str):
-            raise CheckpointError(f"{path}: {name} has {file.bytes!r} bytes or a checksum that cannot be")
-    for group, tensors in groups.items():
-        for name, entry in tensors.items():
+    """Read the fields that this version knows; a later writer may have added others."""
+    root = JsonObject(path, "", body)
+    files = _parse_files(root.section("files"), path)
+    groups: dict[str, dict[str, TensorEntry]] = {}
+    all_tensors = root.section("groups")
+    for group in all_tensors.values:
+        tensors = all_tensors.section(group)
+        groups[group] = {}
+        for name in tensors.values:
+            entry = _parse_entry(tensors.section(name))
             _check_entry(f"{path}: {group} {name}", entry, files)
+            groups[group][name] = entry
     return Manifest(files, groups)
 
 
-def _parse_entry(entry: Mapping[str, Any]) -> TensorEntry:
-    pieces = tuple(Piece(**piece) for piece in entry["pieces"])
-    return TensorEntry(entry["dtype"], tuple(entry["shape"]), pieces)
+def _parse_files(section: JsonObject, path: Path) -> dict[str, FileEntry]:
+    if METADATA not in section.values:
+        raise CheckpointError(f"{path} is damaged: it does not list {METADATA}")
+    files = {}
+    for name in section.values:
+        if name != METADATA and not _FILE_NAME.fullmatch(name):
+            raise CheckpointError(f"{path} names {name!r}, which is no file of a checkpoint: do not use it")
+        entry = section.section(name)
+        files[name] = FileEntry(entry.count("bytes"), entry.text("xxh3_128"))
+    return files
+
+
+def _parse_entry(entry: JsonObject) -> TensorEntry:
+    pieces = []
+    for piece in entry.sections("pieces"):
+        pieces.append(Piece(piece.text("file"), piece.count("start"), piece.count("stop")))
+    return TensorEntry(entry.text("dtype"), tuple(entry.items("shape")), tuple(pieces))
 
 
 def _check_entry(what: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
-    numbers = list(entry.shape)
-    for piece in entry.pieces:
-        numbers += [piece.start, piece.stop]
-    if not entry.shape or not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{what} has shape {list(entry.shape)} or rows that cannot be")
-    if not isinstance(entry.dtype, str) or entry.dtype not in STORED_DTYPES:
+    if not entry.shape or not all(type(size) is int and size >= 0 for size in entry.shape):
+        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which cannot be")
+    if entry.dtype not in STORED_DTYPES:
         raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(STORED_DTYPES)}")
     if math.prod(max(1, size) for size in entry.shape) * STORED_DTYPES[entry.dtype].itemsize > _MOST_BYTES:
         raise CheckpointError(f"{what} has shape {list(entry.shape)}, which no file can hold")
     for piece in entry.pieces:
-        if not isinstance(piece.file, str) or piece.file not in files:
+        if piece.file not in files:
             raise CheckpointError(f"{what} is stored in {piece.file!r}, which is not listed among the files")
     check_tiling(what, entry)
 

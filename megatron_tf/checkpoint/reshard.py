@@ -130,8 +130,11 @@ def _write_group(
     checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], *, progress: Callable[[int], object]
 ) -> list[Written]:
     """Write the files of one group, which are complete one pipeline stage after another."""
-    pieces = [(spec, plan) for plan in plans for spec in plan.specs]
+    pieces = []
+    for plan in plans:
+        pieces += [(spec, plan) for spec in plan.specs]
     order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
+    # by tensor, then by row: the order of the source's files, in which each file of the target is filled as well
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}
     files: dict[str, ShardFileWriter] = {}

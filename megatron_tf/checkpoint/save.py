@@ -87,7 +87,10 @@ def write_rank(directory: Path, tensors: Tensors, writer_label: str) -> Written:
 
 
 def _bytes_to_write(tensors: Tensors) -> int:
-    return sum(_spec(shard).nbytes for shards in tensors.values() for shard in _to_write(shards))
+    total = 0
+    for shards in tensors.values():
+        total += sum(_spec(shard).nbytes for shard in _to_write(shards))
+    return total
 
 
 def _to_write(shards: Sequence[RowShard]) -> list[RowShard]:

@@ -13,7 +13,7 @@ from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.checkpoint.tokenizer_file import find_tokenizer
 from megatron_tf.commands.convert_checkpoint import Options
 from megatron_tf.commands.progress import byte_bar
-from megatron_tf.convert.external import WEIGHT_DTYPES, TokenizerChoice, parameter_bytes, unknown_tokenizer
+from megatron_tf.convert.external import TokenizerChoice, parameter_bytes, unknown_tokenizer
 from megatron_tf.convert.huggingface import check
 from megatron_tf.convert.huggingface.export import (
     read_export,
@@ -32,6 +32,7 @@ from megatron_tf.inference.comparison import mean_token_loss
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.samples import samples_for
 from megatron_tf.inference.tokenizer import tokenizer_of
+from megatron_tf.tokenformer.dtypes import DTYPES
 
 
 def run(options: Options) -> None:
@@ -108,7 +109,7 @@ def write_ours(checkpoint: Checkpoint, save: Path) -> None:
 
 def export_official(options: Options) -> None:
     """Turn our checkpoint into a .bin file."""
-    dtype = WEIGHT_DTYPES[options.dtype or "fp32"]
+    dtype = DTYPES[options.dtype or "fp32"]
     source = open_ours(options.load)
     check_representable(source)
     check_confirmed(source, {key: getattr(options, key) for key in PUBLISHED})

@@ -21,7 +21,9 @@ from megatron_tf.commands.arguments import make_parser
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.extras import EXTRAS, how_to_install
 
-OK, NOTE, PROBLEM = "ok", "note", "problem"
+OK = "ok"
+NOTE = "note"
+PROBLEM = "problem"
 
 PURPOSES = {
     "apex": "kernels.norm and kernels.optimizer: apex",

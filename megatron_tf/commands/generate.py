@@ -85,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
 def generate(options: Options) -> None:
     """Read prompts, continue them, write. Raises UserError for what a user can fix."""
     import_late("torch")  # --help need not wait for it
-    import torch
     from tqdm import tqdm
 
     from megatron_tf.inference.model import load_model
@@ -94,6 +93,7 @@ def generate(options: Options) -> None:
     from megatron_tf.inference.tokenizer import load_tokenizer
     from megatron_tf.parallel.launch import number_of
     from megatron_tf.parallel.mesh import init_mesh
+    from megatron_tf.tokenformer.dtypes import DTYPES
 
     _check(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -107,8 +107,7 @@ def generate(options: Options) -> None:
     records = _read_records(options)
     mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = load_model(options.checkpoint, device=mesh.device, dtype=dtype, group=mesh.group("tp"))
+    model = load_model(options.checkpoint, device=mesh.device, dtype=DTYPES[options.dtype], group=mesh.group("tp"))
     model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
 
@@ -179,7 +178,8 @@ def _write_lines(
     """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
     for requests in batches:
         prompts = [record["prompt"] for record, _ in requests]
-        texts = {i: text for i, _, text in continue_batch(prompts, [number for _, number in requests])}
+        numbers = [number for _, number in requests]
+        texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
         for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)

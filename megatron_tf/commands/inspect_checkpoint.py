@@ -1,9 +1,11 @@
 """Say what is in a checkpoint, check it, or compare it with another of any layout."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 
 if TYPE_CHECKING:
@@ -11,6 +13,15 @@ if TYPE_CHECKING:
 
 NOT_STATE = {"config", "usage", "growth_stage"}
 """Metadata that may differ between two checkpoints that compute and train the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    directory: Path
+    verify: bool
+    diff: Path | None
 
 
 @command()
@@ -25,15 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR2",
         help="compare every tensor with DIR2's, bit for bit, and the metadata; exit code 1 where state differs",
     )
-    args = parser.parse_args(arguments)
+    options = parse(parser, Options, arguments)
     import_late("megatron_tf.checkpoint.load")
     from megatron_tf.checkpoint.load import CheckpointReader
 
-    reader = CheckpointReader(args.directory)
-    if args.verify:
+    reader = CheckpointReader(options.directory)
+    if options.verify:
         reader.complete().verify()
         print(f"verified: the checksums of all {len(reader.manifest.files)} files hold")
-    return show(reader.complete()) if args.diff is None else compare(reader, CheckpointReader(args.diff))
+    return show(reader.complete()) if options.diff is None else compare(reader, CheckpointReader(options.diff))
 
 
 def show(reader: "CheckpointReader") -> int:

@@ -59,7 +59,7 @@ def inspect(options: Options) -> None:
     dataset = IndexedDataset(options.prefix)
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
     show_counts(dataset)
-    check_ids(dataset, tokenizer)
+    check_id_range(dataset, tokenizer)
     for index in options.documents:
         if not 0 <= index < len(dataset):
             raise DataError(f"document {index}: there are {len(dataset):,}")
@@ -107,7 +107,7 @@ def show_counts(dataset: IndexedDataset) -> None:
             print(f"  {name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
-def check_ids(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
+def check_id_range(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     """Raise DataError where an id is beyond the vocabulary."""
     blocks = [dataset.tokens[i : i + BLOCK_TOKENS] for i in range(0, len(dataset.tokens), BLOCK_TOKENS)]
     highest = max((int(block.max()) for block in blocks), default=0)

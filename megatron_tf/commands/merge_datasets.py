@@ -2,18 +2,27 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf.commands.arguments import file_prefix, make_parser
+from megatron_tf.commands.arguments import file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.published import report_of
 from megatron_tf.files import concatenate, sync_directory, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    input: list[str]
+    output_prefix: str
 
 
 @command()
@@ -24,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--input", nargs="+", type=file_prefix, required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs"
     )
     parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new dataset")
-    args = parser.parse_args(arguments)
-    merge(args.input, args.output_prefix)
+    options = parse(parser, Options, arguments)
+    merge(options.input, options.output_prefix)
     return 0
 
 

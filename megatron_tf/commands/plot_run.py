@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tf.commands.arguments import file_path, make_parser, read_text
+from megatron_tf.commands.arguments import file_path, make_parser, parse, read_text
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
@@ -25,6 +25,17 @@ AXES = {
     "device_hours": "hours of devices",
     "step": "steps",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line."""
+
+    metrics: list[Path]
+    x: str
+    output: Path
+    summary: Path | None
+    title: str
 
 
 @dataclass
@@ -53,17 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
     parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
     parser.add_argument("--title", default="", help="above the picture")
-    args = parser.parse_args(arguments)
+    options = parse(parser, Options, arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")
     stages: list[Stage] = []
-    for path in args.metrics:
+    for path in options.metrics:
         stages += read_stages(path)
-    draw(stages, args.output, title=args.title, x=args.x)
-    table = summarize(stages)
+    draw(stages, options.output, title=options.title, x=options.x)
+    table = summary_table(stages)
     print(table)
-    if args.summary:
-        args.summary.write_text(table + "\n")
+    if options.summary:
+        options.summary.write_text(table + "\n")
     return 0
 
 
@@ -93,8 +104,9 @@ def read_stages(path: Path) -> list[Stage]:
 
 def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") -> None:
     """Loss against `x`, a colour for each stage, a line at each growth. Raises UserError for metrics without it."""
-    if missing := [stage for stage in stages if any(x not in values for values in stage.steps.values())]:
-        raise UserError(f"there are steps without {x!r} in the stage of {missing[0].parameters:,} parameters")
+    for stage in stages:
+        if any(x not in values for values in stage.steps.values()):
+            raise UserError(f"there are steps without {x!r} in the stage of {stage.parameters:,} parameters")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
@@ -135,7 +147,7 @@ def smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
 
 
-def summarize(stages: list[Stage]) -> str:
+def summary_table(stages: list[Stage]) -> str:
     """A Markdown table, a row a stage; first and last loss are means over 10 steps."""
     rows = [
         "| stage | layout (tp, pp, dp) | parameters | steps | tokens | first loss | last loss | held-out | rate |",

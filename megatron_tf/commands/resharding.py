@@ -159,16 +159,17 @@ def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, 
         old_shape, old = _size_of(source, names)
         new_shape, new = _size_of(result, names_after[pattern])
         print(f"  {pattern:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
-    rows = {
-        "all parameters": [_parameters(source), _parameters(result)],
-        "layers": [source.record.model.num_layers, result.record.model.num_layers],
-        "FLOPs per token in training": [_flops(source), _flops(result)],
-        "files": [len(source.manifest.files) - 1, len(plans)],
-        "bytes": [sum(file.bytes for file in source.manifest.files.values()), sum(plan.nbytes for plan in plans)],
-    }
-    for name, (before, after) in rows.items():
+    files = source.manifest.files
+    rows = [
+        ("all parameters", _parameters(source), _parameters(result)),
+        ("layers", source.record.model.num_layers, result.record.model.num_layers),
+        ("FLOPs per token in training", _flops(source), _flops(result)),
+        ("files", len(files) - 1, len(plans)),
+        ("bytes", sum(file.bytes for file in files.values()), sum(plan.nbytes for plan in plans)),
+    ]
+    for name, before, after in rows:
         print(f"  {name:<76}{before:>16,}{after:>16,}")
-    largest_row = max(spec.row_bytes for plan in plans for spec in plan.specs)
+    largest_row = max(max(spec.row_bytes for spec in plan.specs) for plan in plans)
     print(
         f"  to tensor {target.tensor_parallel} x pipeline {len(target.stages)}; memory beyond the interpreter's: "
         f"at most {MEMORY_BLOCKS * max(BLOCK_BYTES, largest_row):,} bytes",

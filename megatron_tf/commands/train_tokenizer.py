@@ -11,6 +11,7 @@ from megatron_tf.commands.runner import command
 from megatron_tf.data.documents import BadLines, documents_of
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.inputs import find_inputs
+from megatron_tf.files import sync_directory, sync_file
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
 
@@ -57,8 +58,10 @@ def train(options: Options) -> None:
     try:
         with temporary.open("wb") as file:
             fit(itertools.chain([first], lines), file, options.vocab_size)
+            sync_file(file)
         text.check(options.max_bad_lines)
         temporary.replace(f"{options.output_prefix}.model")
+        sync_directory(temporary.parent)
     except RuntimeError as error:
         text.check(options.max_bad_lines)  # bad input explains more than what SentencePiece makes of the rest
         raise DataError(str(error)) from error

@@ -13,13 +13,11 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig, to_dict
+from megatron_tf.tokenformer.dtypes import DTYPES
 from megatron_tf.tokenformer.parameters import Parameter
 
 GROUP = "model"
 """What other programs' files hold; they have no optimizer state."""
-
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of weights that are read; each tensor of a file may have another. Ours are fp32."""
 
 Shape = tuple[int, ...]
 
@@ -112,8 +110,8 @@ def rename(
         tensor = found[theirs]
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(parameter.shape)}")
-        if tensor.dtype not in WEIGHT_DTYPES.values():
-            known = ", ".join(WEIGHT_DTYPES)
+        if tensor.dtype not in DTYPES.values():
+            known = ", ".join(DTYPES)
             raise CheckpointError(
                 f"{path}: {theirs} is {tensor.dtype}, expected {known}: convert the file to fp32 first"
             )
@@ -140,7 +138,7 @@ def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
     return {"type": kind, "vocab_size": vocab_size, "sha256": None, "is_unknown": True}
 
 
-def new_record(
+def external_record(
     model: ModelConfig, tokenizer: TokenizerChoice, *, tau: Mapping[str, float], seq_length: int, seed: int
 ) -> RunRecord:
     """Make the record of a model that no run of ours has trained; a run that starts from it begins at step 0."""

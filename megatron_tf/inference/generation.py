@@ -46,7 +46,7 @@ class Generation:
     def step(self) -> dict[int, int]:
         """Return the next token of every active sample. Raises UserError where the model's logits are non-finite."""
         hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
-        logits = self._model.score(hidden)[:, 0, : self._model.config.vocab_size]
+        logits = self._model.logits(hidden)[:, 0, : self._model.config.vocab_size]
         if not logits.sum().isfinite():
             raise UserError("the model's logits are non-finite: its checkpoint is of a run that had diverged")
         uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])

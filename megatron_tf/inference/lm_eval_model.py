@@ -29,18 +29,20 @@ from megatron_tf.inference.text import Limits, check_text, continue_ids
 from megatron_tf.inference.tokenizer import load_tokenizer
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
+from megatron_tf.tokenformer.dtypes import DTYPES
 
 _GENERATED_TOGETHER = 8  # contexts, with batch_size auto
 
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "auto": torch.float32,  # what checkpoints hold
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
+_PRECISIONS = {
+    "float32": "fp32",
+    "fp32": "fp32",
+    "auto": "fp32",  # what checkpoints hold
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "float16": "fp16",
+    "fp16": "fp16",
 }
+"""What lm-eval calls a type, and what we call it."""
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """((context, continuation), their ids): what TemplateLM makes of a request."""
@@ -83,13 +85,13 @@ class MegatronTF(TemplateLM):
         _check_number("max_length", max_length, least=2)
         _check_number("max_gen_toks", max_gen_toks, least=1)
         _check_number("distributed_timeout_seconds", distributed_timeout_seconds, least=1)
-        if dtype not in _DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_DTYPES)}")
+        if dtype not in _PRECISIONS:
+            raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_PRECISIONS)}")
         self._mesh = init_mesh(tensor=1, pipeline=1, data=None, timeout=timedelta(seconds=distributed_timeout_seconds))
         self._rank = self._mesh.rank("dp")
         self._world_size = self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
-        self._model = load_model(str(checkpoint), device=str(self._device), dtype=_DTYPES[dtype])
+        self._model = load_model(str(checkpoint), device=str(self._device), dtype=DTYPES[_PRECISIONS[dtype]])
         self._tokenizer = load_tokenizer(self._model, _as_path(tokenizer_model))
         self.max_length = max_length or self._model.record.seq_length
         self.max_gen_toks = max_gen_toks

@@ -51,10 +51,10 @@ class LanguageModel(nn.Module):
         return self._gathered(logits).transpose(0, 1)
 
     def hidden_states(self, token_ids: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Ids [B, S] -> the last layer's output [B, S, D], which `score` takes."""
+        """Ids [B, S] -> the last layer's output [B, S, D], which `logits` takes."""
         return self.transformer.hidden_states(token_ids, cache).transpose(0, 1)
 
-    def score(self, hidden_states: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """[B, S, D] -> logits [B, S, V]; costs V x D products a position, so give it those that are needed."""
         return self._gathered(self.transformer.logits(hidden_states.transpose(0, 1))).transpose(0, 1)
 

@@ -135,5 +135,8 @@ def continue_ids(
 
 def _start_of_stop(text: str, stop: Sequence[str]) -> int:
     """Characters at the end of the text that may become one of the stop strings."""
-    lengths = range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1)
-    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
+    longest = max(map(len, stop), default=1) - 1
+    for length in range(min(len(text), longest), 0, -1):
+        if any(each.startswith(text[-length:]) for each in stop):
+            return length
+    return 0

@@ -5,7 +5,7 @@ import torch
 from megatron_tf.checkpoint.reshard import Target, reshard
 from megatron_tf.commands import convert_checkpoint
 from megatron_tf.config import ModelConfig
-from megatron_tf.convert.external import ExternalCheckpoint, TokenizerChoice, in_memory, new_record
+from megatron_tf.convert.external import ExternalCheckpoint, TokenizerChoice, external_record, in_memory
 from megatron_tf.data.tokenizer import build_tokenizer
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from tests.support.data import write_tokenizer
@@ -35,7 +35,7 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
     kind, path = tokenizer or ("HFTokenizer", write_tokenizer(folder / "tokenizer.json", config.vocab_size))
     identity = build_tokenizer(kind, path).identity
     choice = TokenizerChoice(kind, path, identity, eod_token)
-    record = new_record(config, choice, tau=tau, seq_length=64, seed=1)
+    record = external_record(config, choice, tau=tau, seq_length=64, seed=1)
     target = Target(tensor_parallel=1, stages=[range(config.num_layers)])
     source = ExternalCheckpoint(folder, tensors, record)
     return reshard(source, folder / "run", target)

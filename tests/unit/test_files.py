@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tf import files
 from megatron_tf.checkpoint import destination
-from megatron_tf.commands import merge_datasets, preprocess_data
+from megatron_tf.commands import merge_datasets, preprocess_data, train_tokenizer
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order_cache import open_or_build
 from megatron_tf.files import concatenate, locked, replace_durably, write_json
@@ -48,6 +48,16 @@ def test_a_file_is_replaced_once_its_content_is_on_the_disk(tmp_path, changes):
     new, path = str(tmp_path / "a.json.tmp"), str(tmp_path / "a.json")
     assert changes == [("sync", new), ("rename", new, path), ("sync", str(tmp_path))]
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}
+
+
+def test_a_tokenizer_gets_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(train_tokenizer, "fit", lambda lines, file, vocab_size: file.write(b"model"))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n')
+    options = ["--vocab-size", "300", "--output-prefix", str(tmp_path / "t")]
+    assert train_tokenizer.main(["--input", str(text), *options]) == 0
+    new, path = str(tmp_path / "t.model.tmp"), str(tmp_path / "t.model")
+    assert changes == [("sync", new), ("rename", new, path), ("sync", str(tmp_path))]
 
 
 @pytest.mark.parametrize("owner, name", [(os, "fsync"), (Path, "replace")])

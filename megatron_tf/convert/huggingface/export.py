@@ -19,7 +19,7 @@ from megatron_tf.config import TOKEN_KINDS, ModelConfig
 from megatron_tf.convert.external import ExternalCheckpoint, ExternalTensor, rename
 from megatron_tf.convert.huggingface.card import model_card
 from megatron_tf.convert.huggingface.configuration import MAX_POSITIONS, check_vocabulary, model_section
-from megatron_tf.convert.huggingface.tensors import HUGGINGFACE, MOST_JSON_BYTES, read_tensors
+from megatron_tf.convert.huggingface.tensors import HUGGINGFACE, MOST_JSON_BYTES, read_huggingface_tensors
 from megatron_tf.data.hf_files import is_pair, tokenizer_json
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.tokenformer.parameters import initial_taus
@@ -69,7 +69,7 @@ def read_export(directory: Path) -> ExternalCheckpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is not of a model that megatron_tf exported: {error!r}") from error
     record = RunRecord.from_json(values, path)
-    tensors = read_tensors(directory)
+    tensors = read_huggingface_tensors(directory)
     # sizes must be those of the tensors in both places that tell them; in the rest of it transformers' place counts
     ours = JsonObject(path, "megatron_tf.config.model", config["megatron_tf"]["config"]["model"])
     _fitting(directory, tensors, model=read_model(ours), tau=record.tau)

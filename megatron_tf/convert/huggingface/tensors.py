@@ -53,7 +53,7 @@ def write_tensors(checkpoint: Checkpoint, directory: Path, progress: Callable[[i
         (directory / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_tensors(directory: Path) -> dict[str, ExternalTensor]:
+def read_huggingface_tensors(directory: Path) -> dict[str, ExternalTensor]:
     """Return the tensors of a directory under their own names. Raises CheckpointError naming the file at fault."""
     tensors: dict[str, ExternalTensor] = {}
     for path in _files(directory):

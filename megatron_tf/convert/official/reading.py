@@ -15,8 +15,8 @@ from megatron_tf.convert.external import (
     ExternalCheckpoint,
     ExternalTensor,
     TokenizerChoice,
+    external_record,
     in_memory,
-    new_record,
     rename,
 )
 from megatron_tf.convert.official.names import FILE, OFFICIAL, PUBLISHED
@@ -37,15 +37,15 @@ def read_official(
 
     Raises CheckpointError and ConfigError where the file is not of such a model.
     """
-    tensors = read_tensors(path)
+    tensors = read_official_tensors(path)
     inferred = _infer_model(path, tensors, tokenizer.identity["vocab_size"])
     model = parse_config(ModelConfig, inferred | PUBLISHED | given, str(path))
-    record = new_record(model, tokenizer, tau=initial_taus(model), seq_length=seq_length, seed=TrainingConfig.seed)
+    record = external_record(model, tokenizer, tau=initial_taus(model), seq_length=seq_length, seed=TrainingConfig.seed)
     weights = _without_frequencies(path, tensors, model)
     return ExternalCheckpoint(path, rename(path, weights, expected=OFFICIAL.parameters(model)), record)
 
 
-def read_tensors(path: Path) -> dict[str, ExternalTensor]:
+def read_official_tensors(path: Path) -> dict[str, ExternalTensor]:
     """The tensors of a file under their own names; only what is read of them takes memory, and no code in it runs.
 
     Raises CheckpointError where it is not a file of tensors.

@@ -78,6 +78,7 @@ def write_official(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
     with torch.serialization.skip_data():
         torch.save({OFFICIAL.of(p, num_layers): torch.empty(p.shape, dtype=dtype) for p in parameters}, skeleton)
     whole = torch.empty(max(math.prod(p.shape) for p in parameters), dtype=dtype)  # for one after another
+    # private: no public function writes the container record by record, and torch.save wants all tensors in memory
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]

@@ -22,13 +22,12 @@ from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
+from megatron_tf.tokenformer.dtypes import DTYPES
 from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.observability.step_timer import StepTimer
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
 from megatron_tf.training.step.loss_scale import LossScaler
 from megatron_tf.training.step.optimizer import Optimizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tf import files
 from megatron_tf.checkpoint import commit
 from megatron_tf.checkpoint.commit import complete_checkpoints, prepare_directory, prune, publish, step_of
 from megatron_tf.checkpoint.format import CheckpointError
@@ -45,7 +46,8 @@ def die_before(monkeypatch, moment):
 
         return change
 
-    for owner, name in [(Path, "rename"), (Path, "replace"), (shutil, "rmtree"), (commit, "write_durably")]:
+    writes = [(commit, "write_durably"), (files, "write_durably")]
+    for owner, name in [(Path, "rename"), (Path, "replace"), (shutil, "rmtree"), *writes]:
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
 
 

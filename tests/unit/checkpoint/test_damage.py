@@ -148,8 +148,11 @@ HOSTILE = {
     "scalar": (lambda body: embedding(body).update(shape=[]), "has shape []"),
     "words": (lambda body: embedding(body).update(shape=["24", 6]), "has shape ['24', 6]"),
     "type": (lambda body: embedding(body).update(dtype="object"), "has type 'object'; known are F64"),
-    "field": (lambda body: embedding(body)["pieces"][0].update(code="x"), "is damaged: TypeError"),
-    "no groups": (lambda body: body.pop("groups"), "is damaged: KeyError('groups')"),
+    "no groups": (lambda body: body.pop("groups"), "groups is missing, expected an object"),
+    "no list": (lambda body: embedding(body).update(pieces={}), "embedding.weight.pieces is dict, expected a list"),
+    "negative row": (lambda body: embedding(body)["pieces"][0].update(start=-1), "pieces[0].start is -1, expected a"),
+    "negative size": (lambda body: body["files"][SOME_FILE].update(bytes=-1), ".bytes is -1, expected a whole number"),
+    "no checksum": (lambda body: body["files"][SOME_FILE].update(xxh3_128=7), ".xxh3_128 is 7, expected a string"),
 }
 
 
@@ -160,6 +163,43 @@ def test_a_hostile_manifest_is_refused(root, change, message):
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         CheckpointReader(directory)
     assert str(directory / MANIFEST) in str(caught.value)
+
+
+def test_keys_of_a_manifest_that_are_not_known_are_ignored(root):
+    directory = root / "step_00000200"
+
+    def add_keys(body):
+        for values in (body, body["files"][SOME_FILE], embedding(body), embedding(body)["pieces"][0]):
+            values["of_a_later_version"] = {"compression": None}
+
+    before = CheckpointReader(directory).manifest
+    change_manifest(directory, add_keys)
+    assert CheckpointReader(directory).manifest == before
+    use(directory)
+
+
+MISSING = {
+    "files": lambda body: body,
+    "files.metadata.json.bytes": lambda body: body["files"][METADATA],
+    "files.metadata.json.xxh3_128": lambda body: body["files"][METADATA],
+    "groups.model.embedding.weight.dtype": lambda body: embedding(body),
+    "groups.model.embedding.weight.shape": lambda body: embedding(body),
+    "groups.model.embedding.weight.pieces": lambda body: embedding(body),
+    "groups.model.embedding.weight.pieces[1].file": lambda body: embedding(body)["pieces"][1],
+    "groups.model.embedding.weight.pieces[1].start": lambda body: embedding(body)["pieces"][1],
+    "groups.model.embedding.weight.pieces[1].stop": lambda body: embedding(body)["pieces"][1],
+}
+
+
+@pytest.mark.parametrize(("key", "holder"), MISSING.items(), ids=MISSING.keys())
+def test_a_missing_key_of_a_manifest_is_named_with_its_file(root, key, holder):
+    directory = root / "step_00000200"
+    change_manifest(directory, lambda body: holder(body).pop(key.rpartition(".")[2]))
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointReader(directory)
+    message = str(caught.value)
+    assert message.startswith(f"{directory / MANIFEST}: {key} is missing, expected a")
+    assert "\n" not in message
 
 
 def test_a_file_that_is_not_what_the_manifest_says_is_refused(root):

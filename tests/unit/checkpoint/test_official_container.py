@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.convert.official.reading import read_tensors
+from megatron_tf.convert.official.reading import read_official_tensors
 
 WEIGHTS = {
     "a": torch.arange(12.0).view(3, 4),
@@ -26,7 +26,7 @@ def path(tmp_path):
 
 
 def values(path):
-    return {name: tensor.read_rows(0, tensor.shape[0]) for name, tensor in read_tensors(path).items()}
+    return {name: tensor.read_rows(0, tensor.shape[0]) for name, tensor in read_official_tensors(path).items()}
 
 
 def is_same(found):
@@ -92,7 +92,7 @@ def test_any_valid_zip_of_the_same_records_reads_the_same(path, change):
 
 def test_rows_are_read_in_any_order(path):
     deflated(path)
-    tensor = read_tensors(path)["a"]
+    tensor = read_official_tensors(path)["a"]
     for start, stop in ((1, 3), (0, 1), (2, 3), (0, 3)):
         assert torch.equal(tensor.read_rows(start, stop), WEIGHTS["a"][start:stop])
 
@@ -168,7 +168,7 @@ def write_described(path, value):
 def test_a_shape_beyond_its_storage_is_refused(tmp_path, tensor, message):
     write_described(tmp_path / "x.bin", tensor)
     with pytest.raises(CheckpointError, match=message):
-        read_tensors(tmp_path / "x.bin")
+        read_official_tensors(tmp_path / "x.bin")
 
 
 def test_a_described_tensor_within_its_storage_is_read(tmp_path):
@@ -210,10 +210,10 @@ def test_a_record_that_is_there_twice_is_refused(path):
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as target:
         target.writestr(target.namelist()[-1], b"")
     with pytest.raises(CheckpointError, match="twice"):
-        read_tensors(path)
+        read_official_tensors(path)
 
 
 def test_a_truncated_zip_is_refused(path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
-        read_tensors(path)
+        read_official_tensors(path)
