@@ -132,7 +132,7 @@ def test_every_tool_refuses_what_is_not_a_complete_model(directory, tmp_path, ch
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
-    [([24, 2**62], "F32", "which no file can hold"), ([24, 6], ["F32"], "has type ['F32']")],
+    [([24, 2**62], "F32", "which no file can hold"), ([24, 6], ["F32"], "dtype is ['F32'], expected a string")],
 )
 def test_numbers_that_cannot_be_are_refused(directory, shape, dtype, message):
     change_manifest(directory, lambda body: embedding(body).update(shape=shape, dtype=dtype))
