@@ -1,5 +1,8 @@
 """What the tensors of a complete model are, and whether a checkpoint holds them."""
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
@@ -40,16 +43,14 @@ def check_complete(checkpoint: Checkpoint) -> ModelConfig:
     for group in _GROUPS:
         if group == "model" or group in checkpoint.groups():
             _check_group(checkpoint, group, expected)
-    _check_tau(checkpoint, model)
+    check_tau(where, model, checkpoint.record.tau)
     return model
 
 
 def _check_group(checkpoint: Checkpoint, group: str, expected: dict[str, Parameter]) -> None:
-    where, names = checkpoint.directory, set(checkpoint.names(group))
-    for differing, verb in ((expected.keys() - names, "lacks"), (names - expected.keys(), "also has")):
-        if differing:
-            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-            raise CheckpointError(f"{where} is not a complete model: its {group!r} {verb} {min(differing)}{more}")
+    where = checkpoint.directory
+    if difference := names_difference(checkpoint, group, expected):
+        raise CheckpointError(f"{where} is not a complete model: its {group!r} {difference}")
     for name, parameter in expected.items():
         found, dtype = checkpoint.shape(group, name), checkpoint.dtype(group, name)
         if found != parameter.shape or dtype != torch.float32:
@@ -59,7 +60,17 @@ def _check_group(checkpoint: Checkpoint, group: str, expected: dict[str, Paramet
             )
 
 
-def _check_tau(checkpoint: Checkpoint, model: ModelConfig) -> None:
-    differing = initial_taus(model).keys() ^ checkpoint.record.tau.keys()
-    if differing:
-        raise CheckpointError(f"{checkpoint.directory}: tau is not there for each projection: {min(differing)}")
+def names_difference(checkpoint: Checkpoint, group: str, expected: Collection[str]) -> str | None:
+    """Say which tensor a group lacks or also has, and how many more; None where its names are those `expected`."""
+    found = set(checkpoint.names(group))
+    for differing, verb in ((set(expected) - found, "lacks"), (found - set(expected), "also has")):
+        if differing:
+            more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+            return f"{verb} {min(differing)}{more}"
+    return None
+
+
+def check_tau(source: Path, model: ModelConfig, tau: Mapping[str, float]) -> None:
+    """Raise CheckpointError, about the file or directory `source`, unless each Pattention of the model has a tau."""
+    if differing := initial_taus(model).keys() ^ tau.keys():
+        raise CheckpointError(f"{source}: tau is not there for each projection: {min(differing)}")

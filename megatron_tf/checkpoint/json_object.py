@@ -1,10 +1,12 @@
 """Values of a JSON file, each checked where it is read: a stranger may have written the file."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from megatron_tf.checkpoint.errors import CheckpointError
 
+T = TypeVar("T")
 _REQUIRED: Any = object()
 
 
@@ -22,6 +24,10 @@ class JsonObject:
         if not isinstance(values, dict):
             raise CheckpointError(f"{source}: {path} is {_kind(values)}, expected an object")
         self.values: dict[str, Any] = values
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there, and not null."""
+        return self.values.get(key) is not None
 
     def count(self, key: str, default: int = _REQUIRED, *, least: int = 0, most: int = 2**63 - 1) -> int:
         """A whole number from `least` to `most`."""
@@ -68,9 +74,9 @@ class JsonObject:
         """An object."""
         return JsonObject(self.source, self._path(key), self._get(key, _REQUIRED, "an object"))
 
-    def optional_section(self, key: str) -> "JsonObject | None":
-        """An object; None where there is none."""
-        return None if self.values.get(key) is None else self.section(key)
+    def optional(self, key: str, read: Callable[["JsonObject"], T], default: T) -> T:
+        """What `read` makes of an object."""
+        return read(self.section(key)) if self.has(key) else default
 
     def sections(self, key: str) -> list["JsonObject"]:
         """A list of objects."""

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
-from megatron_tf.checkpoint.contents import check_complete
+from megatron_tf.checkpoint.contents import check_complete, names_difference
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
     LATEST,
@@ -204,13 +204,8 @@ def load_shards(
 def _check_names(checkpoint: Checkpoint, group: str, expected: Collection[str]) -> None:
     if group not in checkpoint.groups():
         raise CheckpointError(f"{checkpoint.directory} holds no {group!r}, only {', '.join(checkpoint.groups())}")
-    saved = set(checkpoint.names(group))
-    for names, verb in ((set(expected) - saved, "lacks"), (saved - set(expected), "also has")):
-        if names:
-            raise CheckpointError(
-                f"{checkpoint.directory} is a checkpoint of another model: its {group!r} {verb} {min(names)}"
-                + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-            )
+    if difference := names_difference(checkpoint, group, expected):
+        raise CheckpointError(f"{checkpoint.directory} is a checkpoint of another model: its {group!r} {difference}")
 
 
 def _resolve(path: Path) -> Path:

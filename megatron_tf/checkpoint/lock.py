@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from megatron_tf.errors import UserError
@@ -87,9 +86,7 @@ class RunLock:
         threading.Thread(target=self._keep_fresh, daemon=True, name="run-lock").start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._stop.set()
         with contextlib.suppress(OSError):
             if self._is_ours():

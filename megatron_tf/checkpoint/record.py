@@ -101,14 +101,12 @@ class RunDetails:
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
         """Read the key `run`."""
-        spikes = values.optional_section("spikes")
-        has_data = values.values.get("data") is not None
-        has_blend = values.values.get("blend") is not None
+        has_data = values.has("data")
         return cls(
             data=tuple(identity.values for identity in values.sections("data")) if has_data else None,
-            spikes=None if spikes is None else SpikeHistory.from_json(spikes),
+            spikes=values.optional("spikes", SpikeHistory.from_json, None),
             evaluation_due=values.boolean("evaluation_due", False),
-            blend=values.text("blend") if has_blend else None,
+            blend=values.text("blend") if values.has("blend") else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -160,7 +158,6 @@ class GrowthEvent:
         for kind, change in kinds.values.items():
             if not isinstance(change, list) or len(change) != 2:
                 raise CheckpointError(f"{kinds.source}: {kinds.path}.{kind} is {change!r}, expected [old, new]")
-        has_layers = values.values.get("inserted_layers") is not None
         return cls(
             step=values.count("step"),
             samples=values.count("samples"),
@@ -168,7 +165,7 @@ class GrowthEvent:
             kinds=kinds.values,
             init=values.text("init"),
             seed=values.whole("seed"),
-            inserted_layers=values.items("inserted_layers") if has_layers else [],
+            inserted_layers=values.items("inserted_layers") if values.has("inserted_layers") else [],
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -239,9 +236,6 @@ class RunRecord:
         top = JsonObject(source, "", values)
         config = top.section("config")
         _check_config(config)
-        usage, details = top.optional_section("usage"), top.optional_section("run")
-        loss_scale, after_growth = top.optional_section("loss_scale"), top.optional_section("after_growth")
-        has_stage = top.values.get("growth_stage") is not None
         return cls(
             model=read_model(top.section("model")),
             config=config.values,
@@ -249,11 +243,11 @@ class RunRecord:
             tokenizer=top.section("tokenizer").values,
             lineage=tuple(GrowthEvent.from_json(event) for event in top.sections("lineage")),
             training=TrainingCounters.from_json(top.section("training")),
-            usage=Usage() if usage is None else Usage.from_json(usage),
-            details=RunDetails() if details is None else RunDetails.from_json(details),
-            loss_scale=None if loss_scale is None else LossScale.from_json(loss_scale),
-            after_growth=None if after_growth is None else AfterGrowth.from_json(after_growth),
-            growth_stage=top.count("growth_stage") if has_stage else None,
+            usage=top.optional("usage", Usage.from_json, Usage()),
+            details=top.optional("run", RunDetails.from_json, RunDetails()),
+            loss_scale=top.optional("loss_scale", LossScale.from_json, None),
+            after_growth=top.optional("after_growth", AfterGrowth.from_json, None),
+            growth_stage=top.count("growth_stage") if top.has("growth_stage") else None,
             others={key: value for key, value in top.values.items() if key not in _KEYS},
         )
 
@@ -359,7 +353,8 @@ def _check_config(config: JsonObject) -> None:
     training = config.section("training")
     training.count("seq_length", least=1)
     training.whole("seed")
-    config.optional_section("data")
+    if config.has("data"):
+        config.section("data")
 
 
 def read_model(section: JsonObject) -> ModelConfig:

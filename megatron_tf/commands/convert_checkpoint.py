@@ -54,19 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> Options:
     """The command line."""
     parser = make_parser("convert-checkpoint", __doc__)
-    parser.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
-    parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--from", dest="source", choices=FORMATS, required=True, help="format of --load")
+    add("--to", dest="target", choices=FORMATS, required=True, help="format of --save")
+    add(
         "--load",
         type=file_path,
         required=True,
         help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
     )
-    parser.add_argument("--save", type=file_path, required=True, help="directory to write")
-    parser.add_argument("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
-    parser.add_argument(
-        "--eod-token", metavar="TOKEN", help="token that ends a document (default: the run's, or what its file names)"
-    )
+    add("--save", type=file_path, required=True, help="directory to write")
+    add("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
+    add("--eod-token", metavar="TOKEN", help="token that ends a document (default: the run's, or what its file names)")
     _add_official(parser)
     _add_huggingface(parser)
     options = parse(parser, Options, arguments)

@@ -28,9 +28,10 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """Print what the options name. Returns 1 where --diff finds a difference of tensors or other state."""
     parser = make_parser("inspect-checkpoint", __doc__)
-    parser.add_argument("directory", type=file_path, help="checkpoint, or a run's directory of them")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum first")
-    parser.add_argument(
+    add = parser.add_argument
+    add("directory", type=file_path, help="checkpoint, or a run's directory of them")
+    add("--verify", action="store_true", help="read every file and compare its checksum first")
+    add(
         "--diff",
         type=file_path,
         metavar="DIR2",

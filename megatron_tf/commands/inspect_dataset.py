@@ -39,17 +39,16 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """Print what the options name. Raises DataError for a damaged dataset."""
     parser = make_parser("inspect-dataset", __doc__)
-    parser.add_argument("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
-    parser.add_argument("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
-    parser.add_argument("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
-    parser.add_argument("--seq-length", type=int, default=2048, help="of samples")
-    parser.add_argument("--split", default="969,30,1", help="of the run; 1,0,0 for all documents")
-    parser.add_argument(
-        "--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included"
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of samples")
-    parser.add_argument("--tokenizer-type", choices=TYPES, help="decode what is printed")
-    parser.add_argument("--tokenizer-model", type=file_path, help="the tokenizer's file")
+    add = parser.add_argument
+    add("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
+    add("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
+    add("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
+    add("--seq-length", type=int, default=2048, help="of samples")
+    add("--split", default="969,30,1", help="of the run; 1,0,0 for all documents")
+    add("--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included")
+    add("--seed", type=int, default=1234, help="of the order of samples")
+    add("--tokenizer-type", choices=TYPES, help="decode what is printed")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file")
     inspect(parse(parser, Options, arguments))
     return 0
 

@@ -57,13 +57,12 @@ class Stage:
 def main(arguments: list[str] | None = None) -> int:
     """Draw the picture."""
     parser = make_parser("plot-run", __doc__)
-    parser.add_argument(
-        "metrics", nargs="+", type=file_path, help="metrics files (logging.metrics_file), of a run oldest first"
-    )
-    parser.add_argument("--x", choices=AXES, default="tokens", help="what losses are drawn against")
-    parser.add_argument("--output", type=file_path, required=True, help="PNG to write")
-    parser.add_argument("--summary", type=file_path, help="Markdown file for the table")
-    parser.add_argument("--title", default="", help="above the picture")
+    add = parser.add_argument
+    add("metrics", nargs="+", type=file_path, help="metrics files (logging.metrics_file), of a run oldest first")
+    add("--x", choices=AXES, default="tokens", help="what losses are drawn against")
+    add("--output", type=file_path, required=True, help="PNG to write")
+    add("--summary", type=file_path, help="Markdown file for the table")
+    add("--title", default="", help="above the picture")
     options = parse(parser, Options, arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")

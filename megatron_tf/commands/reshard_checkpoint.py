@@ -57,62 +57,52 @@ def parse_arguments(arguments: list[str] | None) -> Options:
         __doc__,
         "Exit code: 0 done, 1 error and nothing written, 2 usage, 3 written but --verify finds a fault.",
     )
-    parser.add_argument("--load", type=file_path, required=True, help="checkpoint, or a run's directory of them")
-    parser.add_argument("--save", type=file_path, required=True, help="directory for the new checkpoint")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--load", type=file_path, required=True, help="checkpoint, or a run's directory of them")
+    add("--save", type=file_path, required=True, help="directory for the new checkpoint")
+    add(
         "--allow-existing",
         action="store_true",
         help="write next to the checkpoints that --save holds already, and replace the one of the same step",
     )
-    parser.add_argument(
+    add(
         "--target-tensor-parallel-size",
         type=int,
         default=1,
         metavar="T",
         help="tensor-parallel ranks that the new checkpoint is laid out for",
     )
-    parser.add_argument(
+    add(
         "--target-pipeline-parallel-size",
         type=int,
         default=1,
         metavar="P",
         help="pipeline stages that it is laid out for",
     )
-    parser.add_argument(
-        "--make-vocab-size-divisible-by", type=int, metavar="M", help="pad the vocabulary again, to a multiple of this"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
-    parser.add_argument(
+    add("--make-vocab-size-divisible-by", type=int, metavar="M", help="pad the vocabulary again, to a multiple of this")
+    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    add(
         "--verify",
         action="store_true",
         help="read everything back, compare it bit for bit, and compare the logits of both models where they fit",
     )
-    parser.add_argument("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
-    parser.add_argument("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
+    add("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
+    add("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
     _add_growth_options(parser)
-    parser.add_argument(
-        "--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data"
-    )
+    add("--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data")
     return parse(parser, Options, arguments)
 
 
 def _add_growth_options(parser: argparse.ArgumentParser) -> None:
-    growth = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
-    growth.add_argument("--stage", type=file_path, metavar="FILE", help="YAML file with the keys of a stage")
-    growth.add_argument(
-        "--grow", metavar="qkv=N,proj=N,ffn@0-5=N", help="new number of tokens by kind, or also by layer"
-    )
-    growth.add_argument("--growth-init", choices=["zero_key", "duplicate", "random"], help="default: zero_key, exact")
-    growth.add_argument(
-        "--growth-noise", type=float, metavar="X", help="noise on the values of duplicates; by default 0.1"
-    )
-    growth.add_argument("--insert-layers", metavar="I,J,...", help="a new layer before each old one named")
-    growth.add_argument(
+    group = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
+    add = group.add_argument
+    add("--stage", type=file_path, metavar="FILE", help="YAML file with the keys of a stage")
+    add("--grow", metavar="qkv=N,proj=N,ffn@0-5=N", help="new number of tokens by kind, or also by layer")
+    add("--growth-init", choices=["zero_key", "duplicate", "random"], help="default: zero_key, exact")
+    add("--growth-noise", type=float, metavar="X", help="noise on the values of duplicates; by default 0.1")
+    add("--insert-layers", metavar="I,J,...", help="a new layer before each old one named")
+    add(
         "--moments", choices=["keep", "reset"], help="optimizer state (Adam moments) of what was there; by default keep"
     )
-    growth.add_argument(
-        "--old-tokens-lr-scale", type=float, metavar="X", help="of old tokens; 0 freezes them; by default 1"
-    )
-    growth.add_argument(
-        "--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0"
-    )
+    add("--old-tokens-lr-scale", type=float, metavar="X", help="of old tokens; 0 freezes them; by default 1")
+    add("--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0")

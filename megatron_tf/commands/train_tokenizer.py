@@ -32,12 +32,13 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     """Train, and write PREFIX.model."""
     parser = make_parser("train-tokenizer", __doc__)
-    parser.add_argument("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .jsonl.zst files, or patterns")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, bytes and special ones included")
-    parser.add_argument("--output-prefix", type=file_path, required=True, help="writes PREFIX.model")
-    parser.add_argument("--json-key", default="text", help="the text of a line")
-    parser.add_argument("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
-    parser.add_argument("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .jsonl.zst files, or patterns")
+    add("--vocab-size", type=int, required=True, help="pieces, bytes and special ones included")
+    add("--output-prefix", type=file_path, required=True, help="writes PREFIX.model")
+    add("--json-key", default="text", help="the text of a line")
+    add("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
+    add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
     options = parse(parser, Options, arguments)
     if not 0 <= options.max_bad_lines <= 1:  # nan too
         parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.checkpoint.contents import check_tau
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
@@ -86,9 +87,8 @@ def _fitting(
     path = directory / "config.json"
     if model.num_layers > len(tensors):
         raise CheckpointError(f"{path}: there are {model.num_layers:,} layers in it, and {len(tensors):,} tensors")
-    differing = tau.keys() ^ initial_taus(model).keys()
-    if tau and differing:
-        raise CheckpointError(f"{path}: tau is not there for each projection: {min(differing)}")
+    if tau:
+        check_tau(path, model, tau)
     return rename(directory, tensors, expected=HUGGINGFACE.parameters(model))
 
 
