@@ -107,6 +107,7 @@ class _Growth:
 
     def _rows_of_new_layer(self, group: str, parameter: Parameter) -> Segment:
         count = parameter.shape[0]
+        # zero at the end of a branch makes the layer the identity; Adam moments begin at zero, as in a new run
         if group != "model" or parameter.ends_branch:
             return Zeros(count)
         return Normal(f"{self.stream}.{parameter.name}", seed=self.seed, start=0, stop=count, std=parameter.initial.std)
@@ -117,6 +118,7 @@ class _Growth:
         segments: list[Segment] = [Copy(old.name, 0, rows)]
         if self.stage.init == "duplicate":
             segments = [self._copy(group, parameter, old, number=number) for number in range(new // rows)]
+        # values are drawn under each init: with values of zero, zero keys would never get a gradient
         rest = new - sum(map(len, segments))
         is_drawn = group == "model" and (parameter.role is Role.VALUES or self.stage.init == "random")
         if rest and is_drawn:
@@ -161,6 +163,7 @@ class _Growth:
         return replace(
             record.with_model(self.grown),
             tau=self._tau(),
+            # the bias correction starts again with the moments
             training=replace(training, adam_steps=0) if stage.moments == "reset" else training,
             lineage=(*record.lineage, event),
             after_growth=AfterGrowth(
@@ -184,6 +187,7 @@ class _Growth:
                 tau[path] = initial[path]
                 continue
             tau[path] = old_tau[old.path]
+            # m copies make the L2 norm sqrt(m) times, and the sum of a softmax m times, what it was
             if self.stage.init == "duplicate":
                 tau[path] *= (keys.shape[0] // old.shape[0]) ** (1 / norm.tau_power)
         return tau

@@ -85,7 +85,7 @@ def reshard(
     check_outside_checkpoints(root, "--save")
     if not allow_existing:
         check_destination(checkpoint, root, step)
-    plans = list(plan_files(checkpoint, target))
+    plans = list(plan_files(checkpoint, target))  # all of them first: rows that don't divide are found before a write
     directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
     try:
         written = []
@@ -143,14 +143,15 @@ def _write_group(
         for plan, rows, is_last in _read_ahead(checkpoint, pieces):
             if plan.name not in files:
                 files[plan.name] = ShardFileWriter(directory / plan.name, plan.specs)
-                stack.push(files[plan.name])
+                stack.push(files[plan.name])  # closes it after an error in any other
             files[plan.name].write(rows)
             progress(rows.nbytes)
             left[plan.name] -= is_last
+            # a complete file is flushed by a thread, while the next ones are written: a flush waits for the disk
             if not left[plan.name]:
                 finished.append(flusher.submit(files[plan.name].finish))
         for flushed in finished:
-            flushed.result()
+            flushed.result()  # raises what the flush did
     return [files[plan.name].written(plan.group) for plan in plans]
 
 
@@ -166,6 +167,7 @@ def _read_ahead(
                 row += len(rows)
                 yield plan, rows, row == spec.stop
 
+    # one thread: a generator runs in one at a time, and files are read from front to back
     with ThreadPoolExecutor(1) as reader:
         source = blocks()
         ahead = [reader.submit(next, source, None) for _ in range(_BLOCKS_AHEAD)]

@@ -75,6 +75,7 @@ class ShardFileWriter:
         self.bytes = 0
         header = _safetensors_header(specs, facts)
         self.total_bytes = 8 + len(header) + sum(spec.nbytes for spec in specs)
+        # unbuffered: blocks of rows are large, and what was hashed and counted has reached the system
         self.file = path.open("xb", buffering=0)
         self._append(len(header).to_bytes(8, "little") + header)
 
@@ -97,7 +98,7 @@ class ShardFileWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None and not self.file.closed:
+        if error is None and not self.file.closed:  # after an error the caller removes the directory, and this file
             self.finish()
         self.file.close()
 
@@ -105,7 +106,7 @@ class ShardFileWriter:
         self.hash.update(data)
         left = memoryview(data)
         with self._naming_the_file():
-            while left:
+            while left:  # an unbuffered write may take less than it is given
                 count = self.file.write(left)
                 self.bytes += count
                 left = left[count:]
@@ -131,9 +132,10 @@ class HashedFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` with the bytes from `offset`; returns how many there were."""
-        self._hash_up_to(offset)
+        self._hash_up_to(offset)  # what the caller skips counts as well
         self.file.seek(offset)
         count = self.file.readinto(buffer)
+        # where reads overlap, or go back, the bytes that are hashed already are left out
         self.hash.update(buffer[max(0, self.hashed - offset) : count])
         self.hashed = max(self.hashed, offset + count)
         return count
@@ -163,6 +165,7 @@ class ShardFileReader:
         length = bytearray(8)
         self._fill(0, memoryview(length))
         self.data_start = 8 + int.from_bytes(length, "little")
+        # before memory is taken for a header: the length in a damaged file can be anything
         if self.data_start > min(path.stat().st_size, _LARGEST_HEADER):
             raise CheckpointError(f"{path} is not a safetensors file: its header is said to end at {self.data_start}")
         header = bytearray(self.data_start - 8)
@@ -182,7 +185,7 @@ class ShardFileReader:
     def whole(self, name: str) -> PieceSpec:
         """Return the spec of a tensor of which the file holds all rows, as its header describes it."""
         shape, dtype, _ = self._header_of(name)
-        return PieceSpec(name, dtype, shape, start=0, stop=shape[0] if shape else 1)
+        return PieceSpec(name, dtype, shape, start=0, stop=shape[0] if shape else 1)  # a scalar is one row
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
         """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
@@ -195,6 +198,7 @@ class ShardFileReader:
     def _fill(self, offset: int, buffer: memoryview) -> int:
         if self.hashed is not None:
             return self.hashed.read_into(offset, buffer)
+        # opened for each read: a checkpoint may have more files than a process may hold open
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.readinto(buffer)
@@ -218,6 +222,7 @@ class ShardFileReader:
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise CheckpointError(f"{self.path} does not say where {name!r} is stored") from error
             places.append((begin, end, name))
+        # nothing hides between tensors, and no tensor aliases another: each byte has one meaning
         position = 0
         for begin, end, name in sorted(places):
             if begin != position or end < begin:
@@ -277,7 +282,7 @@ def _safetensors_header(specs: Sequence[PieceSpec], facts: Mapping[str, str] | N
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
+    return text + b" " * (-len(text) % 8)  # as the safetensors library does: numbers in a mapped file are aligned
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

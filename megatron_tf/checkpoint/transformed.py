@@ -32,7 +32,7 @@ class Copy:
     def read(self, source: Checkpoint, group: str, *, low: int, high: int, out: Tensor) -> None:
         """Fill `out` with the segment's rows [low, high)."""
         out.copy_(source.read_rows(group, self.name, start=self.start + low, stop=self.start + high))
-        if self.scale != 1.0:
+        if self.scale != 1.0:  # otherwise every bit stays
             out.mul_(self.scale)
         for normal, sign in zip(self.noise, (1, -1), strict=False):
             out.add_(normal.rows(low, high, out.shape[1]), alpha=sign)
@@ -40,7 +40,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class Normal:
-    """Rows [start, stop) of the random tensor `stream`."""
+    """Rows [start, stop) of the random tensor `stream`, each a function of stream, seed and its number alone: any rank
+    makes its own, in blocks of any size."""
 
     stream: str
     seed: int
@@ -122,6 +123,7 @@ class TransformedCheckpoint:
         recipe = self._recipe(group, name)
         if not 0 <= start <= stop <= recipe.shape[0]:
             raise CheckpointError(f"{name} has {recipe.shape[0]} rows, [{start}, {stop}) are requested")
+        # each segment fills its part of the rows that are read, so that no segment has to be whole in memory
         rows = torch.empty((stop - start, *recipe.columns), dtype=recipe.dtype)
         first = 0  # row of the tensor with which the segment begins
         for segment in recipe.segments:

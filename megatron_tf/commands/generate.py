@@ -95,6 +95,7 @@ def generate(options: Options) -> None:
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.tokenformer.dtypes import DTYPES
 
+    # what can be refused is refused before the model is loaded, which takes minutes for a large one
     _check(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     if options.num_samples > 1 and sampling.is_certain:
@@ -106,12 +107,14 @@ def generate(options: Options) -> None:
     limits = Limits(options.max_new_tokens, options.stop)
     records = _read_records(options)
     mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
+    # after the ranks have met: the first one has the standard input, and sends it to the others
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     model = load_model(options.checkpoint, device=mesh.device, dtype=DTYPES[options.dtype], group=mesh.group("tp"))
     model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
+        # by the sample's number, not its place: a text does not depend on what else is in its batch
         seeds = [seed_of_sample(options.seed, number) for number in numbers]
         return continue_texts(model, tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds)
 
@@ -182,6 +185,7 @@ def _write_lines(
         texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
         for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
+            # flushed line by line: what is finished stays after an interruption
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
 
 
@@ -189,7 +193,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
     """Records with a prompt each. Raises UserError naming the line that holds none."""
     from megatron_tf.inference.text import check_text
 
-    lines = read_text(path).split("\n")
+    lines = read_text(path).split("\n")  # not splitlines: a prompt may hold U+2028 and other line separators
     if path.suffix != ".jsonl":
         return _not_empty([{"prompt": line} for line in lines if line], path)
     records = []

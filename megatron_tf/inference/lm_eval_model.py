@@ -78,6 +78,7 @@ class MegatronTF(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
+        # arguments are checked before the ranks meet, where a rank that fails leaves the others waiting
         _check_names(others)
         if checkpoint is None:
             raise ConfigError("model_args name no checkpoint: write checkpoint=DIR")
@@ -88,6 +89,7 @@ class MegatronTF(TemplateLM):
         if dtype not in _PRECISIONS:
             raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_PRECISIONS)}")
         self._mesh = init_mesh(tensor=1, pipeline=1, data=None, timeout=timedelta(seconds=distributed_timeout_seconds))
+        # by these two lm-eval shares out the requests, and gathers the answers
         self._rank = self._mesh.rank("dp")
         self._world_size = self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
@@ -120,6 +122,7 @@ class MegatronTF(TemplateLM):
         answers = [(0.0, False)] * len(texts)
         for i, found in self._scores(texts, disable_tqdm):
             answers[i] = (found.log_likelihood, found.is_greedy)
+            # at once, not at the end: lm-eval's cache lets an interrupted evaluation resume
             self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         return answers
 
@@ -134,6 +137,7 @@ class MegatronTF(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context until a stop string, the end of the document or a number of tokens."""
+        # a batch has one set of options: stop strings, temperature, number of tokens
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
@@ -142,6 +146,7 @@ class MegatronTF(TemplateLM):
         batches = []
         for group in alike.values():
             batches += [group[i : i + size] for i in range(0, len(group), size)]
+        # before requests are put into batches: a text does not depend on what else is in its batch
         seeds = _seeds([repr(request.args) for request in requests])
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank > 0) as bar:
             for batch in batches:
@@ -178,7 +183,7 @@ class MegatronTF(TemplateLM):
             of_text = list(rolling_windows(ids, window=self.max_length, stride=self.max_length, first=first))
             windows += of_text
             owners += [owner] * len(of_text)
-        missing = Counter(owners)
+        missing = Counter(owners)  # scores come longest first, so the windows of a text come among those of others
         totals = [Score(0.0, True)] * len(texts)
         found = score(self._model, windows, self._batch_size)
         interval = 0.1 if sys.stderr.isatty() else 30

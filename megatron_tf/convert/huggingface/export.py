@@ -112,7 +112,7 @@ def _config(record: RunRecord, eod: int) -> dict[str, Any]:
         },
         "model_type": "tokenformer",
         "dtype": "float32",
-        "vocab_size": model.padded_vocab_size,
+        "vocab_size": model.padded_vocab_size,  # transformers means the rows of the embedding
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
@@ -124,7 +124,7 @@ def _config(record: RunRecord, eod: int) -> dict[str, Any]:
         "initializer_range": model.init_method_std,
         "max_position_embeddings": record.seq_length,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": eod,
+        "bos_token_id": eod,  # a document begins after the end of another one, in training as well
         "eos_token_id": eod,
         "tau": dict(record.tau),
         "megatron_tf": _facts(record),
@@ -175,7 +175,7 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(model: ModelConfig, eod: int) -> dict[str, Any]:
-    padding = list(range(model.vocab_size, model.padded_vocab_size))
+    padding = list(range(model.vocab_size, model.padded_vocab_size))  # ids that no text has, never to be generated
     config: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
     return config | ({"suppress_tokens": padding} if padding else {})
 
@@ -190,6 +190,7 @@ def _write_tokenizer(directory: Path, tokenizer: Tokenizer, path: Path | None, *
         shutil.copyfile(path, directory / _TOKENIZER_FILES[kind])
     else:
         (directory / _TOKENIZER_FILES[kind]).write_text(tokenizer_json(path), encoding="utf-8")
+        # the run's own files too: their hash is the tokenizer's identity, which an import compares
         shutil.copyfile(path, directory / "vocab.json")
         shutil.copyfile(merges, directory / "merges.txt")
     _, eod = _pieces(kind, path, tokenizer.eod)

@@ -68,6 +68,10 @@ class _Strided:
     strides: tuple[int, ...]
 
 
+# The next two are made for each use and have no attributes, unlike functions: a pickle can set the attributes of what
+# it is given (its opcode BUILD), a function's defaults among them.
+
+
 class _Rebuild:
     """Stands for the functions by which torch makes a tensor of a storage."""
 
@@ -88,6 +92,7 @@ class _Parameter:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # all that a pickle can name: nothing is imported, and nothing of these does more than describe a tensor
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
@@ -99,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _, count = pid
+        kind, storage_type, key, _, count = pid  # the fourth is the device it was on
         if kind != "storage" or not isinstance(storage_type, _Type) or not isinstance(key, str) or not _is_count(count):
             raise pickle.UnpicklingError(f"it names {pid!r}, which is no storage")
         return _Storage(storage_type.dtype, key, count)
@@ -178,6 +183,7 @@ class ZippedTensors:
                 f"{self.path} is damaged: {name} is stored in {storage.key!r} of {storage.count * size:,} bytes, "
                 f"{'which is missing' if record is None else f'which has {record.file_size:,}'}"
             )
+        # rows are read as one run of bytes; a view across them would be read wrong, not refused
         if tensor.strides != _contiguous_strides(tensor):
             raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file again, each tensor by clone()")
         if tensor.offset + math.prod(tensor.shape) > storage.count:
@@ -206,6 +212,7 @@ class ZippedTensors:
                     raise EOFError(f"{record.filename} ends early")
                 buffer[place : place + len(block)] = block
                 place += len(block)
+        # after reading, in place: blocks of the zip may end within a number
         if self._is_swapped and rows.dtype.itemsize > 1:
             numbers = rows.view(torch.uint8).view(-1, rows.dtype.itemsize)
             numbers.copy_(numbers.flip(1))
@@ -244,7 +251,7 @@ class ZippedTensors:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+    return type(value) is int and 0 <= value < 2**62  # bool is an int to Python; torch's sizes have 64 bits
 
 
 def _contiguous_strides(tensor: _Strided) -> tuple[int, ...]:
