@@ -110,6 +110,7 @@ class PattentionAttention(Attention):
 
     def project_out(self, x: Tensor) -> Tensor:
         """See Attention."""
+        # every rank needs all heads of a token, as it has a part of the parameter tokens and not of the width
         return self.proj(all_gather(x, -1, self.group), self.group)
 
 

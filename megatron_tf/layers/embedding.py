@@ -31,7 +31,7 @@ class VocabularyWeight(nn.Module):
             return F.embedding(ids, weight)
         local_ids = ids - group_rank(self.group) * weight.shape[0]
         outside = (local_ids < 0) | (local_ids >= weight.shape[0])
-        rows = F.embedding(local_ids.masked_fill(outside, 0), weight)
+        rows = F.embedding(local_ids.masked_fill(outside, 0), weight)  # any row of ours, which is masked next
         return leave_tensor_parallel(rows.masked_fill(outside[..., None], 0.0), self.group, self.sequence_parallel)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class Block(nn.Module):
         out = self.attention(normalised, rotary, attend=attend, documents=documents, dropout=dropout)
         x = x + (out if dropout is None else dropout.hidden(out, "attention", sequence_group))
         normalised = self.normalise(x, None, None, epsilon=self.epsilon)
+        # gathered after the norm: each rank normalizes its own part of the sequence alone
         hidden = enter_tensor_parallel(normalised, self.group, self.sequence_parallel)
         out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
         out = leave_tensor_parallel(out, self.group, self.sequence_parallel)

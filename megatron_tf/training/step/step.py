@@ -44,7 +44,13 @@ def train_step(state: TrainState, batch: Batch, lr: float) -> StepResult:
     state.timer.enter("optimizer")
     update = state.optimizer.step(lr, 1 / loss_scale)
     is_overflow = state.scaler.update(math.isfinite(update.norm))
-    return StepResult(value, update.norm, update.norms, update.nonfinite, is_overflow)
+    return StepResult(
+        loss=value,
+        grad_norm=update.norm,
+        norms=update.norms,
+        nonfinite=update.nonfinite,
+        is_overflow=is_overflow,
+    )
 
 
 def forward_backward(state: TrainState, batch: Batch) -> Tensor | None:

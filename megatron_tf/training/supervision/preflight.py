@@ -87,17 +87,16 @@ class _SharedDirectory:
     def __init__(self, directory: Path | None, mesh: Mesh) -> None:
         self.directory, self.mesh = directory, mesh
         self.file: Path | None = None
-        names: list[Any] = [f".shared-{uuid.uuid4().hex}"]
         if directory is None or mesh.world is None:
             return
+        file = directory / f".shared-{uuid.uuid4().hex}"
         if mesh.is_first_rank:
             with contextlib.suppress(OSError):  # `_unwritable` says so
                 directory.mkdir(parents=True, exist_ok=True)
-                (directory / names[0]).touch()
-            names = [names[0] if (directory / names[0]).exists() else None]
-        dist.broadcast_object_list(names, 0, mesh.world, torch.device("cpu"))
-        if names[0] is not None:
-            self.file = directory / names[0]
+                file.touch()
+        name = mesh.gather(file.name if mesh.is_first_rank and file.exists() else None)[0]
+        if name is not None:
+            self.file = directory / name
 
     def not_seen(self) -> Iterator[str]:
         """What is wrong with this rank's view of the directory."""
