@@ -43,7 +43,7 @@ def published_pattend(x: Tensor, projections: list, group: None) -> Tensor:
     return torch.stack(outputs)
 
 
-def run(name: str, precision: str, recompute: str, kernels: str, steps: int) -> None:
+def run(name: str, precision: str, recompute: str, kernels: str, *, steps: int) -> None:
     """In a process of its own: print the fastest step, its last loss and the peak memory as JSON."""
     if name == "published":
         from megatron_tf.layers import attention, pattention
@@ -95,7 +95,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.run:
-        run(*args.run, args.steps)
+        run(*args.run, steps=args.steps)
         return
     cases = [(name, precision, "none", "eager") for precision in ("fp32", "bf16") for name in MODELS]
     cases += [("tokenformer", "fp32", kind, "eager") for kind in ("selective", "full")]

@@ -43,10 +43,13 @@ def arrow(
     axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": style, "color": color, "linewidth": 1.3})
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, *, words: str, color: str = PLAIN_COLOR) -> None:
-    """Draw a rounded box around words; (x, y) is its upper left corner."""
+def box(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], *, words: str, color: str = PLAIN_COLOR
+) -> None:
+    """Draw a rounded box around words; `corner` is the upper left one."""
+    (x, y), (width, height) = corner, size
     shape = FancyBboxPatch(
-        (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=color, edgecolor=INK, alpha=0.85
+        corner, width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=color, edgecolor=INK, alpha=0.85
     )
     axes.add_patch(shape)
     text(axes, x + width / 2, y + height / 2, words)
@@ -119,10 +122,8 @@ def draw_mesh() -> Figure:
                 half = "first" if tensor == 0 else "second"
                 box(
                     axes,
-                    left + 3.9 * tensor,
-                    top,
-                    3.4,
-                    2.5,
+                    (left + 3.9 * tensor, top),
+                    (3.4, 2.5),
                     words=f"rank {rank}\n{half} half of\nthe tokens",
                     color=RANK_COLORS[tensor],
                 )
@@ -171,10 +172,8 @@ def draw_growth() -> Figure:
     text(axes, 17.8, 4.33, "new rows: moments 0;\nvalues as at initialization", ha="left", fontsize=SMALL)
     box(
         axes,
-        1.2,
-        6.2,
-        19.6,
-        2.4,
+        (1.2, 6.2),
+        (19.6, 2.4),
         words=(
             "new scores are x·0 = 0: they add nothing to ‖A‖, and gelu(0) = 0 gives the new values weight 0\n"
             "→ every logit stays the same at the step of the growth\n"

@@ -62,7 +62,7 @@ def main() -> None:
         start = time.perf_counter()
         save_state(state, config, step, root=args.directory / "waiting")
         note("a save that training waits for", time.perf_counter() - start)
-        stall, both, whole = in_background(state, config, step, args.directory / "background", batch)
+        stall, both, whole = in_background(state, config, batch, record=step, root=args.directory / "background")
         note("stall of a save in the background", stall)
         note("steps while it is written", both)
         note("from the call until it is complete", whole)
@@ -90,7 +90,7 @@ def steps(state: TrainState, batch: Batch) -> float:
 
 
 def in_background(
-    state: TrainState, config: RunConfig, record: RunRecord, root: Path, batch: torch.Tensor
+    state: TrainState, config: RunConfig, batch: torch.Tensor, *, record: RunRecord, root: Path
 ) -> tuple[float, float, float]:
     """Seconds of (the call, the steps that follow, all until the checkpoint is there)."""
     with BackgroundSaver(None, lambda path: None, print) as saver:

@@ -18,7 +18,7 @@ class LossScaleConfig:
     initial_loss_scale: Annotated[Number, Field(gt=0)] = 2.0**32
     """Scale of the first step."""
     min_loss_scale: Annotated[Number, Field(gt=0)] = 1.0
-    """Lowest scale: overflows there count as batches that are not finite."""
+    """Lowest scale: overflows there count as non-finite batches."""
     loss_scale_window: Count = 1000
     """Steps in a row without overflow after which the scale is doubled."""
     hysteresis: Count = 2

@@ -107,7 +107,7 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
     max_skipped_steps: Count = 5
-    """So many batches in a row whose loss or gradient is not finite end the run, saved as it was before them."""
+    """Abort after this many consecutive batches with a non-finite loss or gradient; the state before them is saved."""
     loss_spike_sigmas: Annotated[Number, Field(gt=0)] = 8.0
     """A loss so many standard deviations of its noise above the last ones is reported as a spike."""
     rewind_after_spikes: Count | None = None

@@ -1,4 +1,4 @@
-"""What is not finite is skipped, named and counted, on every layout, and changes nothing."""
+"""What is non-finite is skipped, named and counted, on every layout, and changes nothing."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ VICTIM = "layers.1.ffn.key_tokens"
 
 
 def poisoned_run(mesh, config, poison):
-    """What was not finite in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
+    """What was non-finite in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
     state = build_state(config, mesh)
     take, found, poisoned = state.optimizer._take_gradients, [], []
 

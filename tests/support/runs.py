@@ -35,7 +35,7 @@ def start_run(config, ranks=1):
 
 
 def wait_for_steps(folder, name, count=3, *, seconds=WAIT, process=None, log=None):
-    """Until NAME.jsonl tells of so many steps; fails at the end of `process`, and with what is in `log`."""
+    """Until NAME.jsonl tells of that many steps; fails at the end of `process`, and with what is in `log`."""
     metrics, limit = folder / f"{name}.jsonl", time.monotonic() + seconds
     while not metrics.exists() or metrics.read_text().count('"loss"') < count:
         assert time.monotonic() < limit, log.read_text() if log is not None and log.exists() else "it does not begin"

@@ -1,4 +1,4 @@
-"""The loop around batches that are not finite: skipped, counted, and after too many in a row the end."""
+"""The loop around non-finite batches: skipped, counted, and after too many in a row the end."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
-    """(exit code, position of each batch) of a run whose batches of these numbers are not finite, or overflow."""
+    """(exit code, position of each batch) of a run whose batches of these numbers are non-finite, or overflow."""
     config = derive_run(folder, name)
     original, seen, positions = loop.train_step, iter(range(1000)), []
 

@@ -1,4 +1,4 @@
-"""What a run does when steps go wrong: it skips what is not finite, and rewinds where the loss keeps jumping."""
+"""What a run does when steps go wrong: it skips non-finite batches, and rewinds where the loss keeps jumping."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -122,7 +122,7 @@ def _end_of_batch(record: RunRecord) -> str:
 
 
 def name_nonfinite(nonfinite: Mapping[str, int]) -> str:
-    """What was not finite, and on which rank, for a line of the log."""
+    """Name what was non-finite, and on which rank, for a line of the log."""
     names = [f"{name} (rank {rank})" for name, rank in list(nonfinite.items())[:3]]
     more = len(nonfinite) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")

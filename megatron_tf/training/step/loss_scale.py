@@ -7,7 +7,7 @@ from megatron_tf.config import LossScaleConfig
 class LossScaler:
     """The loss is multiplied by `scale` before backward, gradients are divided by it before they are used.
 
-    A gradient that is not finite halves the scale once `hysteresis` of them came since it was last doubled; it is
+    A non-finite gradient halves the scale once `hysteresis` of them came since it was last doubled; it is
     doubled after `loss_scale_window` steps without one. Every rank sees the same gradients' norm, so all agree.
     """
 
@@ -20,7 +20,7 @@ class LossScaler:
         self.hysteresis_tracker = config.hysteresis
 
     def update(self, is_finite: bool) -> bool:
-        """Learn from a step; whether its gradients were not finite at a scale that could be lowered."""
+        """Learn from a step; return whether its gradients were non-finite at a scale that could be lowered."""
         if not self.is_dynamic:
             return False
         if is_finite:

@@ -42,7 +42,7 @@ class Update:
     norms: Mapping[str, float]
     """The same by kind: embedding, qkv, proj, ffn, final_norm, head."""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    """Parameters whose gradient was not finite, and the first rank that holds such rows. Nothing was updated then."""
+    """Parameters whose gradient was non-finite, and the first rank that holds such rows. Nothing was updated then."""
 
 
 class Optimizer:
@@ -137,7 +137,7 @@ class Optimizer:
     def step(self, lr: float, scale: float = 1.0) -> Update:
         """Apply the gradients in the parameters' .grad times `scale` and clear them.
 
-        Where their norm is not finite nothing else changes, and the result names the parameters to blame.
+        Where their norm is non-finite nothing else changes, and the result names the parameters to blame.
         """
         gradients = self._take_gradients()
         if scale != 1.0:

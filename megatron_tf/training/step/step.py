@@ -27,7 +27,7 @@ class StepResult:
     norms: Mapping[str, float] = field(default_factory=dict)
     """The same by kind of parameter."""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    """What was not finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
+    """What was non-finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
     that the vocabulary has not has such a loss."""
     is_overflow: bool = False
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
@@ -107,7 +107,7 @@ def _loss_divisor(batch: Batch, mesh: Mesh) -> float:
 
 
 def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
-    """The first rank whose own loss is not finite."""
+    """Return the first rank whose own loss is non-finite."""
     if mesh.world is None:
         return 0
     is_finite = loss is None or math.isfinite(float(loss))
