@@ -1,4 +1,4 @@
-"""What a run is doing: how long each part of a step takes, and where it is should it come to a stand."""
+"""What a run is doing: how long each part of a step takes, and where a run that hangs is."""
 
 import time
 

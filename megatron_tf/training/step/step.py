@@ -28,7 +28,7 @@ class StepResult:
     """The same by kind of parameter."""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     """What was non-finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
-    that the vocabulary has not has such a loss."""
+    outside the vocabulary has such a loss."""
     is_overflow: bool = False
     """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
 
@@ -63,7 +63,7 @@ def forward_backward(state: TrainState, batch: Batch) -> Tensor | None:
 
 def evaluation_loss(state: TrainState, batch: Batch) -> float:
     """Mean loss over the targets of a global batch, of which `batch` is this replica's part; NaN where it has an id
-    that the vocabulary has not. Nothing is dropped."""
+    outside the vocabulary. Nothing is dropped."""
     loss = state.runner.evaluate(micro_batches(state, batch), _loss_divisor(batch, state.mesh))
     return mean_over_replicas(_unless_bad_ids(state, batch, loss), state.mesh)
 
