@@ -20,6 +20,7 @@ from typing import NamedTuple
 from megatron_tf.commands.arguments import make_parser
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.extras import EXTRAS, how_to_install
+from megatron_tf.parallel.launch import LaunchError, number_of
 
 OK = "ok"
 NOTE = "note"
@@ -124,10 +125,11 @@ def compiled_code() -> Iterator[Finding]:
             yield Finding(PROBLEM, name, f"can't be loaded: {reason}", "build it again: pip install . in the checkout")
         else:
             yield Finding(OK, name, "loads")
-    compiler = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    program, *_ = os.environ.get("CXX", "").split() or ["c++"]
+    compiler = shutil.which(program)
     if compiler is None:
         remedy = "install g++ for kernels.pattention: compiled; without it, auto falls back to eager kernels"
-        yield Finding(NOTE, "compiler", "no C++ compiler on PATH", remedy)
+        yield Finding(NOTE, "compiler", f"{program} is not on PATH", remedy)
     else:
         yield Finding(OK, "compiler", compiler)
 
@@ -171,7 +173,7 @@ def communication() -> Iterator[Finding]:
     for backend in backends:
         yield _all_reduce(backend)
     yield _host_name()
-    yield _port(int(os.environ.get("MASTER_PORT", _DEFAULT_PORT)))
+    yield _port()
 
 
 def _all_reduce(backend: str) -> Finding:
@@ -186,10 +188,12 @@ def _all_reduce(backend: str) -> Finding:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         total = torch.ones(1, device=device)
         dist.all_reduce(total)
-        dist.destroy_process_group()
     except RuntimeError as error:  # as both backends raise
         reason = str(error).strip().partition("\n")[0]
         return Finding(PROBLEM, backend, f"an all-reduce fails: {reason}", remedy)
+    finally:
+        if dist.is_initialized():  # or the next backend could not start
+            dist.destroy_process_group()
     return Finding(OK, backend, "an all-reduce of one rank works")
 
 
@@ -203,14 +207,17 @@ def _host_name() -> Finding:
     return Finding(OK, "host name", f"{name} is {address}")
 
 
-def _port(port: int) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+def _port() -> Finding:
+    remedy = "export MASTER_PORT, or give torchrun --master-port, with a free one"
+    try:
+        port = number_of("MASTER_PORT", _DEFAULT_PORT)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-        except OSError as error:
-            remedy = "export MASTER_PORT, or give torchrun --master-port, with a free one"
-            return Finding(NOTE, "port", f"{port} can't be bound: {error.strerror}", remedy)
+    except (LaunchError, OverflowError) as error:  # it is no number, or none of a port
+        return Finding(PROBLEM, "port", str(error), remedy)
+    except OSError as error:
+        return Finding(NOTE, "port", f"{port} can't be bound: {error.strerror}", remedy)
     return Finding(OK, "port", f"{port} is free")
 
 

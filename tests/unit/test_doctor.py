@@ -85,5 +85,23 @@ def test_an_extension_that_does_not_load_is_a_problem(monkeypatch):
     assert first[:3] == (doctor.PROBLEM, "data._index", "can't be loaded: GLIBCXX_3.4.32 not found")
 
 
+@pytest.mark.parametrize("port, reason", [("abc", "MASTER_PORT is 'abc'"), ("70000", "0-65535")])
+def test_a_port_that_is_none_is_a_problem(port, reason, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", port)
+    finding = doctor._port()
+    assert finding.level == doctor.PROBLEM
+    assert reason in finding.text
+    assert "export MASTER_PORT" in finding.remedy
+
+
+@pytest.mark.parametrize("value, level", [("", doctor.OK), ("no-such-compiler -O3", doctor.NOTE)])
+def test_the_compiler_is_the_one_that_the_environment_names(value, level, monkeypatch):
+    monkeypatch.setenv("CXX", value)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: f"/bin/{program}" if program == "c++" else None)
+    (finding,) = (found for found in doctor.compiled_code() if found.subject == "compiler")
+    assert finding.level == level
+    assert (finding.text == "/bin/c++") == (level == doctor.OK)
+
+
 def test_the_report_covers_every_optional_package():
     assert doctor.PURPOSES.keys() == EXTRAS.keys() | {"apex"}
