@@ -19,7 +19,7 @@ namespace {
 template <typename T>
 using Input = py::array_t<T, py::array::c_style>;
 
-// Hands a vector's memory to numpy without copying it.
+// Transfers a vector's memory to numpy without a copy.
 template <typename T>
 py::array_t<T> to_numpy(megatron_tf::Column<T> &&values) {
     auto owner = std::make_unique<megatron_tf::Column<T>>(std::move(values));
@@ -93,7 +93,7 @@ py::tuple check_index(const py::buffer &file, const py::bytes &type_sizes) {
 PYBIND11_MODULE(_index, module) {
     module.doc() = "Indexed datasets and the order of training samples, in C++; megatron_tf.data is its user.";
     module.def("permutation", &permutation, py::arg("n"), py::arg("key0"), py::arg("key1"));
-    // Without conversion, which would copy arrays of another type without a word.
+    // No implicit conversion: it would silently copy arrays of another type.
     const auto order = py::arg("order").noconvert(), lengths = py::arg("lengths").noconvert();
     module.def("sample_index", &sample_index<std::uint32_t, std::int32_t>, order, lengths, py::arg("seq_length"));
     module.def("sample_index", &sample_index<std::uint32_t, std::int64_t>, order, lengths, py::arg("seq_length"));

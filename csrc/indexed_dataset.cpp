@@ -11,7 +11,7 @@ namespace {
 
 constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', 0, 0};
 
-// Arrays in the file lie unaligned.
+// Arrays in the file are unaligned.
 template <typename T>
 T load(const std::uint8_t *data, std::uint64_t index = 0) {
     T value;
@@ -35,7 +35,7 @@ IndexHeader read_header(const std::uint8_t *data, std::size_t size, const std::u
         fail("it is truncated or damaged: " + std::to_string(header.sequences) + " sequences and " +
              std::to_string(header.bounds) + " document bounds do not fit its " + std::to_string(size) + " bytes");
     const std::uint64_t needed = 12 * header.sequences + 8 * header.bounds;
-    if (body != needed && body != needed + header.sequences)  // multimodal sets have a byte more for each sequence
+    if (body != needed && body != needed + header.sequences)  // multimodal sets have one more byte per sequence
         fail("it is truncated or damaged: its counts need " + std::to_string(needed) +
              " bytes after the header, there are " + std::to_string(body));
     return header;
@@ -56,7 +56,7 @@ IndexHeader check_index(const std::uint8_t *data, std::size_t size, const std::u
         if (length < 0) fail("sequence " + std::to_string(i) + " has a negative length");
         if (load<std::uint64_t>(offsets, i) != end)
             fail("the offset of sequence " + std::to_string(i) + " is not the running sum of lengths");
-        end += item * static_cast<std::uint64_t>(length);  // below 2^64: as many sequences do not fit an address space
+        end += item * static_cast<std::uint64_t>(length);  // can't overflow: that many do not fit into memory
     }
     header.bytes = end;
     std::int64_t before = 0;

@@ -1,4 +1,4 @@
-// Work shared among threads.
+// Parallel loops over threads.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@ inline std::size_t num_threads() {
     return std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, kMostThreads);
 }
 
-// act(part, begin, end) for equal parts of [0, count), one in each of `parts` threads; parts begin at multiples of
-// `granule`. Rethrows what the first part that failed has thrown.
+// Calls act(part, begin, end) for equal parts of [0, count), one in each of `parts` threads; parts start at multiples
+// of `granule`. Rethrows the exception of the first part that failed.
 template <typename Act>
 void in_parts(std::size_t parts, std::size_t count, std::size_t granule, const Act &act) {
     const std::size_t size = ((count + parts - 1) / parts + granule - 1) / granule * granule;
@@ -26,7 +26,7 @@ void in_parts(std::size_t parts, std::size_t count, std::size_t granule, const A
         try {
             act(part, std::min(count, part * size), std::min(count, (part + 1) * size));
         } catch (...) {
-            // an exception that left a thread would end the process
+            // an uncaught exception in a thread would terminate the process
             errors[part] = std::current_exception();
         }
     };

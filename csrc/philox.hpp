@@ -1,4 +1,4 @@
-// Philox4x64-10 (Salmon et al., SC 2011): a counter-based generator, the words of numpy.random.Philox.
+// Philox4x64-10 (Salmon et al., SC 2011), a counter-based generator with the same output as numpy.random.Philox.
 #pragma once
 
 #include <array>
@@ -9,12 +9,12 @@ namespace megatron_tf {
 
 class Philox {
 public:
-    static constexpr std::size_t kWords = 16;  // made at a time: the multiplications of four blocks overlap
+    static constexpr std::size_t kWords = 16;  // generated at a time: the multiplications of four blocks overlap
 
-    // Streams of one key are far apart; numpy's name for one is counter=[0, stream, 0, 0].
+    // Streams of one key are far apart; in numpy, a stream is counter=[0, stream, 0, 0].
     Philox(std::uint64_t key0, std::uint64_t key1, std::uint64_t stream = 0) : key_{key0, key1}, stream_(stream) {}
 
-    // Leave out words, before any has been drawn: a multiple of 4.
+    // Skips words, a multiple of 4, before any has been drawn.
     void skip_words(std::uint64_t words) { counter_ = words / 4; }
 
     std::uint64_t next() {
@@ -22,7 +22,7 @@ public:
         return words_[used_++];
     }
 
-    // Uniform in [0, bound], without bias: Lemire's multiplication (ACM TOMACS 29, 2019) of 32 random bits, the low half
+    // Uniform in [0, bound], unbiased, by Lemire's multiplication (ACM TOMACS 29, 2019) of 32 random bits, the low half
     // of a word before its high half.
     std::uint32_t at_most(std::uint32_t bound) {
         const std::uint64_t range = std::uint64_t{bound} + 1;
@@ -46,7 +46,7 @@ private:
 
     void refill() {
         std::array<Block, kWords / 4> blocks;
-        // numpy counts before it draws: its first block is of counter 1
+        // numpy increments before it draws: its first block has counter 1
         for (auto &block : blocks) block = {++counter_, stream_, 0, 0};
         std::uint64_t k0 = key_[0], k1 = key_[1];
         for (int round = 0; round < 10; ++round) {
@@ -56,7 +56,7 @@ private:
                 block = {static_cast<std::uint64_t>(p1 >> 64) ^ block[1] ^ k0, static_cast<std::uint64_t>(p1),
                          static_cast<std::uint64_t>(p0 >> 64) ^ block[3] ^ k1, static_cast<std::uint64_t>(p0)};
             }
-            // Weyl sequences of the golden ratio and of sqrt(3) - 1, and above the multipliers, all from the paper
+            // Weyl sequences of the golden ratio and of sqrt(3) - 1; like the multipliers above, from the paper
             k0 += 0x9E3779B97F4A7C15ULL;
             k1 += 0xBB67AE8584CAA73BULL;
         }

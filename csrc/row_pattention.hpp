@@ -1,4 +1,4 @@
-// A Pattention of a few rows: scores, their normalisation, and the mixture of values, without a detour through memory.
+// A Pattention of a few rows: scores, their normalization and the weighted sum of values, all in cache.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +14,9 @@ enum class Norm { l2_norm_gelu, gelu_l2_norm, softmax };
 
 namespace row_product {
 
-constexpr float kEpsilon = 1e-12f;  // as in megatron_tf/tokenformer/normalisation.py
+constexpr float kEpsilon = 1e-12f;  // as in megatron_tf/tokenformer/normalization.py
 
-// A rational approximation of Eigen's (Numext/MathFunctionsImpl); within 2e-7 of the function.
+// Eigen's rational approximation (Numext/MathFunctionsImpl), within 2e-7 of the function.
 MEGATRON_TF_INLINE float erf(float x) {
     x = x < -4.0f ? -4.0f : x > 4.0f ? 4.0f : x;
     const float y = x * x;
@@ -37,7 +37,7 @@ MEGATRON_TF_INLINE float erf(float x) {
 
 MEGATRON_TF_INLINE float gelu(float x) { return 0.5f * x * (1.0f + erf(x * 0.70710678118654752f)); }
 
-// In sixteen sums, which a compiler keeps in vectors.
+// Sixteen partial sums, which the compiler keeps in vector registers.
 MEGATRON_TF_INLINE float sum_of_squares(const float *x, std::size_t count) {
     float sums[16] = {};
     std::size_t i = 0;
@@ -49,16 +49,16 @@ MEGATRON_TF_INLINE float sum_of_squares(const float *x, std::size_t count) {
     return sum;
 }
 
-// Scores [rows, tokens] become weights in place.
-struct Normalise {
+// Turns scores [rows, tokens] into weights in place.
+struct Normalize {
     float *scores;
     std::size_t tokens;
     float tau;
     Norm norm;
 
     MEGATRON_TF_INLINE void run(std::size_t begin, std::size_t end) const {
-        // Completed with zeros to whole vectors: what a compiler leaves over for a loop of its own is rounded in
-        // another way, and tokens that growth appends would move bits of those before them.
+        // Padded with zeros to whole vectors: the compiler's remainder loop rounds differently, so that tokens appended
+        // by growth would change the bits of those before them.
         std::vector<float> completed(tokens % kBlock ? tokens + kBlock - tokens % kBlock : 0);
         for (std::size_t row = begin; row < end; ++row) {
             float *a = scores + row * tokens;
@@ -95,15 +95,15 @@ struct Normalise {
 
 }  // namespace row_product
 
-// out [rows, width_out] of x [rows, width_in], keys [tokens, width_in] and values column by column [width_out, tokens].
+// out [rows, width_out] of x [rows, width_in], keys [tokens, width_in] and transposed values [width_out, tokens].
 template <typename T>
 void pattend_rows(const T *x, const T *keys, const T *values, T *out, Norm norm, float tau, std::size_t rows,
                   std::size_t tokens, std::size_t width_in, std::size_t width_out, std::size_t threads) {
     std::vector<float> scores(rows * tokens);
     const auto arranged = row_product::arrange_rows<T>(x, rows, width_in);
     row_product::multiply(arranged.data(), keys, scores.data(), rows, tokens, width_in, threads);
-    row_product::run_best(row_product::Normalise{scores.data(), tokens, tau, norm}, 0, rows);
-    // in the order that T needs, but not rounded to it: weights stay fp32 between the products
+    row_product::run_best(row_product::Normalize{scores.data(), tokens, tau, norm}, 0, rows);
+    // in the order that T needs, but not rounded to T: weights stay fp32 between the products
     const auto weights = row_product::arrange_rows<T>(scores.data(), rows, tokens);
     row_product::multiply(weights.data(), values, out, rows, width_out, tokens, threads);
 }

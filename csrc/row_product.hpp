@@ -1,4 +1,4 @@
-// Products of a few rows with a large matrix, which take as long as reading it: what decoding a token is made of.
+// Products of a few rows with a large matrix, at the speed of reading the matrix, for decoding.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +46,7 @@ MEGATRON_TF_INLINE Block load(const float *p) {
     return {*reinterpret_cast<const Lanes *>(p), *reinterpret_cast<const Lanes *>(p + kBlock / 2)};
 }
 
-// Even columns, then odd ones: each is the upper half of a float, and needs no more than a shift or a mask.
+// Even columns, then odd ones: each is the upper half of a float and needs only a shift or a mask.
 MEGATRON_TF_INLINE Block load(const BFloat16 *p) {
     const Words words = *reinterpret_cast<const Words *>(p);
     const Words even = words << 16, odd = words & 0xffff0000u;
@@ -64,7 +64,7 @@ void arrange(const X *x, std::size_t columns, float *out) {
     }
 }
 
-// By halves: a chain of sixteen additions would take as long as a row of bfloat16.
+// Pairwise: a chain of sixteen additions would take as long as a row of bfloat16.
 MEGATRON_TF_INLINE float sum_of_lanes(Lanes x) {
     using Half = float __attribute__((vector_size(32)));
     using Quarter = float __attribute__((vector_size(16)));
@@ -86,8 +86,8 @@ MEGATRON_TF_INLINE float dot(const float *x, const T *weight, std::size_t column
         first += a.first * b.first;
         second += a.second * b.second;
     }
-    // What is left over is a block completed with zeros: so zeros that follow, as of tokens that growth appends, only
-    // add zeros, and change no bit.
+    // The remainder is a block padded with zeros, so that appended zeros, such as those of tokens added by growth, do
+    // not change a single bit.
     if (i < columns) {
         float a[kBlock] = {}, b[kBlock] = {};
         for (std::size_t j = 0; i + j < columns; ++j) a[j] = x[i + j], b[j] = to_float(weight[i + j]);
@@ -114,7 +114,7 @@ struct Product {
     }
 };
 
-// Compiled for each kind of processor; the best one for this is chosen.
+// Compiled for several instruction sets; the best one for this processor is chosen.
 template <typename Work>
 void run_anywhere(const Work &work, std::size_t begin, std::size_t end) {
     work.run(begin, end);
@@ -145,7 +145,7 @@ auto best_run() {
 
 template <typename Work>
 void run_best(const Work &work, std::size_t begin, std::size_t end) {
-    // the processor is asked once
+    // the processor is queried once
     static const auto run = best_run<Work>();
     run(work, begin, end);
 }
@@ -153,7 +153,7 @@ void run_best(const Work &work, std::size_t begin, std::size_t end) {
 template <typename T, typename Out>
 void multiply(const float *arranged, const T *weight, Out *out, std::size_t rows, std::size_t outputs,
               std::size_t columns, std::size_t threads) {
-    constexpr std::size_t kBytesOfThread = 1 << 18;  // less is not worth waking a thread for
+    constexpr std::size_t kBytesOfThread = 1 << 18;  // less does not justify waking a thread
     const Product<T, Out> product{arranged, weight, out, rows, outputs, columns};
     threads = std::clamp<std::size_t>(outputs * columns * sizeof(T) / kBytesOfThread, 1, std::max<std::size_t>(threads, 1));
     const std::size_t part = (outputs + threads - 1) / threads;
@@ -171,8 +171,8 @@ std::vector<float> arrange_rows(const X *x, std::size_t rows, std::size_t column
 
 }  // namespace row_product
 
-// out [rows, outputs] = x [rows, columns] weight^T, with weight [outputs, columns], all contiguous. Sums are made in fp32,
-// in an order that depends on neither rows nor threads.
+// out [rows, outputs] = x [rows, columns] weight^T, with weight [outputs, columns], all contiguous. Sums are accumulated
+// in fp32, in an order that depends on neither rows nor threads.
 template <typename T>
 void multiply_rows(const T *x, const T *weight, T *out, std::size_t rows, std::size_t outputs, std::size_t columns,
                    std::size_t threads) {

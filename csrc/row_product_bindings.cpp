@@ -12,8 +12,8 @@ using namespace pybind11::literals;
 
 namespace {
 
-// Addresses, because numpy has no bfloat16, and a view of every weight for every token would cost more than small
-// products do; megatron_tf.kernels.row_product, the only caller, has checked what is behind them.
+// Raw pointers, because numpy has no bfloat16, and a view of every weight for every token would cost more than small
+// products do; megatron_tf.kernels.row_product, the only caller, has checked shapes and types.
 using Address = std::uintptr_t;
 
 template <typename T>
@@ -28,7 +28,7 @@ megatron_tf::Norm norm_of(const std::string &name) {
     if (name == "l2_norm_gelu") return megatron_tf::Norm::l2_norm_gelu;
     if (name == "gelu_l2_norm") return megatron_tf::Norm::gelu_l2_norm;
     if (name == "softmax") return megatron_tf::Norm::softmax;
-    throw py::value_error("no normalisation " + name);
+    throw py::value_error("no normalization " + name);
 }
 
 // Projections of the same x and of the same shape, one after another: out [projections, rows, width_out].

@@ -1,4 +1,4 @@
-// Where samples begin: every seq_length-th token of documents laid end to end.
+// The start of each sample: every seq_length-th token of the concatenated documents.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 
 namespace megatron_tf {
 
-constexpr std::size_t kPrefetchDocuments = 64;  // lengths are read in random order: ask for them ahead
-constexpr std::size_t kWindowDocuments = std::size_t{1} << 18;  // for each thread: their lengths stay in the cache
+constexpr std::size_t kPrefetchDocuments = 64;  // lengths are read in random order, so prefetch them
+constexpr std::size_t kWindowDocuments = std::size_t{1} << 18;  // per thread, so that their lengths stay in the cache
 
-// Makes `resize` leave new elements as they are: the threads that fill them are the first to touch their pages.
+// Makes `resize` leave new elements uninitialized, so that the threads that fill them touch their pages first.
 template <typename T>
 struct Unfilled : std::allocator<T> {
     template <typename U>
@@ -40,7 +40,7 @@ struct SampleIndex {
     Column<Length> offset;  // within that document
 };
 
-// Throws what is wrong with the documents at places [begin, end) of the order, where something is.
+// Throws if any of the documents [begin, end) of the order is invalid.
 template <typename Id, typename Length>
 [[noreturn]] void refuse(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
                          std::size_t num_lengths) {
@@ -54,7 +54,7 @@ template <typename Id, typename Length>
     throw std::overflow_error("more tokens than 63 bits count");
 }
 
-// Lengths of the documents at places [begin, end) of the order into `ordered`; returns their sum.
+// Copies the lengths of documents [begin, end) of the order into `ordered`, and returns their sum.
 template <typename Id, typename Length>
 std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end, const Length *lengths,
                             std::size_t num_lengths, Length *ordered) {
@@ -67,16 +67,16 @@ std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end,
         const bool is_known = document < num_lengths;
         const Length length = lengths[is_known ? document : 0];
         *ordered++ = length;
-        // without a branch, and looked into only where something was bad
+        // branch-free; details are checked only if something was bad
         is_bad |= !is_known | (length < 0);
         if constexpr (sizeof(Length) < sizeof sum)
-            sum += length;  // a window of them cannot overflow
+            sum += length;  // the lengths of one window cannot overflow
         else
             is_bad |= __builtin_add_overflow(sum, std::int64_t{length}, &sum);
     };
     std::size_t place = begin;
     for (; place + kPrefetchDocuments < end; ++place) {
-        // as a number, since a bad id may point anywhere: asking for what is not there is harmless
+        // as an integer, since a bad id may point anywhere: prefetching an invalid address is harmless
         const auto ahead = static_cast<std::uint64_t>(order[place + kPrefetchDocuments]);
         __builtin_prefetch(reinterpret_cast<const void *>(address + ahead * sizeof(Length)));
         gather(place);
@@ -86,8 +86,8 @@ std::int64_t gather_lengths(const Id *order, std::size_t begin, std::size_t end,
     return sum;
 }
 
-// Boundaries of samples of `seq_length` tokens over documents laid end to end in `order`: one more than there are samples;
-// none for no tokens. Throws for ids outside of `lengths`, negative lengths, and more tokens than 63 bits count.
+// Boundaries of samples of `seq_length` tokens over documents concatenated in `order`: one more than there are samples,
+// or none without tokens. Throws for ids outside `lengths`, negative lengths, and a number of tokens beyond 63 bits.
 template <typename Id, typename Length>
 SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents, const Length *lengths,
                                      std::size_t num_lengths, std::int64_t seq_length) {
@@ -96,7 +96,7 @@ SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents,
     const std::size_t window = parts * kWindowDocuments;
     SampleIndex<Id, Length> index;
     std::vector<Length> ordered(std::min(window, num_documents));
-    std::vector<std::int64_t> starts(parts + 1);  // of parts, in the stream of all documents
+    std::vector<std::int64_t> starts(parts + 1);  // of parts, in the concatenated documents
     const auto boundaries_before = [&](std::int64_t token) { return token / seq_length + (token % seq_length != 0); };
     // A window is read twice, for its sums and for its boundaries: the second time from `ordered`, in the cache.
     for (std::size_t first = 0; first < num_documents; first += window) {
@@ -105,13 +105,13 @@ SampleIndex<Id, Length> sample_index(const Id *order, std::size_t num_documents,
             starts[part + 1] =
                 gather_lengths(order, first + begin, first + end, lengths, num_lengths, ordered.data() + begin);
         });
-        // sums become starts: only now can parts write their boundaries, each to its own places
+        // sums become starts: only now can each part write its boundaries
         for (std::size_t part = 0; part < parts; ++part)
             if (__builtin_add_overflow(starts[part], starts[part + 1], &starts[part + 1]) ||
                 starts[part + 1] > std::numeric_limits<std::int64_t>::max() - seq_length)
                 throw std::overflow_error("more tokens than 63 bits count");
         const auto boundaries = static_cast<std::size_t>(boundaries_before(starts[parts]));
-        if (first == 0 && count < num_documents) {  // the first window tells about how many there will be
+        if (first == 0 && count < num_documents) {  // the first window predicts the total
             index.position.reserve(static_cast<std::size_t>(
                 1.05 * static_cast<double>(boundaries) / static_cast<double>(count) * static_cast<double>(num_documents)));
             index.offset.reserve(index.position.capacity());

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From text to a grown model: tokenize, train on two tensor-parallel ranks, grow and reshard, train on two pipeline
+# From text to a grown model: tokenize, train on two tensor-parallel ranks, grow and reshard, continue on two pipeline
 # stages, generate.
 #
-#   bash examples/quickstart.sh           under four minutes on two cores after the set-up; in runs/quickstart
+#   bash examples/quickstart.sh           under four minutes on two cores after the installation; in runs/quickstart
 #   bash examples/quickstart.sh --full    three times the steps, for a better model; in runs/quickstart_full
 #
 # After an interruption, run it again to resume. Remove the directory of the run to start over.
@@ -11,7 +11,7 @@ run=runs/quickstart base_steps=160 all_steps=420
 case ${1:-} in
     "") ;;
     --full) run=runs/quickstart_full base_steps=500 all_steps=1200 ;;
-    *) echo "error: $1 is no option: --full is the only one" >&2 && exit 2 ;;
+    *) echo "error: unknown option $1: the only one is --full" >&2 && exit 2 ;;
 esac
 . "$(dirname "$0")/setup_environment.sh" tested
 export OMP_NUM_THREADS=1
@@ -23,7 +23,7 @@ for config in base:$base_steps grown:$all_steps; do
         >"$run/${config%:*}.yaml"
 done
 
-echo "== 1/5 train a tokenizer, and turn text into token ids"
+echo "== 1/5 train a tokenizer, and convert text to token ids"
 [ -e $data/tokenizer.model ] ||
     python tools/train_tokenizer.py --input examples/data/pile_sample_00.jsonl.zst --vocab-size 2048 \
         --output-prefix $data/tokenizer
@@ -52,7 +52,7 @@ python tools/plot_run.py $run/base.jsonl $run/continued.jsonl --output $run/loss
 
 cat <<END
 
-Done. The model grew at step $base_steps, without a change of its logits (max |delta logit| above), and trained on.
+Done. The model grew at step $base_steps without changing its logits (max |delta logit| above), and continued training.
   $run/loss.png      loss against tokens, with the growth marked
   $run/summary.md    the table above
   $run/continued     checkpoints of the grown model
@@ -61,5 +61,5 @@ Try next, with .venv/bin on your PATH:
   megatron-tf inspect-checkpoint $run/continued
   megatron-tf generate $run/continued --prompt "In the beginning"
   megatron-tf evaluate $run/continued --data-path $data/heldout_text_document
-  docs/tutorial.md explains what you have seen, from a Pattention in 30 lines up.
+  docs/tutorial.md explains what you have seen, starting from a Pattention in 30 lines.
 END

@@ -7,15 +7,15 @@
 #
 # The last two work in a copy of the checkout, so that their builds do not replace what .venv has built.
 #
-# An environment is complete when it holds requirements.txt, the list it was made from, which is written last. Where that
-# file is missing (a set-up was killed) or is not today's list, the environment is made from scratch.
+# An environment is complete when it holds requirements.txt, the list it was made from, which is written last. If that
+# file is missing (a set-up was killed) or differs from the current list, the environment is made from scratch.
 
 fail() {
     echo "error: $*" >&2
     return 1
 }
 
-# Neutralize what a shell can carry that changes which Python runs, what it imports, or where pip installs.
+# Unset the variables of a shell that change which Python runs, what it imports, or where pip installs.
 clear_leaks() {
     local active
     for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
@@ -28,7 +28,7 @@ clear_leaks() {
     export PIP_USER=0 # also where a pip.conf has user = true
 }
 
-# The tested Python first, then others that will do.
+# Find a Python: the tested version first, then others that are supported.
 find_python() {
     local candidate
     for candidate in python3.11 python3 python3.12 python3.13 python3.14; do
@@ -40,7 +40,7 @@ find_python() {
     fail "Python 3.11 or later is needed, and python3 is $(python3 --version 2>&1)"
 }
 
-# Find out in a second what would fail after minutes.
+# Check at once for what would otherwise fail after minutes.
 check_tools() {
     local python=$1 compiler include
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
@@ -50,7 +50,7 @@ check_tools() {
     # CXX may hold options too, so it is split into words.
     # shellcheck disable=SC2086
     echo 'int main() { return 0; }' | $compiler -x c++ -std=c++20 -fsyntax-only - 2>/dev/null ||
-        fail "a C++20 compiler is needed, and '$compiler' is none: install g++ (Debian: apt-get install g++) or set CXX" ||
+        fail "a C++20 compiler is needed, and '$compiler' is not one: install g++ (Debian: apt-get install g++) or set CXX" ||
         return 1
     include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     # shellcheck disable=SC2086
@@ -58,7 +58,7 @@ check_tools() {
         fail "$python has no header files: install them (Debian: apt-get install python3-dev)"
 }
 
-# Say how far pip is: every second on a terminal, else every ten. It ends with the shell that started it.
+# Report pip's progress: every second on a terminal, else every ten. It exits with the shell that started it.
 report_progress() {
     local log=$1 directory=$2 packages=$3 every=10 end='\n' seconds=0 state
     [ ! -t 1 ] || { every=1 end='\r'; }
@@ -87,17 +87,17 @@ pip_install() {
     [ ! -t 1 ] || printf '%70s\r' "" # over the last report
     [ $status != 0 ] || return 0
     grep -E '^ *(error|ERROR|fatal)' "$log" | sort -u | head -5 >&2
-    fail "the set-up failed: the lines above say why, and $PWD/$log has all that pip said"
+    fail "the set-up failed: the lines above say why, and $PWD/$log has pip's whole output"
 }
 
-# The sources, without what was built or made from them.
+# Copy the sources, without build products and environments.
 copy_sources() {
     rm -rf "$1" && mkdir -p "$1" &&
         tar -cf - --exclude './.venv*' --exclude './.git' --exclude './runs' --exclude './build' --exclude './.*_cache' \
             --exclude '*.so' --exclude '*.egg-info' . | tar -xf - -C "$1"
 }
 
-# The environment with all packages but this one.
+# Make the environment with all packages except this one.
 make_environment() {
     local name=$1 directory=$2 wanted=$3 python=$4 packages list
     if [ -e "$directory" ] && [ ! -e "$directory/wanted.txt" ] && [ ! -e "$directory/requirements.txt" ]; then
@@ -107,20 +107,20 @@ make_environment() {
     echo "== set-up 1/3: $directory, with $("$python" --version)"
     rm -rf "$directory" && mkdir "$directory" && echo "$wanted" >"$directory/wanted.txt" &&
         "$python" -m venv "$directory" || fail "cannot make $PWD/$directory" || return 1
-    echo "== set-up 2/3: packages, PyTorch among them (some minutes, about 2 GB)"
+    echo "== set-up 2/3: packages, including PyTorch (some minutes, about 2 GB)"
     if [ "$name" = newest ]; then
         copy_sources "$directory/source" || return 1
         packages=" packages" list=("$directory/source[dev]")
     else
         packages=" of $(grep -c '^[a-z]' "$directory/wanted.txt") packages" list=(-r "$directory/wanted.txt")
     fi
-    # pip first: that of the system may be old enough to warn about its own ways
+    # pip first: the system's may be so old that it prints warnings
     pip_install "$directory" "" --upgrade "$(grep '^pip==' "$directory/wanted.txt" || echo pip)" &&
         pip_install "$directory" "$packages" "${list[@]}" &&
         mv "$directory/wanted.txt" "$directory/requirements.txt"
 }
 
-# The package and its C++ extension, from `source`.
+# Build the package and its C++ extension from `source` into the environment.
 build_package() {
     local directory=$1 source=$2
     echo "== set-up 3/3: the package and its C++ extension (half a minute)"
@@ -134,7 +134,7 @@ checksum_of_sources() {
     cat setup.py pyproject.toml csrc/* | cksum
 }
 
-# The list that the environment is to be made from. An environment does not work elsewhere, so its place is in the list.
+# The list of packages to make the environment from. An environment can't be moved, so its path is in the list.
 wanted_packages() {
     local name=$1 torch=$2
     echo "# For $PWD."
@@ -154,8 +154,8 @@ has_package() {
     [ "$(cat "$1/built" 2>/dev/null)" = "$(checksum_of_sources)" ]
 }
 
-# One set-up at a time. pip inherits the lock, so one that outlived its killed shell is waited for too. Where there is no
-# flock (macOS), nothing is locked.
+# Allow one set-up at a time. pip inherits the lock, so the next set-up also waits for a pip that outlived its killed
+# shell. Without flock (macOS), nothing is locked.
 lock_checkout() {
     exec 9<setup.py
     ! command -v flock >/dev/null || flock -n 9 && return

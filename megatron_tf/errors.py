@@ -1,13 +1,13 @@
-"""What a user can fix, told from our own bugs."""
+"""The base class of errors that a user can fix, as opposed to bugs."""
 
 
 class UserError(Exception):
-    """Says what a user can fix: a command ends with it as one line, without a traceback.
+    """An error that a user can fix. A command reports it in one line, without a traceback.
 
-    Base of ConfigError, DataError, CheckpointError and the others of this package. Whatever else a command raises is a
-    bug of ours and shows where it was raised. An error without a message ends a command silently: another rank has
-    said why.
+    Base class of ConfigError, DataError, CheckpointError and the others of this package. Any other exception of a
+    command is a bug and shows its traceback. An error without a message ends a command silently, because another rank
+    has reported the cause.
     """
 
     exit_code = 1
-    """Of the command that ends with it."""
+    """Exit code of a command that ends with this error."""

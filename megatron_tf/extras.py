@@ -1,33 +1,36 @@
-"""Packages that only some jobs need, and what brings them."""
+"""Optional packages, and the extras that install them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_tf.errors import UserError
+from megatron_tf.failures import explain
 
 EXTRAS = {
+    "datasets": "datasets",
     "flash_attn": "gpu",
     "lm_eval": "eval",
     "matplotlib": "plot",
     "mpi4py": "mpi",
+    "pyarrow": "arrow",
     "tensorboard": "plot",
     "transformer_engine": "gpu",
     "transformers": "hf",
     "triton": "gpu",
     "wandb": "wandb",
 }
-"""Package -> the extra of ours that requires it."""
+"""Package -> the extra of megatron_tf that installs it."""
 
 
 def how_to_install(package: str) -> str:
-    """The command that brings a package; one without an extra comes with megatron_tf itself."""
+    """Return the pip command that installs a package; a package without an extra is a dependency of megatron_tf."""
     extra = EXTRAS.get(package)
     return "pip install megatron_tf" if extra is None else f"pip install 'megatron_tf[{extra}]'"
 
 
 @contextmanager
 def needed_by(what: str) -> Iterator[None]:
-    """Raise UserError, with how to install it, where an import within finds a package missing; `what` needs it."""
+    """Turn a failed import within the context into a UserError: a package that `what` needs is missing or broken."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -35,3 +38,8 @@ def needed_by(what: str) -> Iterator[None]:
         if package in ("", "megatron_tf"):  # a bug of ours
             raise
         raise UserError(f"{what} needs {package}, which is not installed: {how_to_install(package)}") from error
+    except (ImportError, OSError) as error:
+        broken = explain(error)
+        if broken is None:
+            raise
+        raise UserError(f"{what}: {broken}") from error

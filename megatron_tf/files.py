@@ -1,4 +1,4 @@
-"""Files that survive a crash, whole or not at all, and locks between processes."""
+"""Durable, atomic file writes, and locks between processes."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ def sync_file(file: IO[Any]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until the names of a directory's files are on the disk: without it a crash can undo a rename."""
+    """Wait until the entries of a directory are on the disk; otherwise a crash can undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,14 +47,14 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
-    """Write a file and wait until its content is on the disk; its name is once the directory is synced."""
+    """Write a file and wait until its content is on the disk; its name is durable once the directory is synced."""
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         sync_file(file)
 
 
 def replace_durably(path: Path, content: str | bytes) -> None:
-    """Write a file in the place of an older one: a crash leaves one of the two, whole, and NAME.tmp next to it."""
+    """Replace a file atomically: a crash leaves either the old or the new content, and possibly NAME.tmp next to it."""
     temporary = path.with_name(path.name + ".tmp")
     write_durably(temporary, content)
     temporary.replace(path)
@@ -62,14 +62,14 @@ def replace_durably(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a file as `replace_durably` does, by indented JSON."""
+    """Replace a file by indented JSON, as `replace_durably` does."""
     replace_durably(path, json.dumps(content, indent=1) + "\n")
 
 
 def concatenate(sources: Sequence[Path], target: Path, may_link: bool = False) -> None:
-    """Write the bytes of files one after another, durably; link a single file to the new name where that is allowed.
+    """Concatenate files durably; with `may_link`, a single file is hard-linked instead of copied.
 
-    Allow it for durable files that nobody else has: writing to one of the two would change both.
+    Allow links only for durable files that nothing else writes to: a write to one of the names would change both.
     """
     target.unlink(missing_ok=True)
     if len(sources) == 1 and may_link:
@@ -84,17 +84,17 @@ def concatenate(sources: Sequence[Path], target: Path, may_link: bool = False) -
 
 
 def take_lock(descriptor: int, timeout: float, on_wait: Callable[[float], None] | None = None) -> bool:
-    """Take the kernel's exclusive lock on an open file or directory, which closing it gives back.
+    """Acquire an exclusive flock on an open file or directory; closing the descriptor releases it.
 
-    Returns False where another process holds it for `timeout` seconds; `on_wait` gets the seconds waited so far, again
-    and again. Raises OSError where the file system has no locks.
+    Returns False if another process holds it for `timeout` seconds; meanwhile `on_wait` is called repeatedly with the
+    seconds waited so far. Raises OSError if the file system does not support locks.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            waited = time.monotonic() - began
+            waited = time.monotonic() - start
             if waited >= timeout:
                 return False
             if on_wait is not None:
@@ -106,18 +106,18 @@ def take_lock(descriptor: int, timeout: float, on_wait: Callable[[float], None] 
 
 @contextmanager
 def locked(path: Path, *, timeout: float, busy: str, error: type[Exception]) -> Iterator[None]:
-    """Hold an exclusive lock on `path`. Raises `error` with `busy` where another process holds it for longer.
+    """Hold an exclusive lock on `path`. Raises `error` with the message `busy` after `timeout` seconds.
 
-    A wait of more than a second is announced, once. The file stays: to remove it could let two processes in.
-    On a file system without locks (Lustre without -o flock, some NFS) work continues without one, after a warning.
+    A wait of more than a second is logged once. The file is not deleted, as that could let two processes in. On a file
+    system without locks (Lustre without -o flock, some NFS), logs a warning and continues without one.
     """
-    is_told = False
+    was_logged = False
 
     def tell(waited: float) -> None:
-        nonlocal is_told
-        if waited > _SILENT_SECONDS and not is_told:
+        nonlocal was_logged
+        if waited > _SILENT_SECONDS and not was_logged:
             log.warning("%s: another process holds this lock: waiting up to %.0f s for it", path, timeout)
-            is_told = True
+            was_logged = True
 
     with path.open("w") as file:
         try:
@@ -135,7 +135,7 @@ def locked(path: Path, *, timeout: float, busy: str, error: type[Exception]) -> 
 @cache
 def _warn(directory: Path, reason: str) -> None:
     log.warning(
-        "%s: its file system has no locks (%s); continuing without one: start no second process that writes there",
+        "%s: its file system has no locks (%s); continuing without one: do not start another process that writes there",
         directory,
         reason,
     )

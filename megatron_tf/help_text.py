@@ -1,4 +1,4 @@
-"""How --help is laid out: a key, its type and its default in columns, and below them what it means."""
+"""The layout of --help: key, type and default in columns, and the description below."""
 
 import shutil
 import textwrap
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 _INDENT, _MEANING_INDENT, _GAP = "  ", " " * 6, 2
-_MOST_COLUMNS = 100  # longer lines are hard to read
+_MAX_COLUMNS = 100  # longer lines are hard to read
 
 
 class Item(NamedTuple):
-    """A key or an option; `type` lists the choices where there are some, `default` may say "required"."""
+    """A key or an option; `type` lists its choices, if any, and `default` may be "required"."""
 
     name: str
     type: str
@@ -19,10 +19,10 @@ class Item(NamedTuple):
 
 
 def layout(items: Sequence[Item]) -> list[str]:
-    """Lines of the items: columns as wide as the longest entry, meanings wrapped to the terminal and indented."""
+    """Format the items as lines: columns as wide as the longest entry, descriptions wrapped to the terminal."""
     name_width = max((len(item.name) for item in items), default=0) + _GAP
     type_width = max((len(item.type) for item in items), default=0) + _GAP
-    text_width = max(40, min(_MOST_COLUMNS, shutil.get_terminal_size().columns) - len(_MEANING_INDENT))
+    text_width = max(40, min(_MAX_COLUMNS, shutil.get_terminal_size().columns) - len(_MEANING_INDENT))
     lines = []
     for item in items:
         columns = f"{item.name:<{name_width}}{item.type:<{type_width}}{item.default}"

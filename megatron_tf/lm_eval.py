@@ -1,4 +1,4 @@
-"""lm-eval with our model: `python -m megatron_tf.lm_eval run ...`; see megatron_tf.commands.lm_eval."""
+"""Run lm-eval with this model: `python -m megatron_tf.lm_eval run ...`; see megatron_tf.commands.lm_eval."""
 
 import sys
 

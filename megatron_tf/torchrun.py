@@ -1,4 +1,4 @@
-"""torchrun that ends as its ranks do: `python -m megatron_tf.torchrun ...`; see megatron_tf.commands.torchrun."""
+"""torchrun with the exit code of its ranks: `python -m megatron_tf.torchrun ...`; see megatron_tf.commands.torchrun."""
 
 import sys
 

@@ -11,5 +11,5 @@ compile() {
         --constraints "requirements/$1.in" --output-file "requirements/$1.txt" --python-version 3.11 "${@:2}"
 }
 
-compile tested --extra docs --universal --fork-strategy fewest
+compile tested --extra docs --extra kubernetes --universal --fork-strategy fewest
 compile oldest --resolution lowest-direct --python-platform x86_64-manylinux_2_28

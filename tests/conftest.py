@@ -1,4 +1,4 @@
-"""Fixtures that several folders share."""
+"""Fixtures shared by several folders."""
 
 import contextlib
 import os
@@ -18,29 +18,29 @@ with contextlib.suppress(ImportError):  # the tests that need it are skipped
     settings.register_profile("derandomized", derandomize=True)
     settings.load_profile("derandomized")
 
-# a job in the background of a shell ignores Ctrl-C, and so would all that tests start and interrupt
+# a background job of a shell ignores Ctrl-C, and so would all processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# code of exported models goes here, and not into the user's cache; transformers reads it once, when it is imported
+# code of exported models goes here instead of the user's cache; transformers reads it once, when it is imported
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Seed torch before a test and its fixtures, so that a test draws the same numbers whatever ran before it."""
+    """Seed torch before a test and its fixtures, so that it draws the same numbers whatever ran before."""
     torch.manual_seed(SEED)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _modules_cache():
-    """Removed at the end."""
+    """Remove the cache directory at the end."""
     yield
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def rank_pool():
-    """Eight gloo ranks, started once."""
+    """Provide eight gloo ranks, started once."""
     pool = RankPool(8)
     yield pool
     pool.close()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Import the published TokenFormer weights, and score them on the six tasks of the paper, next to the paper's figures.
+# Import the published TokenFormer weights, and print their scores on the paper's six tasks next to the paper's.
 #
 #   bash examples/evaluation/published_weights.sh SIZE              SIZE is 150M, 450M, 900M or 1.5B; downloads what it needs
 #   bash examples/evaluation/published_weights.sh SIZE DIRECTORY    DIRECTORY holds pytorch_model.bin and 20B_tokenizer.json
 #
 # Run it from the root of the repository, in an environment with `pip install '.[eval]'`. Results go to runs/published/SIZE;
-# what is there already is not made again. TASKS=DIR takes the tasks that offline_tasks.py wrote to DIR, without a network;
-# arguments in LM_EVAL go to lm-eval, such as LM_EVAL="--limit 200".
+# files that exist there are not made again. TASKS=DIR uses the tasks that offline_tasks.py wrote to DIR, without a network.
+# Arguments in LM_EVAL go to lm-eval, such as LM_EVAL="--limit 200".
 set -euo pipefail
 
 size=${1:-}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Many nodes: the same command on each of them, with the name of one that all can reach as HOST,
+# Many nodes. Run the same command on each of them; HOST is one node that all the others can reach:
 # `bash examples/torchrun/pretrain_multi_node.sh CONFIG.yaml NODES GPUS_PER_NODE HOST[:PORT] [--section.key=value ...]`
-# A rank that fails is started again with all others, up to three times; they go on from the newest checkpoint.
+# If a rank fails, all ranks restart and resume from the newest checkpoint, up to three times.
 set -euo pipefail
 config=$1 nodes=$2 ranks=$3 endpoint=$4
 shift 4

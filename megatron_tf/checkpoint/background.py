@@ -1,4 +1,7 @@
-"""Saving while training continues: a save stalls for the copy to host memory, and a thread writes it."""
+"""Asynchronous saving: a thread writes the checkpoint, and training stalls at most for the copy to host memory.
+
+Copies from a GPU do not stall it at all.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,14 +12,15 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.save import Tensors
+from megatron_tf.checkpoint.snapshot import HostCopies
 
 
 class BackgroundSaver:
-    """Runs one save at a time on every rank of `process_group`, which nothing else may use; a context that waits.
+    """Saves checkpoints in a thread, one at a time; leaving the context waits for the current one.
 
-    `on_saved` gets the directory of each checkpoint, `on_failure` the reason of a save that failed, as soon as it is
-    known, both in the writing thread. A failed save raises CheckpointError at the next `save` or `wait`, on every rank;
-    leaving the context after another error does not hide that one.
+    Every rank of `process_group` must use it, and nothing else may use that group. As soon as a save ends, the writing
+    thread calls `on_saved` with the directory or `on_failure` with the reason. A failed save raises CheckpointError at
+    the next `save` or `wait`, on every rank. If the context is left because of another error, that one is raised.
     """
 
     def __init__(
@@ -26,20 +30,19 @@ class BackgroundSaver:
         self.on_saved = on_saved
         self.on_failure = on_failure
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self.copies = HostCopies(self.thread)
         self.pending: Future[None] | None = None
 
     def save(self, save: Callable[..., Path], tensors: Tensors) -> None:
-        """Start `save(tensors=..., process_group=...)`, which is `save_checkpoint` with its other arguments, once the
-        save before is done; `tensors` may change after the call."""
+        """Wait for the previous save, copy `tensors` to host memory and start `save(tensors=..., process_group=...)`.
+
+        `save` is `save_checkpoint` with its other arguments bound; `tensors` may be modified after the call (on a GPU:
+        by work of the current stream)."""
         self.wait()
-        copies = {}
-        for group, shards in tensors.items():
-            # not pinned: torch keeps pinned blocks for the rest of the run, each rounded up to a power of two
-            copies[group] = [
-                shard.with_tensor(shard.tensor.detach().to("cpu", copy=True)) for shard in shards if shard.is_writer
-            ]
+        copies, wait_for_copies = self.copies.take(tensors)
 
         def write() -> None:
+            wait_for_copies()
             try:
                 path = save(tensors=copies, process_group=self.process_group)
             except CheckpointError as error:
@@ -50,7 +53,7 @@ class BackgroundSaver:
         self.pending = self.thread.submit(write)
 
     def wait(self) -> None:
-        """Until the checkpoint being written is complete. Raises CheckpointError where saving it failed."""
+        """Wait until the checkpoint being written is complete. Raises CheckpointError if saving it failed."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -66,3 +69,4 @@ class BackgroundSaver:
                 raise
         finally:
             self.thread.shutdown()
+            self.copies.close()

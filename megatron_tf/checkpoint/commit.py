@@ -1,4 +1,4 @@
-"""Complete or absent: files are gathered in a hidden directory that is renamed once the manifest is in it."""
+"""Atomic commit of a checkpoint: files are written to a hidden directory, which is renamed once it is complete."""
 
 import json
 import re
@@ -9,54 +9,63 @@ from pathlib import Path
 import xxhash
 
 from megatron_tf.checkpoint.files import read_bounded
-from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, FileEntry, Manifest
+from megatron_tf.checkpoint.format import (
+    GROWN_FORMAT,
+    LATEST,
+    MANIFEST,
+    METADATA,
+    PLAIN_FORMAT,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+)
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.shard_files import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer
 from megatron_tf.files import replace_durably, sync_directory, write_durably
 
-_RESERVE_BYTES = 64 << 20  # left free in addition to what is about to be written
+_RESERVE_BYTES = 64 << 20  # bytes to leave free in addition to what is about to be written
 _STEP_NAME = re.compile(r"step_[0-9]{8,18}")
 _MOST_LATEST_BYTES = 1 << 12
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """Return the path of the checkpoint of `step`, once it is complete."""
+    """Return the path that the checkpoint of `step` has once it is complete."""
     return root / f"step_{step:08d}"
 
 
 def temporary_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is gathered."""
+    """Return the path of the hidden directory in which the checkpoint of `step` is written."""
     return _temporary(step_directory(root, step))
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Step directories under `root`, oldest first."""
+    """Return the directories of the complete checkpoints under `root`, oldest first."""
     found = [path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name)]
     return sorted((path for path in found if (path / MANIFEST).exists()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's directory name."""
     return int(path.name.removeprefix("step_"))
 
 
 def newest_checkpoint(root: Path) -> Path:
-    """The directory that `latest` names. Raises CheckpointError where it names none."""
+    """Return the directory named in `latest`. Raises CheckpointError if it does not name a checkpoint."""
     latest = root / LATEST
     name = read_bounded(latest, _MOST_LATEST_BYTES).decode(errors="replace").strip()
     if not _STEP_NAME.fullmatch(name):
-        raise CheckpointError(f"{latest} is damaged: it says {name!r}: write into it the name of a step_* directory")
+        raise CheckpointError(f"{latest} is damaged: it contains {name!r}: write the name of a step_* directory")
     target = root / name
     replacement = _temporary(target)
-    # a process that died between the two renames of `publish` left the complete one under its temporary name
+    # a process that died between the two renames of `publish` left the complete checkpoint under its temporary name
     return replacement if not target.exists() and (replacement / MANIFEST).exists() else target
 
 
 def prepare_directory(root: Path, step: int, bytes_needed: int) -> Path:
-    """Make an empty temporary directory for the checkpoint of `step`; what killed saves left behind is cleared.
+    """Create an empty temporary directory for the checkpoint of `step`, and remove what killed saves left behind.
 
-    Raises CheckpointError where the disk has less room than `bytes_needed`.
+    Raises CheckpointError if the disk has less free space than `bytes_needed`.
     """
     root.mkdir(parents=True, exist_ok=True)
     _clear_litter(root)
@@ -67,7 +76,7 @@ def prepare_directory(root: Path, step: int, bytes_needed: int) -> Path:
 
 
 def check_room(directory: Path, bytes_needed: int) -> None:
-    """Raise CheckpointError where the disk has less room than `bytes_needed` in `directory`."""
+    """Raise CheckpointError if the disk of `directory` has less free space than `bytes_needed`."""
     free = shutil.disk_usage(directory).free
     if free < bytes_needed + _RESERVE_BYTES:
         raise CheckpointError(
@@ -78,20 +87,15 @@ def check_room(directory: Path, bytes_needed: int) -> None:
 def publish(
     root: Path, step: int, *, record: RunRecord, written: Sequence[Written], source: Path | None = None
 ) -> Path:
-    """Complete the checkpoint in `prepare_directory`'s directory, put it in its place, and let `latest` name it.
+    """Complete the checkpoint in the directory of `prepare_directory`, rename it into place, and point `latest` to it.
 
-    `source` is the checkpoint it is made from, if it is; the tokenizer's file comes along.
-    Raises CheckpointError where what was written lacks rows of a tensor.
+    The tokenizer's files are included; `source` is the checkpoint this one was made from, if any.
+    Raises CheckpointError if rows of a tensor are missing.
     """
     temporary, target = temporary_directory(root, step), step_directory(root, step)
-    text = json.dumps(record.to_json(), indent=1)
-    entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
-    files = {METADATA: entry}
-    for part in written:
-        files |= part.files
-    manifest = Manifest(files, collect_groups(written)).to_json()
+    metadata, manifest = metadata_and_manifest(record, written)
     store_tokenizer(record, source, temporary)
-    write_durably(temporary / METADATA, text)
+    write_durably(temporary / METADATA, metadata)
     write_durably(temporary / MANIFEST, manifest)
     sync_directory(temporary)
     old = _discarded(target)
@@ -105,14 +109,26 @@ def publish(
     return target
 
 
+def metadata_and_manifest(record: RunRecord, written: Sequence[Written]) -> tuple[str, str]:
+    """Return the text of both files. Raises CheckpointError if rows of a tensor are missing."""
+    text = json.dumps(record.to_json(), indent=1)
+    entry = FileEntry(len(text.encode()), xxhash.xxh3_128_hexdigest(text.encode()))
+    files = {METADATA: entry}
+    for part in written:
+        files |= part.files
+    is_plain = record.generations is None and record.schedule_start is None
+    version = PLAIN_FORMAT if is_plain else GROWN_FORMAT
+    return text, Manifest(files, collect_groups(written)).to_json(version)
+
+
 def abandon(root: Path, step: int) -> None:
-    """Remove what `prepare_directory` made, after an error."""
+    """Remove the directory of `prepare_directory` after an error."""
     shutil.rmtree(temporary_directory(root, step), ignore_errors=True)
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Remove complete checkpoints but the newest `keep_last`, those of every `keep_every`-th step and the one `latest`
-    names."""
+    """Remove all complete checkpoints except the newest `keep_last`, those of steps that are a multiple of `keep_every`
+    and the one named in `latest`."""
     newest = newest_checkpoint(root)
     for path in complete_checkpoints(root)[:-keep_last]:
         if path != newest and (keep_every is None or step_of(path) % keep_every):
@@ -133,7 +149,7 @@ def _clear_litter(root: Path) -> None:
     for temporary in root.glob(".step_*.tmp"):
         target = temporary.with_name(temporary.name[1:].removesuffix(".tmp"))
         if (temporary / MANIFEST).exists() and not target.exists():
-            temporary.rename(target)  # complete: only its last rename is missing
+            temporary.rename(target)  # a complete checkpoint: only its last rename is missing
         else:
             shutil.rmtree(temporary)
     for old in root.glob(".step_*.old"):

@@ -1,4 +1,4 @@
-"""Where commands may write: not inside a checkpoint, and not among the checkpoints of another run."""
+"""Checks of output directories: not inside a checkpoint, and not among the checkpoints of another run."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from megatron_tf.files import sync_directory, sync_tree
 
 
 def check_outside_checkpoints(path: Path, option: str) -> None:
-    """Raise CheckpointError where `path`, the value of `option`, is a checkpoint's directory or is inside one: whatever
-    is written there makes that checkpoint unreadable."""
+    """Raise CheckpointError if `path`, the value of `option`, is a checkpoint's directory or inside one: writing there
+    would make that checkpoint unreadable."""
     place = path.resolve()
     for directory in (place, *place.parents):
         if (directory / MANIFEST).exists():
@@ -24,13 +24,13 @@ def check_outside_checkpoints(path: Path, option: str) -> None:
 
 @contextmanager
 def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
-    """Yield a directory of the name of `save` to fill, which takes its place at the end, or vanishes after an error.
+    """Yield a temporary directory that is renamed to `save` at the end, or removed after an error.
 
-    Raises CheckpointError where `save` is taken, is inside a checkpoint, or the disk is too small.
+    Raises CheckpointError if `save` exists or is inside a checkpoint, or if the disk is too small.
     """
     check_outside_checkpoints(save, "--save")
     if save.exists() and not (save.is_dir() and not any(save.iterdir())):
-        raise CheckpointError(f"{save} is there already: choose another --save, or remove it")
+        raise CheckpointError(f"{save} already exists: choose another --save, or remove it")
     workplace = save.with_name(f".{save.name}.tmp")
     shutil.rmtree(workplace, ignore_errors=True)
     directory = workplace / save.name
@@ -46,23 +46,23 @@ def new_directory(save: Path, bytes_needed: int) -> Iterator[Path]:
 
 
 def check_destination(checkpoint: Checkpoint, root: Path, step: int) -> None:
-    """Raise CheckpointError where `root` holds checkpoints that the one of `step` would replace, or stand next to.
+    """Raise CheckpointError if `root` contains other checkpoints that the one of `step` would replace or join.
 
-    What an earlier call wrote of the same checkpoint may be replaced: it holds the same values.
+    A checkpoint with the same values, written by an earlier call, may be replaced.
     """
     target, found = step_directory(root, step), complete_checkpoints(root)
     others = [path for path in found if path != target]
     advice = "choose another directory, or allow it with --allow-existing"
     if others:
-        raise CheckpointError(f"{root} holds checkpoints already, such as {others[-1].name}: {advice}")
+        raise CheckpointError(f"{root} already contains checkpoints, such as {others[-1].name}: {advice}")
     if target in found and not _is_same(checkpoint, target):
-        raise CheckpointError(f"{target} is another checkpoint, and would be replaced: {advice}")
+        raise CheckpointError(f"{target} is another checkpoint that would be replaced: {advice}")
     if not found and (root / LATEST).exists():
-        raise CheckpointError(f"{root / LATEST} exists, as of a run: {advice}")
+        raise CheckpointError(f"{root / LATEST} exists, as in the directory of a run: {advice}")
 
 
 def _is_same(checkpoint: Checkpoint, directory: Path) -> bool:
-    """Whether the checkpoint in `directory` holds the same values; a damaged one does not count."""
+    """Return whether the checkpoint in `directory` has the same values; False for a damaged one."""
     try:
         existing = CheckpointReader(directory)
         if existing.record != checkpoint.record:

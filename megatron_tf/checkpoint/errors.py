@@ -1,15 +1,15 @@
-"""What is wrong with a checkpoint."""
+"""Exceptions for unusable checkpoints."""
 
 from megatron_tf.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, damaged, or of something else: the message names the file or tensor."""
+    """Raised for a checkpoint that is missing, damaged or of another model; the message names the file or tensor."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not what was written: another one may be sound."""
+    """Raised for a checkpoint whose files changed since they were written; an older one may be intact."""
 
 
 class FormatVersionError(CheckpointError):
-    """A checkpoint that another version of this program wrote."""
+    """Raised for a checkpoint in the format of another version of this program."""

@@ -1,13 +1,13 @@
 """The manifest of a checkpoint, described in docs/checkpoint_format.md. Nothing in a checkpoint is pickled.
 
-A tensor is cut by rows only, so a piece of it is a row range, and a file holds a row range of some tensors.
+Tensors are only cut by rows: a piece is a row range of a tensor, and a file contains row ranges of some tensors.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from megatron_tf.checkpoint.errors import FormatVersionError as FormatVersionErr
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.json_object import JsonObject
 
-FORMAT_VERSION = 1
+PLAIN_FORMAT = 1
+GROWN_FORMAT = 2
+"""Format of a checkpoint whose rows belong to several generations, or whose learning rate counts from a growth;
+programs that do not know these must not train it."""
+FORMAT_VERSIONS = (PLAIN_FORMAT, GROWN_FORMAT)
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 LATEST = "latest"
@@ -31,16 +35,16 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "I64": torch.int64,
 }
-"""The types a tensor may have in a file, by safetensors' names."""
+"""Data types that a tensor may have in a file, by their safetensors names."""
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
-# no separators, no leading dot: a manifest from a stranger can't reach out of its directory
+# no separators, no leading dot: an untrusted manifest can't refer to files outside its directory
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.safetensors")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, stop) of a logical tensor, and the file that holds them."""
+    """Rows [start, stop) of a logical tensor, and the file that contains them."""
 
     file: str
     start: int
@@ -49,11 +53,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A logical tensor: its type by safetensors' name, its global shape, its pieces in row order."""
+    """A logical tensor: its type (a safetensors name), its global shape, and its pieces in row order."""
 
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON values. `asdict` would copy each of a million pieces, which takes seconds."""
+        return vars(self) | {"pieces": [vars(piece) for piece in self.pieces]}
 
 
 @dataclass(frozen=True)
@@ -67,32 +75,32 @@ class FileEntry:
 Groups = Mapping[str, Mapping[str, TensorEntry]]
 """Group ("model", "exp_avg", "exp_avg_sq") -> logical name -> entry."""
 
-_MOST_MANIFEST_BYTES = 1 << 29  # a thousand ranks write less
-_MOST_BYTES = 1 << 60  # of a tensor, where its dimensions count as 1 or more: so no product of them overflows
+_MOST_MANIFEST_BYTES = 1 << 29  # bytes; more than a thousand ranks need
+_MOST_BYTES = 1 << 60  # of a tensor, with empty dimensions counted as 1, so that no product of dimensions overflows
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete checkpoint consists of."""
+    """Contents of a complete checkpoint: its tensors and files."""
 
     files: Mapping[str, FileEntry]
     groups: Groups
 
-    def to_json(self) -> str:
-        """Return the manifest as text that carries its own checksum."""
+    def to_json(self, version: int) -> str:
+        """Return the manifest as text that carries its own checksum; `version` is that of the format."""
         groups = {}
         for group, tensors in self.groups.items():
-            groups[group] = {name: asdict(entry) for name, entry in tensors.items()}
+            groups[group] = {name: entry.to_json() for name, entry in tensors.items()}
         body = {
-            "format_version": FORMAT_VERSION,
-            "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
+            "format_version": version,
+            "files": {name: vars(entry) for name, entry in sorted(self.files.items())},
             "groups": groups,
         }
         return json.dumps(body | {"xxh3_128": _checksum_of(body)}, indent=1)
 
 
 def check_tiling(what: str, entry: TensorEntry) -> None:
-    """Raise CheckpointError unless the pieces cover each row once."""
+    """Raise CheckpointError unless the pieces cover each row exactly once."""
     row = 0
     for piece in entry.pieces:
         if piece.start != row or piece.stop <= piece.start:
@@ -103,7 +111,7 @@ def check_tiling(what: str, entry: TensorEntry) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a checkpoint, and check it. Raises CheckpointError naming what is wrong with it."""
+    """Read and validate the manifest of a checkpoint. Raises CheckpointError naming the file and the problem."""
     path = directory / MANIFEST
     try:
         body = json.loads(read_bounded(path, _MOST_MANIFEST_BYTES, directory))
@@ -115,15 +123,16 @@ def read_manifest(directory: Path) -> Manifest:
         raise
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise FormatVersionError(f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}")
+    if type(version) is not int or version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise FormatVersionError(f"{path} has format version {version!r}; this program supports {known}")
     if checksum != _checksum_of(body, path):
         raise CheckpointError(f"{path} is damaged: its checksum does not match")
     return _parse_body(body, path)
 
 
 def _parse_body(body: Mapping[str, Any], path: Path) -> Manifest:
-    """Read the fields that this version knows; a later writer may have added others."""
+    """Read the fields known to this version; later versions may have added others."""
     root = JsonObject(path, "", body)
     files = _parse_files(root.section("files"), path)
     groups: dict[str, dict[str, TensorEntry]] = {}
@@ -144,7 +153,7 @@ def _parse_files(section: JsonObject, path: Path) -> dict[str, FileEntry]:
     files = {}
     for name in section.values:
         if name != METADATA and not _FILE_NAME.fullmatch(name):
-            raise CheckpointError(f"{path} names {name!r}, which is no file of a checkpoint: do not use it")
+            raise CheckpointError(f"{path} names {name!r}, which is not a valid file name: do not use this checkpoint")
         entry = section.section(name)
         files[name] = FileEntry(entry.count("bytes"), entry.text("xxh3_128"))
     return files
@@ -159,19 +168,19 @@ def _parse_entry(entry: JsonObject) -> TensorEntry:
 
 def _check_entry(what: str, entry: TensorEntry, files: Mapping[str, FileEntry]) -> None:
     if not entry.shape or not all(type(size) is int and size >= 0 for size in entry.shape):
-        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which cannot be")
+        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which is invalid")
     if entry.dtype not in STORED_DTYPES:
         raise CheckpointError(f"{what} has type {entry.dtype!r}; known are {', '.join(STORED_DTYPES)}")
     if math.prod(max(1, size) for size in entry.shape) * STORED_DTYPES[entry.dtype].itemsize > _MOST_BYTES:
-        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which no file can hold")
+        raise CheckpointError(f"{what} has shape {list(entry.shape)}, which is too large for any file")
     for piece in entry.pieces:
         if piece.file not in files:
-            raise CheckpointError(f"{what} is stored in {piece.file!r}, which is not listed among the files")
+            raise CheckpointError(f"{what} is stored in {piece.file!r}, which is missing from the list of files")
     check_tiling(what, entry)
 
 
 def file_checksum(path: Path) -> str:
-    """Return the xxh3_128 of a file's bytes."""
+    """Return the xxh3_128 checksum of a file as a hexadecimal string."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -182,5 +191,5 @@ def file_checksum(path: Path) -> str:
 def _checksum_of(body: Mapping[str, Any], path: Path | None = None) -> str:
     try:
         return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
-    except (RecursionError, ValueError) as error:  # nested too deeply, or with characters that UTF-8 does not have
+    except (RecursionError, ValueError) as error:  # nested too deeply, or with characters that UTF-8 can't encode
         raise CheckpointError(f"{path} is damaged: {error!r}") from error

@@ -1,4 +1,4 @@
-"""What can be read as a checkpoint: files of ours, those of other programs, and transformations of either."""
+"""Interface of checkpoints for reading: our own files, those of other programs, and transformations of either."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ BLOCK_BYTES = 4 << 20
 
 
 class Checkpoint(Protocol):
-    """Gives any rows of any logical tensor, whatever they are stored in or computed from."""
+    """Provides any rows of any logical tensor, however they are stored or computed."""
 
     directory: Path
     record: RunRecord
@@ -23,22 +23,22 @@ class Checkpoint(Protocol):
         """Names of the groups of tensors."""
 
     def names(self, group: str) -> list[str]:
-        """Logical tensors of a group; none for a group it does not have."""
+        """Names of the logical tensors of a group; empty if the checkpoint does not have the group."""
 
     def shape(self, group: str, name: str) -> tuple[int, ...]:
-        """Global shape."""
+        """Global shape of a tensor."""
 
     def dtype(self, group: str, name: str) -> torch.dtype:
         """Type."""
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, on the CPU; only those are read. Raises CheckpointError if it has fewer."""
+        """Read rows [start, stop) of a tensor to the CPU, and nothing else. Raises CheckpointError if it has fewer."""
 
 
 def read_blocks(
     checkpoint: Checkpoint, group: str, name: str, *, start: int = 0, stop: int | None = None
 ) -> Iterator[Tensor]:
-    """Yield rows [start, stop) of a tensor, by default all of them, in blocks of about BLOCK_BYTES, at least a row."""
+    """Yield rows [start, stop) of a tensor, by default all, in blocks of about BLOCK_BYTES and at least one row."""
     shape = checkpoint.shape(group, name)
     step = rows_per_block(shape, checkpoint.dtype(group, name))
     last = shape[0] if stop is None else stop
@@ -47,5 +47,5 @@ def read_blocks(
 
 
 def rows_per_block(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Rows of a tensor that make a block of BLOCK_BYTES, at least one."""
+    """Return how many rows of a tensor fit into a block of BLOCK_BYTES, at least one."""
     return max(1, BLOCK_BYTES // max(1, torch.Size(shape[1:]).numel() * dtype.itemsize))

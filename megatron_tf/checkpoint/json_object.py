@@ -1,4 +1,4 @@
-"""Values of a JSON file, each checked where it is read: a stranger may have written the file."""
+"""Validated access to the values of an untrusted JSON file."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,11 @@ _REQUIRED: Any = object()
 
 
 class JsonObject:
-    """An object of the file `source`, at `path` in it, such as "after_growth".
+    """A JSON object at `path` in the file `source`, such as "after_growth".
 
-    Each method returns the value of a key, or the `default` where the key is absent or null. It raises CheckpointError
-    that names file and key where a required one is missing or the value is impossible. Keys that nobody reads are
-    left alone.
+    Each method returns the value of a key, or the `default` if the key is absent or null. It raises CheckpointError
+    naming the file and the key if a required key is missing or a value is invalid. Keys that are never read are
+    ignored.
     """
 
     def __init__(self, source: object, path: str, values: Any) -> None:
@@ -26,69 +26,69 @@ class JsonObject:
         self.values: dict[str, Any] = values
 
     def has(self, key: str) -> bool:
-        """Whether the key is there, and not null."""
+        """Return whether the key is present and not null."""
         return self.values.get(key) is not None
 
     def count(self, key: str, default: int = _REQUIRED, *, least: int = 0, most: int = 2**63 - 1) -> int:
-        """A whole number from `least` to `most`."""
+        """Read an integer in [`least`, `most`]."""
         value = self._get(key, default, f"a whole number from {least} to {most}")
         return _checked_count(self._place(key), value, least=least, most=most)
 
     def whole(self, key: str) -> int:
-        """A whole number of any sign and size."""
+        """Read an integer of any sign and size."""
         value = self._get(key, _REQUIRED, "a whole number")
         if type(value) is not int:  # bool is an int to Python
             raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a whole number")
         return value
 
     def number(self, key: str, default: float = _REQUIRED) -> float:
-        """A finite number."""
+        """Read a finite number."""
         return _checked_number(self._place(key), self._get(key, default, "a finite number"))
 
     def boolean(self, key: str, default: bool = _REQUIRED) -> bool:
-        """True or false."""
+        """Read a boolean."""
         value = self._get(key, default, "true or false")
         if not isinstance(value, bool):
             raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected true or false")
         return value
 
     def text(self, key: str) -> str:
-        """A string."""
+        """Read a string."""
         value = self._get(key, _REQUIRED, "a string")
         if not isinstance(value, str):
             raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a string")
         return value
 
     def items(self, key: str) -> list[Any]:
-        """A list of anything."""
+        """Read a list, whatever its items are."""
         value = self._get(key, _REQUIRED, "a list")
         if not isinstance(value, list):
             raise CheckpointError(f"{self._place(key)} is {_kind(value)}, expected a list")
         return value
 
     def number_items(self, key: str) -> list[float]:
-        """A list of finite numbers."""
+        """Read a list of finite numbers."""
         return [_checked_number(f"{self._place(key)}[{i}]", item) for i, item in enumerate(self.items(key))]
 
     def section(self, key: str) -> "JsonObject":
-        """An object."""
+        """Read an object."""
         return JsonObject(self.source, self._path(key), self._get(key, _REQUIRED, "an object"))
 
     def optional(self, key: str, read: Callable[["JsonObject"], T], default: T) -> T:
-        """What `read` makes of an object."""
+        """Read an object with `read`; None if the key is absent or null."""
         return read(self.section(key)) if self.has(key) else default
 
     def sections(self, key: str) -> list["JsonObject"]:
-        """A list of objects."""
+        """Read a list of objects."""
         return [JsonObject(self.source, f"{self._path(key)}[{i}]", item) for i, item in enumerate(self.items(key))]
 
     def counts(self, key: str) -> dict[str, int]:
-        """Whole numbers by name."""
+        """Read an object whose values are non-negative integers."""
         found = self.section(key).values
         return {name: _checked_count(f"{self._place(key)} of {name}", value) for name, value in found.items()}
 
     def numbers(self, key: str) -> dict[str, float]:
-        """Finite numbers by name."""
+        """Read an object whose values are finite numbers."""
         found = self.section(key).values
         return {name: _checked_number(f"{self._place(key)} of {name}", value) for name, value in found.items()}
 
@@ -122,7 +122,7 @@ def _checked_number(what: str, value: Any) -> float:
     is_number = type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
     if not is_number:
         raise CheckpointError(f"{what} is {_shown(value)}, expected a finite number")
-    number: float = value  # as it was written: 2 is not made 2.0
+    number: float = value  # keep the type that was written: 2 does not become 2.0
     return number
 
 

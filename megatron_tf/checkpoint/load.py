@@ -1,4 +1,4 @@
-"""Reading checkpoints from files: any rows of any tensor, whatever layout wrote it."""
+"""Reads checkpoints from files: any rows of any tensor, whatever layout wrote them."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
@@ -34,12 +34,12 @@ _MOST_METADATA_BYTES = 1 << 26
 
 
 class CheckpointReader:
-    """One complete checkpoint. A file's checksum is compared before anything is read from it.
+    """Reads one complete checkpoint, verifying the checksum of each file before using it.
 
-    `path` is the checkpoint's own directory, or the directory of a run, whose newest one is meant. Who reads all of a
-    large checkpoint once may say `check_at_end`: checksums are taken on the way, and `verify` compares them before what
-    was read counts. Raises CheckpointError for a checkpoint that is missing, incomplete or damaged, naming the file,
-    and the newest sound one.
+    `path` is a checkpoint directory, or the directory of a run, which means its newest checkpoint. With `check_at_end`
+    checksums are computed while reading, which saves a pass over a large checkpoint that is read completely once; call
+    `verify` before relying on what was read. Raises CheckpointError for a checkpoint that is missing, incomplete or
+    damaged, naming the file and, if there is one, the newest intact checkpoint.
     """
 
     def __init__(self, path: Path, check_at_end: bool = False) -> None:
@@ -54,14 +54,14 @@ class CheckpointReader:
             self.record = self._read_record()
 
     def complete(self) -> "CheckpointReader":
-        """The checkpoint itself. Raises CheckpointError unless it holds the whole model of its record."""
+        """Return self. Raises CheckpointError unless the checkpoint contains the complete model of its record."""
         with self._offering_another():
             check_complete(self)
         return self
 
     @property
     def step(self) -> int:
-        """Optimizer steps behind the checkpoint."""
+        """Number of optimizer steps at which the checkpoint was saved."""
         return self.record.training.step
 
     def groups(self) -> list[str]:
@@ -69,11 +69,11 @@ class CheckpointReader:
         return list(self.manifest.groups)
 
     def names(self, group: str) -> list[str]:
-        """Logical tensors of a group."""
+        """Names of the logical tensors of a group."""
         return list(self.manifest.groups.get(group, {}))
 
     def shape(self, group: str, name: str) -> tuple[int, ...]:
-        """Global shape."""
+        """Global shape of a tensor."""
         return self._entry(group, name).shape
 
     def dtype(self, group: str, name: str) -> torch.dtype:
@@ -81,7 +81,7 @@ class CheckpointReader:
         return STORED_DTYPES[self._entry(group, name).dtype]
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, on the CPU; only those are read. Raises CheckpointError if it has fewer."""
+        """Read rows [start, stop) of a tensor to the CPU, and nothing else. Raises CheckpointError if it has fewer."""
         entry = self._entry(group, name)
         if not 0 <= start <= stop <= entry.shape[0]:
             raise CheckpointError(
@@ -94,7 +94,7 @@ class CheckpointReader:
             if low < high:
                 spec = PieceSpec(name, dtype, entry.shape, start=piece.start, stop=piece.stop)
                 file = self._open(piece.file)
-                file.check(spec)  # before memory is taken for rows that the file may not have
+                file.check(spec)  # before allocating memory for rows that the file may not have
                 parts.append((file, spec, low, high))
         rows = torch.empty((stop - start, *entry.shape[1:]), dtype=dtype)
         for file, spec, low, high in parts:
@@ -102,8 +102,8 @@ class CheckpointReader:
         return rows
 
     def verify(self) -> None:
-        """Compare the checksums of all files, reading what was not read. Raises CheckpointError naming the first file
-        that differs."""
+        """Verify the checksums of all files, reading what has not been read yet. Raises CheckpointError naming the
+        first file that differs."""
         with self._offering_another():
             for name in self.manifest.files:
                 hashed = self._hashed_files.pop(name, None)
@@ -111,7 +111,7 @@ class CheckpointReader:
                 self._compare(name, hashed.finish() if hashed else file_checksum(self.directory / name))
 
     def close(self) -> None:
-        """Let go of the manifest and the headers of files, which take memory; nothing can be read afterwards."""
+        """Free the memory of the manifest and of file headers; nothing can be read afterwards."""
         self.manifest = Manifest({}, {})
         self._open_files.clear()
 
@@ -160,7 +160,7 @@ class CheckpointReader:
 
     @contextmanager
     def _offering_another(self) -> Iterator[None]:
-        """Errors found within also name the newest sound checkpoint, if the one to read was not the user's choice."""
+        """Add the newest intact checkpoint to errors raised within, unless the user chose which checkpoint to read."""
         try:
             yield
         except FormatVersionError:
@@ -185,20 +185,25 @@ class CheckpointReader:
 def load_shards(
     checkpoint: Checkpoint, group: str, shards: Sequence[RowShard], *, expected_names: Collection[str]
 ) -> None:
-    """Copy this rank's rows in place, bit for bit. `expected_names` are all tensors of the model.
+    """Copy this rank's rows into its shards in place. `expected_names` are all tensors of the model.
 
-    Raises CheckpointError where names, shapes or types are not those of the checkpoint.
+    Every bit is kept, except that fp32 rows are widened to fp64 shards, exactly, and fp64 rows are rounded to fp32
+    shards. Raises CheckpointError if names, shapes or other types differ from those of the checkpoint.
     """
     _check_names(checkpoint, group, expected_names)
     for shard in shards:
         shape, dtype = checkpoint.shape(group, shard.name), checkpoint.dtype(group, shard.name)
-        if shape != shard.global_shape or dtype != shard.tensor.dtype:
+        if shape != shard.global_shape or not _can_load(dtype, shard.tensor.dtype):
             raise CheckpointError(
                 f"{checkpoint.directory} is a checkpoint of another model: {group} {shard.name} is {list(shape)} "
                 f"{dtype} in it, {list(shard.global_shape)} {shard.tensor.dtype} in the configured model: change "
                 f"the configuration, or grow the checkpoint"
             )
         copy_rows(shard, checkpoint.read_rows(group, shard.name, start=shard.start, stop=shard.stop))
+
+
+def _can_load(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    return stored == wanted or {stored, wanted} == {torch.float32, torch.float64}
 
 
 def _check_names(checkpoint: Checkpoint, group: str, expected: Collection[str]) -> None:

@@ -1,8 +1,8 @@
-"""One run at a time writes into a directory of checkpoints, on any file system: a file that says who, kept fresh.
+"""Lock of a run's checkpoint directory, so that only one run writes to it, on any file system.
 
-The kernel's locks (flock) are not visible between the nodes of some network file systems. A file made by link() is, and
-its owner is known to be alive by its process where it is on this machine, and else by the file's time, which a thread
-of the owner renews.
+Kernel locks (flock) are not visible between the nodes of some network file systems. A file created by link() is. Its
+owner is considered alive if its process exists on this machine, or, on another machine, if the modification time of
+the file is recent; a thread of the owner keeps updating it.
 """
 
 import contextlib
@@ -27,47 +27,47 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 BEAT_SECONDS = 2.5
-STALE_SECONDS = 15.0  # without a beat, of an owner on another machine; six beats, for file systems that cache times
+STALE_SECONDS = 15.0  # without a heartbeat from another machine; six heartbeats, as some file systems cache times
 LEFTOVER_SECONDS = 60.0
-"""Files that a lock is made of, or is replaced by, exist for milliseconds; older ones are of a crash."""
+"""Temporary files of taking or replacing a lock exist for milliseconds; older ones are left over from a crash."""
 _LEFTOVER = re.compile(rf"{re.escape(LOCK)}\.[0-9a-f]{{32}}")
 
 
 class LockedError(UserError):
-    """Another run writes there."""
+    """Raised if another run is writing to the directory."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process behind a lock."""
+    """The process that holds a lock."""
 
     host: str
     machine: str
-    """The boot of the kernel and its namespace of process ids: where `process` means something."""
+    """Boot id of the kernel and its process id namespace, within which `process` is meaningful."""
     process: int
     started: str
-    """When the process began, as the kernel counts it: numbers of processes are used again."""
+    """Start time of the process as counted by the kernel, since process ids are reused."""
     job: str
     token: str
-    """Tells this lock from any other."""
+    """Unique id of this lock."""
 
     @property
     def is_here(self) -> bool:
-        """Whether its process is one of this machine's."""
+        """Return whether the process is on this machine."""
         return self.machine != "" and self.machine == _machine()
 
     @property
     def is_running(self) -> bool:
-        """Whether the process lives; only of one that `is_here`."""
+        """Return whether the process is alive; only meaningful if it `is_here`."""
         return _start_of(self.process) == self.started
 
 
 class RunLock:
-    """Held while it is entered; `on_lost` gets a sentence, in another thread, where somebody else took it over.
+    """Lock held while the context is entered. If another run takes it over, a thread calls `on_lost` with a message.
 
-    Entering takes over the lock of a run that is dead, and removes the files that a crash in the middle of that left.
-    Raises LockedError where one is alive, which for a run on another machine takes up to STALE_SECONDS to tell and is
-    announced in the log, and OSError where the directory can't be written.
+    Entering takes over the lock of a dead run, and removes temporary files left by a crash. Raises LockedError if the
+    owner is alive; for an owner on another machine, finding out takes up to STALE_SECONDS and is announced in the log.
+    Raises OSError if the directory is not writable.
     """
 
     def __init__(self, root: Path, on_lost: Callable[[str], None]) -> None:
@@ -93,7 +93,7 @@ class RunLock:
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Whether there was no lock and this one is now there, from the first instant with its contents."""
+        """Try to create the lock atomically, including its contents; return whether it was free."""
         text = json.dumps(asdict(self.owner))
         draft = self.path.with_name(f"{LOCK}.{self.owner.token}")
         draft.write_text(text)
@@ -120,7 +120,7 @@ class RunLock:
         is_here = owner is not None and owner.is_here
         if not is_here:
             log.warning(
-                "checkpoint.save: %s has a lock of %s: waiting up to %.0f s to see whether that run is alive",
+                "checkpoint.save: %s is locked by %s: waiting up to %.0f s to see whether that run is alive",
                 self.root,
                 _name(owner),
                 STALE_SECONDS,
@@ -128,7 +128,7 @@ class RunLock:
         is_alive = owner.is_running if owner is not None and is_here else self._beats(before)
         if is_alive:
             raise LockedError(self._refusal(owner))
-        # renamed first: of two that find the same dead lock one takes it, and a new lock is put back
+        # rename first: of two that find the same dead lock only one gets it, and a live lock is put back
         aside = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
             self.path.rename(aside)
@@ -137,7 +137,7 @@ class RunLock:
             aside.unlink(missing_ok=True)
 
     def _put_back(self, aside: Path) -> None:
-        """A lock of a live run; who took its name in the meantime sees `aside`, and makes room."""
+        """Put back the lock of a live run; a process that took its place in the meantime sees `aside` and gives way."""
         for _ in range(100):
             try:
                 os.link(aside, self.path)
@@ -150,8 +150,8 @@ class RunLock:
                 return
 
     def _is_in_place_of_another(self) -> bool:
-        """Whether the name was only free as another process is about to put back the lock of a live run; then this one
-        is removed."""
+        """Return whether another process is about to put back the lock of a live run, which is why the name was free;
+        if so, remove the lock taken here."""
         for path in self._surroundings():
             try:
                 owner = _parse(path.read_bytes())
@@ -160,9 +160,9 @@ class RunLock:
             except FileNotFoundError:
                 continue
             if owner is None or owner.token == self.owner.token or path.name.endswith(owner.token):
-                continue  # a draft, or this lock itself
+                continue  # a temporary file, or this lock itself
             if now - changed > STALE_SECONDS or (owner.is_here and not owner.is_running):
-                continue  # of a run that is dead
+                continue  # the owner is dead
             if self._is_ours():
                 self.path.unlink(missing_ok=True)
             time.sleep(0.05)
@@ -170,11 +170,11 @@ class RunLock:
         return False
 
     def _surroundings(self) -> list[Path]:
-        """Locks that are not yet or no longer under their name."""
+        """Return the temporary files of locks that are being taken or replaced."""
         return [path for path in self.root.glob(f"{LOCK}.*") if _LEFTOVER.fullmatch(path.name)]
 
     def _remove_leftovers(self) -> None:
-        """Drafts and renamed locks of processes that died, by the file system's clock."""
+        """Remove temporary files of processes that died, judged by the file system's clock."""
         with contextlib.suppress(OSError):
             now = self.path.stat().st_mtime
             for path in self._surroundings():
@@ -182,7 +182,7 @@ class RunLock:
                     path.unlink(missing_ok=True)
 
     def _beats(self, text: bytes) -> bool:
-        """Whether somebody keeps the file fresh, by its own time: clocks of machines differ."""
+        """Return whether the file's modification time changes; no clock is read, because machines' clocks differ."""
         first, deadline = self._time(), time.monotonic() + STALE_SECONDS
         while time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
@@ -194,12 +194,12 @@ class RunLock:
         return False
 
     def _time(self) -> int:
-        with self.path.open("rb") as file:  # network file systems look at their server when a file is opened
+        with self.path.open("rb") as file:  # opening the file makes network file systems ask their server
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _refusal(self, owner: Owner | None) -> str:
         return (
-            f"checkpoint.save: another run writes into {self.root} ({_name(owner)}): end that one first, "
+            f"checkpoint.save: another run is writing to {self.root} ({_name(owner)}): stop that one first, "
             f"or choose another checkpoint.save"
         )
 
@@ -209,7 +209,7 @@ class RunLock:
             with contextlib.suppress(OSError):  # a server that is away for a while
                 misses = 0 if self._is_ours() else misses + 1
                 if misses > 1:
-                    self.on_lost(f"checkpoint.save: another run took over {self.root}, as this one stood still")
+                    self.on_lost(f"checkpoint.save: another run took over {self.root}, because this one was stalled")
                     return
                 if not misses:
                     os.utime(self.path)
@@ -224,12 +224,12 @@ class RunLock:
 
 @contextlib.contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Of the processes that take the lock of a directory, let in one after the other where its file system has kernel
-    locks; elsewhere the order of renames decides alone."""
+    """Serialize the processes that take the lock of a directory if its file system has kernel locks; otherwise only
+    the order of renames decides."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # no kernel locks here
-            take_lock(descriptor, 2 * STALE_SECONDS)  # who is inside may wait for a beat that long
+        with contextlib.suppress(OSError):  # the file system has no kernel locks
+            take_lock(descriptor, 2 * STALE_SECONDS)  # the holder may wait that long for a heartbeat
         yield
     finally:
         os.close(descriptor)
@@ -237,7 +237,7 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
 
 def _name(owner: Owner | None) -> str:
     if owner is None:
-        return "a process that it does not name"
+        return "an unknown process"
     return f"process {owner.process} on {owner.host}{owner.job and f', job {owner.job}'}"
 
 
@@ -254,7 +254,7 @@ def _this_process() -> Owner:
 
 
 def _machine() -> str:
-    """Empty where the system does not say."""
+    """Return the boot id and process id namespace; empty if the system does not provide them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -263,7 +263,7 @@ def _machine() -> str:
 
 
 def _start_of(process: int) -> str:
-    """Empty for a process that has ended, though its parent may not have noticed."""
+    """Return the start time of a process; empty if it has ended, even if it is still a zombie."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,42 +1,46 @@
-"""What a checkpoint's metadata.json holds: the record of a run. docs/checkpoint_format.md describes every key.
+"""The record of a run, stored in a checkpoint's metadata.json. docs/checkpoint_format.md describes every key.
 
-Each dataclass reads itself from JSON, ignoring keys it does not know, and writes its fields in their order. Fields
-without a default are required of every writer; the others were absent from some writer's file, and then have their
-default. `from_json` raises CheckpointError that names the file and the key which is missing or impossible.
+Each dataclass reads itself from JSON, ignoring unknown keys, and writes its fields in order. Fields without a default
+are required; the others may be missing from files of older versions. `from_json` raises CheckpointError naming the file
+and the key that is missing or invalid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
+from megatron_tf.checkpoint.after_growth import read_after_growth
 from megatron_tf.checkpoint.errors import CheckpointError
+from megatron_tf.checkpoint.generations import Generations
+from megatron_tf.checkpoint.growth_event import GrowthEvent
 from megatron_tf.checkpoint.json_object import JsonObject
-from megatron_tf.config import ConfigError, ModelConfig, parse_config, to_dict
+from megatron_tf.checkpoint.schedule_start import ScheduleStart
+from megatron_tf.config import ConfigError, ModelConfig, ScheduleConfig, parse_config, to_dict
 
 MOST_STEPS = 10**15
-"""No run takes more; steps become names of directories."""
+"""Upper bound on steps, which become directory names; no real run reaches it."""
 
 Identity = Mapping[str, Any]
-"""What tells a tokenizer, or a training set, from another one: made by `data` and `training`, compared as a whole."""
+"""Identifies a tokenizer or a training set; created in `data` and `training`, and compared as a whole."""
 
 
 @dataclass(frozen=True)
 class TrainingCounters:
-    """How far a run has come."""
+    """Progress of a run."""
 
     step: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     samples: int
-    """Samples read, over all data-parallel ranks: the position in the data."""
+    """Samples read over all data-parallel ranks, which is the position in the data."""
     tokens: int
     """Tokens trained on."""
     adam_steps: int
-    """Steps that Adam's bias correction counts."""
+    """Step count used by Adam's bias correction."""
     skipped: int
-    """Batches that were read and are not in the model: those whose loss or gradient was non-finite, and those of the
-    steps that a rewind undid."""
+    """Batches that were read but did not affect the model: those with a non-finite loss or gradient, and those of steps
+    that a rewind discarded."""
     overflows: int = 0
-    """Batches that were read and not trained on, since their gradients overflowed at a loss scale too high."""
+    """Batches that were read but skipped because their gradients overflowed at the current loss scale."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -52,17 +56,17 @@ class TrainingCounters:
 
 
 START = TrainingCounters(step=0, samples=0, tokens=0, adam_steps=0, skipped=0)
-"""Of a model that no run of ours has trained."""
+"""Counters of a model that has not been trained by this program."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run has used, over all its jobs, ranks and stages of growth."""
+    """Compute used by a run, over all its jobs, ranks and growth stages."""
 
     flops: float = 0.0
-    """Operations of the model in all steps."""
+    """Floating-point operations of the model in all steps."""
     device_seconds: float = 0.0
-    """For how long devices were held."""
+    """Seconds of device time, summed over devices."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -72,12 +76,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class SpikeHistory:
-    """What the spike detector had seen when the run was saved."""
+    """State of the loss-spike detector when the run was saved."""
 
     losses: tuple[float, ...]
-    """The last ones that were no spikes, oldest first."""
+    """The most recent losses that were not spikes, oldest first."""
     in_a_row: int
-    """Spikes up to the last step."""
+    """Consecutive spikes up to the last step."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -87,16 +91,20 @@ class SpikeHistory:
 
 @dataclass(frozen=True)
 class RunDetails:
-    """What else a run needs to be resumed as if it had never stopped. Version 0.1 wrote none of it."""
+    """Additional state needed to resume a run as if it had never stopped; missing from checkpoints of version 0.1."""
 
     data: tuple[Identity, ...] | None = None
-    """Identity of each training set; None where it is not known."""
+    """Identity of each training dataset; None if unknown."""
     spikes: SpikeHistory | None = None
-    """None where no loss has been seen."""
+    """State of the spike detector; None if it has not seen a loss."""
     evaluation_due: bool = False
-    """Whether a stop left out the evaluation after this step."""
+    """Whether the run was stopped before the evaluation that is due after this step."""
     blend: str | None = None
-    """Name of the order in which datasets take turns under data.order counter; a run keeps it."""
+    """Name of the order in which datasets are blended under data.order counter; fixed for the whole run."""
+    dropout: str | None = None
+    """Name of the generator of dropout masks; None if they were drawn by torch's generators."""
+    phase: Mapping[str, Any] | None = None
+    """Phase of the data under data.order lanes; created in `data`. None under another order."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -107,16 +115,21 @@ class RunDetails:
             spikes=values.optional("spikes", SpikeHistory.from_json, None),
             evaluation_due=values.boolean("evaluation_due", False),
             blend=values.text("blend") if values.has("blend") else None,
+            dropout=values.text("dropout") if values.has("dropout") else None,
+            phase=values.section("phase").values if values.has("phase") else None,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The key `run`."""
+        """Return the value of the key `run`."""
         spikes = self.spikes
+        phase = {} if self.phase is None else {"phase": dict(self.phase)}
         return {
             "data": None if self.data is None else [dict(identity) for identity in self.data],
             "spikes": None if spikes is None else {"losses": list(spikes.losses), "in_a_row": spikes.in_a_row},
             "evaluation_due": self.evaluation_due,
             "blend": self.blend,
+            "dropout": self.dropout,
+            **phase,
         }
 
 
@@ -128,7 +141,7 @@ class LossScale:
     growth_tracker: int
     """Steps since the scale changed or gradients overflowed."""
     hysteresis_tracker: int
-    """Overflows that are left before the scale is halved; negative after more of them."""
+    """Remaining overflows before the scale is halved; negative after further ones."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -136,123 +149,65 @@ class LossScale:
         return cls(values.number("scale"), values.whole("growth_tracker"), values.whole("hysteresis_tracker"))
 
 
-@dataclass(frozen=True)
-class GrowthEvent:
-    """A growth or a shrinking that the model has behind it, in a run or by the tool."""
-
-    step: int
-    samples: int
-    tokens: int
-    kinds: Mapping[str, list[Any]]
-    """Kind of tokens -> [old, new]: a number, or a list with one for each layer."""
-    init: str
-    """How new tokens were made, as in a stage of `growth`; "shrink" where tokens were dropped."""
-    seed: int
-    inserted_layers: list[int] = field(default_factory=list)
-    """New layers, counted as they are after the growth; written only where there are some."""
-
-    @classmethod
-    def from_json(cls, values: JsonObject) -> Self:
-        """Read an entry of the key `lineage`."""
-        kinds = values.section("kinds")
-        for kind, change in kinds.values.items():
-            if not isinstance(change, list) or len(change) != 2:
-                raise CheckpointError(f"{kinds.source}: {kinds.path}.{kind} is {change!r}, expected [old, new]")
-        return cls(
-            step=values.count("step"),
-            samples=values.count("samples"),
-            tokens=values.count("tokens"),
-            kinds=kinds.values,
-            init=values.text("init"),
-            seed=values.whole("seed"),
-            inserted_layers=values.items("inserted_layers") if values.has("inserted_layers") else [],
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """An entry of the key `lineage`."""
-        values = asdict(self)
-        if not self.inserted_layers:
-            del values["inserted_layers"]
-        return values
-
-
-@dataclass(frozen=True)
-class AfterGrowth:
-    """How training continues after the last growth."""
-
-    step: int
-    """Optimizer step of the growth."""
-    rewarmup_iters: int
-    """Steps of linear warm-up after it."""
-    old_tokens_lr_scale: float
-    """Learning rate of the old parameter tokens relative to the new ones."""
-    old_rows: Mapping[str, int]
-    """Tensor of tokens -> how many of its first rows are old."""
-
-    @classmethod
-    def from_json(cls, values: JsonObject) -> Self:
-        """Read the key `after_growth`."""
-        return cls(
-            step=values.count("step"),
-            rewarmup_iters=values.count("rewarmup_iters"),
-            old_tokens_lr_scale=values.number("old_tokens_lr_scale"),
-            old_rows=values.counts("old_rows"),
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its checkpoint knows it, or as it is between two steps."""
+    """The state of a run between two steps, as it is stored in a checkpoint, without its tensors."""
 
     model: ModelConfig
     """The model of this checkpoint."""
     config: Mapping[str, Any]
-    """The whole configuration of the run that wrote it, as JSON values: other versions have other keys."""
+    """The complete configuration of the run as JSON values, since other versions may have other keys."""
     tau: Mapping[str, float]
-    """Temperature of every Pattention of the whole model, by module."""
+    """Temperature of every Pattention of the whole model: module path -> tau."""
     tokenizer: Identity
-    """Identity of the tokenizer behind the ids."""
+    """Identity of the tokenizer that the ids belong to."""
     lineage: tuple[GrowthEvent, ...] = ()
-    """Growth so far, oldest first. Every writer writes it, if only an empty list."""
+    """Growth events so far, oldest first; always written, even if empty."""
     training: TrainingCounters = START
-    """Every writer writes it."""
+    """Always written."""
     usage: Usage = Usage()
     details: RunDetails = RunDetails()
     """The key `run`."""
     loss_scale: LossScale | None = None
-    """Of fp16 with a dynamic scale only."""
-    after_growth: AfterGrowth | None = None
-    """None where the model has not grown."""
+    """Only for fp16 with a dynamic loss scale."""
+    generations: Generations | None = None
+    """None if a single count of updates, training.adam_steps, describes all rows, as in a model that never grew."""
+    schedule_start: ScheduleStart | None = None
+    """None if no growth stage has set a schedule: that of the run counts from its first step."""
     growth_stage: int | None = None
-    """Stages of the run's `growth` that it has behind it; None where that is not known: in older checkpoints, and
-    where a tool made the model."""
+    """Number of stages of the run's `growth` that are done; None if unknown: in older checkpoints, and if a command
+    made the model."""
     others: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of a later version: a tool that makes a checkpoint from this one writes them again."""
+    """Unknown keys of a later version, which commands copy to the checkpoints they make from this one."""
 
     @classmethod
     def from_json(cls, values: Any, source: object) -> Self:
-        """Read what the file `source` holds."""
+        """Read the contents of the file `source`."""
         _check_step(values, source)
         top = JsonObject(source, "", values)
         config = top.section("config")
         _check_config(config)
+        model = read_model(top.section("model"))
+        lineage = tuple(GrowthEvent.from_json(event) for event in top.sections("lineage"))
+        training = TrainingCounters.from_json(top.section("training"))
         return cls(
-            model=read_model(top.section("model")),
+            model=model,
             config=config.values,
             tau=top.numbers("tau"),
             tokenizer=top.section("tokenizer").values,
-            lineage=tuple(GrowthEvent.from_json(event) for event in top.sections("lineage")),
-            training=TrainingCounters.from_json(top.section("training")),
+            lineage=lineage,
+            training=training,
             usage=top.optional("usage", Usage.from_json, Usage()),
             details=top.optional("run", RunDetails.from_json, RunDetails()),
             loss_scale=top.optional("loss_scale", LossScale.from_json, None),
-            after_growth=top.optional("after_growth", AfterGrowth.from_json, None),
+            generations=_read_generations(top, model, training=training, num_growths=len(lineage)),
+            schedule_start=top.optional("schedule_start", ScheduleStart.from_json, None),
             growth_stage=top.count("growth_stage") if top.has("growth_stage") else None,
             others={key: value for key, value in top.values.items() if key not in _KEYS},
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What metadata.json holds, in its order of keys; optional ones are left out where nothing is known."""
+        """Return the contents of metadata.json in the order of its keys; unknown optional values are omitted."""
         training = asdict(self.training)
         values: dict[str, Any] = {
             "model": to_dict(self.model),
@@ -262,49 +217,98 @@ class RunRecord:
             "lineage": [event.to_json() for event in self.lineage],
             "training": training,
         }
-        # a run counts what it uses before it saves: without usage no run of ours has trained the model, nor
-        # counted overflows, and neither is written
+        # a run counts its usage before it saves: without usage, the model has not been trained by this program and
+        # has no overflows either, so neither is written
         if self.usage != Usage():
             values["usage"] = asdict(self.usage)
         elif not self.training.overflows:
             del training["overflows"]
         if self.details != RunDetails():
             values["run"] = self.details.to_json()
-        for key in ("loss_scale", "after_growth"):
-            if (section := getattr(self, key)) is not None:
-                values[key] = asdict(section)
+        if self.loss_scale is not None:
+            values["loss_scale"] = asdict(self.loss_scale)
+        if self.generations is not None:
+            values["generations"] = self.generations.to_json()
+        if self.schedule_start is not None:
+            values["schedule_start"] = asdict(self.schedule_start)
         if self.growth_stage is not None:
             values["growth_stage"] = self.growth_stage
         return values | dict(self.others)
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a sample of the run."""
+        """Sequence length of the run's samples, in tokens."""
         length: int = self.config["training"]["seq_length"]
         return length
 
     @property
     def seed(self) -> int:
-        """Seed of the run."""
+        """The key training.seed of the run."""
         seed: int = self.config["training"]["seed"]
         return seed
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The section `data` of the configuration; empty where it has none."""
+        """The section `data` of the configuration; empty if there is none."""
         return self.config.get("data") or {}
 
+    @property
+    def all_generations(self) -> Generations:
+        """The generation of every row, also of a model that never grew."""
+        return self.generations or Generations.original(self.training.adam_steps)
+
+    def with_generations(self, generations: Generations) -> Self:
+        """Return a copy with these generations, which are only written where a single count does not describe them."""
+        if not generations.are_original:
+            return replace(self, generations=generations)
+        steps = generations.table[0].exp_avg_steps
+        return replace(self, generations=None, training=replace(self.training, adam_steps=steps))
+
     def with_model(self, model: ModelConfig) -> Self:
-        """The record of another model, in both places that hold it."""
+        """Return a copy with another model, which is stored both on its own and in the configuration."""
         old = self.config.get("model") or {}
         return replace(self, model=model, config={**self.config, "model": {**old, **to_dict(model)}})
 
+    def after_growth(
+        self,
+        model: ModelConfig,
+        *,
+        kinds: Mapping[str, list[Any]],
+        init: str,
+        inserted_layers: Sequence[int] = (),
+        dropped_layers: Sequence[int] = (),
+        hidden_size: list[int] | None = None,
+    ) -> Self:
+        """Return the record of `model`, which a growth or shrinking made from this one, with the event in its lineage.
+
+        The keywords are the fields of GrowthEvent that describe the change.
+        """
+        event = GrowthEvent(
+            step=self.training.step,
+            samples=self.training.samples,
+            tokens=self.training.tokens,
+            kinds=kinds,
+            init=init,
+            seed=self.seed,
+            inserted_layers=list(inserted_layers),
+            dropped_layers=list(dropped_layers),
+            hidden_size=hidden_size,
+        )
+        # which stage of a run's `growth` this was is known to the run, not to a command
+        return replace(self.with_model(model), lineage=(*self.lineage, event), growth_stage=None)
+
     def with_data(self, **keys: Any) -> Self:
-        """The record with other values for some keys of the section `data`."""
+        """Return a copy with other values for some keys of the section `data`."""
         return replace(self, config={**self.config, "data": {**self.data, **keys}})
 
+    def with_schedule(self, schedule: ScheduleConfig) -> Self:
+        """Return a copy whose learning rate follows `schedule`, counted from here."""
+        optimizer = {**(self.config.get("optimizer") or {}), **to_dict(schedule)}
+        start = ScheduleStart(self.training.step, self.training.tokens)
+        return replace(self, config={**self.config, "optimizer": optimizer}, schedule_start=start)
+
     def after_step(self, samples: int, tokens: int, flops: float) -> Self:
-        """One optimizer step further."""
+        """Return the record after one more optimizer step."""
         training = replace(
             self.training,
             step=self.training.step + 1,
@@ -315,25 +319,42 @@ class RunRecord:
         return replace(self, training=training, usage=replace(self.usage, flops=self.usage.flops + flops))
 
     def after_skip(self, samples: int) -> Self:
-        """One batch further in the data, and not a step: the schedule stays where it was."""
+        """Return the record after a skipped batch: the data advances, but not the step or the schedule."""
         counters = self.training
         training = replace(counters, samples=counters.samples + samples, skipped=counters.skipped + 1)
         return replace(self, training=training)
 
     def after_overflow(self, samples: int) -> Self:
-        """As `after_skip`, for no fault of the batch."""
+        """Return the record after a batch skipped because of the loss scale rather than the batch itself."""
         counters = self.training
         training = replace(counters, samples=counters.samples + samples, overflows=counters.overflows + 1)
         return replace(self, training=training)
 
 
-_KEYS = {field.name for field in fields(RunRecord)} - {"details", "others"} | {"run"}
+_KEYS = {field.name for field in fields(RunRecord)} - {"details", "others"} | {"run", "after_growth"}
+
+
+def _read_generations(
+    top: JsonObject, model: ModelConfig, *, training: TrainingCounters, num_growths: int
+) -> Generations | None:
+    if top.has("generations"):
+        return Generations.from_json(top.section("generations"))
+    if not top.has("after_growth"):
+        return None
+    generations = read_after_growth(
+        top.section("after_growth"),
+        model,
+        num_growths=num_growths,
+        step=training.step,
+        adam_steps=training.adam_steps,
+    )
+    return None if generations.are_original else generations
 
 
 def is_same_tokenizer(saved: Identity, found: Identity) -> bool:
-    """Whether a checkpoint's tokenizer is the one that was `found`.
+    """Return whether a checkpoint's tokenizer is the one that was `found`.
 
-    Weights that were imported with --vocab-size know the number of ids alone: any tokenizer with as many is accepted.
+    For weights imported with --vocab-size only the number of ids is known: any tokenizer of that size is accepted.
     """
     if saved.get("is_unknown"):
         return bool(saved.get("vocab_size") == found.get("vocab_size"))
@@ -341,7 +362,7 @@ def is_same_tokenizer(saved: Identity, found: Identity) -> bool:
 
 
 def _check_step(values: Any, source: object) -> None:
-    """Raise CheckpointError for a file that is not metadata at all."""
+    """Raise CheckpointError if the file is not a checkpoint's metadata."""
     try:
         values["training"]["step"]
     except (KeyError, TypeError) as error:
@@ -349,16 +370,17 @@ def _check_step(values: Any, source: object) -> None:
 
 
 def _check_config(config: JsonObject) -> None:
-    """Raise CheckpointError where what readers take from the configuration is missing or impossible."""
+    """Raise CheckpointError if a key that readers take from the configuration is missing or invalid."""
     training = config.section("training")
     training.count("seq_length", least=1)
     training.whole("seed")
-    if config.has("data"):
-        config.section("data")
+    for name in ("data", "optimizer"):
+        if config.has(name):
+            config.section(name)
 
 
 def read_model(section: JsonObject) -> ModelConfig:
-    """The model that the key `model` describes."""
+    """Read the model configuration from the key `model`."""
     known = {key: value for key, value in section.values.items() if key in ModelConfig.__dataclass_fields__}
     try:
         return parse_config(ModelConfig, known, f"{section.source}: {section.path}")

@@ -1,8 +1,8 @@
-"""Resharding: any checkpoint, of files or transformed, streamed into files for another layout.
+"""Resharding: streams any checkpoint, stored or transformed, into files for another layout.
 
-Each rank of the target layout gets a file of its own for each group. Tensors are written one after another, and their
-rows in order, to all the files that share them: so files of both sides are read and written from front to back, once,
-and hashed on the way. Memory is bounded by some blocks of rows, not by the model.
+Each rank of the target layout gets one file per group. Tensors are written one after another, with their rows in order,
+to all the files that share them. All files are therefore read and written sequentially, once, and hashed on the way.
+Memory is bounded by a few blocks of rows, independent of the size of the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.commit import abandon, prepare_directory, publish, step_directory
@@ -23,9 +24,9 @@ from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Writt
 from megatron_tf.parallel.sharding import split_rows
 from megatron_tf.tokenformer.parameters import Module, Parameter
 
-_BLOCKS_AHEAD = 4  # read while those before are written
+_BLOCKS_AHEAD = 4  # blocks to read ahead while earlier ones are written
 MEMORY_BLOCKS = 64
-"""Blocks, or rows where a row is larger, that `reshard` takes memory for at most: 31 were measured, 51 with growth."""
+"""Upper bound on the blocks (or rows, if larger) `reshard` holds in memory: 31 were measured, 51 with growth."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FilePlan:
     group: str
     name: str
     specs: list[PieceSpec]
-    """Contents in the order they are written."""
+    """Contents in the order in which they are written."""
 
     @property
     def nbytes(self) -> int:
@@ -45,20 +46,21 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Target:
-    """A parallel layout to write for."""
+    """The parallel layout to write a checkpoint for."""
 
     tensor_parallel: int
     stages: Sequence[range]
-    """The layers of each pipeline stage."""
+    """Layers of each pipeline stage."""
 
     def stage_of(self, parameter: Parameter) -> int:
-        """The pipeline stage that owns a parameter."""
+        """Return the pipeline stage that owns a parameter."""
         if parameter.layer is not None:
             return next(stage for stage, layers in enumerate(self.stages) if parameter.layer in layers)
         return 0 if parameter.module is Module.EMBEDDING else len(self.stages) - 1
 
     def num_parts(self, parameter: Parameter) -> int:
-        """Tensor-parallel ranks that share a parameter's rows; one that is not shared is in the first one's file."""
+        """Return how many tensor-parallel ranks share a parameter's rows; an unshared one is in the first rank's
+        file."""
         return self.tensor_parallel if parameter.is_sharded else 1
 
 
@@ -73,19 +75,19 @@ def reshard(
 ) -> Path:
     """Write `checkpoint` for `target` under `root`; returns its directory.
 
-    Everything in it comes along: parameters, optimizer state, counters, tau, lineage. `progress` takes the bytes that
-    were written since it was called before. `check_source` is called when all is written, and raises where what was
-    read is damaged: then, as after any error, nothing appears under `root`. Raises CheckpointError where rows don't
-    divide, the disk is too small, `root` is inside a checkpoint, or it holds others, unless `allow_existing`.
+    Parameters, optimizer state, counters, tau and lineage are all included. `progress` is called with the bytes written
+    since its last call. `check_source` is called after everything is written and raises if the source is damaged: then,
+    as after any error, nothing appears under `root`. Raises CheckpointError if rows are not divisible, the disk is too
+    small, `root` is inside a checkpoint, or, without `allow_existing`, it contains other checkpoints.
     """
     RunRecord.from_json(checkpoint.record.to_json(), checkpoint.directory)  # what is written can be read
     step = checkpoint.record.training.step
     if step_directory(root, step).resolve() == checkpoint.directory.resolve():
-        raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save in")
+        raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save to")
     check_outside_checkpoints(root, "--save")
     if not allow_existing:
         check_destination(checkpoint, root, step)
-    plans = list(plan_files(checkpoint, target))  # all of them first: rows that don't divide are found before a write
+    plans = list(plan_files(checkpoint, target))  # all first: indivisible rows are found before a write
     directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
     try:
         written = []
@@ -100,7 +102,7 @@ def reshard(
 
 
 def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:
-    """Every file of the target layout. Raises CheckpointError where rows don't divide by its ranks."""
+    """Return every file of the target layout. Raises CheckpointError if rows are not divisible by its ranks."""
     for group in checkpoint.groups():
         stages: list[list[Parameter]] = [[] for _ in target.stages]
         for parameter in held_parameters(checkpoint, group):
@@ -129,12 +131,12 @@ def _spec(checkpoint: Checkpoint, group: str, name: str, *, rank: int, ranks: in
 def _write_group(
     checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], *, progress: Callable[[int], object]
 ) -> list[Written]:
-    """Write the files of one group, which are complete one pipeline stage after another."""
+    """Write the files of one group; they become complete one pipeline stage after another."""
     pieces = []
     for plan in plans:
         pieces += [(spec, plan) for spec in plan.specs]
     order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
-    # by tensor, then by row: the order of the source's files, in which each file of the target is filled as well
+    # by tensor, then by row: the order within the source's files and within each target file
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}
     files: dict[str, ShardFileWriter] = {}
@@ -143,22 +145,22 @@ def _write_group(
         for plan, rows, is_last in _read_ahead(checkpoint, pieces):
             if plan.name not in files:
                 files[plan.name] = ShardFileWriter(directory / plan.name, plan.specs)
-                stack.push(files[plan.name])  # closes it after an error in any other
+                stack.push(files[plan.name])  # closes it if any other fails
             files[plan.name].write(rows)
             progress(rows.nbytes)
             left[plan.name] -= is_last
-            # a complete file is flushed by a thread, while the next ones are written: a flush waits for the disk
+            # flushing waits for the disk: a thread does it while the next files are written
             if not left[plan.name]:
                 finished.append(flusher.submit(files[plan.name].finish))
         for flushed in finished:
-            flushed.result()  # raises what the flush did
+            flushed.result()  # raises the flush's error, if any
     return [files[plan.name].written(plan.group) for plan in plans]
 
 
 def _read_ahead(
     checkpoint: Checkpoint, pieces: list[tuple[PieceSpec, FilePlan]]
 ) -> Iterator[tuple[FilePlan, Tensor, bool]]:
-    """(file, rows, whether they are the last of their piece), read by a thread while those before are written."""
+    """Yield (file, rows, whether they are the last of their piece), read ahead by a thread."""
 
     def blocks() -> Iterator[tuple[FilePlan, Tensor, bool]]:
         for spec, plan in pieces:
@@ -167,8 +169,9 @@ def _read_ahead(
                 row += len(rows)
                 yield plan, rows, row == spec.stop
 
-    # one thread: a generator runs in one at a time, and files are read from front to back
-    with ThreadPoolExecutor(1) as reader:
+    # a single thread: the generator is not thread-safe, and files are read sequentially; it computes alone, as torch's
+    # own threads would wait actively for the next block
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
         source = blocks()
         ahead = [reader.submit(next, source, None) for _ in range(_BLOCKS_AHEAD)]
         while (block := ahead.pop(0).result()) is not None:

@@ -1,8 +1,8 @@
-"""Shard files: plain safetensors that hold pieces, row ranges of tensors, written and read some rows at a time.
+"""Shard files: plain safetensors files of pieces (row ranges of tensors), written and read in blocks of rows.
 
-The safetensors library is not used: it writes whole tensors from memory, and its reader maps the file, where every page
-it touches counts as the process's memory, up to the whole file. Here, a checkpoint larger than the memory streams
-through blocks of rows, and is hashed on the way. Tests hold the files against that library.
+The safetensors library is not used: it writes whole tensors from memory, and its reader maps the file, so that every
+touched page counts as memory of the process, up to the whole file. Here, a checkpoint larger than memory is streamed in
+blocks of rows, and hashed on the way. Tests compare the files with that library.
 """
 
 import json
@@ -26,10 +26,11 @@ from megatron_tf.checkpoint.format import (
     TensorEntry,
     check_tiling,
 )
-from megatron_tf.files import sync_file
+from megatron_tf.checkpoint.sequential_file import SequentialFile
 
-_HASH_BYTES = 1 << 20  # read at a time where bytes are only hashed
-_LARGEST_HEADER = 100_000_000  # as safetensors has it
+_HASH_BYTES = 1 << 20  # bytes read at a time when they are only hashed
+_NO_CHECKSUM = "0" * 32  # as long as one of xxh3_128
+_LARGEST_HEADER = 100_000_000  # the limit of safetensors
 
 
 @dataclass(frozen=True)
@@ -44,39 +45,57 @@ class PieceSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Size of one row in bytes."""
         return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows."""
+        """Size of the rows in bytes."""
         return (self.stop - self.start) * self.row_bytes
 
 
 @dataclass(frozen=True)
 class Written:
-    """Files that were written, and the (group, spec, piece) of what is in them."""
+    """Files that were written, and the (group, spec, piece) of each piece in them."""
 
     files: dict[str, FileEntry]
     pieces: list[tuple[str, PieceSpec, Piece]]
 
+    def add(self, other: "Written") -> None:
+        """Add the files and pieces of `other`."""
+        self.files.update(other.files)
+        self.pieces.extend(other.pieces)
+
+
+def planned_file(name: str, specs: Sequence[PieceSpec], group: str) -> Written:
+    """Describe the file that `ShardFileWriter` would write, with its exact size and an empty checksum."""
+    size = _file_size(_safetensors_header(specs, None), specs)
+    return _as_written(name, specs, group=group, entry=FileEntry(size, _NO_CHECKSUM))
+
+
+def _as_written(name: str, specs: Sequence[PieceSpec], *, group: str, entry: FileEntry) -> Written:
+    return Written({name: entry}, [(group, spec, Piece(name, spec.start, spec.stop)) for spec in specs])
+
+
+def _file_size(header: bytes, specs: Sequence[PieceSpec]) -> int:
+    return 8 + len(header) + sum(spec.nbytes for spec in specs)
+
 
 class ShardFileWriter:
-    """Writes one safetensors file whose tensors arrive row by row, in the order of `specs`, and hashes it as it goes.
+    """Writes one safetensors file incrementally, in the order of `specs`, and computes its checksum on the way.
 
-    Used as a context manager: leaving it makes the file durable. `facts` are the header's metadata, by default which
-    rows are in the file. Raises OSError as the disk does.
+    Use it as a context manager, which makes the file durable on exit. `facts` is the metadata of the header, by default
+    the row ranges in the file. Raises OSError on a write error.
     """
 
     def __init__(self, path: Path, specs: Sequence[PieceSpec], facts: Mapping[str, str] | None = None) -> None:
         self.path = path
         self.specs = specs
         self.hash = xxhash.xxh3_128()
-        self.bytes = 0
         header = _safetensors_header(specs, facts)
-        self.total_bytes = 8 + len(header) + sum(spec.nbytes for spec in specs)
-        # unbuffered: blocks of rows are large, and what was hashed and counted has reached the system
-        self.file = path.open("xb", buffering=0)
+        self.total_bytes = _file_size(header, specs)
+        self.file = SequentialFile(path)
+        self.bytes = 0
         self._append(len(header).to_bytes(8, "little") + header)
 
     def write(self, rows: Tensor) -> None:
@@ -84,44 +103,41 @@ class ShardFileWriter:
         self._append(bytes_of(rows.detach().cpu().contiguous()))
 
     def written(self, group: str) -> Written:
-        """What the file, of tensors of `group`, has become."""
-        pieces = [(group, spec, Piece(self.path.name, spec.start, spec.stop)) for spec in self.specs]
-        return Written({self.path.name: FileEntry(self.bytes, self.hash.hexdigest())}, pieces)
+        """Describe the finished file, which contains tensors of `group`."""
+        entry = FileEntry(self.bytes, self.hash.hexdigest())
+        return _as_written(self.path.name, self.specs, group=group, entry=entry)
 
     def finish(self) -> None:
-        """Make the file durable, and close it."""
+        """Flush the file to disk and close it."""
         assert self.bytes == self.total_bytes, f"{self.path}: {self.bytes} of {self.total_bytes} bytes"
-        with self.file, self._naming_the_file():
-            sync_file(self.file)
+        with self._naming_the_file():
+            self.file.finish()
 
     def __enter__(self) -> "ShardFileWriter":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is None and not self.file.closed:  # after an error the caller removes the directory, and this file
+        if error is None and not self.file.is_closed:  # after an error the caller removes the directory with this file
             self.finish()
         self.file.close()
 
     def _append(self, data: bytes | memoryview) -> None:
         self.hash.update(data)
-        left = memoryview(data)
+        self.bytes += len(data)
         with self._naming_the_file():
-            while left:  # an unbuffered write may take less than it is given
-                count = self.file.write(left)
-                self.bytes += count
-                left = left[count:]
+            self.file.append(data)
 
     @contextmanager
     def _naming_the_file(self) -> Iterator[None]:
-        """The system's errors about an open file do not say which it is."""
+        """Add the path to OSErrors raised within: those of an open file do not contain it."""
         try:
             yield
         except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror} after {self.bytes:,} bytes") from error
+            raise CheckpointError(f"{self.path}: {error.strerror} after {self.file.bytes:,} bytes") from error
 
 
 class HashedFile:
-    """A file that is hashed while it is read: each byte once, and reads in its order need no other pass."""
+    """A file that is hashed while it is read. Each byte is hashed once; sequential reads need no second pass."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,17 +147,17 @@ class HashedFile:
         self.hashed = 0
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` with the bytes from `offset`; returns how many there were."""
-        self._hash_up_to(offset)  # what the caller skips counts as well
+        """Fill `buffer` with the bytes from `offset`; return how many there were."""
+        self._hash_up_to(offset)  # bytes that the caller skips are hashed too
         self.file.seek(offset)
         count = self.file.readinto(buffer)
-        # where reads overlap, or go back, the bytes that are hashed already are left out
+        # when reads overlap or go back, skip the bytes that are already hashed
         self.hash.update(buffer[max(0, self.hashed - offset) : count])
         self.hashed = max(self.hashed, offset + count)
         return count
 
     def finish(self) -> str:
-        """The checksum of the whole file, which is closed."""
+        """Hash the rest of the file, close it and return the checksum."""
         with self.file:
             self._hash_up_to(self.size)
         return self.hash.hexdigest()
@@ -154,9 +170,9 @@ class HashedFile:
 
 
 class ShardFileReader:
-    """Reads rows of the tensors of one safetensors file straight into their place.
+    """Reads rows of the tensors in one safetensors file directly into their destination.
 
-    Raises CheckpointError where the file's header is not that of a safetensors file.
+    Raises CheckpointError if the file's header is not a valid safetensors header.
     """
 
     def __init__(self, path: Path, hashed: HashedFile | None = None) -> None:
@@ -165,7 +181,7 @@ class ShardFileReader:
         length = bytearray(8)
         self._fill(0, memoryview(length))
         self.data_start = 8 + int.from_bytes(length, "little")
-        # before memory is taken for a header: the length in a damaged file can be anything
+        # before allocating memory for the header: the length in a damaged file can be anything
         if self.data_start > min(path.stat().st_size, _LARGEST_HEADER):
             raise CheckpointError(f"{path} is not a safetensors file: its header is said to end at {self.data_start}")
         header = bytearray(self.data_start - 8)
@@ -175,20 +191,20 @@ class ShardFileReader:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
         if not isinstance(self.tensors, dict):
-            raise CheckpointError(f"{path} is not a safetensors file: its header is no object")
+            raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
         self._check_layout()
 
     def names(self) -> list[str]:
-        """Tensors in the file."""
+        """Names of the tensors in the file."""
         return [name for name in self.tensors if name != "__metadata__"]
 
     def whole(self, name: str) -> PieceSpec:
-        """Return the spec of a tensor of which the file holds all rows, as its header describes it."""
+        """Return the spec of a tensor that is entirely in the file, as described in its header."""
         shape, dtype, _ = self._header_of(name)
         return PieceSpec(name, dtype, shape, start=0, stop=shape[0] if shape else 1)  # a scalar is one row
 
     def read(self, spec: PieceSpec, start: int, out: Tensor) -> None:
-        """Fill `out` [rows, ...] with the rows from `start` of the tensor; `spec` is what the manifest says of it."""
+        """Fill `out` [rows, ...] with the tensor's rows from `start` on; `spec` is its description in the manifest."""
         self.check(spec)
         offset = self.tensors[spec.name]["data_offsets"][0] + (start - spec.start) * spec.row_bytes
         buffer = bytes_of(out)
@@ -204,7 +220,7 @@ class ShardFileReader:
             return file.readinto(buffer)
 
     def check(self, spec: PieceSpec) -> None:
-        """Raise CheckpointError unless the file holds these rows."""
+        """Raise CheckpointError unless the file contains the rows of `spec`."""
         shape, dtype, (begin, end) = self._header_of(spec.name)
         expected = (spec.stop - spec.start, *spec.shape[1:])
         if (shape, dtype, end - begin) != (expected, spec.dtype, spec.nbytes) or begin < 0:
@@ -214,7 +230,7 @@ class ShardFileReader:
             )
 
     def _check_layout(self) -> None:
-        """Raise CheckpointError unless the tensors fill the file one after another, as safetensors demands."""
+        """Raise CheckpointError unless the tensors fill the file without gaps, as safetensors requires."""
         places = []
         for name in self.names():
             try:
@@ -222,7 +238,7 @@ class ShardFileReader:
             except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise CheckpointError(f"{self.path} does not say where {name!r} is stored") from error
             places.append((begin, end, name))
-        # nothing hides between tensors, and no tensor aliases another: each byte has one meaning
+        # no hidden bytes between tensors and no overlapping tensors: each byte has exactly one meaning
         position = 0
         for begin, end, name in sorted(places):
             if begin != position or end < begin:
@@ -238,7 +254,7 @@ class ShardFileReader:
             raise CheckpointError(f"{self.path} is not a safetensors file: {size - position} bytes belong to no tensor")
 
     def _header_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype, tuple[int, int]]:
-        """Return shape, type, and begin and end of the bytes of a tensor."""
+        """Return the shape, the type, and the start and end offsets of a tensor."""
         try:
             found = self.tensors[name]
             begin, end = (int(offset) for offset in found["data_offsets"])
@@ -248,7 +264,7 @@ class ShardFileReader:
 
 
 def collect_groups(written: Iterable[Written]) -> Groups:
-    """Make the entries of tensors from their pieces, in any order. Raises CheckpointError where rows are missing."""
+    """Build the manifest entries from pieces in any order. Raises CheckpointError if rows are missing."""
     found: dict[str, dict[str, list[tuple[PieceSpec, Piece]]]] = {}
     for part in written:
         for group, spec, piece in part.pieces:
@@ -282,9 +298,9 @@ def _safetensors_header(specs: Sequence[PieceSpec], facts: Mapping[str, str] | N
         }
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)  # as the safetensors library does: numbers in a mapped file are aligned
+    return text + b" " * (-len(text) % 8)  # as in the safetensors library: aligns the tensors of a mapped file
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return a view of the memory of a contiguous CPU tensor."""
     return tensor.flatten().view(torch.uint8).numpy().data

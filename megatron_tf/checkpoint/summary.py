@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and where two of them differ."""
+"""Summarizes the tensors of a checkpoint, and finds differences between two checkpoints."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,10 @@ from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 
 @dataclass(frozen=True)
 class PatternSummary:
-    """Tensors of a group that differ in their layer only."""
+    """Tensors of a group whose names differ only in the layer."""
 
     pattern: str
-    """Their name, with a star for the layer's number."""
+    """Their name, with * in place of the layer's index."""
     num_tensors: int
     shape: str
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class PatternSummary:
 
 
 def names_by_pattern(checkpoint: Checkpoint, group: str) -> dict[str, list[str]]:
-    """Group the tensors that differ in their layer only: pattern -> names, in the model's order."""
+    """Group tensors whose names differ only in the layer: pattern -> names, in the model's order."""
     names: dict[str, list[str]] = {}
     for parameter in held_parameters(checkpoint, group):
         names.setdefault(parameter.pattern, []).append(parameter.name)
@@ -61,9 +61,9 @@ def summarize(checkpoint: Checkpoint, group: str) -> list[PatternSummary]:
 def differences(
     left: Checkpoint, right: Checkpoint, progress: Callable[[int], object] = lambda num_bytes: None
 ) -> Iterator[str]:
-    """Yield a line for every tensor that is not bit for bit the same in both, whatever their layouts.
+    """Yield a line for every tensor that is not bitwise equal in both checkpoints, whatever their layouts.
 
-    `progress` takes the bytes of `left` that were compared since it was called before.
+    `progress` is called with the bytes of `left` compared since its last call.
     """
     groups = [*left.groups(), *(group for group in right.groups() if group not in left.groups())]
     for group in groups:

@@ -1,4 +1,4 @@
-"""The tokenizer's files travel with a checkpoint, in a hidden directory that readers of any version leave alone."""
+"""Copies of the tokenizer's files in a checkpoint, in a hidden directory that readers of every version ignore."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from megatron_tf.files import write_durably
 from megatron_tf.tokenizer_files import NAMING_FILES, digest_of, parts_of
 
 STORED = ".tokenizer"
-"""Directory in a checkpoint's; a file in it is used only if it has the hash that the record tells."""
+"""Name of the directory; a file in it is only used if it has the hash in the checkpoint's record."""
 
 
 def find_tokenizer(record: RunRecord, directory: Path | None) -> Path | None:
-    """The file the model was trained with: where the run found it, or else the copy in the checkpoint `directory`.
+    """Return the file that the model was trained with: the run's own path, or the copy in the checkpoint `directory`.
 
-    Where neither has the right contents it is the path the run used, which may be none.
+    If neither has the right contents, returns the path that the run used, which may be None.
     """
     recorded = _recorded(record)
     if recorded is None:
@@ -25,8 +25,8 @@ def find_tokenizer(record: RunRecord, directory: Path | None) -> Path | None:
 
 
 def store_tokenizer(record: RunRecord, source: Path | None, target: Path) -> None:
-    """Copy the tokenizer's file, and those that belong to it, into the checkpoint at `target`, which is being written;
-    `source` is the checkpoint it is made from, if it is made from one. A file that has moved or changed is not stored.
+    """Copy the tokenizer's file, and those that belong to it, into the checkpoint being written at `target`; `source`
+    is the checkpoint it is made from, if any. A file that has been moved or changed is not copied.
     """
     path = find_tokenizer(record, source)
     if path is None or not _has_hash(path, record.tokenizer.get("sha256")):

@@ -1,4 +1,6 @@
-"""Another padding of the vocabulary: rows after the last id are dropped, or drawn as in a new model."""
+"""Changes the padding of the vocabulary: rows after the last id are dropped, or initialized as in a new model."""
+
+from dataclasses import replace
 
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.interface import Checkpoint
@@ -8,10 +10,10 @@ from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 
 
 def pad_vocabulary(source: Checkpoint, multiple: int) -> TransformedCheckpoint:
-    """The checkpoint with its vocabulary padded to a `multiple`; the rows of real ids stay as they are.
+    """Return the checkpoint with its vocabulary padded to a `multiple`; the rows of real ids do not change.
 
-    Padded rows are not masked in the loss, so that other ones move it a little. Raises ConfigError for a multiple that
-    is too large.
+    Padded rows are not masked in the loss, so changing them changes it slightly. Raises ConfigError if the multiple is
+    too large.
     """
     keys = {**to_dict(source.record.model), "make_vocab_size_divisible_by": multiple}
     model = parse_config(ModelConfig, keys, str(source.directory))
@@ -20,11 +22,15 @@ def pad_vocabulary(source: Checkpoint, multiple: int) -> TransformedCheckpoint:
     for group in source.groups():
         names = [parameter.name for parameter in held_parameters(source, group)]
         recipes[group] = {name: _recipe(source, group, padded[name]) for name in names}
-    return TransformedCheckpoint(source, recipes, source.record.with_model(model))
+    record = source.record.with_model(model)
+    if record.generations is not None:
+        sizes = {name: parameter.shape[0] for name, parameter in padded.items()}
+        record = replace(record, generations=record.generations.resized(sizes))
+    return TransformedCheckpoint(source, recipes, record)
 
 
 def _recipe(source: Checkpoint, group: str, parameter: Parameter) -> Recipe:
-    """Of a tensor of the model with the new padding; only those of the vocabulary have other rows."""
+    """Build the recipe of a tensor; only those over the vocabulary have other rows than before."""
     whole = copied(source, group, parameter.name)
     old, rows = whole.shape[0], parameter.shape[0]
     if rows <= old:

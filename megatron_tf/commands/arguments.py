@@ -1,4 +1,4 @@
-"""The command lines: how their parsers are made, what their --help looks like, and the types of their arguments."""
+"""Command-line parsers: how they are created, the layout of their --help, and the types of their arguments."""
 
 import argparse
 from argparse import ArgumentTypeError
@@ -12,20 +12,20 @@ T = TypeVar("T")
 
 
 def make_parser(name: str, description: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command by its name in COMMANDS."""
+    """Create the parser of a command by its name in COMMANDS."""
     return _Parser(prog=f"megatron-tf {name}", description=description, epilog=epilog)
 
 
 def parse(parser: argparse.ArgumentParser, kind: type[T], arguments: list[str] | None) -> T:
-    """The arguments, by default those of the process, as the dataclass `kind`, which has a field for each of them."""
+    """Parse arguments, by default those of the process, into the dataclass `kind`, which has a field for each one."""
     return kind(**vars(parser.parse_args(arguments)))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows the type, choices and default of each option in columns, which argparse leaves to each `help`."""
+    """An ArgumentParser whose --help shows the type, choices and default of each option in columns."""
 
     def format_help(self) -> str:
-        """Usage, description, a block for each group of options, epilog."""
+        """Format usage, description, a block for each group of options, and the epilog."""
         blocks = [self.format_usage().rstrip(), (self.description or "").strip()]
         for group in self._action_groups:  # private to argparse, and the only list of its groups
             items = [_item(action) for action in group._group_actions if action.help is not argparse.SUPPRESS]
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _item(action: argparse.Action) -> Item:
-    """What --help shows of an option or a positional argument."""
+    """Convert an option or a positional argument to its entry in --help."""
     name = ", ".join(action.option_strings) or action.dest
     if action.metavar and action.option_strings:
         name = f"{name} {action.metavar}"
@@ -63,25 +63,25 @@ def _default_of(action: argparse.Action) -> str:
 
 
 def file_path(text: str) -> Path:
-    """A path that is not empty, which would be the current directory. Raises ArgumentTypeError."""
+    """Convert an argument to a path. Raises ArgumentTypeError if it is empty, which would be the current directory."""
     return Path(file_prefix(text))
 
 
 def file_prefix(text: str) -> str:
-    """What names of files start with; not empty. Raises ArgumentTypeError."""
+    """Check an argument that is a prefix of file names. Raises ArgumentTypeError if it is empty or contains NUL."""
     if not text.strip():
-        raise ArgumentTypeError("is empty: write a path, or leave the option out (a shell variable that is not set?)")
+        raise ArgumentTypeError("is empty: write a path, or leave the option out (is a shell variable unset?)")
     if "\0" in text:
-        raise ArgumentTypeError(f"holds a NUL character: {text!r}")
+        raise ArgumentTypeError(f"contains a NUL character: {text!r}")
     return text
 
 
 _TYPES: dict[Any, str] = {None: "text", int: "int", float: "float", file_path: "path", file_prefix: "prefix"}
-"""Types of arguments as users know them."""
+"""Names of argument types in --help."""
 
 
 def read_text(path: Path) -> str:
-    """The text in a file that a user named. Raises UserError where it is not UTF-8, OSError where it can't be read."""
+    """Read a text file given by the user. Raises UserError if it is not UTF-8, OSError if it can't be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

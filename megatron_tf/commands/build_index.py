@@ -1,6 +1,9 @@
-"""Build the index files a run will read from its configuration: build-index CONFIG [--section.key=value].
+"""Build the index files that a run needs before it starts.
 
-A run builds what is missing by itself; for large datasets its ranks would have to wait.
+A run builds missing index files itself, but for large datasets its ranks would have to wait.
+
+Example:
+    megatron-tf build-index run.yaml --training.train_iters=10000
 """
 
 import math
@@ -16,9 +19,9 @@ if TYPE_CHECKING:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Build everything."""
+    """Build the index files of the training and validation datasets."""
     parser = make_parser("build-index", __doc__)
-    parser.add_argument("config", type=file_path, help="YAML file of the run")
+    parser.add_argument("config", type=file_path, help="YAML configuration, followed by overrides --section.key=value")
     known, overrides = parser.parse_known_args(arguments)
     import_late("megatron_tf.data.build")
     from megatron_tf.config import load_config
@@ -34,20 +37,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(name: str, dataset: "Samples", samples: int) -> None:
-    """Build, and print how long it took."""
+    """Build the index files of a dataset, and print how long it took."""
     started = time.perf_counter()
     build(dataset, samples)
     print(f"{name}: {samples:,} samples, {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def build(dataset: "Samples", samples: int) -> None:
-    """Build every epoch that the first `samples` samples reach into."""
+    """Build the index files of every epoch that the first `samples` samples touch."""
     from megatron_tf.data.blend import BlendedDataset
     from megatron_tf.data.gpt_dataset import GPTDataset
     from megatron_tf.data.order import SampleOrder
 
     if isinstance(dataset, BlendedDataset):
-        # no blend takes more than one sample beyond the share that a set has of a few more steps, one for each set
+        # after one more step per dataset, no dataset is more than one sample beyond its share
         steps = samples + len(dataset.datasets)
         for part, share in zip(dataset.datasets, dataset.blend.shares.tolist(), strict=True):
             build(part, math.ceil(share * steps) + 1)

@@ -1,4 +1,4 @@
-"""What `convert_checkpoint` does once it has read its options."""
+"""Implementation of `convert-checkpoint`."""
 
 import math
 from functools import partial
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tf.checkpoint.contents import stored_dtype
 from megatron_tf.checkpoint.destination import new_directory
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
@@ -21,6 +22,7 @@ from megatron_tf.convert.huggingface.export import (
     tokenizer_file,
     write_config_and_tokenizer,
 )
+from megatron_tf.convert.huggingface.plain import RELATIVE_TOLERANCE
 from megatron_tf.convert.huggingface.tensors import write_tensors
 from megatron_tf.convert.official.names import FILE, PUBLISHED
 from megatron_tf.convert.official.reading import read_official
@@ -30,13 +32,13 @@ from megatron_tf.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.inference.comparison import mean_token_loss
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.samples import samples_for
 from megatron_tf.inference.tokenizer import tokenizer_of
+from megatron_tf.model.samples import samples_for
 from megatron_tf.tokenformer.dtypes import DTYPES
 
 
 def run(options: Options) -> None:
-    """Convert. Raises UserError for what a user can fix."""
+    """Run the conversion that `options` select. Raises UserError for what a user can fix."""
     conversions = {
         ("official", "megatron_tf"): import_official,
         ("megatron_tf", "official"): export_official,
@@ -47,13 +49,15 @@ def run(options: Options) -> None:
 
 
 def import_official(options: Options) -> None:
-    """Turn a .bin file into our checkpoint."""
+    """Import an official .bin file as a checkpoint of ours."""
     needed = ["num_attention_heads", "norm_activation"]
     if options.vocab_size is None:
         needed.append("tokenizer_type")
     for option in needed:
         if getattr(options, option) is None:
-            raise UserError(f"{options.load} does not tell --{option.replace('_', '-')}: give it (see --help)")
+            raise UserError(
+                f"{options.load} does not contain --{option.replace('_', '-')}: give this option (see --help)"
+            )
     keys = ("num_attention_heads", "norm_activation", *PUBLISHED)
     given = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     tokenizer = choose_tokenizer(options)
@@ -61,9 +65,10 @@ def import_official(options: Options) -> None:
 
 
 def choose_tokenizer(options: Options) -> TokenizerChoice:
-    """Choose the one in a file, or with --vocab-size any tokenizer of that size: it is accepted later."""
+    """Return the tokenizer in a file, or with --vocab-size an unknown one: any tokenizer of that size is accepted
+    later."""
     if options.vocab_size is None:
-        assert options.tokenizer_type is not None  # `import_official` has demanded it
+        assert options.tokenizer_type is not None  # checked by `import_official`
         tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, eod_token=options.eod_token)
         check_end(tokenizer, options.eod_token)
         return TokenizerChoice(options.tokenizer_type, options.tokenizer_model, tokenizer.identity, options.eod_token)
@@ -76,13 +81,13 @@ def choose_tokenizer(options: Options) -> TokenizerChoice:
 
 
 def check_end(tokenizer: Tokenizer, eod_token: str | None) -> None:
-    """Raise DataError where a tokenizer does not have the token that was named as the end of a document."""
+    """Raise DataError if a tokenizer does not have the requested end-of-document token."""
     if eod_token is not None:
         _ = tokenizer.eod
 
 
 def import_huggingface(options: Options) -> None:
-    """Turn a directory that `export_huggingface` wrote into our checkpoint."""
+    """Import a directory written by `export_huggingface` as a checkpoint of ours."""
     if options.save.resolve().is_relative_to(options.load.resolve()):
         raise UserError(f"--save {options.save} is inside --load {options.load}: choose another directory")
     checkpoint = read_export(options.load)
@@ -94,13 +99,13 @@ def import_huggingface(options: Options) -> None:
 
 
 def set_end(checkpoint: Checkpoint, eod_token: str | None) -> None:
-    """Let documents end with a token other than the run's, where one is given."""
+    """Replace the run's end-of-document token if one is given."""
     if eod_token is not None:
         checkpoint.record = checkpoint.record.with_data(eod_token=eod_token)
 
 
 def write_ours(checkpoint: Checkpoint, save: Path) -> None:
-    """Stream it to a checkpoint for one rank."""
+    """Stream it to a checkpoint of ours for one rank."""
     target = Target(tensor_parallel=1, stages=[range(checkpoint.record.model.num_layers)])
     with byte_bar("writing", parameter_bytes(checkpoint)) as bar:
         path = reshard(checkpoint, save, target, progress=bar.update)
@@ -108,26 +113,27 @@ def write_ours(checkpoint: Checkpoint, save: Path) -> None:
 
 
 def export_official(options: Options) -> None:
-    """Turn our checkpoint into a .bin file."""
-    dtype = DTYPES[options.dtype or "fp32"]
+    """Export a checkpoint of ours as an official .bin file."""
+    name = options.dtype or "fp32"
+    dtype = DTYPES[name]
     source = open_ours(options.load)
     check_representable(source)
     check_confirmed(source, {key: getattr(options, key) for key in PUBLISHED})
-    nbytes = parameter_bytes(source) * dtype.itemsize // torch.float32.itemsize
-    with new_directory(options.save, nbytes) as directory:
+    say_rounding(source, name)
+    with new_directory(options.save, parameter_bytes(source, dtype)) as directory:
         write_official(source, directory / FILE, dtype)
         source.verify()
     print(f"wrote {options.save / FILE}")
     end = source.record.data.get("eod_token")
     if end is not None:
-        print(f"an official file does not tell the end of a document: import it with --eod-token {end!r}")
+        print(f"an official file does not record the end-of-document token: import it with --eod-token {end!r}")
 
 
 def export_huggingface(options: Options) -> None:
-    """Turn our checkpoint into a directory for transformers, which loads it, and compare what both compute."""
+    """Export a checkpoint of ours as a directory for transformers, load it there and compare the outputs."""
     if not (options.skip_check or check.has_transformers()):
         raise UserError(
-            "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or give "
+            "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or use "
             "--skip-check"
         )
     source = open_ours(options.load)
@@ -137,6 +143,7 @@ def export_huggingface(options: Options) -> None:
     measured = None
     if options.data is not None:
         measured = measure(source, options.data, options.data_tokens)
+    say_rounding(source, "fp32")
     nbytes = parameter_bytes(source)
     with new_directory(options.save, nbytes) as directory:
         write_config_and_tokenizer(source, directory, tokenizer, tokenizer_path=path, measured=measured)
@@ -144,20 +151,29 @@ def export_huggingface(options: Options) -> None:
             write_tensors(source, directory, bar.update)
         source.verify()
         if options.skip_check:
-            print("the logits are not compared: --skip-check")
+            print("logits not compared (--skip-check)")
         else:
-            check.check_logits(source.directory, directory, say=partial(print, flush=True))
+            is_plain = source.record.model.layer == "transformer"
+            tolerance = RELATIVE_TOLERANCE if is_plain else 0.0
+            say = partial(print, flush=True)
+            check.check_logits(source.directory, directory, say=say, relative_tolerance=tolerance)
             compare_tokenizers(directory, tokenizer)
     print(f"wrote {options.save}")
 
 
 def open_ours(path: Path) -> CheckpointReader:
-    """Open a checkpoint that is read once from front to back."""
+    """Open a complete checkpoint that is read once, sequentially."""
     return CheckpointReader(path, check_at_end=True).complete()
 
 
+def say_rounding(source: CheckpointReader, name: str) -> None:
+    """Say that the export rounds the parameters of an fp64 checkpoint to the dtype `name`."""
+    if stored_dtype(source.record) == torch.float64:
+        print(f"{source.directory} is in fp64: its parameters are rounded to {name}")
+
+
 def measure(source: CheckpointReader, data: Path, num_tokens: int) -> str:
-    """Measure the mean loss on the front of a dataset; return it in words, for the model card."""
+    """Measure the mean loss on the start of a dataset; return a sentence for the model card."""
     samples = samples_for(source.record, data, num_tokens)
     loss = mean_token_loss(load_model(source.directory), samples)
     if not math.isfinite(loss):
@@ -177,4 +193,4 @@ def compare_tokenizers(directory: Path, tokenizer: Tokenizer) -> None:
     special = [] if file is None else texts_with_special_pieces(kind, file)
     for texts in (PROBES, special):
         if (text := check.tokenizer_difference(directory, tokenizer, texts)) is not None:
-            print(f"warning: transformers encodes otherwise than megatron_tf with this tokenizer: {text[:40]!r}")
+            print(f"warning: transformers encodes differently from megatron_tf with this tokenizer: {text[:40]!r}")

@@ -1,9 +1,13 @@
-"""Convert checkpoints from and to the official implementation's weights and Hugging Face directories.
+"""Convert checkpoints to and from the official implementation's weights and Hugging Face directories.
 
-One side is always megatron_tf. What is written appears under --save when it is complete; an error leaves
-nothing there. Tensors keep every bit: those of 16 bits become fp32, which holds them exactly, and --dtype rounds
-at an export. Other formats hold no optimizer state: an imported checkpoint starts with none, and can be grown,
-resharded and trained as any other.
+Either --from or --to is megatron_tf. The result appears under --save once it is complete; after an error nothing is
+written. Imports are exact, since fp32 can represent all 16-bit values. Other formats have no optimizer state, so
+an imported checkpoint starts without one; it can be grown, resharded and trained like any other.
+
+Examples:
+    megatron-tf convert-checkpoint --from megatron_tf --to hf --load runs/small --save export
+    megatron-tf convert-checkpoint --from official --to megatron_tf --load pytorch_model.bin --save imported \\
+        --num-attention-heads 12 --norm-activation l2_norm_gelu --tokenizer-type HFTokenizer --tokenizer-model FILE
 """
 
 import argparse
@@ -42,9 +46,9 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Convert. Returns 0 when the result is complete, and for hf checked; after an error nothing is written."""
+    """Convert a checkpoint. Returns 0 if the result is complete and, for hf, checked; errors leave nothing behind."""
     options = parse_arguments(arguments)
-    import_late("megatron_tf.commands.conversion")  # --help need not wait for torch
+    import_late("megatron_tf.commands.conversion")  # imported here so that --help is fast
     from megatron_tf.commands.conversion import run
 
     run(options)
@@ -61,11 +65,20 @@ def parse_arguments(arguments: list[str] | None) -> Options:
         "--load",
         type=file_path,
         required=True,
-        help="checkpoint, or a run's directory; a .bin file; a Hugging Face directory",
+        help="checkpoint or directory of a run; official .bin file; or Hugging Face directory",
     )
-    add("--save", type=file_path, required=True, help="directory to write")
-    add("--tokenizer-model", type=file_path, metavar="FILE", help="the tokenizer's file")
-    add("--eod-token", metavar="TOKEN", help="token that ends a document (default: the run's, or what its file names)")
+    add("--save", type=file_path, required=True, help="directory to create")
+    add(
+        "--tokenizer-model",
+        type=file_path,
+        metavar="FILE",
+        help="the tokenizer's file, if it is not the one in the source",
+    )
+    add(
+        "--eod-token",
+        metavar="TOKEN",
+        help="end-of-document token (default: the run's, or the one in the tokenizer's file)",
+    )
     _add_official(parser)
     _add_huggingface(parser)
     options = parse(parser, Options, arguments)
@@ -73,7 +86,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be 1 or more")
     if (options.source == "megatron_tf") == (options.target == "megatron_tf"):
-        parser.error("one of --from and --to must be megatron_tf, and the other one not: convert in two steps")
+        parser.error("exactly one of --from and --to must be megatron_tf: convert in two steps")
     if options.dtype is not None and options.target != "official":
         parser.error(
             "--dtype is for --to official: our checkpoints are fp32, and transformers loads an export in any type with "
@@ -84,32 +97,64 @@ def parse_arguments(arguments: list[str] | None) -> Options:
 
 def _add_official(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "official", "what its file does not tell; heads, norm and tokenizer are needed to import"
+        "official", "facts that official files do not contain; imports need the heads, the norm and the tokenizer"
     )
     add = group.add_argument
-    add("--num-attention-heads", type=int, metavar="H", help="published: 12 (150M), 16 (the others)")
+    add(
+        "--num-attention-heads",
+        type=int,
+        metavar="H",
+        help="number of attention heads; published models: 12 (150M), 16 (others)",
+    )
     add(
         "--norm-activation",
         choices=["l2_norm_gelu", "gelu_l2_norm", "softmax"],
-        help="norm_activation_type of its configuration; published: l2_norm_gelu",
+        help="norm_activation_type of the official configuration; published models: l2_norm_gelu",
     )
-    add("--tokenizer-type", metavar="T", help="with --tokenizer-model; published: HFTokenizer, GPT-NeoX-20B's")
     add(
-        "--vocab-size", type=int, metavar="N", help="ids of the tokenizer, in place of its file; it is not checked then"
+        "--tokenizer-type",
+        metavar="T",
+        help="type of --tokenizer-model; published models: HFTokenizer, with GPT-NeoX-20B's file",
     )
-    add("--rotary-base", type=float, metavar="B", help="rotary_emb_base of its configuration; published: 10000")
-    add("--rotary-percent", type=float, metavar="P", help="rotary_pct of it; published: 0.25")
-    add("--layernorm-epsilon", type=float, metavar="E", help="layernorm_epsilon of it; published: 1e-5")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="size of the tokenizer, if its file is not available; it is then not checked",
+    )
+    add(
+        "--rotary-base",
+        type=float,
+        metavar="B",
+        help="rotary_emb_base of the official configuration; published models: 10000",
+    )
+    add(
+        "--rotary-percent",
+        type=float,
+        metavar="P",
+        help="rotary_pct of the official configuration; published models: 0.25",
+    )
+    add(
+        "--layernorm-epsilon",
+        type=float,
+        metavar="E",
+        help="layernorm_epsilon of the official configuration; published models: 1e-5",
+    )
     add(
         "--dtype",
         choices=["fp32", "bf16", "fp16"],
-        help="type of the tensors that --to official writes; by default fp32",
+        help="data type of the tensors written by --to official; by default fp32",
     )
-    add("--seq-length", type=int, default=2048, metavar="S", help="it was trained with")
+    add("--seq-length", type=int, default=2048, metavar="S", help="sequence length that the model was trained with")
 
 
 def _add_huggingface(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("to hf").add_argument
-    add("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure the loss of the model card on")
-    add("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
-    add("--skip-check", action="store_true", help="do not load the result with transformers and compare the logits")
+    add = parser.add_argument_group("export to hf").add_argument
+    add(
+        "--data",
+        type=file_path,
+        metavar="PREFIX",
+        help="dataset (.bin/.idx) to measure the loss on, for the model card",
+    )
+    add("--data-tokens", type=int, default=16384, metavar="N", help="number of tokens of --data to use")
+    add("--skip-check", action="store_true", help="skip loading the result with transformers and comparing the logits")

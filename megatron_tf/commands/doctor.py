@@ -1,7 +1,10 @@
 """Check this machine and print what a bug report needs: versions, devices, backends, optional packages, limits.
 
-Each line says ok, note (something works differently or slower) or problem (something will fail), and what to do.
-Exits with 1 if there is a problem.
+Each line says ok, note (something works differently or slower) or problem (something will fail), with a remedy.
+The exit code is 1 if there is a problem.
+
+Example:
+    megatron-tf doctor
 """
 
 import importlib
@@ -28,10 +31,12 @@ PROBLEM = "problem"
 
 PURPOSES = {
     "apex": "kernels.norm and kernels.optimizer: apex",
+    "datasets": "megatron-tf preprocess-data --hf-dataset",
     "flash_attn": "attention on GPUs in 16 bits (kernels.attention)",
     "lm_eval": "megatron-tf lm-eval",
     "matplotlib": "megatron-tf plot-run",
     "mpi4py": "megatron-tf preprocess-data on several machines, training under mpiexec",
+    "pyarrow": "preprocessing of .parquet and .arrow files",
     "tensorboard": "logging.tensorboard_dir",
     "transformer_engine": "kernels.attention, norm and optimizer: transformer_engine",
     "transformers": "megatron-tf convert-checkpoint --to hf",
@@ -41,8 +46,8 @@ PURPOSES = {
 """Optional package -> what uses it."""
 _REQUIRED = ("torch", "numpy", "sentencepiece", "tokenizers", "gigatoken", "pydantic")
 _BUILT_AGAINST_TORCH = ("apex", "flash_attn", "transformer_engine", "triton")
-"""Packages that are often installed and can't be imported, because they were built for another release of PyTorch."""
-_DEFAULT_PORT = 29500  # of torchrun
+"""Packages that may be installed but fail to import because they were built for another release of PyTorch."""
+_DEFAULT_PORT = 29500  # torchrun's default
 _OPEN_FILES = 1024
 _SHARED_MEMORY = 512 << 20  # NCCL and MPI need some for each pair of ranks; containers have 64 MiB by default
 _TIMEOUT = timedelta(seconds=20)
@@ -74,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def versions() -> Iterator[Finding]:
-    """Yield the versions of this package, Python and what is required."""
+    """Yield the versions of this package, Python and the required packages."""
     from megatron_tf import __version__
 
     yield Finding(OK, "megatron_tf", __version__)
@@ -113,7 +118,11 @@ def _import_error(module: str) -> str:
     """Return the first line of what importing a module raises, empty if it works."""
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: of operators registered for another PyTorch
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # RuntimeError: for example operators registered for another PyTorch
         return str(error).strip().partition("\n")[0]
     return ""
 
@@ -188,11 +197,11 @@ def _all_reduce(backend: str) -> Finding:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
         total = torch.ones(1, device=device)
         dist.all_reduce(total)
-    except RuntimeError as error:  # as both backends raise
+    except RuntimeError as error:  # both backends raise these
         reason = str(error).strip().partition("\n")[0]
         return Finding(PROBLEM, backend, f"an all-reduce fails: {reason}", remedy)
     finally:
-        if dist.is_initialized():  # or the next backend could not start
+        if dist.is_initialized():  # otherwise the next backend could not start
             dist.destroy_process_group()
     return Finding(OK, backend, "an all-reduce of one rank works")
 
@@ -214,7 +223,7 @@ def _port() -> Finding:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
-    except (LaunchError, OverflowError) as error:  # it is no number, or none of a port
+    except (LaunchError, OverflowError) as error:  # not a number, or out of range
         return Finding(PROBLEM, "port", str(error), remedy)
     except OSError as error:
         return Finding(NOTE, "port", f"{port} can't be bound: {error.strerror}", remedy)
@@ -222,7 +231,7 @@ def _port() -> Finding:
 
 
 def limits() -> Iterator[Finding]:
-    """Yield what the operating system lets a process have: open files, shared memory, temporary files."""
+    """Yield the limits of the operating system: open files, shared memory, temporary files."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < _OPEN_FILES:
         yield Finding(PROBLEM, "open files", f"at most {files}", f"ulimit -n {min(4 * _OPEN_FILES, most)}")
@@ -258,4 +267,4 @@ CHECKS: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
     ("limits", limits),
     ("optional packages", optional_packages),
 ]
-"""Titles of the report, and what finds their lines."""
+"""Titles of the sections of the report, and the functions that find their lines."""

@@ -1,7 +1,10 @@
-"""Perplexity and bits per byte of datasets, for each of the sets their documents come from.
+"""Measure perplexity and bits per byte of a model on datasets, in total and per Pile subset.
 
-Each document is predicted on its own, after an end of document, in windows of the length the model was trained with.
-`python -m megatron_tf.lm_eval` runs the tasks of lm-evaluation-harness.
+Each document is scored separately, after an end-of-document token, in windows of the training sequence length.
+For the tasks of lm-evaluation-harness, use megatron-tf lm-eval.
+
+Example:
+    megatron-tf evaluate runs/small --data-path data/pile_text_document --split 969,30,1 --part test
 """
 
 import json
@@ -33,21 +36,25 @@ class Options:
     output: Path | None
 
 
-@command()
+@command(less_memory="lower --batch-size or --seq-length")
 def main(arguments: list[str] | None = None) -> int:
-    """Predict the data, and print the figures."""
+    """Evaluate the checkpoint and print a table of results."""
     parser = make_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
+    add("checkpoint", type=file_path, help="checkpoint, or directory of a run, whose newest one is used")
     add("--data-path", nargs="+", required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs")
-    add("--split", metavar="SHARES", help="how the documents divide into training, validation and test, as 969,30,1")
-    add("--part", choices=PARTS, default="test", help="the part of --split that is predicted")
-    add("--seq-length", type=int, help="tokens of a window (default: the run's training.seq_length)")
-    add("--stride", type=int, help="new tokens of a window after the first; fewer see more (default: all of them)")
-    add("--batch-size", type=int, help="windows at a time (default: by their length)")
+    add(
+        "--split",
+        metavar="SHARES",
+        help="shares of training, validation and test, such as 969,30,1 (default: all data)",
+    )
+    add("--part", choices=PARTS, default="test", help="part of --split to evaluate on")
+    add("--seq-length", type=int, help="window length in tokens (default: the run's training.seq_length)")
+    add("--stride", type=int, help="new tokens per window; fewer give each more context (default: no overlap)")
+    add("--batch-size", type=int, help="number of windows per batch (default: depends on their length)")
     add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
-    add("--device", default="cpu", help="cpu, or cuda")
-    add("--output", type=file_path, metavar="FILE", help="write the figures as JSON")
+    add("--device", default="cpu", help="PyTorch device to run on: cpu or cuda")
+    add("--output", type=file_path, metavar="FILE", help="also write the results to this file as JSON")
     options = parse(parser, Options, arguments)
     for name in ("seq_length", "stride", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -64,15 +71,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """Predict, and return the figures. Raises UserError for what a user can fix."""
-    import_late("torch")  # --help need not wait for it
+    """Evaluate and return the results as JSON values. Raises UserError for what a user can fix."""
+    import_late("torch")  # imported here so that --help is fast
     from tqdm import tqdm
 
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.perplexity import Prediction, predict_documents, read_tokenized
-    from megatron_tf.inference.tokenizer import check_made_with, load_tokenizer
+    from megatron_tf.inference.tokenizer import load_tokenizer
+    from megatron_tf.model.samples import check_made_with
 
     datasets = [IndexedDataset(prefix) for prefix in options.data_path]
     model = load_model(options.checkpoint, device=options.device)
@@ -120,7 +128,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Format the figures as lines."""
+    """Format the results as a table."""
     rows = [
         f"{'set':<24}{'documents':>12}{'tokens':>14}{'bytes':>16}{'nats/token':>12}{'perplexity':>12}{'bits/byte':>11}"
     ]

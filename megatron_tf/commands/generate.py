@@ -1,8 +1,12 @@
-"""Continue texts: `python -m megatron_tf.generate CHECKPOINT --prompt TEXT`.
+"""Generate text with a trained model.
 
-One prompt's continuation is printed as its tokens come. Several prompts, those of a file, or several samples give a
-line of JSON each, in the order of the prompts. `torchrun --nproc-per-node N -m megatron_tf.generate ...` shares the
-model among N ranks.
+The continuation of a single --prompt is printed token by token. Several prompts, a prompt file or several samples give
+one JSON line each, in the order of the prompts. Under torchrun the model is sharded over the ranks (tensor
+parallelism).
+
+Examples:
+    megatron-tf generate runs/small --prompt "The quick brown" --temperature 0
+    torchrun --nproc-per-node 2 -m megatron_tf.generate runs/small --prompt-file prompts.txt --output texts.jsonl
 """
 
 import argparse
@@ -49,9 +53,12 @@ class Options:
     tokenizer_model: Path | None
 
 
-@command(interrupted="interrupted: what was written before stays")
+@command(
+    interrupted="interrupted: the results written so far are kept",
+    less_memory="lower --batch-size, choose --dtype bf16, or start more ranks",
+)
 def main(arguments: list[str] | None = None) -> int:
-    """Continue texts."""
+    """Generate continuations of the prompts."""
     generate(parse(_parser(), Options, arguments))
     return 0
 
@@ -59,32 +66,37 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("generate", __doc__)
     add = parser.add_argument
-    add("checkpoint", type=file_path, help="checkpoint, or a run's directory of them; of any layout")
+    add("checkpoint", type=file_path, help="checkpoint, or directory of a run, whose newest one is used")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    source.add_argument("--prompt", action="append", help="text to continue")
     source.add_argument(
         "--prompt-file",
         type=file_path,
-        help="a prompt on each line, or, in a .jsonl file, an object with a prompt, whose other keys are kept "
-        "(without this and --prompt: a prompt on each line of the standard input)",
+        help="text file with one prompt per line, or .jsonl file of objects with a key prompt, whose other keys are "
+        "copied to the results (without this and --prompt, prompts are read from standard input, one per line)",
     )
-    add("--output", type=file_path, help="write results here as JSON lines")
-    add("--num-samples", type=int, default=1, help="continuations of each prompt, each a sample of its own")
-    add("--batch-size", type=int, default=8, help="continuations that are computed together")
-    add("--max-new-tokens", type=int, default=100, help="tokens after each prompt, at most")
-    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token each time")
-    add("--top-k", type=int, default=0, help="choose among this many likeliest tokens; 0 for all")
-    add("--top-p", type=float, default=1.0, help="of those, choose among the likeliest that reach this sum")
-    add("--stop", action="append", default=[], help="end before this text; may be given several times")
-    add("--seed", type=int, default=0, help="of each prompt's random numbers, whatever else is in the batch")
+    add("--output", type=file_path, help="write the results to this file as JSON lines")
+    add("--batch-size", type=int, default=8, help="number of continuations that are generated together")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations")
     add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
+    _add_sampling_options(parser)
     return parser
 
 
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--num-samples", type=int, default=1, help="number of independent continuations of each prompt")
+    add("--max-new-tokens", type=int, default=100, help="maximum number of new tokens per continuation")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0 always takes the most likely token")
+    add("--top-k", type=int, default=0, help="sample from this many most likely tokens; 0 for all")
+    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens with this total probability")
+    add("--stop", action="append", default=[], help="stop before this text")
+    add("--seed", type=int, default=0, help="random seed; each prompt's samples are independent of its batch")
+
+
 def generate(options: Options) -> None:
-    """Read prompts, continue them, write. Raises UserError for what a user can fix."""
-    import_late("torch")  # --help need not wait for it
+    """Read the prompts, generate their continuations and write them. Raises UserError for what a user can fix."""
+    import_late("torch")  # imported here so that --help is fast
     from tqdm import tqdm
 
     from megatron_tf.inference.model import load_model
@@ -95,7 +107,7 @@ def generate(options: Options) -> None:
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.tokenformer.dtypes import DTYPES
 
-    # what can be refused is refused before the model is loaded, which takes minutes for a large one
+    # reject invalid options before loading the model, which takes minutes for a large one
     _check(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     if options.num_samples > 1 and sampling.is_certain:
@@ -107,18 +119,18 @@ def generate(options: Options) -> None:
     limits = Limits(options.max_new_tokens, options.stop)
     records = _read_records(options)
     mesh = init_mesh(tensor=number_of("WORLD_SIZE"), pipeline=1, data=1, timeout=TIMEOUT)
-    # after the ranks have met: the first one has the standard input, and sends it to the others
+    # after initializing the process group: only the first rank has standard input, and sends it to the others
     records = records or [{"prompt": text} for text in _read_standard_input(mesh)]
     model = load_model(options.checkpoint, device=mesh.device, dtype=DTYPES[options.dtype], group=mesh.group("tp"))
     model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
-        # by the sample's number, not its place: a text does not depend on what else is in its batch
+        # seeded by the sample's number, so that a text does not depend on the rest of its batch
         seeds = [seed_of_sample(options.seed, number) for number in numbers]
         return continue_texts(model, tokenizer, prompts, sampling=sampling, limits=limits, seed=seeds)
 
-    # the other ranks do the same work, and print nothing
+    # the other ranks do the same work, but print nothing
     with _opened(os.devnull if not mesh.is_first_rank else options.output) as out:
         if len(records) == options.num_samples == 1 and options.prompt_file is None and options.output is None:
             _stream(records[0]["prompt"], continue_batch, out)
@@ -130,7 +142,7 @@ def generate(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    """Raise UserError for impossible options, before anything is read."""
+    """Raise UserError for invalid options, before anything is read."""
     from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
     for name in ("batch_size", "num_samples"):
@@ -147,7 +159,7 @@ def _check(options: Options) -> None:
 
 
 def _read_records(options: Options) -> list[dict[str, Any]]:
-    """From --prompt-file or --prompt; none without either. Raises UserError naming a prompt that is not text."""
+    """Read the prompts of --prompt-file or --prompt, if any. Raises UserError for one that is not text."""
     from megatron_tf.inference.text import check_text
 
     if options.prompt_file is not None:
@@ -166,7 +178,8 @@ def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
 
 
 def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple[dict[str, Any], int]]:
-    """(record, number of its sample) of each continuation; the record says its number where there are several."""
+    """Yield (record, number of its sample) of each continuation; with several samples the record contains the
+    number."""
     if num_samples == 1:
         return [(record, 0) for record in records]
     requests = []
@@ -178,22 +191,22 @@ def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple
 def _write_lines(
     batches: Iterable[Sequence[tuple[dict[str, Any], int]]], continue_batch: "ContinueBatch", out: TextIO
 ) -> None:
-    """A line of JSON for each record, in their order: its keys, text, num_tokens, and why the text ends there."""
+    """Write a JSON line for each record, in order: its own keys, text, num_tokens and the reason why it ended."""
     for requests in batches:
         prompts = [record["prompt"] for record, _ in requests]
         numbers = [number for _, number in requests]
         texts = {i: text for i, _, text in continue_batch(prompts, numbers)}
         for i, (record, _) in enumerate(requests):
             found = {"text": texts[i].text, "num_tokens": texts[i].num_tokens, "finish_reason": texts[i].finish_reason}
-            # flushed line by line: what is finished stays after an interruption
+            # flushed line by line, so that finished results are kept after an interruption
             print(json.dumps(record | found, ensure_ascii=False), file=out, flush=True)
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
-    """Records with a prompt each. Raises UserError naming the line that holds none."""
+    """Read records with a prompt each. Raises UserError naming the line without a valid one."""
     from megatron_tf.inference.text import check_text
 
-    lines = read_text(path).split("\n")  # not splitlines: a prompt may hold U+2028 and other line separators
+    lines = read_text(path).split("\n")  # not splitlines: a prompt may contain U+2028 and other line separators
     if path.suffix != ".jsonl":
         return _not_empty([{"prompt": line} for line in lines if line], path)
     records = []
@@ -218,7 +231,7 @@ def _not_empty(records: list[dict[str, Any]], path: Path) -> list[dict[str, Any]
 
 
 def _read_standard_input(mesh: "Mesh") -> list[str]:
-    """Lines that are not empty, as the first rank reads them. Raises UserError where there is none."""
+    """Return the non-empty lines of standard input, which the first rank reads. Raises UserError if there are none."""
     import torch
     import torch.distributed as dist
 
@@ -232,7 +245,7 @@ def _read_standard_input(mesh: "Mesh") -> list[str]:
 
 
 def _lines_of_standard_input() -> list[str]:
-    """None of a standard input that is closed."""
+    """Return the lines of standard input; none if it is closed."""
     if sys.stdin is None:
         return []
     try:

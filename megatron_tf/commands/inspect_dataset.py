@@ -1,4 +1,9 @@
-"""Look into a dataset: counts, checks, and documents or samples, decoded where a tokenizer is given."""
+"""Show and check a dataset: sizes, ids, and single documents or training samples, decoded if a tokenizer is given.
+
+Examples:
+    megatron-tf inspect-dataset data/pile_text_document --documents 0 1
+    megatron-tf inspect-dataset data/pile_text_document --config run.yaml --samples 0 --tokenizer-type NullTokenizer
+"""
 
 import tempfile
 from dataclasses import dataclass
@@ -37,24 +42,24 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Print what the options name. Raises DataError for a damaged dataset."""
+    """Print the sizes of the dataset, and the documents and samples selected by the options."""
     parser = make_parser("inspect-dataset", __doc__)
     add = parser.add_argument
     add("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
-    add("--documents", type=int, nargs="*", default=[], metavar="I", help="documents to print")
-    add("--samples", type=int, nargs="*", default=[], metavar="I", help="training samples to print")
-    add("--seq-length", type=int, default=2048, help="of samples")
-    add("--split", default="969,30,1", help="of the run; 1,0,0 for all documents")
-    add("--config", type=file_path, help="YAML file of a run, whose samples are printed, blends included")
-    add("--seed", type=int, default=1234, help="of the order of samples")
-    add("--tokenizer-type", choices=TYPES, help="decode what is printed")
-    add("--tokenizer-model", type=file_path, help="the tokenizer's file")
+    add("--documents", type=int, nargs="*", default=[], metavar="I", help="indices of documents to print")
+    add("--samples", type=int, nargs="*", default=[], metavar="I", help="indices of training samples to print")
+    add("--seq-length", type=int, default=2048, help="sequence length of the samples")
+    add("--split", default="969,30,1", help="data.split of the run; 1,0,0 selects all documents")
+    add("--config", type=file_path, help="YAML configuration of a run; print its samples, including blends")
+    add("--seed", type=int, default=1234, help="random seed of the order of samples")
+    add("--tokenizer-type", choices=TYPES, help="decode printed ids with a tokenizer of this type")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file, for --tokenizer-type")
     inspect(parse(parser, Options, arguments))
     return 0
 
 
 def inspect(options: Options) -> None:
-    """Print. Raises DataError for a damaged dataset."""
+    """Print the requested parts of a dataset. Raises DataError if it is damaged."""
     dataset = IndexedDataset(options.prefix)
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
     show_counts(dataset)
@@ -73,15 +78,14 @@ def inspect(options: Options) -> None:
 
 
 def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
-    """Training samples as a run reads them, and what they are of."""
+    """Return the training samples in the order in which a run reads them, and a name for them."""
     if options.config is not None:
         import_late("megatron_tf.training.run.resume")
         from megatron_tf.config import load_config
-        from megatron_tf.data.build import build_dataset
-        from megatron_tf.training.run.resume import blend_of_run
+        from megatron_tf.training.run.resume import dataset_of_run
 
         config = load_config(options.config, [])
-        return build_dataset(config, blend_of_run(config)), f"the run of {options.config}"
+        return dataset_of_run(config), f"the run of {options.config}"
     documents = split_documents(len(dataset), options.split)[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
     name = f"{dataset.prefix.name}:train"
@@ -90,7 +94,7 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
 
 
 def show_counts(dataset: IndexedDataset) -> None:
-    """Print counts, lengths, and the report next to the data."""
+    """Print the numbers of documents and tokens, length quantiles, and the report next to the data."""
     lengths = dataset.document_lengths
     print(f"{dataset.prefix}: {len(dataset):,} documents, {len(dataset.tokens):,} tokens of type {dataset.dtype}")
     if len(lengths):
@@ -107,7 +111,7 @@ def show_counts(dataset: IndexedDataset) -> None:
 
 
 def check_id_range(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
-    """Raise DataError where an id is beyond the vocabulary."""
+    """Raise DataError if an id is outside the vocabulary."""
     blocks = [dataset.tokens[i : i + BLOCK_TOKENS] for i in range(0, len(dataset.tokens), BLOCK_TOKENS)]
     highest = max((int(block.max()) for block in blocks), default=0)
     lowest = min((int(block.min()) for block in blocks), default=0)
@@ -123,7 +127,7 @@ def check_id_range(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None
 
 
 def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, int]:
-    """(document, offset in it, id) of the first id outside the vocabulary; there must be one."""
+    """Return (document, offset in it, id) of the first id outside the vocabulary; there must be one."""
     for document in range(len(dataset)):
         ids = dataset.document(document)
         bad = first_bad_id(ids, vocab_size)
@@ -133,7 +137,7 @@ def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, i
 
 
 def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
-    """Print the first ids, and the text of all of them."""
+    """Print the first ids, and the text of all of them if there is a tokenizer."""
     first = " ".join(map(str, ids[:SHOWN_IDS].tolist()))
     print(f"\n{name}, {len(ids):,} tokens: {first}{' ...' if len(ids) > SHOWN_IDS else ''}")
     if tokenizer is not None:

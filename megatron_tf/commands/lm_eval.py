@@ -1,9 +1,9 @@
-"""lm-evaluation-harness with the model `megatron_tf`: takes the command line of `lm-eval`, and adds nothing to it.
+"""Runs lm-evaluation-harness with the model `megatron_tf`; its options are those of `lm-eval`.
 
     python -m megatron_tf.lm_eval run --model megatron_tf --model_args checkpoint=RUN --tasks lambada_openai,piqa
 
-lm-eval up to 0.4.13 finds no models outside its own tree; later ones read our entry point in `lm_eval.models`, and
-`lm-eval run --model megatron_tf` is the same there.
+lm-eval up to 0.4.13 does not find models outside its own package; later versions read our entry point in
+`lm_eval.models`, so that `lm-eval run --model megatron_tf` is equivalent.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from megatron_tf.errors import UserError
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Run lm-eval. Raises UserError for what it refuses."""
+    """Run lm-eval. Raises UserError for options, tasks and files that it rejects."""
     sys.argv = ["lm-eval", *(sys.argv[1:] if arguments is None else arguments)]  # where lm-eval looks for them
     with contextlib.suppress(ImportError):  # `register` says what is missing
         import_late("lm_eval.models")
@@ -27,20 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if _is_of_our_model(error):
             raise
-        raise UserError(str(error)) from error  # lm-eval's way to refuse a task, an option or a file
+        raise UserError(str(error)) from error  # how lm-eval rejects a task, an option or a file
     finally:
         leave_ranks()
     return 0
 
 
 def _is_of_our_model(error: Exception) -> bool:
-    """Whether the model raised it, which lm-eval calls, rather than lm-eval itself or what it calls."""
+    """Return whether our model raised the error, rather than lm-eval or another library."""
     modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(module.startswith("megatron_tf.inference.") for module in modules)
 
 
 def register() -> None:
-    """Let `lm_eval.simple_evaluate(model="megatron_tf", ...)` find the model. Raises UserError without lm-eval."""
+    """Register the model for `lm_eval.simple_evaluate(model="megatron_tf", ...)`. Raises UserError without lm-eval."""
     try:
         importlib.import_module("lm_eval.models")  # registers lm-eval's own, which it leaves if there is one already
         registry = importlib.import_module("lm_eval.api.registry").model_registry
@@ -51,7 +51,7 @@ def register() -> None:
 
 
 def leave_ranks() -> None:
-    """End what connects this process with others."""
+    """Destroy the process group, if there is one."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,4 +1,8 @@
-"""Put datasets together into one; documents stay as they are, in the order of the prefixes given."""
+"""Concatenate datasets into one; documents keep their order within each and follow the order of --input.
+
+Example:
+    megatron-tf merge-datasets --input data/a_text_document data/b_text_document --output-prefix data/all_text_document
+"""
 
 import os
 from collections.abc import Iterator
@@ -27,19 +31,19 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Merge. Nothing is left under the new name after an error."""
+    """Merge the datasets. After an error, nothing appears under the new name."""
     parser = make_parser("merge-datasets", __doc__)
     parser.add_argument(
         "--input", nargs="+", type=file_prefix, required=True, metavar="PREFIX", help="prefixes of .bin/.idx pairs"
     )
-    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="the new dataset")
+    parser.add_argument("--output-prefix", type=file_prefix, required=True, help="prefix of the new dataset")
     options = parse(parser, Options, arguments)
     merge(options.input, options.output_prefix)
     return 0
 
 
 def merge(prefixes: list[str], output: str) -> None:
-    """Write the new dataset; it appears under its name when it is complete."""
+    """Write the new dataset, which appears under its name once it is complete."""
     for path in (*(Path(f"{output}.{kind}") for kind in ("idx", "bin", "json")), sets_path(output)):
         if os.path.lexists(path):
             raise DataError(f"{path} exists: remove that dataset, or choose another --output-prefix")
@@ -68,7 +72,7 @@ def merge(prefixes: list[str], output: str) -> None:
 
 
 def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
-    """Write the sets of all documents, where all are known."""
+    """Write the sets of all documents, if they are known for every dataset."""
     known = [read_document_sets(dataset.prefix, len(dataset)) for dataset in datasets]
     parts = [part for part in known if part is not None]
     if len(parts) == len(known):
@@ -76,7 +80,7 @@ def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
 
 
 def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-    """See megatron_tf.data.indexed_dataset.Blocks."""
+    """Yield the blocks of all inputs, as `megatron_tf.data.indexed_dataset.Blocks`."""
     for dataset in datasets:
         for start in range(0, len(dataset), INDEX_BLOCK):
             bounds = dataset.documents[start : start + INDEX_BLOCK + 1]
@@ -84,7 +88,7 @@ def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], 
 
 
 def merged_report(prefixes: list[str]) -> dict[str, Any]:
-    """The sum of the reports; none where one has none. Raises DataError where tokenizers differ."""
+    """Add up the reports; None if a dataset has none. Raises DataError if tokenizers differ."""
     paths = [Path(f"{prefix}.json") for prefix in prefixes]
     if not all(path.exists() for path in paths):
         print("no report is written: " + ", ".join(str(path) for path in paths if not path.exists()) + " missing")
@@ -92,9 +96,9 @@ def merged_report(prefixes: list[str]) -> dict[str, Any]:
     reports = [report_of(prefix) or {} for prefix in prefixes]
     for path, report in zip(paths, reports, strict=True):
         if report["tokenizer"] != reports[0]["tokenizer"]:
-            raise DataError(f"{path} and {paths[0]} tell of different tokenizers")
+            raise DataError(f"{path} and {paths[0]} name different tokenizers")
         if report.get("eod") != reports[0].get("eod"):
-            raise DataError(f"{path} and {paths[0]} tell of documents with different ends")
+            raise DataError(f"{path} and {paths[0]} name different end-of-document ids")
     sets: dict[str, dict[str, int]] = {}
     for report in reports:
         for name, counts in report["pile_sets"].items():
@@ -107,5 +111,5 @@ def merged_report(prefixes: list[str]) -> dict[str, Any]:
 
 
 def add(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    """Counts of both."""
+    """Add up the counts of two reports."""
     return {key: one.get(key, 0) + value for key, value in other.items()}

@@ -1,6 +1,9 @@
-"""Draw losses from the metrics files of runs, stage after stage, with growth marked, and sum them up in a table.
+"""Plot the loss of runs from their metrics files, one color per growth stage, and summarize them in a table.
 
-A file that continues where the previous one ended is a stage of the same run; others are separate runs.
+A file that continues where the previous one ended is another stage of the same run; other files are separate runs.
+
+Example:
+    megatron-tf plot-run runs/small.jsonl --output loss.png --summary loss.md
 """
 
 import itertools
@@ -40,29 +43,34 @@ class Options:
 
 @dataclass
 class Stage:
-    """A run under one model and layout."""
+    """The part of a run with one model and one layout."""
 
     parameters: int
     layout: dict[str, int]
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
-    """Step -> metrics; a step done again after an interruption counts once, as it was the last time."""
+    """Step -> metrics; for steps repeated after an interruption, the last ones."""
     validation: dict[int, float] = field(default_factory=dict)
 
     def series(self, key: str) -> list[float]:
-        """One metric, in the order of steps."""
+        """Return one metric in the order of steps."""
         return [self.steps[step][key] for step in sorted(self.steps)]
 
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the picture."""
+    """Plot the runs, and write the table if --summary is given."""
     parser = make_parser("plot-run", __doc__)
     add = parser.add_argument
-    add("metrics", nargs="+", type=file_path, help="metrics files (logging.metrics_file), of a run oldest first")
-    add("--x", choices=AXES, default="tokens", help="what losses are drawn against")
-    add("--output", type=file_path, required=True, help="PNG to write")
-    add("--summary", type=file_path, help="Markdown file for the table")
-    add("--title", default="", help="above the picture")
+    add(
+        "metrics",
+        nargs="+",
+        type=file_path,
+        help="metrics files (logging.metrics_file); those of one run in chronological order",
+    )
+    add("--x", choices=AXES, default="tokens", help="quantity on the x axis")
+    add("--output", type=file_path, required=True, help="image file to write, such as loss.png")
+    add("--summary", type=file_path, help="Markdown file to write the table to")
+    add("--title", default="", help="title of the plot")
     options = parse(parser, Options, arguments)
     with needed_by("megatron-tf plot-run"):
         import_late("matplotlib.figure")
@@ -78,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_stages(path: Path) -> list[Stage]:
-    """The stages in a metrics file: a growth begins one. Raises UserError naming the line where it is damaged."""
+    """Read the stages of a metrics file; each growth starts a new one. Raises UserError naming a malformed line."""
     stages: list[Stage] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
@@ -102,39 +110,46 @@ def read_stages(path: Path) -> list[Stage]:
 
 
 def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") -> None:
-    """Loss against `x`, a colour for each stage, a line at each growth. Raises UserError for metrics without it."""
+    """Plot the loss against `x`, with a color for each stage and a line at each growth.
+
+    Raises UserError if the metrics lack `x`.
+    """
     for stage in stages:
         if any(x not in values for values in stage.steps.values()):
             raise UserError(f"there are steps without {x!r} in the stage of {stage.parameters:,} parameters")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(9, 5), dpi=130, layout="constrained")
+    # small inches and many dots: the labels stay readable where a page shows the picture at half its width
+    figure = Figure(figsize=(6.5, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for number, stage in enumerate(stages):
         layout = ", ".join(f"{axis} {size}" for axis, size in stage.layout.items() if size > 1) or "one rank"
-        colour = f"C{number}"
+        color = f"C{number}"
         place, loss = stage.series(x), stage.series("loss")
-        axes.plot(place, loss, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(place, smooth(loss), color=colour, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
+        axes.plot(place, loss, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(place, smooth(loss), color=color, label=f"{stage.parameters / 1e6:.1f} M parameters ({layout})")
         points = [(stage.steps[step][x], loss) for step, loss in stage.validation.items() if step in stage.steps]
-        axes.scatter([at for at, _ in points], [loss for _, loss in points], color=colour, s=24, zorder=3)
+        axes.scatter([at for at, _ in points], [loss for _, loss in points], color=color, s=24, zorder=3)
     axes.scatter([], [], color="0.4", s=24, label="held-out text")
     for before, after in itertools.pairwise(stages):
         continues = min(after.series("tokens")) > max(before.series("tokens"))
         if before.parameters != after.parameters and continues:
             mark_growth(axes, before=before, after=after, x=x)
     axes.set(xlabel=AXES[x], ylabel="loss (nats per token)", title=title)
+    if x in ("tokens", "flops"):
+        axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output)
-    except ValueError as error:  # of a suffix that is no kind of picture
+    except ValueError as error:  # the suffix is not an image format
         raise UserError(f"--output {output}: {error}") from error
 
 
 def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:
-    """Draw a vertical line where the model grew."""
+    """Draw a vertical line where the model has grown."""
     position = before.series(x)[-1]
     axes.axvline(position, color="0.3", linestyle="--", linewidth=1)
     text = f" grown: {before.parameters / 1e6:.1f} M to {after.parameters / 1e6:.1f} M"
@@ -142,12 +157,13 @@ def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over the last steps."""
-    return [statistics.fmean(values[max(0, i - SMOOTHING_STEPS + 1) : i + 1]) for i in range(len(values))]
+    """Average over the steps around each one, fewer at both ends: a mean over the last steps alone would lag behind."""
+    half = SMOOTHING_STEPS // 2
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def summary_table(stages: list[Stage]) -> str:
-    """A Markdown table, a row a stage; first and last loss are means over 10 steps."""
+    """Format a Markdown table with one row per stage; first and last loss are means over 10 steps."""
     rows = [
         "| stage | layout (tp, pp, dp) | parameters | steps | tokens | first loss | last loss | held-out | rate |",
         "|---|---|---|---|---|---|---|---|---|",

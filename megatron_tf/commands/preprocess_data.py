@@ -1,7 +1,14 @@
-"""Turn Pile shards into Megatron's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report in PREFIX.json.
+"""Tokenize text into Megatron-LM's indexed datasets: PREFIX_KEY_document.bin and .idx, and a report PREFIX.json.
 
-On many machines, one of the ranks hands out the inputs: mpiexec -n 5 megatron-tf preprocess-data ... (or srun).
-Killed at any point, the same command resumes where it was and gives the same bytes.
+If it is killed at any point, the same command resumes and produces identical files. Under mpiexec or srun, one rank
+distributes the inputs to the others.
+
+Examples:
+    megatron-tf preprocess-data --input 'pile/*.jsonl.zst' --output-prefix data/pile \\
+        --tokenizer-type HFTokenizer --tokenizer-model tokenizer.json --append-eod
+    mpiexec -n 5 megatron-tf preprocess-data --input ...
+    zstdcat pile.tar.zst | tar -xO | megatron-tf preprocess-data --input - ...
+    megatron-tf preprocess-data --hf-dataset HuggingFaceFW/fineweb --hf-config sample-10BT --hf-split train ...
 """
 
 import argparse
@@ -9,10 +16,11 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +28,19 @@ from tqdm import tqdm
 
 from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
+from megatron_tf.data.documents import Input, Source
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
-from megatron_tf.data.inputs import find_inputs
 from megatron_tf.data.preprocess import (
     UNKNOWN_SET,
     ReportProgress,
     Settings,
     assemble,
     finished_report,
-    tokenize_input,
+    tokenize_source,
 )
 from megatron_tf.data.published import claim, exclusive
+from megatron_tf.data.sources import inputs_of, sources_of
+from megatron_tf.data.standard_input import StandardInput
 from megatron_tf.data.tokenizer import TYPES, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
@@ -45,7 +55,10 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")  # set 
 class Options:
     """The command line; names follow Megatron-LM's tool."""
 
-    input: list[str]
+    input: list[str] | None
+    hf_dataset: str | None
+    hf_config: str | None
+    hf_split: str | None
     output_prefix: str
     tokenizer_type: str
     tokenizer_model: Path | None
@@ -60,7 +73,7 @@ class Options:
 
 @command(interrupted="interrupted: run the same command again to resume")
 def main(arguments: list[str] | None = None) -> int:
-    """Make the datasets. What is finished before an error is kept."""
+    """Make the datasets. Work finished before an error is kept."""
     options = parse_arguments(arguments)
     os.environ["RAYON_NUM_THREADS"] = str(options.workers)  # read by the engines for byte-level BPE when they start
     try:
@@ -75,29 +88,63 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: list[str] | None) -> Options:
-    """The command line; names follow Megatron-LM's tool."""
+    """Parse the command line, whose names follow Megatron-LM's tool."""
     parser = make_parser("preprocess-data", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz or .jsonl.zst files, or patterns such as '*.zst'")
-    add("--output-prefix", type=file_prefix, required=True, help="where the datasets go: PREFIX_text_document.bin")
-    add("--tokenizer-type", required=True, help=", ".join(TYPES))
-    add("--tokenizer-model", type=file_path, help="the tokenizer's file; of a vocab.json, merges.txt is next to it")
+    _add_inputs(parser)
     add(
-        "--eod-token", metavar="TOKEN", help="the token that ends a document (default: what the tokenizer's files name)"
+        "--output-prefix", type=file_prefix, required=True, help="path prefix of the datasets: PREFIX_text_document.bin"
     )
-    add("--json-keys", nargs="+", default=["text"], help="texts to take from each line")
-    add("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    add("--split-by-meta", metavar="KEY", help="a dataset for each value of meta.KEY, such as pile_set_name")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads that tokenize")
-    add("--log-interval", type=int, default=10000, help="documents between lines of a log")
-    add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys of the JSON objects, or columns, that hold text; each gets a dataset; meta.text is text under meta, "
+        "unless there is a key of that whole name",
+    )
+    add("--append-eod", action="store_true", help="append the end-of-document token to each document")
+    add(
+        "--split-by-meta",
+        metavar="KEY",
+        help="make a separate dataset for each value of meta.KEY, such as pile_set_name",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="number of tokenizer threads")
+    add("--log-interval", type=int, default=10000, help="documents between progress lines in a log")
+    add("--max-bad-lines", type=float, default=0.001, help="fail if more than this fraction of the lines is invalid")
+    _add_tokenizer_options(parser)
     options = parse(parser, Options, arguments)
     check_options(parser, options)
     return options
 
 
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("inputs", "either --input or --hf-dataset").add_argument
+    add(
+        "--input",
+        nargs="+",
+        help=".jsonl files, also compressed (.gz, .zst, .xz, .bz2), .parquet or .arrow files, patterns such as '*.zst' "
+        "of them, or - for JSON lines on standard input",
+    )
+    add("--hf-dataset", metavar="NAME_OR_PATH", help="dataset on the Hugging Face Hub, or a local directory with one")
+    add("--hf-config", metavar="NAME", help="configuration of that dataset, if it has several")
+    add("--hf-split", metavar="SPLIT", help="its split, such as train")
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--tokenizer-type", required=True, help=f"one of {', '.join(TYPES)}")
+    add("--tokenizer-model", type=file_path, help="the tokenizer's file; a vocab.json needs merges.txt next to it")
+    add("--eod-token", metavar="TOKEN", help="end-of-document token (default: the one named in the tokenizer's files)")
+
+
 def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
-    """End with exit code 2 for values that can't be right."""
+    """Exit with code 2 for invalid values."""
+    if (options.input is None) == (options.hf_dataset is None):
+        parser.error("give either --input or --hf-dataset")
+    if (options.hf_dataset is None) != (options.hf_split is None):
+        parser.error("--hf-dataset and --hf-split go together")
+    if options.hf_config is not None and options.hf_dataset is None:
+        parser.error("--hf-config needs --hf-dataset")
     for name in ("workers", "log_interval"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
@@ -114,7 +161,9 @@ def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
 
 def preprocess(options: Options, ranks: Any | None) -> None:
     """Tokenize every input and put the datasets together, on the ranks of an executor or in this process."""
-    inputs, prefix = find_inputs(options.input), options.output_prefix
+    inputs, prefix = inputs_from(options), options.output_prefix
+    if ranks is not None and any(isinstance(each, StandardInput) for each in inputs):
+        raise DataError("--input - has to be read by one process: start it without mpiexec, or write the text to files")
     tokenizer = build_tokenizer(
         options.tokenizer_type, options.tokenizer_model, threads=options.workers, eod_token=options.eod_token
     )
@@ -130,24 +179,41 @@ def preprocess(options: Options, ranks: Any | None) -> None:
     if report is not None:
         print(f"{prefix}.json: these datasets are complete already")
     else:
+        sources = sources_of(inputs, settings.fields)
         with exclusive(prefix):
-            if options.split_by_meta is None:  # otherwise the names are known when all has been read
+            if options.split_by_meta is None:  # otherwise the names are only known after reading everything
                 claim(prefix, [f"{prefix}_{key}_document" for key in options.json_keys])
+            work = list(chain.from_iterable(sources))
             if ranks is None:
-                with progress_of(inputs, options.log_interval) as progress:
-                    for number, path in enumerate(inputs):
-                        tokenize_input(
-                            path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=progress
+                with progress_of(work, options.log_interval) as progress:
+                    for number, source in enumerate(work):
+                        tokenize_source(
+                            source, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=progress
                         )
             else:
-                tokenize_on_ranks(ranks, inputs, options=options, settings=settings)
-            dtype = token_dtype(tokenizer.vocab_size)
-            report = assemble(inputs, prefix, settings, dtype=dtype, max_bad_lines=options.max_bad_lines)
+                tokenize_on_ranks(ranks, work, options=options, settings=settings)
+            report = assemble(
+                inputs,
+                sources,
+                prefix=prefix,
+                settings=settings,
+                dtype=token_dtype(tokenizer.vocab_size),
+                max_bad_lines=options.max_bad_lines,
+            )
     tell(report, options.split_by_meta)
 
 
+def inputs_from(options: Options) -> list[Input]:
+    """Return the inputs that the command line names. Raises DataError for those that can't be found."""
+    if options.hf_dataset is None:
+        return inputs_of(options.input or [])
+    with needed_by("--hf-dataset"):
+        from megatron_tf.data.hub_datasets import HubDataset
+    return [HubDataset(options.hf_dataset, options.hf_config, options.hf_split or "")]
+
+
 def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
-    """Print what is in the datasets, and what is not."""
+    """Print what the datasets contain, and which lines were skipped."""
     for data_set, counts in report["data_sets"].items():
         print(f"{data_set}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     for kind, bad in report["bad_lines"].items():
@@ -163,12 +229,13 @@ def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
 
 
 @contextmanager
-def progress_of(inputs: list[Path], log_interval: int) -> Iterator[ReportProgress]:
-    """A bar on a terminal, lines in a log; both count bytes of the inputs as they are on disk."""
-    total = sum(path.stat().st_size for path in inputs)
+def progress_of(sources: Sequence[Source], log_interval: int) -> Iterator[ReportProgress]:
+    """Return a progress callback: a bar on a terminal, lines in a log. Both count bytes of the input files on disk."""
+    total = sum(source.size for source in sources)
+    is_known = all(source.size for source in sources)
     documents = 0
     started = time.perf_counter()
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total if is_known else None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
         done = 0
 
         def progress(more_bytes: int, more_documents: int) -> None:
@@ -178,19 +245,20 @@ def progress_of(inputs: list[Path], log_interval: int) -> Iterator[ReportProgres
             bar.update(more_bytes)
             if bar.disable and documents // log_interval > before:
                 seconds = time.perf_counter() - started
-                print(f"{documents:>12,} documents, {done / total:6.1%} of the input, {seconds:,.0f} s", flush=True)
+                share = f"{done / total:6.1%} of the input, " if is_known else ""
+                print(f"{documents:>12,} documents, {share}{seconds:,.0f} s", flush=True)
 
         yield progress
 
 
 def is_alone() -> bool:
-    """Whether this process was started without mpiexec or srun, or by these as the only one."""
+    """Return whether this process was started without mpiexec or srun, or as their only rank."""
     return all(number_of(name) == 1 for name in MPI_SIZES)
 
 
 @contextmanager
 def mpi_ranks() -> Iterator[Any | None]:
-    """On rank 0 an executor over the other ranks, which serve it here; None for them, and for a process on its own."""
+    """Yield an executor over the other ranks on rank 0. On those, serve it and yield None, as for a single process."""
     if is_alone():
         yield None
         return
@@ -200,27 +268,25 @@ def mpi_ranks() -> Iterator[Any | None]:
         yield ranks
 
 
-def tokenize_on_ranks(ranks: Any, inputs: list[Path], *, options: Options, settings: Settings) -> None:
-    """Hand out the inputs, the largest first. Raises DataError that names each one that failed, after all others."""
-    order = sorted(range(len(inputs)), key=lambda number: -inputs[number].stat().st_size)
-    jobs = []
-    for number in order:
-        job = ranks.submit(tokenize_alone, inputs[number], number, options=options, settings=settings)
-        jobs.append((number, job))
+def tokenize_on_ranks(ranks: Any, sources: Sequence[Source], *, options: Options, settings: Settings) -> None:
+    """Distribute the sources, largest first. Raises DataError naming all that failed, after the others are done."""
+    tokenize = partial(tokenize_alone, options=options, settings=settings)
+    order = sorted(range(len(sources)), key=lambda number: -sources[number].size)
+    jobs = {number: ranks.submit(tokenize, sources[number], number) for number in order}
     failures = []
-    for done, (number, job) in enumerate(jobs, 1):
-        error = job.exception()
+    for done, (number, job) in enumerate(jobs.items(), 1):
+        name, error = sources[number].name, job.exception()
         if error is None:
-            print(f"{inputs[number]}: {job.result():,} documents ({done} of {len(jobs)} inputs)", flush=True)
+            print(f"{name}: {job.result():,} documents ({done} of {len(jobs)} inputs)", flush=True)
         else:
             message = error if isinstance(error, (UserError, OSError)) else repr(error)
-            failures.append(f"  {inputs[number]}: {message}")
+            failures.append(f"  {name}: {message}")
     if failures:
         raise DataError("\n".join([f"{len(failures)} of {len(jobs)} inputs failed; the others are kept:", *failures]))
 
 
-def tokenize_alone(path: Path, number: int, *, options: Options, settings: Settings) -> int:
-    """Documents of one input, tokenized on the rank that got it."""
+def tokenize_alone(source: Source, number: int, *, options: Options, settings: Settings) -> int:
+    """Tokenize one source on the rank it was assigned to; return its number of documents."""
     documents = 0
 
     def count(_: int, more_documents: int) -> None:
@@ -231,5 +297,5 @@ def tokenize_alone(path: Path, number: int, *, options: Options, settings: Setti
         options.tokenizer_type, options.tokenizer_model, threads=options.workers, eod_token=options.eod_token
     )
     prefix = options.output_prefix
-    tokenize_input(path, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=count)
+    tokenize_source(source, number, prefix=prefix, settings=settings, tokenizer=tokenizer, progress=count)
     return documents

@@ -1,4 +1,12 @@
-"""Train: `python -m megatron_tf.pretrain CONFIG.yaml [--section.key=value ...]`, alone or by torchrun or srun."""
+"""Train a model from a YAML configuration: one rank, or several under torchrun, srun or mpiexec.
+
+If checkpoint.save contains a checkpoint, the run resumes from the newest one.
+Exit code: 0 completed; 1 user error; 75 state saved, run the same command again; 128 + N ended by signal N.
+
+Examples:
+    megatron-tf pretrain run.yaml --training.train_iters=1000 --checkpoint.save=runs/small
+    megatron-tf torchrun --nproc-per-node 8 -m megatron_tf.pretrain run.yaml
+"""
 
 import os
 from collections.abc import Sequence
@@ -15,34 +23,40 @@ from megatron_tf.training.supervision.signals import SignalCatcher, caught_signa
 if TYPE_CHECKING:
     from megatron_tf.training.observability.observer import Observer
 
-_MARGIN = timedelta(seconds=30)  # that collectives wait longer than the watchdog, which has more to say
+_MARGIN = timedelta(seconds=30)  # collectives wait this much longer than the watchdog, whose message is more helpful
 
 
 @command(interrupted="interrupted: the same command resumes from the newest checkpoint in checkpoint.save")
 def main(arguments: list[str] | None = None, *, observers: "Sequence[Observer]" = ()) -> int:
-    """Train, and tell `observers` of each step, evaluation, checkpoint and growth.
+    """Train, and notify `observers` of each step, evaluation, checkpoint and growth.
 
-    Returns 0 when the run is done, by its configuration or as an observer says, 75 where it is saved and the same
-    command continues it, 128 + the number of a signal where it is not saved.
+    Returns 0 if the run is complete or an observer ended it, 75 if it was saved and the same command resumes it, and
+    128 + the signal's number if a signal ended it without saving.
     """
     parser = make_parser("pretrain", __doc__, "Keys of the configuration, each also an override:\n" + describe_keys())
-    parser.add_argument("config", type=file_path, help="YAML file; examples/configs holds some")
+    parser.add_argument(
+        "config",
+        type=file_path,
+        help="YAML configuration, such as those in examples/configs, followed by overrides --section.key=value",
+    )
     known, overrides = parser.parse_known_args(arguments)
     with caught_signals() as signals:
         return run(load_config(known.config, overrides), signals, observers)
 
 
 def _abort(reason: str | None) -> None:
-    """End this process although its main thread waits."""
+    """End this process even though its main thread is blocked."""
     say_error(reason or "")
     os._exit(1)
 
 
 def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer]" = ()) -> int:
-    """Join the other ranks and train; returns the exit code."""
+    """Initialize the process group and train; return the exit code."""
     signals.end_at_once(partial(exit_code, is_saved=config.checkpoint.save is not None))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors say in a line what its warnings say in forty
-    # after the configuration has been checked: it takes seconds
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # our own error says in one line what these warnings say in forty
+    # after the configuration has been validated, since this takes seconds
     from megatron_tf.kernels.build_failure import make_compiler_cache
 
     make_compiler_cache()  # the imports below raise a bare OSError without it

@@ -1,4 +1,4 @@
-"""Progress of commands that copy much data."""
+"""Progress display of commands that copy a lot of data."""
 
 import sys
 from typing import Any
@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def byte_bar(what: str, total: int) -> Any:
-    """Make a bar of `total` bytes or, where standard error is no terminal, a line every ten seconds."""
+    """Create a progress bar of `total` bytes; if standard error is not a terminal, a line every ten seconds."""
     on_terminal = sys.stderr.isatty()
     lines = None if on_terminal else "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
     pause = 0.1 if on_terminal else 10

@@ -1,4 +1,4 @@
-"""The commands: their names, the modules they are in, and what brings the packages that only some of them need."""
+"""Registry of the commands: their names, modules and one-line descriptions."""
 
 from typing import NamedTuple
 
@@ -10,23 +10,28 @@ class Entry(NamedTuple):
     """In megatron_tf.commands; has `main(arguments) -> int`."""
     summary: str
     is_tool: bool = False
-    """Whether it is also a script in tools/."""
+    """Whether it is also available as a script in tools/."""
 
 
 COMMANDS = {
-    "pretrain": Entry("pretrain", "train a model; torchrun starts several ranks of it"),
-    "torchrun": Entry("torchrun", "torchrun that ends with the words and the exit code of its ranks"),
-    "generate": Entry("generate", "continue a text"),
-    "evaluate": Entry("evaluate", "perplexity and bits per byte of datasets"),
-    "lm-eval": Entry("lm_eval", "lm-evaluation-harness with the model `megatron_tf`"),
+    "pretrain": Entry("pretrain", "train a model, on one rank or under torchrun"),
+    "torchrun": Entry("torchrun", "torchrun that reports the errors and exit code of its ranks"),
+    "generate": Entry("generate", "generate text from prompts"),
+    "evaluate": Entry("evaluate", "measure perplexity and bits per byte of datasets"),
+    "lm-eval": Entry("lm_eval", "run lm-evaluation-harness with the model `megatron_tf`"),
     "train-tokenizer": Entry("train_tokenizer", "train a SentencePiece tokenizer", is_tool=True),
-    "preprocess-data": Entry("preprocess_data", "turn Pile shards into .bin/.idx", is_tool=True),
-    "merge-datasets": Entry("merge_datasets", "put datasets together", is_tool=True),
-    "inspect-dataset": Entry("inspect_dataset", "look into a dataset, and check it", is_tool=True),
-    "build-index": Entry("build_index", "build the index files of a run ahead of it", is_tool=True),
-    "inspect-checkpoint": Entry("inspect_checkpoint", "look into a checkpoint, check or compare it", is_tool=True),
-    "reshard-checkpoint": Entry("reshard_checkpoint", "grow a checkpoint, or reshard it", is_tool=True),
-    "convert-checkpoint": Entry("convert_checkpoint", "official weights and Hugging Face, in and out", is_tool=True),
-    "plot-run": Entry("plot_run", "draw the loss of a run", is_tool=True),
+    "preprocess-data": Entry("preprocess_data", "tokenize text into .bin/.idx datasets", is_tool=True),
+    "merge-datasets": Entry("merge_datasets", "concatenate datasets", is_tool=True),
+    "inspect-dataset": Entry("inspect_dataset", "show and check a dataset", is_tool=True),
+    "build-index": Entry("build_index", "build the index files of a run before it starts", is_tool=True),
+    "inspect-checkpoint": Entry("inspect_checkpoint", "show, verify or compare checkpoints", is_tool=True),
+    "reshard-checkpoint": Entry("reshard_checkpoint", "reshard, grow or shrink a checkpoint", is_tool=True),
+    "convert-checkpoint": Entry(
+        "convert_checkpoint", "import and export official weights and Hugging Face models", is_tool=True
+    ),
+    "dry-run": Entry(
+        "dry_run", "run a step on many ranks that do not exist: memory, messages, checkpoint", is_tool=True
+    ),
+    "plot-run": Entry("plot_run", "plot the loss of a run", is_tool=True),
     "doctor": Entry("doctor", "check this machine, and print what a bug report needs", is_tool=True),
 }

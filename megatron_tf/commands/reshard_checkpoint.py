@@ -1,8 +1,14 @@
-"""Reshard a checkpoint for other parallel degrees, grow it or shrink it, offline and without a GPU.
+"""Reshard a checkpoint for other parallel sizes, grow it or shrink it, offline and without a GPU.
 
-The new checkpoint appears under --save when it is complete; an error leaves nothing there. A run resumes from
-it with checkpoint.load, or, if it is copied there, checkpoint.save. Tensors are streamed in blocks: checkpoints may be
-larger than the memory.
+The new checkpoint appears under --save once it is complete; after an error nothing is written. Start a run from it
+with checkpoint.load. Tensors are streamed in blocks, so checkpoints may be larger than memory.
+
+Examples:
+    megatron-tf reshard-checkpoint --load runs/small --save runs/tp2 --target-tensor-parallel-size 2 --verify
+    megatron-tf reshard-checkpoint --load runs/small --save runs/grown --grow qkv=1024,proj=1024,ffn=4096
+    megatron-tf reshard-checkpoint --load runs/small --save runs/wide --hidden-multiple 2
+    megatron-tf reshard-checkpoint --load runs/small --save runs/deep --num-layers 24 --layer-init copy_zero
+    megatron-tf reshard-checkpoint --load runs/deep --save runs/undone --drop-layers 1,3
 """
 
 import argparse
@@ -30,18 +36,31 @@ class Options:
     stage: Path | None
     grow: str | None
     growth_init: str | None
+    growth_data: str | None
     growth_noise: float | None
+    mlp_init: str | None
+    num_layers: int | None
     insert_layers: str | None
-    moments: str | None
+    layer_order: str | None
+    layer_init: str | None
+    shrink_factor: float | None
+    perturb_std: float | None
+    adam_state: str | None
+    step_scale: str | None
     old_tokens_lr_scale: float | None
+    new_tokens_lr_scale: float | None
     rewarmup_iters: int | None
+    rewarmup: str | None
+    hidden_multiple: float | None
     shrink: str | None
+    divide_hidden: int | None
+    drop_layers: str | None
 
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Write the new checkpoint. After an error nothing is written; exit code 3: it was written, and --verify
-    found it at fault."""
+    """Write the new checkpoint. After an error nothing is written; exit code 3 means that it was written, but --verify
+    found an error in it."""
     options = parse_arguments(arguments)
     import_late("megatron_tf.commands.resharding")
     from megatron_tf.commands.resharding import run
@@ -55,54 +74,181 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     parser = make_parser(
         "reshard-checkpoint",
         __doc__,
-        "Exit code: 0 done, 1 error and nothing written, 2 usage, 3 written but --verify finds a fault.",
+        "Exit code: 0 done, 1 error and nothing written, 2 usage, 3 written but --verify found an error.",
     )
     add = parser.add_argument
-    add("--load", type=file_path, required=True, help="checkpoint, or a run's directory of them")
+    add("--load", type=file_path, required=True, help="checkpoint, or directory of a run, whose newest one is used")
     add("--save", type=file_path, required=True, help="directory for the new checkpoint")
     add(
         "--allow-existing",
         action="store_true",
-        help="write next to the checkpoints that --save holds already, and replace the one of the same step",
+        help="allow other checkpoints in --save, and replace the one of the same step",
     )
+    add("--dry-run", action="store_true", help="print the plan without writing anything")
+    add(
+        "--verify",
+        action="store_true",
+        help="read everything back and compare it bit for bit; also compare the logits of both models if memory allows",
+    )
+    add(
+        "--data",
+        type=file_path,
+        metavar="PREFIX",
+        help="dataset (.bin/.idx) for --shrink, and for comparing the loss before and after",
+    )
+    add("--data-tokens", type=int, default=16384, metavar="N", help="number of tokens of --data to use")
+    _add_layout_options(parser)
+    _add_token_options(parser)
+    _add_layer_options(parser)
+    _add_training_options(parser)
+    _add_undo_options(parser)
+    return parse(parser, Options, arguments)
+
+
+def _add_layout_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("layout of the new checkpoint").add_argument
     add(
         "--target-tensor-parallel-size",
         type=int,
         default=1,
         metavar="T",
-        help="tensor-parallel ranks that the new checkpoint is laid out for",
+        help="tensor-parallel size of the new checkpoint",
     )
     add(
         "--target-pipeline-parallel-size",
         type=int,
         default=1,
         metavar="P",
-        help="pipeline stages that it is laid out for",
+        help="pipeline-parallel size of the new checkpoint",
     )
-    add("--make-vocab-size-divisible-by", type=int, metavar="M", help="pad the vocabulary again, to a multiple of this")
-    add("--dry-run", action="store_true", help="say what would be done, and write nothing")
     add(
-        "--verify",
-        action="store_true",
-        help="read everything back, compare it bit for bit, and compare the logits of both models where they fit",
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="M",
+        help="change the padding of the vocabulary to a multiple of this",
     )
-    add("--data", type=file_path, metavar="PREFIX", help=".bin/.idx to measure loss and importance on")
-    add("--data-tokens", type=int, default=16384, metavar="N", help="how much of it")
-    _add_growth_options(parser)
-    add("--shrink", metavar="qkv=N,proj=N,ffn=N", help="keep the N tokens that contribute most on --data")
-    return parse(parser, Options, arguments)
 
 
-def _add_growth_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("growth", "what is not given keeps the default of a `growth:` stage in a config")
+def _add_token_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("growth", "defaults are those of a `growth:` stage in a configuration")
     add = group.add_argument
-    add("--stage", type=file_path, metavar="FILE", help="YAML file with the keys of a stage")
-    add("--grow", metavar="qkv=N,proj=N,ffn@0-5=N", help="new number of tokens by kind, or also by layer")
-    add("--growth-init", choices=["zero_key", "duplicate", "random"], help="default: zero_key, exact")
-    add("--growth-noise", type=float, metavar="X", help="noise on the values of duplicates; by default 0.1")
-    add("--insert-layers", metavar="I,J,...", help="a new layer before each old one named")
     add(
-        "--moments", choices=["keep", "reset"], help="optimizer state (Adam moments) of what was there; by default keep"
+        "--stage",
+        type=file_path,
+        metavar="FILE",
+        help="YAML file with the keys of a growth stage, `optimizer` included; the options below override it",
     )
-    add("--old-tokens-lr-scale", type=float, metavar="X", help="of old tokens; 0 freezes them; by default 1")
-    add("--rewarmup-iters", type=int, metavar="N", help="steps of warm-up after the growth; by default 0")
+    add(
+        "--hidden-multiple",
+        type=float,
+        metavar="M",
+        help="multiply the width and the number of attention heads by an integer or by 1.5, which keeps the outputs",
+    )
+    add(
+        "--grow",
+        metavar="qkv=N,proj=N,ffn@0-5=N",
+        help="new number of parameter tokens by kind, for all layers or those after the @",
+    )
+    add(
+        "--growth-init",
+        choices=["zero_key", "duplicate", "duplicate_by_utility", "random"],
+        help="how new tokens are initialized; by default zero_key, which keeps the outputs",
+    )
+    add(
+        "--growth-data",
+        metavar="PREFIX",
+        help="dataset (.bin/.idx) on which duplicate_by_utility measures the contribution of each token",
+    )
+    add("--growth-noise", type=float, metavar="X", help="relative noise on copies; by default 0.1")
+    add(
+        "--mlp-init",
+        choices=["zero_key", "zero_value", "duplicate"],
+        help="how new hidden units of a plain transformer are initialized: zero rows of the up projection (the "
+        "default) or of the down projection, or copies of the old units; each keeps the outputs",
+    )
+    add(
+        "--shrink-factor",
+        type=float,
+        metavar="X",
+        help="multiply the old weights by this after the growth, which changes the outputs; by default 1",
+    )
+    add(
+        "--perturb-std",
+        type=float,
+        metavar="X",
+        help="add noise of this standard deviation to the old weights after the growth; by default 0",
+    )
+
+
+def _add_layer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("growth of layers").add_argument
+    add("--num-layers", type=int, metavar="N", help="new number of layers, placed by --layer-order")
+    add(
+        "--layer-order",
+        choices=["interleaved", "stacked", "middle"],
+        help="which of the L old layers is at place i of N: floor(i L / N), so that copies follow their layer (the "
+        "default); i mod L, the whole stack repeated; or the middle layers repeated",
+    )
+    add(
+        "--insert-layers",
+        metavar="I,J,...",
+        help="insert a new layer before each of these layers; instead of --num-layers",
+    )
+    add(
+        "--layer-init",
+        choices=["identity", "copy_zero", "copy"],
+        help="how new layers are initialized: as in a new model (the default) or as copies of old layers, both with "
+        "zeros where they end, which keeps the outputs; or as full copies with their optimizer state, which does not",
+    )
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training after the growth").add_argument
+    add(
+        "--adam-state",
+        "--moments",
+        choices=["keep", "reset", "reset_new", "reset_second"],
+        help="which Adam moments restart from zero: none (the default; copies inherit theirs), all, those of all new "
+        "rows, or all second moments",
+    )
+    add(
+        "--step-scale",
+        choices=["preserve", "none"],
+        help="scale the Adam updates of copies so that growing commutes with an optimizer step, or do not; by default "
+        "preserve",
+    )
+    add(
+        "--old-tokens-lr-scale",
+        type=float,
+        metavar="X",
+        help="relative learning rate of old tokens, 0 freezes them; by default 1",
+    )
+    add("--new-tokens-lr-scale", type=float, metavar="X", help="relative learning rate of new tokens; by default 1")
+    add("--rewarmup-iters", type=int, metavar="N", help="learning-rate warm-up steps after the growth; by default 0")
+    add(
+        "--rewarmup",
+        choices=["all", "new"],
+        help="whether the warm-up applies to all parameters or to new rows only; by default all",
+    )
+
+
+def _add_undo_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("undo", "not together with growth, which is a separate step")
+    add = group.add_argument
+    add(
+        "--shrink",
+        metavar="qkv=N,proj=N,ffn=N",
+        help="keep only the N parameter tokens of each kind that contribute most on --data",
+    )
+    add(
+        "--divide-hidden",
+        type=int,
+        metavar="M",
+        help="merge the M copies of a model's width that --hidden-multiple made, which undoes it",
+    )
+    add(
+        "--drop-layers",
+        metavar="I,J,...",
+        help="remove these layers, numbered from 0 as in --load; new layers that are still the identity leave without "
+        "a change",
+    )

@@ -1,4 +1,4 @@
-"""What `reshard_checkpoint` does once it has read its options."""
+"""Implementation of `reshard-checkpoint`."""
 
 import math
 import os
@@ -7,51 +7,81 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from megatron_tf.checkpoint.contents import stored_dtype
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.interface import BLOCK_BYTES, Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, FilePlan, Target, plan_files, reshard
-from megatron_tf.checkpoint.shrink import keep_most_important, shrink
 from megatron_tf.checkpoint.summary import common_shape, differences, names_by_pattern
 from megatron_tf.checkpoint.transformed import TransformedCheckpoint
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.progress import byte_bar
 from megatron_tf.commands.reshard_checkpoint import Options
-from megatron_tf.config import GrowthStage, parse_config, parse_token_option
+from megatron_tf.config import GrowthStage, keeps_outputs, parse_config, parse_token_option
 from megatron_tf.config.load import read_yaml
 from megatron_tf.errors import UserError
+from megatron_tf.growth.advice import advise
+from megatron_tf.growth.divide_width import divide_width
+from megatron_tf.growth.drop_layers import drop_layers
+from megatron_tf.growth.grow import grow
+from megatron_tf.growth.shrink import keep_most_important, shrink
+from megatron_tf.growth.utility import measure_utility, needs_utility
 from megatron_tf.inference.comparison import compare_models
 from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.samples import samples_for
-from megatron_tf.inference.tokenizer import check_made_with
 from megatron_tf.model.parallelize import stage_layers
+from megatron_tf.model.samples import check_made_with, samples_for
 from megatron_tf.tokenformer.sizes import training_flops
 
-EXACT = 1e-5  # largest difference of logits that rounding explains, relative to the largest logit
+# largest differences of logits that rounding explains, relative to the largest logit
+EXACT = 1e-5
+EXACT_IN_FP64 = 1e-12
+
+STAGE_OPTIONS = {
+    "hidden_multiple": "hidden_multiple",
+    "init": "growth_init",
+    "utility_data": "growth_data",
+    "noise": "growth_noise",
+    "mlp_init": "mlp_init",
+    "num_layers": "num_layers",
+    "layer_order": "layer_order",
+    "layer_init": "layer_init",
+    "shrink_factor": "shrink_factor",
+    "perturb_std": "perturb_std",
+    "adam_state": "adam_state",
+    "step_scale": "step_scale",
+    "old_tokens_lr_scale": "old_tokens_lr_scale",
+    "new_tokens_lr_scale": "new_tokens_lr_scale",
+    "rewarmup_iters": "rewarmup_iters",
+    "rewarmup": "rewarmup",
+}
+"""Key of a growth stage -> the field of `Options` with the same values."""
 
 
 class VerificationError(UserError):
-    """The new checkpoint is there and is not what it should be."""
+    """Raised if the new checkpoint was written but fails verification."""
 
     exit_code = 3
 
 
 def run(options: Options) -> None:
-    """Reshard, grow or shrink. Raises UserError for what a user can fix."""
+    """Reshard, grow or shrink as `options` select. Raises UserError for what a user can fix."""
     if options.save.resolve() == options.load.resolve():
         raise CheckpointError("--save is the same directory as --load: choose another")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a file for each rank and group is open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # one file per rank and group is open
     source = CheckpointReader(options.load, check_at_end=True).complete()
-    result, is_exact = transform(source, options)
+    stage = growth_stage(options)
+    result, is_exact = transform(source, options, stage)
     target = make_target(result, options.target_tensor_parallel_size, options.target_pipeline_parallel_size)
     plans = list(plan_files(result, target))
     print_plan(source, result, target=target, plans=plans)
+    if stage:
+        print(*advise(source.record, result.record.model), sep="\n", flush=True)
     if options.dry_run:
         return
     if options.data is not None:
@@ -71,32 +101,57 @@ def run(options: Options) -> None:
         with byte_bar("verifying", total) as bar:
             check_tensors(result, path, bar.update)
         source.verify()
-        print("verified: every checksum holds, and every row is what it should be, bit for bit", flush=True)
+        print("verified: all checksums match, and every row is as expected, bit for bit", flush=True)
     if options.verify or options.data:
         compare_outputs(source.directory, path, options, is_exact=is_exact)
 
 
-def transform(source: CheckpointReader, options: Options) -> tuple[Checkpoint, bool]:
-    """Return the checkpoint to write, and whether its model computes the same."""
-    result: Checkpoint = source
-    stage = growth_stage(options)
-    if options.shrink is not None and stage:
-        raise CheckpointError("--shrink and growth are two steps: run the tool twice")
-    if options.shrink is not None:
-        result = shrunk(source, options)
+def transform(source: CheckpointReader, options: Options, stage: GrowthStage | None) -> tuple[Checkpoint, bool]:
+    """Return the checkpoint to write, and whether the outputs of its model should be unchanged."""
+    if stage and undo_options(options):
+        raise CheckpointError(f"{undo_options(options)[0]} and growth are separate steps: run the tool twice")
+    result: Checkpoint
     if stage:
-        result = grow(source, stage)
+        # another reader, which checks each file before it is read: this one hashes files while they are copied
+        utility = measure_utility(CheckpointReader(source.directory), stage) if needs_utility(stage) else None
+        result = grow(source, stage, utility=utility)
+    else:
+        result = undone(source, options)
     if options.make_vocab_size_divisible_by is not None:
         if options.make_vocab_size_divisible_by < 1:
             raise CheckpointError(
                 f"--make-vocab-size-divisible-by is {options.make_vocab_size_divisible_by}: it must be 1 or more"
             )
         result = pad_vocabulary(result, options.make_vocab_size_divisible_by)
-    return result, options.shrink is None and (stage is None or stage.init != "random")
+    return result, not undo_options(options) and (stage is None or keeps_outputs(source.record.model, stage))
+
+
+def undo_options(options: Options) -> list[str]:
+    """Return the options in use that take something away from the model."""
+    values = {
+        "--shrink": options.shrink,
+        "--divide-hidden": options.divide_hidden,
+        "--drop-layers": options.drop_layers,
+    }
+    return [name for name, value in values.items() if value is not None]
+
+
+def undone(source: CheckpointReader, options: Options) -> Checkpoint:
+    """Take back parameter tokens or width, and then layers, as `options` select."""
+    result: Checkpoint = source
+    if options.shrink is not None:
+        if options.divide_hidden is not None:
+            raise CheckpointError("--divide-hidden and --shrink are separate steps: run the tool twice")
+        result = shrunk(source, options)
+    if options.divide_hidden is not None:
+        result = divide_width(source, options.divide_hidden)
+    if options.drop_layers is not None:
+        result = drop_layers(result, parse_layers("--drop-layers", options.drop_layers, example="1,3"))
+    return result
 
 
 def growth_stage(options: Options) -> GrowthStage | None:
-    """Make the growth stage of --stage and of the options that override its keys; None for no growth."""
+    """Build the growth stage from --stage and the options that override its keys; None for no growth."""
     values: dict[str, Any] = {}
     if options.stage:
         try:
@@ -108,29 +163,30 @@ def growth_stage(options: Options) -> GrowthStage | None:
     if options.grow is not None:
         values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", options.grow).items()}
     if options.insert_layers is not None:
-        layers = options.insert_layers.split(",")
-        if not all(layer.strip().isdecimal() for layer in layers):
-            raise CheckpointError(f"--insert-layers {options.insert_layers!r}: write numbers of layers, such as 0,6,6")
-        values["insert_layers"] = [int(layer) for layer in layers]
-    others = {
-        "init": options.growth_init,
-        "noise": options.growth_noise,
-        "moments": options.moments,
-        "old_tokens_lr_scale": options.old_tokens_lr_scale,
-        "rewarmup_iters": options.rewarmup_iters,
-    }
+        values["insert_layers"] = parse_layers("--insert-layers", options.insert_layers, example="0,6,6")
+    if options.adam_state is not None:
+        values.pop("moments", None)  # the key's other name
+    others = {key: getattr(options, option) for key, option in STAGE_OPTIONS.items()}
     values |= {key: value for key, value in others.items() if value is not None}
     return parse_config(GrowthStage, values, str(options.stage or "growth")) if values else None
 
 
+def parse_layers(option: str, text: str, *, example: str) -> list[int]:
+    """Parse "0,6,6" into layer indices. Raises CheckpointError naming the `option` if the text is malformed."""
+    layers = text.split(",")
+    if not all(layer.strip().isdecimal() for layer in layers):
+        raise CheckpointError(f"{option} {text!r}: write layer indices, such as {example}")
+    return [int(layer) for layer in layers]
+
+
 def shrunk(source: CheckpointReader, options: Options) -> TransformedCheckpoint:
-    """Drop the tokens that contribute least on the data."""
+    """Drop the parameter tokens that contribute least on the data."""
     if options.data is None:
         raise CheckpointError("--shrink needs --data PREFIX: the tokens that contribute least on it are dropped")
-    assert options.shrink is not None  # `transform` has looked
+    assert options.shrink is not None  # checked by `transform`
     tokens = parse_token_option("--shrink", options.shrink)
     if by_layer := [kind for kind, count in tokens.items() if not isinstance(count, int)]:
-        raise CheckpointError(f"--shrink {by_layer[0]}: layers shrink alike, write {by_layer[0]}=N")
+        raise CheckpointError(f"--shrink {by_layer[0]}: all layers shrink equally, write {by_layer[0]}=N")
     model = load_model(source.directory)
     samples = samples_for(source.record, options.data, options.data_tokens)
     importance = token_importance(model, samples)
@@ -138,7 +194,7 @@ def shrunk(source: CheckpointReader, options: Options) -> TransformedCheckpoint:
 
 
 def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int) -> Target:
-    """Make the target layout, with layers balanced over stages as the trainer does."""
+    """Build the target layout, with layers balanced over stages as in training."""
     config = checkpoint.record.model
     if tensor_parallel < 1 or pipeline_parallel < 1:
         raise CheckpointError("the target's parallel sizes must be 1 or more")
@@ -151,7 +207,7 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
 
 
 def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, plans: Sequence[FilePlan]) -> None:
-    """Print what goes in and what comes out."""
+    """Print the tensors, parameters and FLOPs before and after."""
     print(f"{source.directory}, step {source.step:,}")
     print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
     names_before, names_after = names_by_pattern(source, "model"), names_by_pattern(result, "model")
@@ -178,7 +234,7 @@ def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, 
 
 
 def _size_of(checkpoint: Checkpoint, names: list[str]) -> tuple[str, int]:
-    """Return the shapes and the parameters of tensors that differ in their layer only."""
+    """Return the shapes and the number of parameters of tensors whose names differ only in the layer."""
     shapes = [checkpoint.shape("model", name) for name in names]
     shape = common_shape(shapes)
     return f"{len(shapes)} of {shape}" if len(shapes) > 1 else shape, sum(map(math.prod, shapes))
@@ -193,12 +249,12 @@ def _flops(checkpoint: Checkpoint) -> int:
 
 
 def check_tensors(expected: Checkpoint, path: Path, progress: Callable[[int], object]) -> None:
-    """Raise VerificationError unless the checkpoint at `path` is sound and holds what was `expected`, bit for bit."""
+    """Raise VerificationError unless the checkpoint at `path` is intact and equals `expected` bit for bit."""
     found = CheckpointReader(path, check_at_end=True)
     for difference in differences(expected, found, progress):
-        raise VerificationError(f"{path} is not what it should be: {difference}")
+        raise VerificationError(f"{path} is not as expected: {difference}")
     if found.record != expected.record:
-        raise VerificationError(f"{path}: its metadata is not what it should be")
+        raise VerificationError(f"{path}: its metadata is not as expected")
     try:
         found.verify()
     except CheckpointError as error:
@@ -206,9 +262,13 @@ def check_tensors(expected: Checkpoint, path: Path, progress: Callable[[int], ob
 
 
 def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
-    """Print how the outputs of both models differ. Raises VerificationError where they should not."""
+    """Print how the outputs of both models differ, in fp64 for checkpoints of fp64 runs and otherwise in fp32.
+
+    Raises VerificationError if they should be equal but are not.
+    """
     readers = [CheckpointReader(path) for path in (before, after)]
-    needed = max(4 * _parameters(reader) for reader in readers)
+    dtype = stored_dtype(readers[0].record)
+    needed = max(dtype.itemsize * _parameters(reader) for reader in readers)
     available = available_memory()
     if needed > available:
         print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
@@ -216,7 +276,7 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
     samples = None
     if options.data:
         samples = samples_for(readers[0].record, options.data, options.data_tokens)
-    found = compare_models(before, after, samples)
+    found = compare_models(before, after, samples, dtype=dtype)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:
         old, new = found.losses
@@ -225,9 +285,10 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
         raise VerificationError(
             f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"
         )
+    limit = (EXACT_IN_FP64 if dtype == torch.float64 else EXACT) * found.largest
     if not is_exact:
-        print("this change does not keep the model's outputs, as said in --help")
-    elif not found.difference <= EXACT * found.largest:  # a NaN is neither
+        print("this change does not preserve the model's outputs (see --help)")
+    elif not found.difference <= limit:  # a NaN is neither
         raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
 
 

@@ -1,8 +1,8 @@
 """Runs a command: prints its errors, sets its exit code, handles Ctrl-C, and reports to torchrun.
 
-One policy for all commands. What a user can fix ends in one line `error: ...` without a traceback and the exit code of
-the error, 1 by default; Ctrl-C in one line and 130; whatever else is raised is a bug of ours and keeps its traceback.
-Imports nothing that takes time.
+All commands share one policy. An error that the user can fix, a failure of the machine included, is printed as one line
+`error: ...` without a traceback, and the command exits with the error's exit code, 1 by default. Ctrl-C prints one line
+and exits with 130. Anything else is a bug of ours and keeps its traceback. This module imports nothing slow.
 """
 
 import contextlib
@@ -22,19 +22,21 @@ from typing import Any
 from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
+from megatron_tf.failures import LESS_MEMORY, explain
 from megatron_tf.training.supervision.signals import catch_from_first_line
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 INTERRUPTED = "interrupted: start the same command again"
 
 Main = Callable[..., int]
-"""Takes the arguments, by default those of the process, and options of its own; returns the exit code."""
+"""Takes the command's arguments, by default those of the process, and its own keywords; returns the exit code."""
 
 
-def command(*, interrupted: str = INTERRUPTED) -> Callable[[Main], Main]:
-    """Make a function the `main` of a command: it then returns an exit code for what a user did, whatever that was.
+def command(*, interrupted: str = INTERRUPTED, less_memory: str = LESS_MEMORY) -> Callable[[Main], Main]:
+    """Decorate the `main` of a command so that user errors and Ctrl-C are printed and become exit codes.
 
-    `interrupted` is the line after Ctrl-C. What the command left unfinished, it removes or keeps itself.
+    `interrupted` is the line printed after Ctrl-C, `less_memory` the remedy if memory runs out. Cleaning up unfinished
+    work is left to the command.
     """
 
     def decorate(main: Main) -> Main:
@@ -48,11 +50,12 @@ def command(*, interrupted: str = INTERRUPTED) -> Callable[[Main], Main]:
                 say(interrupted)
                 return EXIT_INTERRUPTED
             except Exception as error:
-                if not is_of_user(error):
+                told = error if is_of_user(error) else explain(error, less_memory=less_memory)
+                if told is None:
                     _report_to_torchrun(f"{type(error).__name__}: {error}", traceback.format_exc())
                     raise
-                say_error(str(error))
-                return getattr(error, "exit_code", 1)
+                say_error(str(told))
+                return getattr(told, "exit_code", 1)
 
         return run
 
@@ -60,12 +63,12 @@ def command(*, interrupted: str = INTERRUPTED) -> Callable[[Main], Main]:
 
 
 def is_of_user(error: Exception) -> bool:
-    """Whether a user can fix it.
+    """Return whether the user can fix an error.
 
-    An OSError with an errno is what the operating system said of the user's files, disk or network: no such file, no
-    space, no permission. It need not name a file: a full disk fails in write(), which only has a descriptor. A closed
-    descriptor is a bug of ours, and so is an OSError that a library made up, without an errno. A terminal that can't
-    show a text is the user's too: we ourselves encode nothing but UTF-8.
+    An OSError with an errno comes from the operating system and concerns the user's files, disk or network: no such
+    file, no space, no permission. It may not name a file: a full disk fails in write(), which only has a descriptor. A
+    closed descriptor is a bug of ours, and so is an OSError without an errno, which a library made up. A text that the
+    terminal can't encode is for the user to fix, since we never encode to anything but UTF-8 ourselves.
     """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno != errno.EBADF
@@ -75,26 +78,26 @@ def is_of_user(error: Exception) -> bool:
 
 
 def say(message: str) -> None:
-    """Print a line to standard error, named by this rank if there are several."""
+    """Print a line to standard error, prefixed with the rank if there are several."""
     rank = os.environ.get("RANK")
     where = "" if rank is None else f"[rank {rank}] "
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"{where}{message}\n")  # in one call: lines of several ranks must not mix
+        sys.stderr.write(f"{where}{message}\n")  # in one call, so that lines of several ranks do not mix
         sys.stderr.flush()
 
 
 def say_error(message: str) -> None:
-    """Print what a user can fix, and let torchrun know; nothing where the message is empty."""
+    """Print an error that the user can fix and report it to torchrun; do nothing if the message is empty."""
     if message:
         say(f"error: {message}")
         _report_to_torchrun(message, f"error: {message}")
 
 
 def run_script(name: str) -> int:
-    """Import and run a command by its name in COMMANDS, with the arguments of the process; the exit code.
+    """Import and run a command by its name in COMMANDS, with the arguments of the process; return the exit code.
 
-    Signals are caught before the import, which can take half a minute and answers a KeyboardInterrupt with errors of
-    its own: Ctrl-C ends the process at once meanwhile, in one line.
+    Signal handlers are installed before the import, which can take half a minute and turns a KeyboardInterrupt into
+    other errors. During the import, Ctrl-C ends the process at once with one line.
     """
     if name == "pretrain":
         catch_from_first_line()
@@ -111,8 +114,10 @@ def run_script(name: str) -> int:
 
 
 def import_late(module: str) -> None:
-    """Import what takes seconds, for a command that does so late: after it has read its options, so that a mistake in
-    them is answered at once. Ctrl-C ends the process at once meanwhile. Raises ImportError."""
+    """Import a slow module after a command has parsed its options, so that errors in those are reported at once.
+
+    During the import, Ctrl-C ends the process at once. Raises ImportError.
+    """
     before = signal.getsignal(signal.SIGINT)
     _end_at_interrupt()
     try:
@@ -122,7 +127,7 @@ def import_late(module: str) -> None:
 
 
 def _end_at_interrupt() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell lets a job ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless a shell makes a job ignore it
         signal.signal(signal.SIGINT, _end)
 
 
@@ -132,12 +137,12 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _report_to_torchrun(message: str, callstack: str) -> None:
-    """Write the error to the file that torchrun reads into its table of failures, as torch's `@record` does. torch is
-    not imported for it: an error in the options is answered before that."""
+    """Write the error to the file that torchrun shows in its table of failures, as torch's `@record` does, but without
+    importing torch: errors in the options are reported before that."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return
-    # torchrun shows the call stack in its table: of what a user can fix, that is the message alone
+    # torchrun shows the call stack in its table: for an error that the user can fix it is just the message
     extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
         json.dump({"message": {"message": message, "extraInfo": extra}}, file)

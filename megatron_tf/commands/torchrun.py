@@ -1,7 +1,7 @@
-"""torchrun that ends as its ranks do: `python -m megatron_tf.torchrun [options] -m megatron_tf.pretrain CONFIG.yaml`.
+"""torchrun with clean exits: `python -m megatron_tf.torchrun [options] -m megatron_tf.pretrain CONFIG.yaml`.
 
-It takes the options of torchrun. After Ctrl-C or an error in a rank, torchrun itself prints a report of its own below
-what the ranks said and ends with 1; here the ranks have the last word, and the exit code is that of the first to fail.
+Takes the options of torchrun. After Ctrl-C or an error in a rank, torchrun prints its own report below the messages of
+the ranks and exits with 1. This command omits the report and exits with the code of the first rank that failed.
 """
 
 import logging
@@ -13,13 +13,13 @@ from megatron_tf.commands.runner import command, import_late
 
 FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SECONDS_TO_SAVE = 600
-"""How long ranks have to save after a signal, before torchrun kills them; torchrun's own default is 30."""
+"""Time that ranks have to save after a signal before torchrun kills them; torchrun's default is 30."""
 
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: that of the rank that failed first, 128 + the number of a signal that ended it or this process, 0
-    where all ranks are done."""
+    """Run torchrun. Returns 0 if all ranks succeed, the exit code of the rank that failed first, or 128 + the number of
+    the signal that ended it or this process."""
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", FORWARDED_SIGNALS)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     import_late("torch.distributed.run")
@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run.run(options)
     except ChildFailedError as error:
-        # torchrun ends the ranks that are left with SIGTERM
+        # torchrun ends the remaining ranks with SIGTERM
         failures = sorted(error.failures.items(), key=lambda item: (item[1].exitcode == -SIGTERM, item[1].timestamp))
         rank, failure = failures[0]
-        if failure.exitcode < 0:  # a rank that ends by itself has said why
+        if failure.exitcode < 0:  # a rank that exits by itself has printed the reason
             name = Signals(-failure.exitcode).name
             print(f"error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
         return shell_code(failure.exitcode)
@@ -45,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def shell_code(code: int) -> int:
-    """The exit code as shells count it, of one that is negative after a signal."""
+    """Convert an exit code, negative after a signal, to that of a shell (128 + the signal's number)."""
     return 128 - code if code < 0 else code
 
 
 def _silence_reports(*, is_started_again: bool) -> None:
-    """Of torchrun's log lines, keep those on ranks that failed and are started again."""
+    """Silence torchrun's log, except for errors of ranks that are restarted."""
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.ERROR if is_started_again else logging.CRITICAL)

@@ -1,4 +1,8 @@
-"""Train a SentencePiece tokenizer (byte-pair encoding that keeps every byte and space) on Pile shards."""
+"""Train a SentencePiece tokenizer (lossless byte-pair encoding: it preserves every byte and space) on text.
+
+Example:
+    megatron-tf train-tokenizer --input 'pile/*.jsonl.zst' --vocab-size 32000 --output-prefix tokenizer
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -8,9 +12,9 @@ from typing import BinaryIO
 
 from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.runner import command
-from megatron_tf.data.documents import BadLines, documents_of
+from megatron_tf.data.documents import BadLines, Input, documents_of
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.inputs import find_inputs
+from megatron_tf.data.sources import inputs_of
 from megatron_tf.files import sync_directory, sync_file
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
@@ -30,15 +34,15 @@ class Options:
 
 @command()
 def main(arguments: list[str] | None = None) -> int:
-    """Train, and write PREFIX.model."""
+    """Train the tokenizer and write PREFIX.model."""
     parser = make_parser("train-tokenizer", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=".jsonl, .jsonl.gz, .jsonl.zst files, or patterns")
-    add("--vocab-size", type=int, required=True, help="pieces, bytes and special ones included")
-    add("--output-prefix", type=file_path, required=True, help="writes PREFIX.model")
-    add("--json-key", default="text", help="the text of a line")
-    add("--max-sentences", type=int, default=100_000, help="lines of text to train on, at most")
-    add("--max-bad-lines", type=float, default=0.001, help="fraction of lines that may be bad")
+    add("--input", nargs="+", required=True, help="files or patterns, as for preprocess-data")
+    add("--vocab-size", type=int, required=True, help="number of pieces, including bytes and special pieces")
+    add("--output-prefix", type=file_path, required=True, help="path prefix of the model: PREFIX.model")
+    add("--json-key", default="text", help="key of the JSON objects, or column, that holds the text")
+    add("--max-sentences", type=int, default=100_000, help="maximum number of lines of text to train on")
+    add("--max-bad-lines", type=float, default=0.001, help="fail if more than this fraction of the lines is invalid")
     options = parse(parser, Options, arguments)
     if not 0 <= options.max_bad_lines <= 1:  # nan too
         parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")
@@ -47,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: Options) -> None:
-    """Train and write the model. Raises DataError for no text, for bad input and for what SentencePiece refuses."""
-    text = Text(find_inputs(options.input), options.json_key)
+    """Train and write the model. Raises DataError for missing text, invalid input, and errors of SentencePiece."""
+    text = Text(inputs_of(options.input), options.json_key)
     lines = itertools.islice(text, options.max_sentences)
     first = next(lines, None)
     text.check(options.max_bad_lines)
@@ -64,7 +68,9 @@ def train(options: Options) -> None:
         temporary.replace(f"{options.output_prefix}.model")
         sync_directory(temporary.parent)
     except RuntimeError as error:
-        text.check(options.max_bad_lines)  # bad input explains more than what SentencePiece makes of the rest
+        text.check(
+            options.max_bad_lines
+        )  # an error in the input is more helpful than SentencePiece's error about the rest
         raise DataError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -72,7 +78,7 @@ def train(options: Options) -> None:
 
 
 def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:
-    """Train on lines and write the model. Raises RuntimeError as SentencePiece does."""
+    """Train on lines and write the model. Raises SentencePiece's RuntimeError."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -93,13 +99,13 @@ def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:
 
 
 class Text(Iterator[str]):
-    """Non-empty lines of the documents, with long ones cut. An error ends them and is kept: SentencePiece would wrap it
-    into a report of its own."""
+    """Iterates over non-empty lines of the documents, truncating long ones. An error ends the iteration and is stored,
+    because SentencePiece would wrap it in its own error."""
 
-    def __init__(self, paths: list[Path], key: str) -> None:
+    def __init__(self, inputs: list[Input], key: str) -> None:
         self.bad = BadLines()
         self.error: Exception | None = None
-        self._documents = documents_of(paths, [key], self.bad)
+        self._documents = documents_of(inputs, [key], self.bad)
         self._lines = self._split(key)
 
     def __next__(self) -> str:
@@ -112,7 +118,7 @@ class Text(Iterator[str]):
             raise StopIteration from None
 
     def check(self, max_bad_lines: float) -> None:
-        """Raise what ended the lines, or DataError where too many of those read were bad."""
+        """Raise the error that ended the lines, or DataError if too many of those read were bad."""
         if self.error is not None:
             raise self.error
         self.bad.check(max_bad_lines)

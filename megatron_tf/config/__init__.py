@@ -1,11 +1,13 @@
-"""Typed configuration: what a run is, checked before anything starts."""
+"""Typed configuration of a run, validated before anything starts."""
 
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.growth import GrowthStage, grown_model, layer_origins, parse_token_option
+from megatron_tf.config.grown_model import LayerSource, grown_model, keeps_outputs, layer_sources, widened_model
+from megatron_tf.config.growth import UNEVEN_MULTIPLE, GrowthStage, parse_token_option
 from megatron_tf.config.load import load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
-from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
+from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig, ScheduleConfig
 from megatron_tf.config.schema import (
+    ANY_DATA,
     DATA_CONTENT,
     CheckpointConfig,
     DataConfig,
@@ -13,18 +15,21 @@ from megatron_tf.config.schema import (
     LoggingConfig,
     ParallelConfig,
     RunConfig,
-    TrainingConfig,
 )
+from megatron_tf.config.training import TrainingConfig
 from megatron_tf.config.types import ParameterKind
 
 __all__ = [
+    "ANY_DATA",
     "DATA_CONTENT",
     "TOKEN_KINDS",
+    "UNEVEN_MULTIPLE",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "GrowthStage",
     "KernelsConfig",
+    "LayerSource",
     "LoggingConfig",
     "LossScaleConfig",
     "ModelConfig",
@@ -32,11 +37,14 @@ __all__ = [
     "ParallelConfig",
     "ParameterKind",
     "RunConfig",
+    "ScheduleConfig",
     "TrainingConfig",
     "grown_model",
-    "layer_origins",
+    "keeps_outputs",
+    "layer_sources",
     "load_config",
     "parse_config",
     "parse_token_option",
     "to_dict",
+    "widened_model",
 ]

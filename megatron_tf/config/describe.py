@@ -1,4 +1,4 @@
-"""The keys of a configuration, as `--help` shows them."""
+"""Descriptions of the configuration keys for `--help`."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ from megatron_tf.help_text import Item, layout
 
 _NAMES = {bool: "true | false", int: "int", float: "float", str: "text", Path: "path", types.NoneType: "null"}
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-_LARGEST_SHOWN = 1_000_000  # bounds above it are of the representation: no one reaches them
+_LARGEST_SHOWN = 1_000_000  # larger bounds only reflect the integer width and would be noise in --help
 
 
 def describe_keys() -> str:
-    """Every key with its type or choices, its default and its meaning, section by section."""
+    """Format every key with its type or choices, default and meaning, one section after another."""
     lines = []
     for section in dataclasses.fields(RunConfig):
         of_list = typing.get_args(section.type)
@@ -34,13 +34,19 @@ def _items(kind: Any, prefix: str) -> list[Item]:
     hints = typing.get_type_hints(kind, include_extras=True)
     items = []
     for name, info in kind.__pydantic_fields__.items():
-        meaning = " ".join((info.description or "").split())
-        items.append(Item(f"{prefix}{name}", type_name(hints[name]), _default(info), meaning))
+        items.append(Item(f"{prefix}{name}", type_name(hints[name]), _default(info), _meaning(kind, name)))
     return items
 
 
+def _meaning(kind: Any, name: str) -> str:
+    """Return the docstring of a key, which pydantic keeps only in the class that declares the key."""
+    bases = (base.__pydantic_fields__.get(name) for base in kind.__mro__ if hasattr(base, "__pydantic_fields__"))
+    found = (info.description for info in bases if info is not None and info.description)
+    return " ".join(next(found, "").split())
+
+
 def type_name(hint: Any) -> str:
-    """A type as users write its values: choices by name, null for None, and the bounds of numbers."""
+    """Format a type hint the way users write its values: choices by name, null for None, numbers with bounds."""
     origin = typing.get_origin(hint)
     arguments = typing.get_args(hint)
     if origin is typing.Annotated:
@@ -55,14 +61,16 @@ def type_name(hint: Any) -> str:
         return f"[{', '.join(type_name(argument) for argument in arguments)}]"
     if origin is dict:
         return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
+    if dataclasses.is_dataclass(hint):
+        return "{key: value}"
     return _NAMES[hint]
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    """The bounds among what pydantic is told of a number, such as " > 0"; empty where there are none."""
+    """Format the bounds in the metadata of a number, such as " > 0"; an empty string if it has none."""
     found = []
     for entry in metadata:
-        # Field(gt=0) keeps the bound among its own metadata
+        # Field(gt=0) keeps the bound in its own metadata
         for constraint in entry.metadata if isinstance(entry, FieldInfo) else [entry]:
             for attribute, sign in _BOUNDS.items():
                 bound = getattr(constraint, attribute, None)

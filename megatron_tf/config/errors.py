@@ -1,10 +1,10 @@
-"""The error of a configuration."""
+"""The exception for invalid configurations."""
 
 from megatron_tf.errors import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration a user can fix: the message says where and how.
+    """Raised for an invalid configuration. The message names the key and says how to fix it.
 
-    It is a ValueError too because validators raise it: pydantic collects no other errors, and adds the key.
+    It is also a ValueError because validators raise it: pydantic only collects those, and adds the key to them.
     """

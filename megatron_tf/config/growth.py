@@ -1,100 +1,128 @@
-"""Growth of a model: one stage of it, and what the model becomes."""
+"""Growth stages of a model, as they are configured; `grown_model` is the model that a stage results in."""
 
-import dataclasses
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, AliasChoices, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Size
+from megatron_tf.config.model import TOKEN_KINDS
+from megatron_tf.config.optimizer import ScheduleConfig
+from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Prefix, Size
 
 LayerTokens = Size | dict[str, Size]
+UNEVEN_MULTIPLE = 1.5
+"""The only multiple of the width that is not an integer."""
+
+
+def _check_multiple(value: float) -> float:
+    if value != UNEVEN_MULTIPLE and (value < 2 or value != int(value)):
+        raise ConfigError(f"must be an integer above 1, or {UNEVEN_MULTIPLE}: no other factor is exact, got {value:g}")
+    return value
+
+
+HiddenMultiple = Annotated[Number, AfterValidator(_check_multiple)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class GrowthStage:
-    """More parameter tokens, more layers, or both, and how training goes on after that."""
+    """One growth of the model: more width, parameter tokens or layers, and how training continues afterwards."""
 
     at_step: Count | None = None
-    """Grow in the run after this many optimizer steps."""
+    """Grow during the run after this many optimizer steps."""
     at_tokens: Count | None = None
-    """Grow in the run once this many tokens are trained on, in place of at_step."""
+    """Grow during the run once this many tokens have been trained on; an alternative to at_step."""
     qkv_tokens: LayerTokens | None = None
-    """New number of tokens of each query, key and value; or a number for some layers: {"0-5": 384, "7": 512}, counted
-    as they are after the growth."""
+    """New number of parameter tokens of each query, key and value Pattention. A mapping sets it for some layers only,
+    numbered as after the growth: {"0-5": 384, "7": 512}."""
     proj_tokens: LayerTokens | None = None
-    """New number of tokens of the attention's output."""
+    """New number of parameter tokens of the attention output Pattention."""
     ffn_tokens: LayerTokens | None = None
-    """New number of tokens of the feed-forward."""
+    """New number of parameter tokens of the feed-forward Pattention, or of hidden units with layer: transformer."""
     insert_layers: list[NonNegative] = Field(default_factory=list)
-    """A new layer, at first the identity, before each old layer named; the number of layers stands for the end."""
-    init: Literal["zero_key", "duplicate", "random"] = "zero_key"
-    """zero_key: new keys are zero, which changes no output. duplicate: tokens are split into equal copies, and what is
-    left over has zero keys. random: as the official code grows; changes the output."""
+    """Insert a new layer before each of these layers, of which it is a copy or neighbor; num_layers appends one at the
+    end."""
+    num_layers: Size | None = None
+    """New number of layers, placed by layer_order; an alternative to insert_layers."""
+    layer_order: Literal["interleaved", "stacked", "middle"] = "interleaved"
+    """Which of the L old layers is at place i of L'. interleaved: floor(i L / L'), each layer next to its copies.
+    stacked: i mod L, the whole stack repeated. middle: the middle layers repeated. The first copy is the old layer."""
+    layer_init: Literal["identity", "copy_zero", "copy"] = "identity"
+    """How new layers are initialized. identity: as in a new model, with zero values where a branch ends. copy_zero: as
+    a copy of the old layer with such zeros; both keep the output. copy: as a full copy with its Adam moments, which
+    changes the output."""
+    hidden_multiple: HiddenMultiple | None = None
+    """Multiply hidden_size and num_attention_heads by an integer or by 1.5, keeping the output."""
+    init: Literal["zero_key", "duplicate", "duplicate_by_utility", "random"] = "zero_key"
+    """How new tokens are initialized. zero_key: with zero keys, which keeps the output. duplicate: as equal copies of
+    the old tokens, with zero keys for any remainder, which keeps the output too. duplicate_by_utility: as copies of the
+    tokens that contribute most on utility_data, which changes the output. random: as in the official code, which
+    changes the output."""
+    utility_data: Prefix | None = None
+    """Dataset (.bin/.idx) on which duplicate_by_utility measures contributions."""
     noise: Annotated[Number, Field(ge=0)] = 0.1
-    """Noise on the values of copies, relative to values at birth; it adds up to zero over the copies of a token."""
-    moments: Literal["keep", "reset"] = "keep"
-    """Whether Adam's moments of what was there before are kept."""
+    """Standard deviation of the noise added to copies, relative to that of newly initialized rows. It sums to zero over
+    the copies, so that the output stays the same, and lets them diverge."""
+    mlp_init: Literal["zero_key", "zero_value", "duplicate"] = "zero_key"
+    """How new hidden units are initialized with layer: transformer; each keeps the output. zero_key: with a zero row in
+    the up projection. zero_value: with a zero row in the down projection. duplicate: as equal copies of the old
+    units."""
+    shrink_factor: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Multiply the old rows of every parameter with weight decay by this after the growth (shrink and perturb)."""
+    perturb_std: Annotated[Number, Field(ge=0)] = 0.0
+    """Add noise of this standard deviation to the same rows after the growth."""
+    adam_state: Annotated[
+        Literal["keep", "reset", "reset_new", "reset_second"],
+        Field(validation_alias=AliasChoices("adam_state", "moments")),
+    ] = "keep"
+    """keep: copies inherit the Adam moments of their originals and other new rows start with zeros. reset: all moments
+    restart from zero. reset_new: those of all new rows do. reset_second: all second moments do."""
+    step_scale: Literal["preserve", "none"] = "preserve"
+    """preserve: scale the Adam updates of copies so that growing commutes with an optimizer step. none: do not."""
     old_tokens_lr_scale: Annotated[Number, Field(ge=0)] = 1.0
-    """Learning rate of the old parameter tokens relative to the new ones; 0 freezes them, decay included."""
+    """Learning rate of the old parameter tokens relative to the schedule; 0 freezes them, weight decay included."""
+    new_tokens_lr_scale: Annotated[Number, Field(gt=0)] = 1.0
+    """Learning rate of the new parameter tokens relative to the schedule."""
     rewarmup_iters: NonNegative = 0
-    """Steps of linear warm-up after the growth."""
+    """Steps of linear learning-rate warm-up after the growth."""
+    optimizer: ScheduleConfig | None = None
+    """A learning-rate schedule that replaces the current one and counts from the growth: lr, min_lr and the lr_ keys of
+    the optimizer section. By default the schedule in force continues."""
+    rewarmup: Literal["all", "new"] = "all"
+    """Whether rewarmup_iters applies to all parameters, or to the new rows only."""
     tensor_model_parallel_size: Count | None = None
-    """Change the layout with the growth: the job ends with exit code 75 after saving, to be started again."""
+    """New tensor-parallel size from this growth on: the job saves and exits with code 75, and must be resubmitted with
+    enough ranks."""
     pipeline_model_parallel_size: Count | None = None
-    """See tensor_model_parallel_size."""
+    """New pipeline-parallel size from this growth on; it works as tensor_model_parallel_size does."""
 
     def is_due(self, step: int, tokens: int) -> bool:
-        """Whether a run of so many steps and tokens has reached the stage."""
+        """Return whether a run has reached this stage after `step` optimizer steps and `tokens` tokens."""
         reached = step if self.at_step is not None else tokens
         return reached >= (self.at_step or self.at_tokens or 0)
 
-
-def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
-    """The model after `stage`. Raises ConfigError where that adds nothing, takes away, or names layers it has not."""
-    if model.layer != "tokenformer":
-        raise ConfigError(f"a model of layer: {model.layer} has no parameter tokens to add to")
-    insertions = sorted(stage.insert_layers)
-    if insertions and insertions[-1] > model.num_layers:
-        raise ConfigError(f"insert_layers names layer {insertions[-1]}, the model has {model.num_layers}")
-    origin = layer_origins(model.num_layers, insertions)
-    changes: dict[str, object] = {"num_layers": len(origin)}
-    for kind in TOKEN_KINDS:
-        old = model.token_counts(kind)
-        kept = [old[layer] if layer is not None else _neighbour(old, origin, i) for i, layer in enumerate(origin)]
-        new = _requested_counts(kind, kept, getattr(stage, f"{kind}_tokens"))
-        for i, layer in enumerate(origin):
-            if layer is not None and new[i] < old[layer]:
-                raise ConfigError(
-                    f"{kind}_tokens={new[i]}: there are {old[layer]} in layer {layer} already, and growth only adds; "
-                    f"megatron-tf reshard-checkpoint --shrink takes away"
-                )
-            if layer is not None and new[i] > old[layer]:
-                _check_init(model, stage, f"{kind}_tokens={new[i]}", old=old[layer], new=new[i])
-        changes[f"{kind}_tokens"] = new[0] if len(set(new)) == 1 else new
-    grown = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
-    if grown == model:
-        raise ConfigError("the growth adds nothing: ask for more tokens of some kind, or for layers")
-    return grown
-
-
-def layer_origins(num_layers: int, insertions: list[int]) -> list[int | None]:
-    """For each layer after the growth the old layer it was, None for a new one."""
-    origin: list[int | None] = []
-    for layer in range(num_layers + 1):
-        origin += [None] * insertions.count(layer)
-        if layer < num_layers:
-            origin.append(layer)
-    return origin
+    def __post_init__(self) -> None:
+        if self.num_layers is not None and self.insert_layers:
+            raise ConfigError("num_layers and insert_layers both place new layers: give one of them")
+        if self.num_layers is None and self.layer_order != "interleaved":
+            raise ConfigError(
+                f"layer_order={self.layer_order} places the layers of num_layers, which is not given: set num_layers, "
+                f"or name each place in insert_layers and remove layer_order"
+            )
+        if (self.init == "duplicate_by_utility") != (self.utility_data is not None):
+            raise ConfigError(
+                "init: duplicate_by_utility and utility_data belong together: the prefix of the dataset on which the "
+                "contribution of each token is measured"
+            )
+        if self.optimizer is not None and self.rewarmup_iters and self.optimizer.has_warmup:
+            raise ConfigError("warm-up is given twice, as rewarmup_iters and in optimizer: give one")
 
 
 def parse_token_option(option: str, text: str) -> dict[str, LayerTokens]:
-    """Kind -> tokens, from "qkv=N,proj=N,ffn@0-5=N": for all layers, or for the ones named after the @.
+    """Parse "qkv=N,proj=N,ffn@0-5=N" into kind -> tokens, for all layers or for those named after the @.
 
-    Raises ConfigError naming the `option` where the text can't be read.
+    Raises ConfigError naming the `option` if the text is malformed.
     """
     counts: dict[str, LayerTokens] = {}
     for part in text.split(","):
@@ -111,48 +139,3 @@ def parse_token_option(option: str, text: str) -> dict[str, LayerTokens]:
             raise ConfigError(f"{option}: {place} is given twice")
         counts[kind] = {**(known or {}), layers: int(number)} if at else int(number)
     return counts
-
-
-def _check_init(model: ModelConfig, stage: GrowthStage, what: str, *, old: int, new: int) -> None:
-    """Raise where the kind of growth can't keep the promise it makes."""
-    is_softmax = model.norm_activation == "softmax"
-    if stage.init == "zero_key" and is_softmax:
-        raise ConfigError(
-            f"{what}: a softmax model cannot be grown exactly by zero keys: each new token takes a share exp(0) = 1 of "
-            f"every row's sum; init duplicate to a multiple of the {old} tokens is exact"
-        )
-    if stage.init == "duplicate" and new < 2 * old:
-        raise ConfigError(
-            f"{what}: duplicate makes as many copies of every one of the {old} tokens, so it needs {2 * old} or more; "
-            f"use zero_key for fewer"
-        )
-    if stage.init == "duplicate" and is_softmax and new % old:
-        raise ConfigError(
-            f"{what}: a softmax model is duplicated exactly to a multiple of its {old} tokens only: "
-            f"another token would take a share of every row's sum"
-        )
-
-
-def _neighbour(old: list[int], origin: list[int | None], place: int) -> int:
-    """Tokens of the old layer that follows, or of the last one."""
-    following = (layer for layer in origin[place:] if layer is not None)
-    return old[next(following, len(old) - 1)]
-
-
-def _requested_counts(kind: str, counts: list[int], requested: LayerTokens | None) -> list[int]:
-    if requested is None:
-        return counts
-    if isinstance(requested, int):
-        return [requested] * len(counts)
-    new = list(counts)
-    for layers, count in requested.items():
-        first, _, last = layers.partition("-")
-        try:
-            chosen = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise ConfigError(f"{kind}_tokens: layers are written 3 or 0-5, not {layers!r}") from None
-        if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(new):
-            raise ConfigError(f"{kind}_tokens: there are no layers {layers} among {len(new)}")
-        for layer in chosen:
-            new[layer] = count
-    return new

@@ -1,15 +1,16 @@
-"""From YAML and command-line overrides to a checked `RunConfig`, and back."""
+"""Loads a validated `RunConfig` from YAML and command-line overrides, and converts it back to plain values."""
 
 import dataclasses
 import difflib
 import re
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AliasChoices, TypeAdapter, ValidationError
 
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.schema import RunConfig
@@ -18,9 +19,9 @@ T = TypeVar("T")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run described by the YAML file at `path`, with `--section.key=value` overrides applied in order.
+    """Load the YAML file at `path` and apply `--section.key=value` overrides in order.
 
-    Raises ConfigError naming the file and the key for an unreadable file, an unknown key or a bad value.
+    Raises ConfigError naming the file and the key for an unreadable file, an unknown key or an invalid value.
     """
     try:
         values = read_yaml(path.read_text())
@@ -38,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(kind: type[T], values: dict[str, Any], source: str) -> T:
-    """Check `values` against the dataclass `kind`. Raises ConfigError with every fault found, one a line."""
+    """Validate `values` against the dataclass `kind`. Raises ConfigError that lists every error, one per line."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -47,7 +48,7 @@ def parse_config(kind: type[T], values: dict[str, Any], source: str) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON values, every default spelled out."""
+    """Convert a configuration to JSON values, with every default filled in."""
     values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return values
 
@@ -58,7 +59,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not (override.startswith("--") and equals and dot and section and name):
         raise ConfigError(f"cannot read {override!r}: overrides are written --section.key=value")
     if not text.strip():
-        raise ConfigError(f"{override!r} has no value: write null for none (a shell variable that is not set?)")
+        raise ConfigError(f"{override!r} has no value: write null for none (is a shell variable unset?)")
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise ConfigError(f"cannot apply {override!r}: {section} is not a section in the file")
@@ -69,7 +70,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def read_yaml(text: str) -> Any:
-    """The value that YAML describes. Raises YAMLError for whatever can't be read, duplicate keys among it."""
+    """Parse YAML strictly. Raises YAMLError for anything malformed, including duplicate keys."""
     try:
         return yaml.load(text, _UniqueKeys)
     except RecursionError:
@@ -77,13 +78,13 @@ def read_yaml(text: str) -> Any:
 
 
 def _one_of_each(faults: Sequence[Any]) -> list[Any]:
-    """Of the types that a value could have, such as a number or a list of them, the fault in the one it is closest to;
-    without the names that pydantic has for these types."""
+    """Keep one error per value whose type is a union: the one for the alternative that the value is closest to.
+    pydantic's own names of the alternatives are removed."""
     found: dict[tuple[Any, ...], Any] = {}
     for fault in faults:
-        # pydantic puts the names of types it has tried among the keys: without them the place is what the user wrote
+        # pydantic puts the names of the types it has tried into the path of keys; the user only wrote the others
         place = tuple(part for part in fault["loc"] if not re.search(r"\[|constrained|function-", str(part)))
-        # faults that such a name marks are alternatives: one of them is enough for a section.key
+        # errors with such a name are alternatives of one union: report a single one for each section.key
         key = place if len(place) == len(fault["loc"]) else place[:2]
         if key not in found or len(place) > len(found[key]["loc"]):
             found[key] = fault | {"loc": place}
@@ -91,24 +92,21 @@ def _one_of_each(faults: Sequence[Any]) -> list[Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with a key that is given twice, of which YAML takes the last, and names the line of a value
-    that can't be built."""
+    """Rejects duplicate keys, of which YAML silently takes the last, and names the line of an invalid value."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """See SafeLoader."""
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, TypeError, OverflowError) as error:  # a date of month 13, a number of 5,000 digits
+        except (ValueError, TypeError, OverflowError) as error:  # a date with month 13, a number with 5,000 digits
             raise yaml.constructor.ConstructorError(None, None, f"line {node.start_mark.line + 1}: {error}") from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See SafeLoader."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = key_node.value
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key is not a name")
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: a key is not a string")
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice, again in line {line}")
             seen.add(key)
@@ -123,7 +121,10 @@ def _in_one_line(error: Exception) -> str:
 def _explain(kind: Any, fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-        known = _known_keys(kind, fault["loc"][:-1])
+        *path, key = fault["loc"]
+        if (name := _named_otherwise(kind, path, key)) is not None:
+            return f"{where} is another name of {name}, which is given too: keep one of them"
+        known = _known_keys(kind, path)
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
@@ -139,8 +140,23 @@ def _field_type(kind: Any, name: Any) -> Any:
     return next(field.type for field in dataclasses.fields(kind) if field.name == name)
 
 
-def _known_keys(kind: Any, path: tuple[Any, ...]) -> list[str]:
+def _known_keys(kind: Any, path: Sequence[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(_section(kind, path))]
+
+
+def _named_otherwise(kind: Any, path: Sequence[Any], key: Any) -> str | None:
+    """Return the key that `key` is a second name of; pydantic only finds it unexpected if both are given."""
+    for name, field in _section(kind, path).__pydantic_fields__.items():
+        if isinstance(field.validation_alias, AliasChoices) and key in field.validation_alias.choices:
+            return str(name)
+    return None
+
+
+def _section(kind: Any, path: Sequence[Any]) -> Any:
+    """Return the dataclass at a path of keys below `kind`."""
     for part in path:
         is_item = isinstance(part, int)
         kind = typing.get_args(kind)[0] if is_item else _field_type(kind, part)
-    return [field.name for field in dataclasses.fields(kind)]
+        if isinstance(kind, types.UnionType):  # a section that may be null
+            kind = next(filter(dataclasses.is_dataclass, typing.get_args(kind)))
+    return kind

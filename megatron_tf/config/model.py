@@ -1,4 +1,4 @@
-"""The model section of a configuration."""
+"""The `model` section of a configuration."""
 
 from typing import Annotated, Literal
 
@@ -15,38 +15,46 @@ TOKEN_KINDS = ("qkv", "proj", "ffn")
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
-    """The TokenFormer (arXiv 2410.23168), or a plain transformer of the same trunk to compare it with."""
+    """Architecture of the TokenFormer (arXiv 2410.23168), or of a plain transformer baseline with the same trunk."""
 
     num_layers: Annotated[Size, Field(le=10_000_000)]
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     hidden_size: Size
-    """Width D of the residual stream; growth leaves it as it is."""
+    """Width D of the residual stream."""
     num_attention_heads: Size
-    """Heads; must divide hidden_size, and be divisible by the tensor-parallel size."""
+    """Number of attention heads; must divide hidden_size and be divisible by the tensor-parallel size."""
     layer: Literal["tokenformer", "transformer"] = "tokenformer"
-    """transformer: linear projections and an MLP in place of Pattentions; it can't grow."""
+    """tokenformer: every projection is a Pattention. transformer, the baseline: linear projections and an MLP."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Norms of the residual stream. layernorm: without parameters inside the blocks, with weight and bias before the
+    output layer. rmsnorm, with layer: transformer: each with a weight and no bias, as in Llama."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of layer: transformer. gelu: down(gelu(up x)). swiglu: down(silu(gate x) * up x), as in Llama."""
+    qk_norm: bool = False
+    """With layer: transformer, apply an RMSNorm to each head's queries and keys before they are rotated, as in Qwen3.
+    Its two weights [head_dim] are shared by all heads of a layer."""
     qkv_tokens: TokenCounts | None = None
-    """Parameter tokens N of each of the query, key and value Pattentions; a list gives a number for each layer."""
+    """Parameter tokens N of each query, key and value Pattention; a list sets the number for each layer."""
     proj_tokens: TokenCounts | None = None
-    """Parameter tokens of the attention's output Pattention."""
+    """Parameter tokens of the attention output Pattention."""
     ffn_tokens: TokenCounts
-    """Parameter tokens of the feed-forward Pattention; of a transformer, the MLP's hidden units."""
+    """Parameter tokens of the feed-forward Pattention; hidden units of the MLP with layer: transformer."""
     vocab_size: Size
-    """Ids the tokenizer can produce, before padding."""
+    """Size of the tokenizer's vocabulary, before padding."""
     make_vocab_size_divisible_by: Size = 128
-    """The embedding is padded to a multiple of this; padded rows are trained and not masked."""
+    """Pad the embedding to a multiple of this; padded rows are trained, not masked."""
     norm_activation: NormActivation = "l2_norm_gelu"
-    """How a Pattention turns scores into weights of its values."""
+    """How a Pattention turns its scores into the weights of its values."""
     untie_embeddings_and_output_weights: bool = False
-    """Give the output layer a weight of its own instead of the embedding's."""
+    """Give the output layer its own weight instead of sharing the embedding's."""
     rotary_percent: Annotated[Number, Field(gt=0, le=1)] = 0.25
-    """Share of each head's dimensions that are rotated."""
+    """Fraction of each head's dimensions that are rotated."""
     rotary_base: Annotated[Number, Field(gt=0)] = 10000.0
-    """Base of the rotary frequencies."""
+    """Base period of the rotary position embeddings."""
     layernorm_epsilon: Annotated[Number, Field(gt=0)] = 1e-5
-    """Epsilon of every layer norm."""
+    """Epsilon added to the variance in every layer norm, and to the mean square in every RMSNorm."""
     init_method_std: Annotated[Number, Field(gt=0)] = 0.02
-    """Standard deviation of the embedding and of every key token at birth."""
+    """Standard deviation of the embedding and of every key token at initialization."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -61,6 +69,8 @@ class ModelConfig:
                     f"{kind}_tokens is {'given, and a transformer has none' if is_given else 'missing'}: "
                     f"layer is {self.layer}"
                 )
+        if self.layer == "tokenformer":
+            self._check_tokenformer()
         for kind in self.token_kinds:
             counts = getattr(self, f"{kind}_tokens")
             if isinstance(counts, list) and len(counts) != self.num_layers:
@@ -68,17 +78,17 @@ class ModelConfig:
 
     @property
     def token_kinds(self) -> tuple[str, ...]:
-        """Kinds of tokens the layers have."""
+        """Kinds of parameter tokens in each layer: those of TOKEN_KINDS that `layer` uses."""
         return TOKEN_KINDS if self.layer == "tokenformer" else ("ffn",)
 
     def token_counts(self, kind: str) -> list[int]:
-        """Parameter tokens of `kind` in each layer."""
+        """Return the number of parameter tokens of `kind` in each layer, [num_layers]."""
         counts = getattr(self, f"{kind}_tokens")
         return list(counts) if isinstance(counts, list) else [counts] * self.num_layers
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise ConfigError, with the numbers, unless `size` ranks can share every layer and the vocabulary evenly."""
-        # every layer, since lists may give each another count
+        """Raise ConfigError unless `size` ranks can split every layer and the vocabulary evenly."""
+        # every layer, because a list may set a different number for each
         shared = {"num_attention_heads": [self.num_attention_heads], "padded_vocab_size": [self.padded_vocab_size]}
         for kind in self.token_kinds:
             shared[f"{kind}_tokens"] = self.token_counts(kind)
@@ -90,8 +100,10 @@ class ModelConfig:
                     )
 
     def check_rotary(self) -> None:
-        """Raise ConfigError, with the numbers, unless rotated dimensions come in pairs. Models that were trained before
-        this was checked can still be read."""
+        """Raise ConfigError unless the number of rotated dimensions is even and positive.
+
+        Separate from the other checks so that checkpoints written before it existed still load.
+        """
         rotated = int(self.head_dim * self.rotary_percent)
         if rotated == 0 or rotated % 2:
             raise ConfigError(
@@ -100,6 +112,12 @@ class ModelConfig:
                 f"it must be an even number above 0"
             )
 
+    def _check_tokenformer(self) -> None:
+        chosen = {"norm": self.norm, "mlp": self.mlp, "qk_norm": self.qk_norm}
+        for key, default in {"norm": "layernorm", "mlp": "gelu", "qk_norm": False}.items():
+            if chosen[key] != default:
+                raise ConfigError(f"{key}={chosen[key]} needs layer: transformer; a TokenFormer has no such choice")
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
@@ -107,6 +125,6 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Rows of the embedding: vocab_size rounded up to a multiple of make_vocab_size_divisible_by."""
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple

@@ -6,23 +6,27 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.growth import GrowthStage, grown_model
+from megatron_tf.config.grown_model import grown_model
+from megatron_tf.config.growth import GrowthStage
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
-from megatron_tf.config.types import STRICT, Count, FilePath, Name, NonNegative, Number, Prefix, Seed
+from megatron_tf.config.schedules import check_schedules, schedule_after
+from megatron_tf.config.training import TrainingConfig
+from megatron_tf.config.types import STRICT, Count, FilePath, Name, NonNegative, Number, Prefix
 
 _NUMPY_SEEDS = 2**32
 DATA_CONTENT = "data.content"
-"""In checkpoint.allow_changes: what is in the files of data.data_path."""
+"""Name in checkpoint.allow_changes for the contents of the files in data.data_path."""
+ANY_DATA = "data"
+"""Name in checkpoint.allow_changes for everything that decides which data is read, and in which order."""
 
 
 def check_weights(key: str, entries: Sequence[str]) -> None:
-    """Raise ConfigError, with `key`, for datasets of which some have a weight and others none, or with weights that
-    are no shares of a whole."""
+    """Raise ConfigError, naming `key`, if only some datasets have a weight, or if the weights are invalid."""
     fields = [entry.split(maxsplit=1) for entry in entries]
     if all(len(field) == 1 for field in fields):
         return
@@ -31,28 +35,29 @@ def check_weights(key: str, entries: Sequence[str]) -> None:
     except ValueError:
         raise ConfigError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
     if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-        raise ConfigError(f"{key}: weights must be finite and not negative, and not all of them zero: {weights}")
+        raise ConfigError(f"{key}: weights must be finite and non-negative, and at least one positive, got {weights}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks."""
+    """How the model and the batch are distributed over ranks."""
 
     tensor_model_parallel_size: Count = 1
-    """Ranks that share each layer's parameter tokens."""
+    """Number of ranks that each layer's parameter tokens are split over."""
     pipeline_model_parallel_size: Count = 1
-    """Stages the layers are cut into."""
+    """Number of pipeline stages that the layers are split into."""
     data_parallel_size: Count | None = None
-    """Replicas that share a batch; by default what is left of the world size."""
+    """Number of data-parallel ranks that split the batch; by default the world size divided by the other sizes."""
     data_parallel_shard_size: Count | None = None
-    """Replicas that share one copy of parameters, gradients and Adam's moments, each holding a part: all of them by
-    default; 1 for a whole copy on each; between, groups of replicas with a copy each."""
+    """Number of data-parallel ranks that parameters, gradients and optimizer state are sharded over. By default all of
+    them (fully sharded); 1 replicates them on every rank; a size in between shards within groups of that many ranks
+    and replicates across groups (hybrid sharding)."""
     sequence_parallel: bool = False
-    """Shard activations between layers on the sequence over the tensor-parallel ranks."""
+    """Shard the activations between layers along the sequence over the tensor-parallel ranks."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forward and backward micro-batches over the stages."""
+    """Order in which the pipeline stages run forward and backward micro-batches."""
     distributed_timeout_seconds: Annotated[Count, Field(le=10**8)] = 600
-    """How long a rank waits for another before it gives up with an error."""
+    """Timeout after which a rank that waits for another one fails with an error."""
 
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -64,173 +69,98 @@ class DataConfig:
     """The tokens to train on."""
 
     data_path: Annotated[list[Prefix], Field(min_length=1)]
-    """Prefixes of .bin/.idx pairs; or pairs "WEIGHT PREFIX" to blend several by weight."""
+    """Prefixes of .bin/.idx pairs, or entries "WEIGHT PREFIX" to blend several by weight."""
     valid_data_path: Annotated[list[Prefix], Field(min_length=1)] | None = None
-    """Datasets for validation, whole, in place of a share of data_path."""
+    """Datasets used entirely for validation, instead of the validation split of data_path."""
     tokenizer_type: str
     """HFTokenizer, SentencePieceTokenizer, TikTokenizer or NullTokenizer."""
     tokenizer_model: FilePath | None = None
-    """The tokenizer's file; its hash must be the one the data was made with. A vocab.json has merges.txt next to it."""
+    """The tokenizer's file; it must be the one the data was preprocessed with, which is checked by its hash. A
+    vocab.json needs merges.txt next to it."""
     eod_token: Annotated[str, Field(min_length=1)] | None = None
-    """The token that ends a document; by default the one that the tokenizer's files name."""
+    """The end-of-document token; by default the one named in the tokenizer's files."""
     split: str = "969,30,1"
-    """Shares of the documents for training, validation and test."""
-    order: Literal["counter", "megatron"] = "counter"
-    """counter: a run's first samples are the same however long it is planned; megatron: Megatron-LM's order."""
+    """Relative shares of the documents for training, validation and test."""
+    order: Literal["counter", "lanes", "megatron"] = "counter"
+    """Order of the samples: counter, independent of train_iters; lanes, in which every token of an epoch is read once
+    through any change of the data; megatron, Megatron-LM's order, bit for bit."""
     eod_mask_loss: bool = False
-    """Take no loss of what follows an end of document."""
+    """Exclude the token after each end of document from the loss."""
     reset_attention_mask: bool = False
-    """Let documents of one sample not see each other, and count positions anew in each."""
+    """Mask attention across the documents within a sample and restart position ids at each (intra-document masking)."""
     data_cache_path: FilePath | None = None
-    """Where index files are kept; by default beside the first data prefix."""
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class TrainingConfig:
-    """Batches, length of the run, numbers."""
-
-    seq_length: Count
-    """Tokens of one sample."""
-    micro_batch_size: Count
-    """Samples one rank runs at a time."""
-    global_batch_size: Count
-    """Samples of one optimizer step, over all data-parallel ranks."""
-    rampup_batch_size: tuple[Count, Count, Count] | None = None
-    """[START, INCREMENT, SAMPLES]: steps have START samples at first and grow by INCREMENT at a time, evenly over the
-    first SAMPLES of the run, to global_batch_size."""
-    train_iters: Count
-    """Optimizer steps the whole run is to last, those before a resume included."""
-    seed: Seed = 1234
-    """Decides initial values, the order of the data and what is dropped."""
-    deterministic: bool = False
-    """Take only algorithms that repeat every bit on the same layout and machine; one that cannot is an error."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of activations and of matrix products; parameters, sums of gradients and Adam stay fp32."""
-    max_skipped_steps: Count = 5
-    """Abort after this many consecutive batches with a non-finite loss or gradient; the state before them is saved."""
-    loss_spike_sigmas: Annotated[Number, Field(gt=0)] = 8.0
-    """A loss so many standard deviations of its noise above the last ones is reported as a spike."""
-    rewind_after_spikes: Count | None = None
-    """After so many spikes in a row go back to the last checkpoint and go on behind the data read since; by default
-    spikes are only reported."""
-    exit_duration_in_mins: Annotated[Number, Field(gt=0)] | None = None
-    """Save and end with exit code 75 at the first step after so many minutes of this job."""
-    hidden_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Share of the embedding's, each attention's and each ffn's output that is dropped."""
-    attention_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    """Share of the weights of attention over tokens that is dropped; it needs kernels.attention sdpa."""
-    recompute_granularity: Literal["none", "selective", "full"] = "none"
-    """What is made again in backward instead of kept: nothing; the scores of each Pattention; all of each layer."""
-    eval_interval: NonNegative = 0
-    """Steps between evaluations on the validation split; 0 for none."""
-    eval_iters: Count = 10
-    """Global batches of one evaluation."""
-
-    def batch_size_at(self, consumed_samples: int) -> int:
-        """Samples of the step that begins after so many, as Megatron-LM ramps them up."""
-        if self.rampup_batch_size is None:
-            return self.global_batch_size
-        start, increment, samples = self.rampup_batch_size
-        # whole numbers alone: every rank, and every resume, counts the same size
-        increments = (self.global_batch_size - start) // increment
-        return start + increment * min(increments, consumed_samples * increments // samples)
-
-    def samples_of(self, steps: int) -> int:
-        """Samples of so many steps from the first one on."""
-        samples = 0
-        ramp = self.rampup_batch_size[2] if self.rampup_batch_size else 0
-        for step in range(steps):
-            # from here on every step is alike: only those of the ramp are counted one by one
-            if samples >= ramp:
-                return samples + (steps - step) * self.global_batch_size
-            samples += self.batch_size_at(samples)
-        return samples
-
-    @property
-    def batch_sizes(self) -> Sequence[int]:
-        """Every size a step can have."""
-        start, increment, _ = self.rampup_batch_size or (self.global_batch_size, 1, 0)
-        return range(start, self.global_batch_size + 1, increment)
-
-    def __post_init__(self) -> None:
-        if self.rampup_batch_size is not None:
-            start, increment, _ = self.rampup_batch_size
-            if start >= self.global_batch_size or (self.global_batch_size - start) % increment:
-                raise ConfigError(
-                    f"rampup_batch_size cannot go from {start} by {increment} at a time to global_batch_size "
-                    f"({self.global_batch_size}): START must be below it, and what is between divisible by INCREMENT"
-                )
-        for size in self.batch_sizes:
-            if size % self.micro_batch_size:
-                key = "global_batch_size" if size == self.global_batch_size else "a batch of rampup_batch_size"
-                raise ConfigError(f"{key} ({size}) must be divisible by micro_batch_size ({self.micro_batch_size})")
+    """Directory for cached index files; by default next to the first data prefix."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class CheckpointConfig:
-    """Where the run is kept."""
+    """Where and when the run is saved, and where it starts from."""
 
     save: FilePath | None = None
-    """Directory of this run's checkpoints; a run started again goes on from the newest one in it."""
+    """Directory for the checkpoints of this run; a restarted run resumes from the newest one in it."""
     load: FilePath | None = None
-    """Checkpoint to start from where `save` holds none yet (a grown one, say)."""
+    """Checkpoint to start from if `save` has none yet, for example a grown one."""
     save_interval: NonNegative = 0
-    """Steps between checkpoints; 0 for one at the end only."""
+    """Steps between checkpoints; 0 saves only at the end."""
     keep_last: Count | None = None
-    """Older checkpoints are removed beyond this many."""
+    """Keep only this many of the newest checkpoints; by default all."""
     keep_every: Count | None = None
-    """Checkpoints of steps that are a multiple of this are never removed."""
+    """Never remove checkpoints of steps that are a multiple of this."""
     finetune: bool = False
-    """Take only the weights from `load`, and start with them at step 0: with new data, schedule and optimizer state."""
+    """Take only the weights from `load` and start at step 0, with fresh data order, schedule and optimizer state."""
     allow_changes: list[str] = Field(default_factory=list)
-    """Keys that may differ from the checkpoint's although the data read or the learning rate then silently change, such
-    as [training.seed, data.data_path]; data.content stands for what is in the files."""
+    """Keys that may differ from the checkpoint's although this changes which data is read or the learning rate, such as
+    [training.seed]; data.content stands for the contents of the data files, data for everything about the data."""
     async_save: bool = True
-    """Write in the background while training goes on; a save then stalls for the copy to host memory only."""
+    """Write checkpoints in the background; training then only stalls for the copy to host memory."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class KernelsConfig:
-    """Which implementation computes what; auto takes the fastest one that is there, and says so once."""
+    """Implementation of each operation; auto picks the fastest one available and logs its choice once."""
 
     pattention: Literal["auto", "eager", "compiled", "triton"] = "auto"
-    """What happens between a Pattention's two products."""
+    """The normalization between the two matrix products of a Pattention."""
     attention: Literal["auto", "sdpa", "flash_attn", "transformer_engine"] = "auto"
-    """Attention over tokens; flash_attn is version 4 where it is there and the GPU is recent enough, else 2."""
+    """Attention between tokens; flash_attn uses version 4 if it is installed and the GPU supports it, else version
+    2."""
     norm: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
     """Layer norms."""
     optimizer: Literal["auto", "torch", "apex", "transformer_engine"] = "auto"
-    """AdamW; torch's is the fused one."""
+    """AdamW; torch selects PyTorch's fused implementation."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class LoggingConfig:
-    """What the run says."""
+    """What the run logs, where metrics go, and which steps are profiled."""
 
     log_interval: Count = 10
-    """Steps between lines of the log."""
+    """Steps between log lines."""
     tensorboard_dir: FilePath | None = None
     """Directory for TensorBoard event files."""
     metrics_file: FilePath | None = None
-    """File for one JSON object per step; a resumed run appends."""
+    """JSON Lines file that gets one object per step; a resumed run appends to it."""
     wandb_project: Name | None = None
-    """Project of Weights & Biases that gets the metrics too."""
+    """Weights & Biases project to log the metrics to."""
     wandb_exp_name: Name | None = None
-    """Name of the run there; started again under the same name it goes on."""
+    """Name of the Weights & Biases run; a restart with the same name continues it."""
     wandb_save_dir: FilePath | None = None
-    """Directory for the files of Weights & Biases."""
+    """Directory for the local files of Weights & Biases."""
     peak_teraflops: Annotated[Number, Field(gt=0)] | None = None
-    """Rate of one device's matrix products in 1e12 operations a second, to tell the model FLOP utilisation (MFU) by;
-    known for common GPUs in 16 bits."""
+    """Peak matrix-multiplication rate of one device in TFLOP/s, from which the model FLOPs utilization (MFU) is
+    computed; known for common GPUs in 16 bits."""
     communication_interval: NonNegative = 100
-    """Steps between those that are profiled for the time ranks spend communicating; 0 for none."""
+    """Profile one step out of this many to measure the time spent in communication; 0 disables it."""
+    straggler_factor: Annotated[Number, Field(gt=1)] | None = 1.5
+    """Name the slowest rank with a log line if it works this many times as long as the median of the ranks with the
+    same work, without the time that it waits for others; null disables it. Needs communication_interval."""
     profile_dir: FilePath | None = None
-    """Directory for traces of steps, one a rank: of those between profile_step_start and _end, and of the step after
-    SIGUSR2."""
+    """Directory for profiler traces, one per rank, of the steps from profile_step_start to profile_step_end and of the
+    step after a SIGUSR2."""
     profile_step_start: Count | None = None
-    """First step to trace."""
+    """First step to trace; needs profile_dir."""
     profile_step_end: Count | None = None
-    """Last step to trace."""
+    """Last step to trace, inclusive."""
 
     def __post_init__(self) -> None:
         ends = self.profile_step_start, self.profile_step_end
@@ -246,7 +176,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class RunConfig:
-    """A whole run."""
+    """Complete configuration of a run."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -258,10 +188,13 @@ class RunConfig:
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     growth: list[GrowthStage] = Field(default_factory=list)
-    """Stages of growth within the run, in their order; `model` is what it begins with."""
+    """Growth stages during the run, in order; `model` describes the model before the first one."""
 
     def at_stage(self, number: int) -> "RunConfig":
-        """The run's configuration after `number` stages of growth. Raises ConfigError for a growth that can't be."""
+        """Return the configuration after the first `number` growth stages, with the learning-rate schedule in force.
+
+        Raises ConfigError for an invalid growth.
+        """
         model = self.model
         layout = {}
         for stage in self.growth[:number]:
@@ -270,10 +203,12 @@ class RunConfig:
                 if (size := getattr(stage, key)) is not None:
                     layout[key] = size
         parallel = dataclasses.replace(self.parallel, **layout)
-        return dataclasses.replace(self, model=model, parallel=parallel, growth=[])
+        schedule = schedule_after(self.growth, number)
+        optimizer = self.optimizer.with_schedule(schedule) if schedule else self.optimizer
+        return dataclasses.replace(self, model=model, parallel=parallel, optimizer=optimizer, growth=[])
 
     def __post_init__(self) -> None:
-        # each section has checked itself: what is left are facts of several sections
+        # each section has validated itself: only constraints across sections are left
         self._check_tensor_parallel()
         self._check_growth()
         self.model.check_rotary()
@@ -281,7 +216,9 @@ class RunConfig:
         self._check_data()
         if self.optimizer.lr_decay_iters is None and self.optimizer.lr_decay_tokens is None:
             self.optimizer.check_end("iters", "training.train_iters", self.training.train_iters)
-        self._check_attention()
+        self._check_kernels()
+        if self.training.precision == "fp8" and self.model.layer != "tokenformer":
+            raise ConfigError("training.precision=fp8 needs model.layer=tokenformer: choose bf16")
         if self.training.recompute_granularity == "selective" and self.model.layer != "tokenformer":
             raise ConfigError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
@@ -305,24 +242,31 @@ class RunConfig:
     def _check_growth(self) -> None:
         for number, stage in enumerate(self.growth):
             if (stage.at_step is None) == (stage.at_tokens is None):
-                raise ConfigError(f"growth[{number}]: say when, by either at_step or at_tokens")
-            # all stages are built now: a run would otherwise find the impossible one only when it gets there
+                raise ConfigError(f"growth[{number}]: give either at_step or at_tokens")
+        for key in ("at_step", "at_tokens"):
+            # each key on its own: only the run itself knows how steps and tokens compare
+            times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
+            if times != sorted(set(times)):
+                raise ConfigError(f"growth: {key} must increase from stage to stage, got {times}")
+        check_schedules(self.growth, self.training.train_iters)
+        # build all stages now: otherwise a run would only fail when it reaches the impossible one
+        for number in range(len(self.growth)):
             try:
                 self.at_stage(number + 1)
             except ConfigError as error:
                 raise ConfigError(f"growth[{number}]: {error}") from None
-        for key in ("at_step", "at_tokens"):
-            # each key on its own: how steps and tokens compare, only the run can tell
-            times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
-            if times != sorted(set(times)):
-                raise ConfigError(f"growth: {key} must increase from stage to stage, it is {times}")
+            except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ConfigError(f"growth[{number}]: {message}") from None
         if self.growth and self.checkpoint.save is None:
             raise ConfigError("growth needs checkpoint.save: the model is saved before it grows")
 
-    def _check_attention(self) -> None:
+    def _check_kernels(self) -> None:
         for key in ("attention_dropout", "deterministic"):
             if getattr(self.training, key) and self.kernels.attention not in ("auto", "sdpa"):
-                raise ConfigError(f"training.{key} needs kernels.attention sdpa, it is {self.kernels.attention}")
+                raise ConfigError(f"training.{key} needs kernels.attention sdpa, but it is {self.kernels.attention}")
+        if self.model.norm == "rmsnorm" and self.kernels.norm not in ("auto", "torch"):
+            raise ConfigError(f"kernels.norm={self.kernels.norm} computes layer norms only: choose auto or torch")
 
     def _check_data(self) -> None:
         for key in ("data_path", "valid_data_path"):
@@ -339,18 +283,18 @@ class RunConfig:
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint
         needed = {
-            "training.rewind_after_spikes": "there is nothing to go back to",
-            "training.exit_duration_in_mins": "the run is saved before it ends",
-            "checkpoint.save_interval": "the run has no place to save in",
-            "checkpoint.keep_last": "the run has no place to save in",
-            "checkpoint.keep_every": "the run has no place to save in",
+            "training.rewind_after_spikes": "there is no checkpoint to rewind to",
+            "training.exit_duration_in_mins": "the run is saved before it exits",
+            "checkpoint.save_interval": "the directory for checkpoints",
+            "checkpoint.keep_last": "the directory for checkpoints",
+            "checkpoint.keep_every": "the directory for checkpoints",
         }
         for key, why in needed.items():
             section, _, name = key.partition(".")
             if getattr(getattr(self, section), name) and checkpoint.save is None:
                 raise ConfigError(f"{key} needs checkpoint.save: {why}")
         if checkpoint.finetune and checkpoint.load is None:
-            raise ConfigError("checkpoint.finetune needs checkpoint.load: the checkpoint whose weights to take")
+            raise ConfigError("checkpoint.finetune needs checkpoint.load: the checkpoint to take the weights from")
         known = self._keys()
         for key in checkpoint.allow_changes:
             if key not in known:
@@ -363,4 +307,4 @@ class RunConfig:
         for section in dataclasses.fields(self):
             if section.name != "growth":  # a list of stages, whose keys have no names of their own
                 keys += [f"{section.name}.{key.name}" for key in dataclasses.fields(getattr(self, section.name))]
-        return [*keys, DATA_CONTENT]
+        return [*keys, DATA_CONTENT, ANY_DATA]

@@ -1,4 +1,4 @@
-"""Types that the sections of a configuration share."""
+"""Validated value types shared by the sections of a configuration."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,23 +11,23 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan
 
 
 def _no_boolean(value: Any) -> Any:
-    """Python takes true for 1."""
+    """Reject booleans, which are integers to Python."""
     if isinstance(value, bool):
         raise ConfigError(f"should be a number, got {str(value).lower()}")
     return value
 
 
 def _not_empty(value: Any) -> Any:
-    """An empty path would be the current directory."""
+    """Reject empty paths, which would mean the current directory."""
     if isinstance(value, str) and not value.strip():
         raise ConfigError("is empty: write a path, or null for none")
     return _no_nul(value)
 
 
 def _no_nul(value: Any) -> Any:
-    """No file has such a name, and the error of opening one names no key."""
+    """Reject NUL characters here, where the error can name the key: open() would only say ValueError."""
     if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"holds a NUL character, got {value!r}")
+        raise ConfigError(f"contains a NUL character, got {value!r}")
     return value
 
 
@@ -37,7 +37,7 @@ def _not_blank(value: str) -> str:
     return value
 
 
-# whole numbers end up in 64 bits, and sizes of a model in products of several of them
+# integers are stored in 64 bits; sizes of a model are bounded further because several are multiplied
 Count = Annotated[int, Field(gt=0, lt=2**63), BeforeValidator(_no_boolean)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_boolean)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_no_boolean)]
@@ -47,4 +47,4 @@ FilePath = Annotated[Path, BeforeValidator(_not_empty)]
 Prefix = Annotated[str, AfterValidator(_no_nul)]
 Name = Annotated[str, AfterValidator(_not_blank)]
 
-ParameterKind = Literal["embedding", "qkv", "proj", "ffn", "final_norm", "head"]
+ParameterKind = Literal["embedding", "qkv", "proj", "ffn", "norm", "final_norm", "head"]

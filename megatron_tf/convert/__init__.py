@@ -1,1 +1,1 @@
-"""Other programs' formats: the official implementation's weights, and Hugging Face directories."""
+"""Conversion from and to other formats: the official implementation's weights and Hugging Face directories."""

@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: their tensors under our names, with the record ours need."""
+"""Checkpoints of other programs: their tensors under our names, with a record as ours have it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,19 +17,20 @@ from megatron_tf.tokenformer.dtypes import DTYPES
 from megatron_tf.tokenformer.parameters import Parameter
 
 GROUP = "model"
-"""What other programs' files hold; they have no optimizer state."""
+"""The only group in other programs' files, which have no optimizer state."""
 
 Shape = tuple[int, ...]
+_EXACT_IN_FP32 = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """A tensor in a file of another program, which is read when it is needed."""
+    """A tensor in a file of another program, read on demand."""
 
     shape: Shape
     dtype: torch.dtype
     read_rows: Callable[[int, int], Tensor]
-    """(start, stop) -> these rows, in memory of their own."""
+    """Function (start, stop) -> a copy of these rows."""
 
 
 def in_memory(tensor: Tensor) -> ExternalTensor:
@@ -42,7 +43,7 @@ def in_memory(tensor: Tensor) -> ExternalTensor:
 
 
 def widened(tensor: ExternalTensor) -> ExternalTensor:
-    """Convert a tensor of 16 bits to fp32, which holds every number of fp16 and bf16 exactly."""
+    """Convert a 16-bit tensor to fp32, which represents every fp16 and bf16 value exactly."""
 
     def read_rows(start: int, stop: int) -> Tensor:
         return tensor.read_rows(start, stop).float()
@@ -51,7 +52,7 @@ def widened(tensor: ExternalTensor) -> ExternalTensor:
 
 
 class ExternalCheckpoint:
-    """Tensors of one file or directory as a `Checkpoint`, whose only group is "model"; `tensors` has our names."""
+    """A `Checkpoint` of the tensors in one file or directory, under our names; its only group is "model"."""
 
     def __init__(self, directory: Path, tensors: Mapping[str, ExternalTensor], record: RunRecord) -> None:
         self.directory = directory
@@ -63,11 +64,11 @@ class ExternalCheckpoint:
         return [GROUP]
 
     def names(self, group: str) -> list[str]:
-        """Logical tensors of a group; none for a group it does not have."""
+        """Names of the logical tensors of a group; empty for a group it does not have."""
         return list(self._tensors) if group == GROUP else []
 
     def shape(self, group: str, name: str) -> Shape:
-        """Global shape."""
+        """Global shape of a tensor."""
         return self._tensor(group, name).shape
 
     def dtype(self, group: str, name: str) -> torch.dtype:
@@ -75,7 +76,7 @@ class ExternalCheckpoint:
         return self._tensor(group, name).dtype
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
+        """Read rows [start, stop) of a tensor. Raises CheckpointError if it has fewer."""
         tensor = self._tensor(group, name)
         if not 0 <= start <= stop <= tensor.shape[0]:
             raise CheckpointError(f"{name} has {tensor.shape[0]} rows, [{start}, {stop}) are requested")
@@ -87,21 +88,30 @@ class ExternalCheckpoint:
         return self._tensors[name]
 
 
-def parameter_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of all parameters together."""
-    return sum(
-        math.prod(checkpoint.shape(GROUP, name)) * checkpoint.dtype(GROUP, name).itemsize
-        for name in checkpoint.names(GROUP)
-    )
+def parameter_bytes(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> int:
+    """Return the total size in bytes of all parameters in `dtype`."""
+    count = sum(math.prod(checkpoint.shape(GROUP, name)) for name in checkpoint.names(GROUP))
+    return count * dtype.itemsize
+
+
+def check_overflow(what: str, rows: Tensor, rounded: Tensor) -> None:
+    """Raise CheckpointError, about the tensor `what`, if a finite value of `rows` is infinite in `rounded`."""
+    if rounded.dtype == rows.dtype or not bool(rounded.isinf().any()):
+        return
+    overflowed = rows[rounded.isinf() & rows.isfinite()]
+    if overflowed.numel():
+        name = str(rounded.dtype).removeprefix("torch.")
+        advice = ": export with --dtype bf16 or fp32" if rounded.dtype == torch.float16 else ""
+        raise CheckpointError(f"{what} holds {float(overflowed[0]):g}, which is too large for {name}{advice}")
 
 
 def rename(
     path: Path, found: Mapping[str, ExternalTensor], *, expected: Mapping[str, Parameter]
 ) -> dict[str, ExternalTensor]:
-    """Give the tensors in a file our names, in the order of `expected`, and the type fp32.
+    """Rename the tensors of a file to our names, in the order of `expected`, and convert them to fp32.
 
-    `expected` are the parameters by the file's names for them. Raises CheckpointError that names the first tensor that
-    is missing, not expected, of another shape, or of a type that fp32 does not hold exactly.
+    `expected` maps the file's names to parameters. Raises CheckpointError naming the first tensor that is missing,
+    unexpected, of another shape, or of a type that fp32 can't represent exactly.
     """
     renamed = {}
     for theirs, parameter in expected.items():
@@ -110,8 +120,8 @@ def rename(
         tensor = found[theirs]
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {theirs} is {list(tensor.shape)}, expected {list(parameter.shape)}")
-        if tensor.dtype not in DTYPES.values():
-            known = ", ".join(DTYPES)
+        if tensor.dtype not in [DTYPES[name] for name in _EXACT_IN_FP32]:
+            known = ", ".join(_EXACT_IN_FP32)
             raise CheckpointError(
                 f"{path}: {theirs} is {tensor.dtype}, expected {known}: convert the file to fp32 first"
             )
@@ -124,24 +134,24 @@ def rename(
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """As the `data` section of a configuration names it, and what tells it from another."""
+    """A tokenizer as in the `data` section of a configuration, and its identity."""
 
     kind: str
     path: Path | None
     identity: dict[str, Any]
     eod_token: str | None = None
-    """The token that ends a document, where it is not the one that the file names."""
+    """The end-of-document token, if it is not the one named in the file."""
 
 
 def unknown_tokenizer(kind: str, vocab_size: int) -> dict[str, Any]:
-    """Return the identity of a tokenizer of which only the number of ids is known."""
+    """Return the identity of a tokenizer of which only the size is known."""
     return {"type": kind, "vocab_size": vocab_size, "sha256": None, "is_unknown": True}
 
 
 def external_record(
     model: ModelConfig, tokenizer: TokenizerChoice, *, tau: Mapping[str, float], seq_length: int, seed: int
 ) -> RunRecord:
-    """Make the record of a model that no run of ours has trained; a run that starts from it begins at step 0."""
+    """Make the record of a model that was not trained by this program; a run that loads it starts at step 0."""
     path = None if tokenizer.path is None else str(tokenizer.path)
     end = {} if tokenizer.eod_token is None else {"eod_token": tokenizer.eod_token}
     config = {

@@ -1,4 +1,4 @@
-"""Names of parameters in another format, as a table: where each module is, and what its tensors are called."""
+"""Tables of parameter names in other formats: the path of each module and the names of its tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from megatron_tf.tokenformer.parameters import Module, Parameter, Role, model_pa
 
 @dataclass(frozen=True)
 class NameTable:
-    """Turns (module, role) into a format's names, and those back into our parameters.
+    """Maps (module, role) to the names of a format, and those back to our parameters.
 
-    A path may hold `{layer}`, the number of the layer from 0, or `{block}`, `{norm}` and `{head}`, the places in a
-    format that numbers what runs one after another: embedding, a transposition, layers, another one, norm, head.
+    A path may contain `{layer}`, the index of the layer, or `{block}`, `{norm}` and `{head}`, the indices in a format
+    that numbers consecutive modules: embedding, a transposition, layers, another transposition, norm, head.
     """
 
     paths: Mapping[Module, str]
     roles: Mapping[Role, str]
 
     def name(self, module: Module, role: Role, *, num_layers: int, layer: int = 0) -> str:
-        """Return the format's name of a parameter in a model of `num_layers` layers."""
+        """Return the format's name of the tensor of a module and role, in a model of `num_layers` layers."""
         path = self.paths[module].format(layer=layer, block=layer + 2, norm=num_layers + 3, head=num_layers + 4)
         return f"{path}.{self.roles[role]}"
 

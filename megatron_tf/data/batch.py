@@ -1,6 +1,7 @@
-"""What the loader hands to a step: ids, the numbers of their samples, and what ends of documents mean for them."""
+"""`Batch`, the input of a training step: token ids, sample numbers, loss mask and document boundaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,51 +11,87 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DocumentMasking:
-    """What an end of document means in a sample."""
+    """How end-of-document tokens within a sample affect the loss and the attention."""
 
     eod: int
     mask_loss: bool = False
-    """Take no loss of the target that follows an end of document."""
+    """Exclude the target after each end of document from the loss."""
     reset_attention: bool = False
-    """Mask attention across documents, and restart positions in each."""
+    """Mask attention across documents, and restart position ids in each (intra-document masking)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A replica's part of a global batch: `count` micro-batches of B samples of S + 1 ids, all on the host."""
+    """One data-parallel rank's part of a global batch: `count` micro-batches of B samples of S + 1 ids, on the CPU."""
 
     ids: Tensor
     """int64 [count, B, S + 1]."""
     sample_numbers: Tensor
-    """int64 [count, B]: each sample's position in the data of the run."""
+    """int64 [count, B]: position of each sample in the run's sequence of samples."""
     num_targets: int
-    """Targets of this replica that the loss is taken of."""
+    """Number of targets in this batch that count in the loss."""
     ignored: Tensor | None = None
-    """bool [count, B, S]: targets that no loss is taken of; None where it is taken of all."""
+    """bool [count, B, S]: targets excluded from the loss; None if all count."""
     document_starts: Tensor | None = None
-    """int64 [count, B, S]: where each token's document begins in its sample; None where documents see each other."""
+    """int64 [count, B, S]: index in the sample at which each token's document starts; None without intra-document
+    masking."""
+    document_lengths: Tensor | None = None
+    """int32 [count, B, M]: lengths of each sample's documents, padded with zeros; None without intra-document
+    masking."""
 
 
 def make_batch(ids: NDArray[np.int64], sample_numbers: NDArray[np.int64], masking: DocumentMasking) -> Batch:
-    """Make a batch of ids [count, B, S + 1] and sample numbers [count, B], whose memory it shares."""
+    """Make a batch from ids [count, B, S + 1] and sample numbers [count, B], without copying them."""
     inputs = ids[..., :-1]
-    ignored = starts = None
+    ignored = starts = lengths = None
     num_targets = inputs.size
     if masking.mask_loss:
-        is_end = inputs == masking.eod  # nothing before a document tells of its first token
+        is_end = inputs == masking.eod  # the first token of a document can't be predicted from the previous one
         num_targets -= int(np.count_nonzero(is_end))
         ignored = torch.from_numpy(is_end)
     if masking.reset_attention:
-        starts = torch.from_numpy(document_starts(inputs, masking.eod))
-    return Batch(torch.from_numpy(ids), torch.from_numpy(sample_numbers), num_targets, ignored, starts)
+        found = document_starts(inputs, masking.eod)
+        starts, lengths = torch.from_numpy(found), torch.from_numpy(document_lengths(found))
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(sample_numbers),
+        num_targets,
+        ignored=ignored,
+        document_starts=starts,
+        document_lengths=lengths,
+    )
+
+
+def pin(batch: Batch) -> Batch:
+    """Copy a batch's tensors into page-locked memory, from which copies to a GPU are asynchronous."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    pinned: dict[str, Any] = {name: v.pin_memory() for name, v in values.items() if isinstance(v, Tensor)}
+    return replace(batch, **pinned)
 
 
 def document_starts(inputs: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
-    """Find where the document of each token begins: int64 [..., S]; an end of document belongs to what it ends.
+    """Return the index at which each token's document starts, int64 [..., S]; an end of document belongs to the
+    document it ends.
 
-    By the ids, not by what was read: a document of the dataset may itself be several, each with its end.
+    Boundaries come from the ids, not from the dataset's index: one of its documents may contain several of these
+    tokens.
     """
     begins = np.zeros(inputs.shape, dtype=np.int64)
-    # the token after an end is where the next document begins; the highest so far is then the one a token is in
+    # a document starts right after an end of document; the running maximum of starts is each token's own
     begins[..., 1:] = np.where(inputs[..., :-1] == eod, np.arange(1, inputs.shape[-1]), 0)
     return np.maximum.accumulate(begins, axis=-1)
+
+
+def document_lengths(starts: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return the length of each document, int32 [..., M], from the `document_starts` of each token, int64 [..., S].
+
+    M is a power of two, so that few shapes occur, and at least the number of documents in any sample; lengths are
+    padded with zeros.
+    """
+    length = starts.shape[-1]
+    samples = starts.reshape(-1, length)
+    index = np.cumsum(samples == np.arange(length), axis=-1) - 1  # number of each token's document in its sample
+    most = 1 << int(index.max()).bit_length()
+    index += most * np.arange(len(samples))[:, None]
+    counts = np.bincount(index.ravel(), minlength=most * len(samples))
+    return counts.astype(np.int32).reshape(*starts.shape[:-1], most)

@@ -1,4 +1,4 @@
-"""The fast engine for byte-level BPE, gigatoken, held against Hugging Face's tokenizers before it is trusted."""
+"""gigatoken, a fast engine for byte-level BPE, used only after it has reproduced Hugging Face's tokenizers."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[str]], Encoded]
 
-# Outside of ranges that no two engines disagree about, so that most texts need no closer look.
+# Characters outside ranges on which all engines agree: a text without any needs no closer look.
 _UNSETTLED = re.compile(
     "[^\x00-\u0220\u0250-\u02ad\u02b0-\u034f\u0400-\u0486\u05d0-\u05ea"
     "\u0660-\u06ed\u0901-\u0903\u0905-\u0939\u0e01-\u0e3a"
@@ -39,36 +39,36 @@ PROBES = [
     "<|endoftext|>x<|endoftext|> <|padding|><|endoftext|",
     "def f(x):\n    return {'a': [1, 2], \"b\": x**2}  # http://a.b/c?d=e&f=%20\n\tif __name__ == '__main__': pass",
 ]
-"""Texts that are easily encoded wrongly."""
+"""Texts that tokenizers easily encode wrongly."""
 
 
 def fast_engine(path: Path, content: str, reference: "tokenizers.Tokenizer") -> Encode | None:
-    """gigatoken for the content of a tokenizer.json where it gives the ids of `reference` on hard texts.
+    """Return a gigatoken encoder for the contents of a tokenizer.json if it reproduces `reference` on PROBES.
 
-    None, and a line in the log that says why, where it doesn't.
+    Otherwise log the reason and return None.
     """
     try:
         import gigatoken
 
         encode = encode_flat(gigatoken.Tokenizer.from_json(content))
         reason = _difference(encode, reference)
-    except Exception as error:  # it raises what it likes for a tokenizer it does not know
+    except Exception as error:  # it may raise anything for a tokenizer that it does not support
         reason = f"it can't be used here ({error})"
     if reason is None:
         return encode
-    log.warning("%s: the tokenizers library encodes, not the faster gigatoken: %s", path, reason)
+    log.warning("%s: encoding with the tokenizers library instead of the faster gigatoken: %s", path, reason)
     return None
 
 
 def is_settled(text: str) -> bool:
-    """Whether every Unicode version since 3.2 normalizes and classifies the text alike.
+    """Return whether every Unicode version since 3.2 normalizes and classifies the text in the same way.
 
-    Engines carry tables of different versions. What a character was assigned as never changes, nor does its
-    normalization, so they can only disagree about letters, marks, numbers and controls that came later.
+    Engines ship tables of different Unicode versions. The category and normalization of an assigned character never
+    change, so engines can only disagree about letters, marks, numbers and controls that were added later.
     """
     if text.isascii() or _UNSETTLED.search(text) is None:
         return True
-    return all(_is_settled_character(c) for c in set(text))  # each once: a list of them would take 60 bytes a character
+    return all(_is_settled_character(c) for c in set(text))  # a set, since a list would take 60 bytes per character
 
 
 @cache
@@ -78,7 +78,7 @@ def _is_settled_character(character: str) -> bool:
 
 
 def encode_flat(tokenizer: "gigatoken.Tokenizer") -> Encode:
-    """A gigatoken tokenizer as an Encode, without a Python object for each id."""
+    """Wrap a gigatoken tokenizer as an Encode that creates no Python object per id."""
 
     def encode(texts: Sequence[str]) -> Encoded:
         layout: Any = tokenizer.encode_batch(list(texts)).layout

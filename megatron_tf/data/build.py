@@ -1,17 +1,19 @@
-"""The configured datasets as batches for this replica."""
+"""Builds the configured datasets and the loaders of their batches for a data-parallel rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.lane_samples import LaneSamples, lane_samples
+from megatron_tf.data.lane_set import LaneSet
 from megatron_tf.data.loader import BatchLoader
-from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
+from megatron_tf.data.megatron_order import MegatronOrder, normalized, samples_of_parts, split_sequences
 from megatron_tf.data.order import SampleOrder, samples_in
 from megatron_tf.data.order_cache import Order
 from megatron_tf.data.published import report_of
@@ -32,7 +34,10 @@ def build_loader(
     consumed_samples: int = 0,
     is_training: bool = True,
 ) -> BatchLoader:
-    """Read this replica's batches of a dataset from a position on; of full size where they are not to train on."""
+    """Build the loader of this data-parallel rank's batches, starting at a position in the dataset.
+
+    Batch sizes follow the ramp-up for training data; for evaluation they have full size.
+    """
     return BatchLoader(
         dataset,
         batch_size=training.batch_size_at if is_training else lambda _: training.global_batch_size,
@@ -41,17 +46,21 @@ def build_loader(
         replicas=mesh.size("dp"),
         consumed_samples=consumed_samples,
         masking=masking,
+        device=mesh.device,
     )
 
 
-def build_dataset(config: RunConfig, blend: str = SPACED) -> Samples:
-    """What is trained on: a dataset, or several in the order that `blend` names under data.order counter.
+def build_dataset(config: RunConfig, blend: str = SPACED, phase: Mapping[str, Any] | None = None) -> Samples:
+    """Build the training data: one dataset, or a blend of several.
 
-    Raises DataError or ConfigError for data that can't be used, and for a blend of a later version.
+    `blend` names its order under data.order counter, `phase` is what `open_phase` returned under data.order lanes.
+    Raises DataError or ConfigError for data that can't be used, and for the blend of a later version.
     """
     entries = config.data.data_path
     weights, prefixes = parse_data_path(entries)
     _check_positive(weights, prefixes)
+    if config.data.order == "lanes":
+        return _build_lanes(config, sample=0, saved=phase)
     cache, requested = _cache(config, prefixes), samples_of_run(config.training, "train")
     datasets = [
         _open(config, prefix, "train", requested=share, cache=cache)
@@ -61,8 +70,27 @@ def build_dataset(config: RunConfig, blend: str = SPACED) -> Samples:
         return datasets[0]
     if config.data.order != "megatron":
         return BlendedDataset(datasets, _blend(blend, weights))
-    weights = normalised(weights) if _has_weights(entries) else _sizes(config, datasets, requested)
-    return BlendedDataset(datasets, GreedyBlend(normalised(weights), are_shares=True))
+    weights = normalized(weights) if _has_weights(entries) else _sizes(config, datasets, requested)
+    return BlendedDataset(datasets, GreedyBlend(normalized(weights), are_shares=True))
+
+
+def open_phase(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the phase of the training data for samples from `sample` on, as JSON values; None unless data.order is
+    lanes.
+
+    It is the `saved` one of a checkpoint if the configuration still reads the same data. Raises like `build_dataset`.
+    """
+    return _build_lanes(config, sample=sample, saved=saved).phase.to_json() if config.data.order == "lanes" else None
+
+
+def _build_lanes(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | None) -> LaneSamples:
+    weights, prefixes = parse_data_path(config.data.data_path)
+    sets = []
+    for prefix in prefixes:
+        indexed = _indexed(config, prefix, "data_path")
+        documents = split_documents(len(indexed), config.data.split)[0]
+        sets.append(LaneSet(indexed, documents, seed=config.training.seed))
+    return lane_samples(sets, weights, seq_length=config.training.seq_length, sample=sample, saved=saved)
 
 
 def _blend(name: str, weights: Sequence[float]) -> Blend:
@@ -70,14 +98,14 @@ def _blend(name: str, weights: Sequence[float]) -> Blend:
         return SpacedBlend(weights)
     if name == GREEDY:
         return GreedyBlend(weights)
-    raise DataError(f"the checkpoint blends its datasets in the order {name!r}, which this version does not know")
+    raise DataError(f"the checkpoint blends its datasets in the order {name!r}, which this version does not support")
 
 
 def _check_positive(weights: Sequence[float], prefixes: Sequence[str]) -> None:
-    """Raise ConfigError for a set that is never read."""
+    """Raise ConfigError for a dataset with weight 0, which would never be read."""
     for weight, prefix in zip(weights, prefixes, strict=True):
         if not weight:
-            raise ConfigError(f"data.data_path: the weight of {prefix} is 0: leave it out, or give it a weight")
+            raise ConfigError(f"data.data_path: the weight of {prefix} is 0: remove it, or give it a positive weight")
 
 
 def _has_weights(entries: Sequence[str]) -> bool:
@@ -85,9 +113,9 @@ def _has_weights(entries: Sequence[str]) -> bool:
 
 
 def _samples_to_prepare(config: RunConfig, entries: Sequence[str], requested: int) -> list[int | None]:
-    """Samples that Megatron-LM prepares of each set so that a run can take `requested`; None for those of one epoch."""
+    """Return how many samples Megatron-LM prepares of each dataset for a run of `requested`; None means one epoch."""
     weights, prefixes = parse_data_path(entries)
-    # it takes one set with a weight for a blend, unless there are lists of sets for each split
+    # it treats a single dataset with a weight as a blend, unless each split has its own list of datasets
     is_plain = not _has_weights(entries) or config.data.valid_data_path is not None
     if len(prefixes) == 1 and is_plain:
         return [requested]
@@ -95,30 +123,32 @@ def _samples_to_prepare(config: RunConfig, entries: Sequence[str], requested: in
 
 
 def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], requested: int) -> list[float]:
-    """Samples in an epoch of each, by which Megatron-LM blends sets without weights. Raises ConfigError where the run
-    takes more: Megatron-LM then ends for want of data."""
+    """Return the samples in an epoch of each dataset, which Megatron-LM uses as weights if none are given.
+
+    Raises ConfigError if the run needs more samples than that: Megatron-LM would then run out of data.
+    """
     length = config.training.seq_length
     sizes = [float(samples_in(data.order.lengths, length, data.dataset.prefix.name)) for data in datasets]
     if requested > sum(sizes):
         raise ConfigError(
-            f"data.data_path: the run takes {requested:,} samples, its datasets have {int(sum(sizes)):,} in one epoch; "
-            f"Megatron-LM reads sets without weights only once: write every entry as WEIGHT PREFIX"
+            f"data.data_path: the run needs {requested:,} samples, but its datasets have {int(sum(sizes)):,} in one "
+            f"epoch; Megatron-LM reads datasets without weights only once: write every entry as WEIGHT PREFIX"
         )
     return sizes
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """One dataset of those to evaluate on."""
+    """One validation dataset."""
 
     name: str
     weight: float
-    """Its share in the loss of all."""
+    """Weight of its loss in the total validation loss."""
     samples: Samples
 
 
 def build_validation(config: RunConfig) -> list[ValidationSet]:
-    """The datasets to evaluate on, each on its own. Raises DataError or ConfigError for data that can't be used."""
+    """Build the validation datasets, one for each prefix. Raises DataError or ConfigError for unusable data."""
     entries = config.data.valid_data_path or config.data.data_path
     weights, prefixes = parse_data_path(entries)
     requested: int | None = samples_of_run(config.training, "validation")
@@ -140,20 +170,24 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
 
 
 def _open(config: RunConfig, prefix: str, split: Split, *, requested: int | None, cache: Path) -> GPTDataset:
-    """The documents of a split in their order; `requested` are the samples that Megatron-LM would prepare, None for
-    those of one epoch.
+    """Open the documents of a split in their order; `requested` is the number of samples that Megatron-LM would
+    prepare, None for one epoch.
 
-    Raises DataError or OSError with the key of what can't be used.
+    Raises DataError or OSError naming the configuration key of data that can't be used.
     """
     is_valid = split == "validation" and config.data.valid_data_path is not None
-    try:
-        indexed = IndexedDataset(prefix, by_sequence=config.data.order == "megatron")
-    except DataError as error:
-        raise DataError(f"data.{'valid_' if is_valid else ''}data_path: {error}") from error
+    indexed = _indexed(config, prefix, "valid_data_path" if is_valid else "data_path")
     try:
         return _ordered(config, indexed, split, requested=requested, cache=cache)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ConfigError(f"data.data_cache_path {cache} is no directory: {error}") from error
+        raise ConfigError(f"data.data_cache_path {cache} is not a directory: {error}") from error
+
+
+def _indexed(config: RunConfig, prefix: str, key: str) -> IndexedDataset:
+    try:
+        return IndexedDataset(prefix, by_sequence=config.data.order == "megatron")
+    except DataError as error:
+        raise DataError(f"data.{key}: {error}") from error
 
 
 def _ordered(
@@ -178,7 +212,7 @@ def _ordered(
 
 
 def samples_of_run(training: TrainingConfig, split: Split) -> int:
-    """Samples that Megatron-LM would prepare of a split for the whole run."""
+    """Return the number of samples of a split that Megatron-LM would prepare for the whole run."""
     if split == "train":
         return training.samples_of(training.train_iters)
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
@@ -186,7 +220,7 @@ def samples_of_run(training: TrainingConfig, split: Split) -> int:
 
 
 def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:
-    """(weights, prefixes) of entries "PREFIX" or "WEIGHT PREFIX". Raises ConfigError for a mixture of both."""
+    """Parse entries "PREFIX" or "WEIGHT PREFIX" into (weights, prefixes). Raises ConfigError if forms are mixed."""
     fields = [entry.split(maxsplit=1) for entry in entries]
     if all(len(field) == 1 for field in fields):
         return [1.0] * len(fields), [field[0] for field in fields]
@@ -199,10 +233,10 @@ def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:
 
 
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raise unless the model has a row for each id, and the data was made with this tokenizer, as its report says."""
+    """Raise ConfigError unless the vocabulary size matches, DataError unless the data's report names this tokenizer."""
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {config.model.vocab_size}, the tokenizer {config.data.tokenizer_model or ''} has "
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer {config.data.tokenizer_model or ''} has "
             f"{tokenizer.vocab_size} ids: set model.vocab_size to that"
         )
     validation = parse_data_path(config.data.valid_data_path or [])[1]
@@ -214,18 +248,18 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             made_with, eod = report["tokenizer"], report.get("eod")
             if eod not in (None, tokenizer.eod):
                 raise DataError(
-                    f"{prefix}: documents end with id {eod}, the configured tokenizer ends them with {tokenizer.eod}: "
+                    f"{prefix}: documents end with id {eod}, but the configured tokenizer's end is {tokenizer.eod}: "
                     f"set data.eod_token to the token of id {eod}, or preprocess the data again"
                 )
             if made_with != tokenizer.identity:
                 raise DataError(
                     f"{prefix} was made with another tokenizer ({made_with}) than the configured one "
-                    f"({tokenizer.identity}): name that one, or preprocess the data again"
+                    f"({tokenizer.identity}): configure that tokenizer, or preprocess the data again"
                 )
 
 
 def _check_ends(dataset: IndexedDataset, eod: int) -> None:
-    """Raise DataError where documents were written without this end: no boundary would be found between them."""
+    """Raise DataError if documents do not end with `eod`: no boundaries would be found between them."""
     documents = [dataset.document(i) for i in range(min(len(dataset), _LOOKED_AT))]
     if any(len(ids) for ids in documents) and not any((ids == eod).any() for ids in documents):
         last = next(int(ids[-1]) for ids in documents if len(ids))

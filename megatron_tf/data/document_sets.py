@@ -1,4 +1,4 @@
-"""What a .bin/.idx pair does not say of its documents: PREFIX.documents.npz, the set and the bytes of text of each.
+"""Facts about documents that a .bin/.idx pair does not hold, in PREFIX.documents.npz: their sets and text sizes.
 
 Arrays: `names` [sets]; `set` uint32 [documents], an index into them; `text_bytes` uint32 [documents], in UTF-8.
 """
@@ -19,26 +19,29 @@ ROW = np.dtype([("set", "<u4"), ("text_bytes", "<u4")])
 
 @dataclass(frozen=True)
 class DocumentSets:
-    """The documents of a dataset, in order."""
+    """The set (such as a Pile subset) and the bytes of text of each document, in the order of the dataset."""
 
     names: list[str]
     rows: NDArray[np.void]
-    """ROW [documents]."""
+    """Structured array [documents] of type ROW."""
 
     def write(self, path: Path) -> None:
-        """Write the file; the same content gives the same bytes."""
+        """Write the file; equal contents give identical bytes."""
         with path.open("wb") as file:
             np.savez(file, names=np.array(self.names), set=self.rows["set"], text_bytes=self.rows["text_bytes"])
             sync_file(file)
 
 
 def sets_path(prefix: str | Path) -> Path:
-    """Where the sets of a dataset's documents are written."""
+    """Return the path of the file for the dataset with this prefix."""
     return Path(f"{prefix}.documents.npz")
 
 
 def read_document_sets(prefix: str | Path, num_documents: int) -> DocumentSets | None:
-    """None where the file is missing. Raises DataError where it is damaged, or of another number of documents."""
+    """Read the file next to a dataset; None if it is missing.
+
+    Raises DataError if it is damaged or has a different number of documents than the dataset.
+    """
     path = sets_path(prefix)
     if not path.exists():
         return None
@@ -58,12 +61,12 @@ def read_document_sets(prefix: str | Path, num_documents: int) -> DocumentSets |
 
 
 def joined_sets(parts: Sequence[DocumentSets]) -> DocumentSets:
-    """The documents of several datasets end to end; names sorted."""
+    """Concatenate the documents of several datasets; names of sets are sorted."""
     names = sorted(set().union(*(part.names for part in parts)))
     place_of = {name: place for place, name in enumerate(names)}
     rows = [part.rows.copy() for part in parts]
     for part, own in zip(parts, rows, strict=True):
-        # a part's index of a set -> the index among the names of all
+        # index of a set in one part -> its index among the names of all parts
         places = np.array([place_of[name] for name in part.names], np.uint32)
         own["set"] = places[own["set"]]
     return DocumentSets(names, np.concatenate(rows))

@@ -1,63 +1,89 @@
-"""Documents from the lines of Pile shards; what is odd is counted in lines and in bytes, and shown."""
+"""Documents of the rows of inputs: lines of Pile shards here, rows of tables elsewhere; bad ones are counted and
+reported, in lines and in bytes."""
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.shards import read_lines
+from megatron_tf.data.shards import Line, read_lines
 
-MAX_LINE_BYTES = 128 << 20  # bounds memory: a text of it takes up to four times as much when it is not all ASCII
+MAX_LINE_BYTES = 128 << 20  # bounds memory: as a str, text that is not all ASCII takes up to four times its bytes
 BATCH_BYTES = 8 << 20  # of lines
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What is read of each row."""
+
+    keys: tuple[str, ...]
+    """Keys that hold text. A key with dots is that key if the row has it; otherwise it leads through objects."""
+    set_key: str = "pile_set_name"
+    """Key under `meta` whose value names the document's set."""
+
+
+class Position(NamedTuple):
+    """A place between two rows of a source."""
+
+    rows: int = 0
+    """Number of rows before it."""
+    digest: str | None = None
+    """Digest of these rows, where they can't be compared in another way."""
+
+
+BEGINNING = Position()
 
 
 @dataclass
 class BadLines:
-    """Lines that are no documents: how many of each kind, their bytes, and where the first of each is."""
+    """Counts of the lines that hold no document, by kind: how many, their bytes, and where the first of each is."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     lines: int = 0
-    """Lines read, good ones included."""
+    """Number of lines read, good ones included."""
     bytes: dict[str, int] = field(default_factory=dict)
-    """Of a damaged file, those on disk from the damage to its end."""
+    """Bytes of the bad lines; for a damaged file, its bytes on disk from the damage to the end."""
     shards: dict[str, int] = field(default_factory=dict)
-    """Files with such lines."""
+    """Number of files with bad lines of each kind."""
 
-    def add(self, kind: str, *, path: Path, line: int, size: int) -> None:
-        """Count one."""
-        self.counts[kind] = self.counts.get(kind, 0) + 1
+    def add(self, kind: str, *, path: Path | str, line: int, size: int, count: int = 1) -> None:
+        """Count bad lines of a kind, of which `line` is the first; `size` is their length in bytes."""
+        self.counts[kind] = self.counts.get(kind, 0) + count
         self.first.setdefault(kind, f"{path}:{line}")
         self.bytes[kind] = self.bytes.get(kind, 0) + size
         self.shards[kind] = 1
 
     def merge(self, later: "BadLines", of_same_shard: Set[str] = frozenset()) -> None:
-        """Count those of what was read after this; a file is counted already for the kinds `of_same_shard`."""
+        """Add the counts of what was read after this. Files count only once: those of kinds in `of_same_shard` are
+        already counted."""
         for kind, count in later.counts.items():
             is_counted = kind in of_same_shard
             self.counts[kind] = self.counts.get(kind, 0) + count
             self.bytes[kind] = self.bytes.get(kind, 0) + later.bytes[kind]
             self.shards[kind] = self.shards.get(kind, 0) + (0 if is_counted else later.shards[kind])
-        # the earlier one stays
+        # keep the earlier one
         self.first = {**later.first, **self.first}
         self.lines += later.lines
 
     def summary(self) -> str:
-        """One line a kind."""
+        """Format the counts, one line per kind."""
         return "\n".join(
             f"  {n:,} x {kind}, {self.lost(kind)}, the first at {self.first[kind]}" for kind, n in self.counts.items()
         )
 
     def lost(self, kind: str) -> str:
-        """How much that is."""
+        """Format the bytes and shards affected by a kind of bad line."""
         return f"{self.bytes[kind]:,} bytes in {self.shards[kind]:,} shards"
 
     def check(self, allowed_fraction: float) -> None:
-        """Raise DataError where more than the allowed fraction of lines is bad."""
+        """Raise DataError if more than the allowed fraction of lines is bad."""
         bad = sum(self.counts.values())
         if bad > allowed_fraction * self.lines:
             raise DataError(
@@ -68,92 +94,163 @@ class BadLines:
 
 @dataclass
 class DocumentBatch:
-    """Documents that follow one another in a file."""
+    """Consecutive documents of a file."""
 
     line_bytes: int = 0
     documents: list[dict[str, Any]] = field(default_factory=list)
     bad: BadLines = field(default_factory=BadLines)
-    """Of the lines since the batch before."""
+    """Bad lines since the previous batch."""
     end_line: int = 0
-    """Lines of the file up to the end of this batch."""
+    """Number of lines (or rows) of the source up to the end of this batch."""
     end_byte: int = 0
-    """Position in the file, compressed as it is, by the end of this batch."""
+    """Position in the (possibly compressed) source at the end of this batch, in bytes."""
+    digest: str | None = None
+    """Digest of all lines up to the end of this batch, where the source has one."""
+
+    def count(self, row: dict[str, Any] | str, *, path: Path | str, line: int, size: int) -> None:
+        """Add a document, or count a bad line by what is wrong with it; `size` is its length in bytes."""
+        self.bad.lines += 1
+        if isinstance(row, str):
+            self.bad.add(row, path=path, line=line, size=size)
+        else:
+            self.documents.append(row)
+            self.line_bytes += size
+
+
+class Source(Protocol):
+    """What becomes one part: a file, consecutive row groups of one, or a shard of a dataset."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, for the progress and the order of work; 0 if that is unknown."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of an input."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells it from other sources, and from itself after a change, as JSON values."""
+
+    def batches(self, fields: Fields, start: Position = BEGINNING) -> Iterator[DocumentBatch]:
+        """Yield the documents after a position. Raises DataError for a source that can't be read."""
+
+
+class Input(Protocol):
+    """What the user names: a file, standard input or a dataset."""
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells it from other inputs, and from itself after a change, as JSON values."""
+
+    def sources(self, fields: Fields) -> Sequence[Source]:
+        """Return what it consists of, in order. Raises DataError if it can't be read or lacks a column of `fields`."""
 
 
 def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterator[DocumentBatch]:
-    """The documents of a file whose `keys` are all texts, from a line on; other lines are counted as bad.
+    """Yield the documents of a file, starting at a line: JSON objects whose `keys` all hold text. Other lines count as
+    bad.
 
-    Raises DataError for a file that can't be read, or is not of the format that its name says.
+    Raises DataError for a file that can't be read or whose format does not match its name.
     """
+    yield from batches_of_lines(read_lines(path, MAX_LINE_BYTES), keys, name=path, first_line=first_line)
+
+
+def batches_of_lines(
+    lines: Iterable[Line], keys: Sequence[str], *, name: Path | str, first_line: int
+) -> Iterator[DocumentBatch]:
+    """Yield the documents of lines, as `read_batches` does; `name` is that of their source in messages."""
     batch = DocumentBatch()
-    for number, line, size, is_ended, position in read_lines(path, MAX_LINE_BYTES):
+    for number, line, size, is_ended, position in lines:
         batch.end_line = number
         batch.end_byte = position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
             continue
-        batch.bad.lines += 1
         document = line if isinstance(line, str) else _parse(line, keys)
         if document == "malformed JSON" and not is_ended:
             document = "truncated last line"
-        if isinstance(document, str):
-            batch.bad.add(document, path=path, line=number, size=size)
-        else:
-            batch.documents.append(document)
-            batch.line_bytes += size
+        batch.count(document, path=name, line=number, size=size)
         if batch.line_bytes >= BATCH_BYTES:
             yield batch
-            batch = DocumentBatch()
+            batch = DocumentBatch(end_line=number, end_byte=position)
     yield batch
 
 
-def documents_of(paths: Sequence[Path], keys: Sequence[str], bad: BadLines) -> Iterator[dict[str, Any]]:
-    """The documents of files one after another; bad lines go to `bad`.
+def documents_of(inputs: Iterable[Input], keys: Sequence[str], bad: BadLines) -> Iterator[dict[str, Any]]:
+    """Yield the documents of several inputs in order; bad lines are added to `bad`.
 
-    Raises as `read_batches` does, and DataError after a file without a document.
+    Raises as `read_batches` does, and DataError after an input without any document.
     """
-    for path in paths:
+    fields = Fields(tuple(keys))
+    for each in inputs:
         documents = 0
         bad_here = BadLines()
-        for batch in read_batches(path, keys):
+        for batch in chain.from_iterable(source.batches(fields) for source in each.sources(fields)):
             documents += len(batch.documents)
             kinds = set(bad_here.counts)
             for counted in (bad_here, bad):
                 counted.merge(batch.bad, kinds)
             yield from batch.documents
-        check_any(path, documents, bad_here)
+        check_any(each.name, documents, bad_here)
 
 
-def check_any(path: Path, documents: int, bad: BadLines) -> None:
-    """Raise DataError where a file has no document: so much is never lost without a word, however much others hold."""
+def check_any(name: str, documents: int, bad: BadLines) -> None:
+    """Raise DataError if an input has no document, whatever fraction of bad lines is allowed: it must not be lost
+    silently."""
     if documents:
         return
     kinds = ", ".join(f"{n:,} x {kind}" for kind, n in bad.counts.items())
     found = f"{bad.lines:,} lines, {sum(bad.bytes.values()):,} bytes ({kinds})" if kinds else "it is empty"
-    raise DataError(f"no document in {path}: {found}: leave it out, fix it, or name the key of its text")
+    raise DataError(f"no document in {name}: {found}: remove it from the inputs, fix it, or give the key of its text")
 
 
 def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
-    """The document of a line, or what is wrong with it."""
+    """Parse a line into its document, or return what is wrong with it."""
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            document = json.loads(line)  # knows NaN, infinite numbers, byte order marks and lone surrogates
+            document = json.loads(line)  # accepts NaN, infinities, byte order marks and lone surrogates
         except UnicodeDecodeError:
             return "invalid UTF-8"
         except (ValueError, RecursionError):
             return "malformed JSON"
     if not isinstance(document, dict):
         return "not a JSON object"
+    return checked(document, keys)
+
+
+def checked(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | str:
+    """Return a row whose `keys` all hold text, or what is wrong with it. Nested text is put under its whole key too."""
     for key in keys:
-        if key not in document:
+        text = row[key] if key in row else _nested(row, key)
+        if text is _ABSENT:
             return f"no key {key!r}"
-        text = document[key]
         if not isinstance(text, str):
             return f"{key!r} is not a text"
         if not text.isascii() and not _is_encodable(text):
             return f"{key!r} has a lone surrogate"
-    return document
+        row[key] = text
+    return row
+
+
+def _nested(row: dict[str, Any], key: str) -> Any:
+    """Return the value that a key with dots leads to, or _ABSENT."""
+    value: Any = row
+    for name in key.split("."):
+        value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
+    return value
+
+
+def utf8_size(text: str) -> int:
+    """Return the bytes of a text."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _is_encodable(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Datasets that version 0.1 made: complete where nothing of what it got wrong in silence can be in them."""
+"""Datasets made by version 0.1: accepted only if none of its known silent errors can have affected them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,8 @@ _FORMAT = 1
 
 
 def is_of_first_format(report: Mapping[str, Any], identities: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a report of version 0.1, which did not note the end of a document, is of these inputs and settings."""
+    """Return whether a report of version 0.1, which did not record the end of a document, has these inputs and
+    settings."""
     first = [{**identity, "format": _FORMAT} for identity in identities]
     for identity in first:
         identity.pop("eod", None)
@@ -19,14 +20,14 @@ def is_of_first_format(report: Mapping[str, Any], identities: Sequence[Mapping[s
 
 
 def check_first_format(prefix: str, report: Mapping[str, Any], tokenizer_model: Path | None) -> None:
-    """Raise DataError where version 0.1 may have lost text or stored other ids than the tokenizer's."""
+    """Raise DataError if version 0.1 may have lost text, or stored ids that differ from the tokenizer's."""
     settings = report["settings"]
     if report.get("bad_lines"):
-        _refuse(prefix, "which counted a file that it could not read, or good text before a damage, as a bad line")
+        _refuse(prefix, "which counted unreadable files, and good text before a damaged part, as a bad line")
     if settings.get("split_by_meta") is not None:
-        _refuse(prefix, "which put different values of --split-by-meta into one dataset where their names looked alike")
+        _refuse(prefix, "which merged different values of --split-by-meta into one dataset if their names looked alike")
     if settings["tokenizer"]["type"] == "TikTokenizer":
-        _refuse(prefix, "which encoded new characters otherwise than tiktoken")
+        _refuse(prefix, "which encoded recently added characters differently from tiktoken")
     if (
         settings["tokenizer"]["type"] == "HFTokenizer"
         and tokenizer_model is not None
@@ -36,7 +37,7 @@ def check_first_format(prefix: str, report: Mapping[str, Any], tokenizer_model: 
 
 
 def check_first_ends(prefix: str, report: Mapping[str, Any], eod: int | None) -> None:
-    """Raise DataError where documents of version 0.1, which chose the end by a list of names, end otherwise."""
+    """Raise DataError if documents do not end with `eod`: version 0.1 chose the end from a list of names."""
     if eod is None or report["inputs"][0]["format"] != _FORMAT:
         return
     for recorded in report["data_sets"]:
@@ -47,8 +48,8 @@ def check_first_ends(prefix: str, report: Mapping[str, Any], eod: int | None) ->
 
 def _refuse(prefix: str, why: str) -> None:
     raise DataError(
-        f"{prefix}.json is about datasets made by version 0.1, {why}: remove it and them and run the same command "
-        f"again, or choose another --output-prefix"
+        f"{prefix}.json describes datasets made by version 0.1, {why}: remove both and run the same command again, "
+        f"or choose another --output-prefix"
     )
 
 

@@ -1,4 +1,4 @@
-"""GPT-2's vocab.json and merges.txt as the tokenizer.json that they stand for."""
+"""Converts GPT-2's vocab.json and merges.txt to the equivalent tokenizer.json."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,11 @@ _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def read_pair(vocabulary: Path, merges: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json: byte-level BPE that cuts text as GPT-2 does, `<|endoftext|>` its special token.
+    """Return the contents of the equivalent tokenizer.json: byte-level BPE that splits text as GPT-2 does, with the
+    special token `<|endoftext|>`.
 
-    Raises DataError where a file is missing or not one of these, and where a file next to them says that text is cut in
-    another way, or tokens are added.
+    Raises DataError if a file is missing or malformed, or if a file next to them adds tokens or names a tokenizer that
+    splits text differently.
     """
     _check_kind(vocabulary)
     tokens = _tokens(vocabulary)
@@ -49,13 +50,13 @@ def _tokens(path: Path) -> dict[str, int]:
     content = json.loads(path.read_text(encoding="utf-8"))
     is_right = isinstance(content, dict) and all(type(i) is int and i >= 0 for i in content.values())
     if not is_right or len(set(content.values())) < len(content):
-        raise DataError(f"{path} is not a vocabulary: it must map each token to an id of its own")
+        raise DataError(f"{path} is not a vocabulary: it must map each token to a unique id")
     return dict(content)
 
 
 def _merges(path: Path, tokens: dict[str, int]) -> list[list[str]]:
     if not path.is_file():
-        raise DataError(f"{path} is missing: a vocabulary needs its merges next to it, or give a tokenizer.json")
+        raise DataError(f"{path} is missing: put it next to the vocabulary, or use a tokenizer.json")
     merges = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         line = line.removesuffix("\r")
@@ -69,21 +70,21 @@ def _merges(path: Path, tokens: dict[str, int]) -> list[list[str]]:
 
 
 def _check_kind(vocabulary: Path) -> None:
-    remedy = "give the tokenizer.json of the same model"
+    remedy = "use the tokenizer.json of the same model"
     added = vocabulary.with_name("added_tokens.json")
     if added.is_file():
-        raise DataError(f"{added} adds tokens to {vocabulary.name}, which are not known here: {remedy}")
+        raise DataError(f"{added} adds tokens to {vocabulary.name}, which is not supported: {remedy}")
     path = vocabulary.with_name("tokenizer_config.json")
     if not path.is_file():
         return
     content = json.loads(path.read_text(encoding="utf-8"))
     kind = content.get("tokenizer_class") if isinstance(content, dict) else None
     if kind is not None and kind not in _CLASSES and not _is_cut_alike(vocabulary.with_name("tokenizer.json")):
-        raise DataError(f"{path} is of a {kind}, which may cut text otherwise than GPT-2: {remedy}")
+        raise DataError(f"{path} belongs to a {kind}, which may split text differently from GPT-2: {remedy}")
 
 
 def _is_cut_alike(path: Path) -> bool:
-    """Whether there is a tokenizer.json that cuts text as GPT-2 does, as in exports of ours."""
+    """Return whether there is also a tokenizer.json that splits text as GPT-2 does, as in our own exports."""
     if not path.is_file():
         return False
     content = json.loads(path.read_text(encoding="utf-8"))

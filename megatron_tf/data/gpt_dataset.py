@@ -1,4 +1,4 @@
-"""Samples for language modelling: seq_length + 1 tokens cut across document borders."""
+"""Samples for language modeling: runs of seq_length + 1 tokens that may span several documents."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ from megatron_tf.data.order_cache import Order
 
 
 class GPTDataset:
-    """`dataset[i]` is sample i, ids [seq_length + 1] of the data's type, over a range of documents in an order."""
+    """A dataset whose sample i is an array of ids [seq_length + 1], in the type of the .bin file, cut from a range of
+    documents in the given order."""
 
     def __init__(self, dataset: IndexedDataset, documents: range, order: Order) -> None:
         self.dataset = dataset
@@ -23,12 +24,12 @@ class GPTDataset:
         return np.concatenate([self.dataset.document(*extent) for extent in self._extents(sample)])
 
     def prefetch(self, sample: int) -> None:
-        """Have the system read a sample's tokens, without waiting for them."""
+        """Ask the operating system to read a sample ahead, without waiting for it."""
         for extent in self._extents(sample):
             self.dataset.prefetch(*extent)
 
     def place(self, sample: int, position: int) -> tuple[Path, int, int]:
-        """(dataset, document, offset in it) of a token of a sample."""
+        """Return the source of the token at `position` of a sample: (dataset, document, offset in the document)."""
         for document, start, stop in self._extents(sample):
             if position < stop - start:
                 return self.dataset.prefix, *self.dataset.place(document, start + position)
@@ -36,9 +37,9 @@ class GPTDataset:
         raise IndexError(f"sample {sample} has {self.order.seq_length + 1} tokens")
 
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        """(document, first token, last + 1) of each piece of a sample."""
+        """Yield (document, start, stop) of each piece of a sample."""
         order, place = self.order.locate(sample)
-        # a sample starts within a document and takes from those that follow in the order, empty ones included
+        # a sample starts within a document and continues through the following ones, some of which may be empty
         position = int(order.position[place])
         offset = int(order.offset[place])
         missing = self.order.seq_length + 1
@@ -53,14 +54,15 @@ class GPTDataset:
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
-    """Documents of training, validation and test for shares such as "969,30,1". Raises DataError for others."""
+    """Split documents into training, validation and test by shares such as "969,30,1". Raises DataError for malformed
+    shares."""
     shares = shares_of(split)
     bounds = [round(sum(shares[:i]) / sum(shares) * num_documents) for i in range(4)]
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 
 
 def shares_of(split: str) -> list[float]:
-    """The three numbers of a split. Raises DataError where they are not three, or are no shares of a whole."""
+    """Parse a split such as "969,30,1". Raises DataError unless it has three non-negative shares, not all zero."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a tokenizer.json and the files next to it say, as far as it maps text to ids or names the end of a document."""
+"""Reads tokenizer.json and the files next to it: the parts that map text to ids, and the end of a document."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 def tokenizer_json(path: Path) -> str:
-    """The text of a tokenizer.json, or what it would be for a vocab.json and the merges.txt next to it.
+    """Return the text of a tokenizer.json, or of the equivalent one for a vocab.json with merges.txt next to it.
 
-    Raises DataError where these can't be read as GPT-2's.
+    Raises DataError if these are not GPT-2's files.
     """
     merges = merges_file(path)
     if merges is not None and is_pair(path):
@@ -29,7 +29,7 @@ def tokenizer_json(path: Path) -> str:
 
 
 def is_pair(path: Path) -> bool:
-    """Whether a file is a vocabulary whose merges are in another: named so, and not a tokenizer.json of that name."""
+    """Return whether a file is a vocabulary with separate merges: by its name, unless it contains a tokenizer.json."""
     if merges_file(path) is None:
         return False
     content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -37,9 +37,9 @@ def is_pair(path: Path) -> bool:
 
 
 def text_to_ids_only(path: Path) -> str:
-    """A tokenizer.json without what cuts, fills, varies or surrounds ids: truncation, padding, dropout, post-processor.
+    """Remove from a tokenizer.json what changes ids after encoding: truncation, padding, dropout, post-processor.
 
-    Raises DataError where it is no JSON object.
+    Raises DataError if it is not a JSON object.
     """
     content: Any = json.loads(tokenizer_json(path))
     if not isinstance(content, dict):
@@ -51,9 +51,10 @@ def text_to_ids_only(path: Path) -> str:
 
 
 def end_of_document(path: Path, tokenizer: "tokenizers.Tokenizer", eod_token: str | None) -> int:
-    """The id that ends a document: of `eod_token`, of what the files next to tokenizer.json name, of a special token.
+    """Return the end-of-document id: that of `eod_token`, of the token named next to tokenizer.json, or of a
+    well-known special token, in this order.
 
-    Raises DataError where none of them is known. An ordinary entry of the vocabulary is never taken for it.
+    Raises DataError if there is none. An ordinary entry of the vocabulary is never used.
     """
     if eod_token is not None:
         return _id_of(path, tokenizer, eod_token)
@@ -63,12 +64,12 @@ def end_of_document(path: Path, tokenizer: "tokenizers.Tokenizer", eod_token: st
         found = tokenizer.token_to_id(token)
         if found is not None:
             return int(found)
-        log.warning("%s names %r as the end, which %s does not have", file, token, path)
+        log.warning("%s names %r as the end of a document, which is not in %s", file, token, path)
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     known = [special[token] for token in END_OF_DOCUMENT if token in special]
     if not known:
         raise DataError(
-            f"{path} does not tell which token ends a document: name it with --eod-token (data.eod_token of a run), "
+            f"{path} does not say which token ends a document: name it with --eod-token (data.eod_token of a run), "
             f"such as one of its special tokens: {', '.join(list(special)[:20]) or 'none'}"
         )
     return known[0]
@@ -82,7 +83,7 @@ def _id_of(path: Path, tokenizer: "tokenizers.Tokenizer", token: str) -> int:
 
 
 def _named_end(directory: Path) -> tuple[Path, str] | None:
-    """(file, token) of the first file that names the end."""
+    """Return (file, token) of the first file that names the end of a document."""
     for name in NAMING_FILES:
         path = directory / name
         if not path.is_file():

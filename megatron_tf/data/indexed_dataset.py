@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed dataset: PREFIX.bin holds token ids, PREFIX.idx where each sequence and document begins."""
+"""Megatron-LM's indexed dataset: PREFIX.bin holds token ids, PREFIX.idx the sequence and document boundaries."""
 
 import errno
 import os
@@ -35,19 +35,19 @@ _CODES = {np.dtype(dtype): code for code, dtype in _TYPES_BY_CODE.items()}
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or of something else: the message names the file and the fact."""
+    """Raised for data that is missing, damaged or in another format; the message names the file and the cause."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type Megatron gives to ids of a vocabulary."""
+    """Return the type Megatron-LM stores ids of a vocabulary of this size in."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedDataset:
-    """A memory-mapped PREFIX.bin/.idx. Raises DataError where either is not what it should be.
+    """A memory-mapped PREFIX.bin/.idx pair. Raises DataError if either is invalid or they don't match.
 
-    `lengths` int32 [S] are tokens of each sequence; document d is sequences [documents[d], documents[d + 1]). With
-    `by_sequence` each sequence is read as a document of its own, as Megatron-LM's GPT datasets do.
+    `lengths`, int32 [S], holds the number of tokens of each sequence; document d consists of sequences [documents[d],
+    documents[d + 1]). With `by_sequence` each sequence is a document, as in Megatron-LM's GPT datasets.
     """
 
     def __init__(self, prefix: str | Path, by_sequence: bool = False) -> None:
@@ -76,20 +76,20 @@ class IndexedDataset:
 
     @property
     def document_lengths(self) -> NDArray[np.integer]:
-        """Tokens of each document, [documents]: int32, or int64 where a document is of several sequences."""
+        """Number of tokens of each document, [documents]; int32, or int64 if a document has several sequences."""
         if self._one_sequence_each:
             return self.lengths
-        # differences of running sums: right for documents of no sequence too, where reduceat would not be
+        # differences of running sums: unlike reduceat, also correct for documents without a sequence
         ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         return np.diff(ends[self.documents])
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """Tokens [start, stop) of a document; sequences of one document lie end to end."""
+        """Return tokens [start, stop) of a document, as a view; its sequences are contiguous."""
         first, last = self._extent(index, start, stop)
         return self.tokens[first:last]
 
     def place(self, index: int, offset: int) -> tuple[int, int]:
-        """(document, offset in it) of a token, also where each sequence is read as a document of its own."""
+        """Return (document, offset in it) of a token, by the file's own documents even with `by_sequence`."""
         if self._bounds is self.documents:
             return index, offset
         document = int(np.searchsorted(self.documents, index, side="right")) - 1
@@ -97,17 +97,17 @@ class IndexedDataset:
         return document, offset + int(before) // self.dtype.itemsize
 
     def prefetch(self, index: int, start: int, stop: int) -> None:
-        """Have the system read what `document` would return, without waiting for it."""
+        """Ask the operating system to read ahead what `document` would return, without waiting for it."""
         first, last = self._extent(index, start, stop)
         size = self.dtype.itemsize
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        with self._data_path.open("rb") as data:  # not kept open: a blend may be of thousands
+        with self._data_path.open("rb") as data:  # not kept open: a blend may have thousands of files
             os.posix_fadvise(data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
         first, last = int(self._bounds[index]), int(self._bounds[index + 1])
-        # a document of no sequence has no offset of its own
+        # a document without a sequence has no offset
         if first == last:
             return 0, 0
         size = self.dtype.itemsize
@@ -117,7 +117,7 @@ class IndexedDataset:
 
 
 def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
-    """A file as an array; a plain one, since np.memmap takes a microsecond for each slice."""
+    """Map a file as a plain array: each slice of an np.memmap would take a microsecond."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     try:
@@ -135,9 +135,9 @@ def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
 
 
 def _allow_more_files() -> None:
-    """Raise the limit as far as that is allowed: each map holds a descriptor, a blend may be of thousands."""
+    """Raise the limit on open files as far as allowed: each map holds a descriptor, and a blend may need thousands."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):  # macOS allows less than it says
+    with suppress(ValueError, OSError):  # macOS allows less than it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -151,7 +151,7 @@ class _Index(NamedTuple):
 
 
 def _read_index(path: Path) -> _Index:
-    """Views of the file, after all of it has been checked."""
+    """Validate an index file completely, and return views of it."""
     mapped = _mapped(path, np.dtype(np.uint8))
     try:
         code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
@@ -159,14 +159,14 @@ def _read_index(path: Path) -> _Index:
         raise DataError(f"{path}: {_is_of_fairseq(mapped) or error}") from None
     if np.issubdtype(_TYPES_BY_CODE[code], np.floating):
         raise DataError(
-            f"{path}: it is of {np.dtype(_TYPES_BY_CODE[code])} values, not of token ids: give a dataset of tokens"
+            f"{path}: it holds {np.dtype(_TYPES_BY_CODE[code])} values, not token ids: use a dataset of tokens"
         )
-    # what follows the bounds, if anything, is a byte for each sequence
+    # anything after the boundaries is one byte per sequence: its mode
     modes = mapped[_HEADER.size + 12 * sequences + 8 * bounds :]
     if modes.any():
         raise DataError(
             f"{path}: it is multimodal, sequence {int(modes.argmax())} has mode {int(modes.max())}: "
-            f"only datasets of text alone (mode 0) are supported"
+            f"only text datasets (mode 0) are supported"
         )
     starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * bounds])
     return _Index(
@@ -180,27 +180,27 @@ def _read_index(path: Path) -> _Index:
 
 
 def _is_of_fairseq(index: NDArray[np.generic]) -> str | None:
-    """What to say of an index in a format of fairseq's, which has no documents."""
+    """Return the message for an index in one of fairseq's formats, which have no documents; None for others."""
     head = index[: _FAIRSEQ_HEADER.size].tobytes()
     if head.startswith(b"TNTIDX"):
-        return "it is of fairseq's or Megatron's old format without a memory map: preprocess the text again"
+        return "it is in fairseq's or Megatron-LM's old format without memory mapping: preprocess the text again"
     if len(head) < _FAIRSEQ_HEADER.size or not head.startswith(MAGIC):
         return None
     sequences = _FAIRSEQ_HEADER.unpack(head)[3]
     if len(index) != _FAIRSEQ_HEADER.size + 12 * sequences:
         return None
-    return "it is of fairseq, which has no document index: preprocess the text again"
+    return "it is in fairseq's format, which has no document index: preprocess the text again"
 
 
 Blocks = Callable[[], Iterable[tuple[NDArray[np.int32], NDArray[np.integer]]]]
-"""Gives, each time it is called, blocks of (tokens of each sequence, sequences of each document)."""
+"""Returns, each time it is called, an iterator over blocks of (tokens per sequence, sequences per document)."""
 
 
 def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
-    """Write an .idx, in memory for one block."""
+    """Write an .idx file, with one block in memory at a time."""
     with path.open("wb") as file:
-        file.write(bytes(_HEADER.size))  # until the counts are known
-        # the file has all lengths, then all offsets, then all bounds: three passes need memory for one block alone
+        file.write(bytes(_HEADER.size))  # placeholder until the counts are known
+        # the file has all lengths, then all offsets, then all boundaries: three passes only hold one block in memory
         sequences = sum(file.write(lengths.astype("<i4").tobytes()) for lengths, _ in blocks()) // 4
         offset = 0
         for lengths, _ in blocks():
@@ -215,19 +215,19 @@ def write_index(path: Path, dtype: np.dtype, blocks: Blocks) -> None:
             ends = np.cumsum(counts, dtype="<i8") + bound
             bounds += file.write(ends.tobytes()) // 8
             bound = int(ends[-1]) if len(ends) else bound
-        # last, so that a file that a crash cut short does not look like an index
+        # last, so that a file cut short by a crash does not look like an index
         file.seek(0)
         file.write(_HEADER.pack(MAGIC, 1, _CODES[np.dtype(dtype)], sequences, bounds))
         sync_file(file)
 
 
 def blocks_of_documents(document_lengths: NDArray[np.int32]) -> Blocks:
-    """Documents of one sequence each, or of none where the length is 0."""
+    """Return the blocks for documents with one sequence each, or none if the length is 0."""
 
     def blocks() -> Iterator[tuple[NDArray[np.int32], NDArray[np.integer]]]:
         for start in range(0, len(document_lengths), INDEX_BLOCK):
             block = document_lengths[start : start + INDEX_BLOCK]
-            # Megatron-LM writes no sequence for an empty document, only a bound
+            # Megatron-LM writes no sequence for an empty document, only a boundary
             yield block[block > 0], (block > 0).astype(np.int8)
 
     return blocks

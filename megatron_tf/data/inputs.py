@@ -1,19 +1,20 @@
-"""Files to read, by name or by pattern: none is left out without a word, none is read twice."""
+"""Finds input files by name or pattern: none is skipped silently, none is read twice."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from megatron_tf.data.indexed_dataset import DataError
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of patterns (`*`, `?`, `[...]`, and `**` for directories of any depth), sorted within a pattern.
+    """Expand patterns (`*`, `?`, `[...]`, and `**` for directories of any depth) into files, sorted within a pattern.
 
-    A name with brackets that exists is that file. Raises DataError where a pattern matches nothing or something that
-    is not a file, and for one file under two names; OSError for a directory that can't be read.
+    A name with brackets that exists is that file. Raises DataError if a pattern matches nothing or something that is
+    not a file, and for one file under two names; OSError for a directory that can't be read.
     """
     inputs: list[Path] = []
     for pattern in patterns:
@@ -25,6 +26,12 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     return inputs
 
 
+def identity_of_file(path: Path) -> dict[str, Any]:
+    """Return a file's name, size and time of modification, which change with its contents."""
+    status = path.stat()
+    return {"input": str(path), "size": status.st_size, "modified": status.st_mtime_ns}
+
+
 def _check_distinct(inputs: Sequence[Path]) -> None:
     names: dict[tuple[int, int], Path] = {}
     for path in inputs:
@@ -32,12 +39,15 @@ def _check_distinct(inputs: Sequence[Path]) -> None:
             status = path.stat()
         except FileNotFoundError:
             raise DataError(
-                f"--input {path}: the link points nowhere: restore the file behind it, or remove it"
+                f"--input {path}: it is a broken link: restore the file that it points to, or remove it"
             ) from None
         if stat.S_ISDIR(status.st_mode):
             raise DataError(f"--input {path} is a directory: name the files in it, such as '{path}/*.jsonl.zst'")
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"--input {path} is not a regular file: an input is read again after a stop")
+            raise DataError(
+                f"--input {path} is not a regular file: a resumed command must read its inputs again; "
+                "pipe it to --input -"
+            )
         file = (status.st_dev, status.st_ino)
         if file in names:
             raise DataError(f"--input names a file twice: {names[file]} and {path} are the same")
@@ -45,7 +55,7 @@ def _check_distinct(inputs: Sequence[Path]) -> None:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Paths of a pattern, component by component: the glob module passes over directories that it can't read."""
+    """Match a pattern component by component: the glob module silently skips directories that it can't read."""
     parts = [part for part in pattern.split("/") if part]
     found = ["/" if pattern.startswith("/") else ""]
     for depth, part in enumerate(parts, 1):
@@ -61,11 +71,11 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _names(base: str, part: str) -> list[str]:
-    """Entries of a directory that match one component of a pattern."""
+    """Return the entries of a directory that match one component of a pattern."""
     is_pattern = any(c in part for c in "*?") or ("[" in part and not os.path.lexists(os.path.join(base, part)))  # noqa: PTH118
     if not is_pattern:
         return [part] if os.path.lexists(os.path.join(base, part)) else []  # noqa: PTH118
-    # as in shells, `*` means no hidden files
+    # as in shells, `*` does not match hidden files
     is_hidden = part.startswith(".")
     return [name for name in _entries(base) if name.startswith(".") <= is_hidden and fnmatchcase(name, part)]
 
@@ -78,9 +88,9 @@ def _entries(directory: str) -> list[str]:
 
 
 def _all_below(base: str, with_files: bool) -> Iterator[str]:
-    """A directory and those below it, each once; hidden ones are left out, as in patterns."""
+    """Yield a directory and those below it, each once, without hidden ones."""
     pending = [base]
-    seen = set[tuple[int, int]]()  # a link may lead back to where it is
+    seen = set[tuple[int, int]]()  # a link may lead back to one of its parents
     while pending:
         directory = pending.pop()
         status = os.stat(directory or ".")  # noqa: PTH116

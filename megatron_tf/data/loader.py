@@ -1,27 +1,29 @@
-"""Global batches, cut for each replica; the position in the data is a count of global samples."""
+"""Loads global batches and splits them over data-parallel ranks; the position is a count of global samples."""
 
 import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from megatron_tf.data.batch import Batch, DocumentMasking, make_batch
+from megatron_tf.data.batch import Batch, DocumentMasking, make_batch, pin
 from megatron_tf.data.blend import Samples
 
-PROBE_INTERVAL = 16  # batches; asking the system to read ahead costs more than reading what is in memory already
+PROBE_INTERVAL = 16  # batches; a read-ahead request costs more than reading data that is already in memory
 
 
 class BatchLoader(Iterator[Batch]):
-    """Iterates this replica's part of one global batch after another.
+    """Iterates over this data-parallel rank's part of consecutive global batches.
 
-    Micro-batch m of all replicas together is one run of samples, so that the same samples meet in a step whatever the
-    number of replicas. `batch_size` tells how many samples the global batch has that begins at a position. The next
-    batch is read while the caller works on this one, until the loader is closed as a context manager. Every
-    PROBE_INTERVAL batches it is looked whether reading has to wait for the disk; where it has, the system is told of a
-    batch's samples before they are read.
+    Micro-batch m of all data-parallel ranks together is one contiguous range of samples, so that a step sees the same
+    samples whatever the number of ranks. `batch_size` returns the size of the global batch that starts at a given
+    sample. A thread reads the next batch while the caller works on the current one; leave the context manager to stop
+    it. Every PROBE_INTERVAL batches the loader measures whether reads wait for the disk; if so, it asks the operating
+    system to read the samples of a batch ahead. Batches for a GPU, `device`, are in page-locked memory.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class BatchLoader(Iterator[Batch]):
         replicas: int,
         consumed_samples: int,
         masking: DocumentMasking,
+        device: torch.device | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
@@ -44,13 +47,16 @@ class BatchLoader(Iterator[Batch]):
         self.masking = masking
         self._reads = 0
         self._is_cold = False
-        # one thread: batches are read in their order, and _reads and _is_cold have one writer
-        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader")
+        self._pins = device is not None and device.type == "cuda"
+        # a new thread would use the first GPU of the host, and every rank would allocate memory there
+        on_device = partial(torch.cuda.set_device, device) if self._pins else None
+        # a single thread, so that batches are read in order and _reads and _is_cold have one writer
+        self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-loader", initializer=on_device)
         self.pending = self.reader.submit(self._read, consumed_samples)
 
     def __next__(self) -> Batch:
         batch = self.pending.result()
-        # not before the batch is handed over: what is read ahead does not count as consumed
+        # only once the batch is handed over: read-ahead batches are not consumed yet
         self.consumed_samples += self.batch_size(self.consumed_samples)
         self.pending = self.reader.submit(self._read, self.consumed_samples)
         return batch
@@ -65,12 +71,12 @@ class BatchLoader(Iterator[Batch]):
         numbers = self._sample_numbers(first)
         samples = numbers.ravel().tolist()
         is_probe = self._reads % PROBE_INTERVAL == 0
-        # a probe reads without telling the system, so that its faults show whether data comes from the disk
+        # a probe reads without read-ahead, so that its page faults show whether data comes from the disk
         if self._is_cold and not is_probe:
             for sample in samples:
                 self.dataset.prefetch(sample)
         faults = _major_faults()
-        # read on its own, for its length
+        # a single sample, for its length
         first_row = self.dataset[samples[0]]
         rows = np.empty((len(samples), len(first_row)), dtype=np.int64)
         rows[0] = first_row
@@ -79,17 +85,19 @@ class BatchLoader(Iterator[Batch]):
         if is_probe:
             self._is_cold = _major_faults() > faults
         self._reads += 1
-        return make_batch(rows.reshape(*numbers.shape, -1), numbers, self.masking)
+        batch = make_batch(rows.reshape(*numbers.shape, -1), numbers, self.masking)
+        return pin(batch) if self._pins else batch
 
     def _sample_numbers(self, first: int) -> NDArray[np.int64]:
-        """[count, B]: which samples of the global batch that begins at `first` this replica's micro-batches hold."""
+        """Return the sample numbers of this rank's micro-batches of the global batch that starts at `first`:
+        [count, B]."""
         numbers = first + np.arange(self.batch_size(first), dtype=np.int64)
-        # [count, replicas, B]: replicas take turns in runs of B, so that a sample falls into the same micro-batch
-        # of all whatever their number
+        # [count, replicas, B]: replicas take turns every B samples, so that the global micro-batches contain the same
+        # samples whatever their number
         return numbers.reshape(-1, self.replicas, self.micro_batch_size)[:, self.replica]
 
 
 def _major_faults() -> int:
-    """How often this thread had to wait for the disk."""
-    # elsewhere than on Linux other threads count too: then data is taken for cold too often, which only costs time
+    """Return how many major page faults (waits for the disk) this thread has had."""
+    # other systems than Linux count all threads: then data is considered cold too often, which only costs time
     return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt

@@ -1,8 +1,8 @@
-"""Megatron-LM's order of samples, bit for bit, for runs that are moved here from there.
+"""Megatron-LM's order of samples, bit for bit, for runs migrated from there.
 
-It depends on how many samples a run will take: E epochs are shuffled together, and the samples over all of them; the
-last epoch apart from the others where only a part of it is needed. One numpy RandomState draws everything. What
-Megatron-LM shuffles and splits are the sequences of a dataset, whatever documents they belong to.
+It depends on the total number of samples of a run: the sequences of all its epochs are shuffled together, then the
+samples over all of them; the last epoch is shuffled separately if only a small part of it is needed. All random numbers
+come from one numpy RandomState. Megatron-LM shuffles and splits the sequences of a dataset, not its documents.
 """
 
 import itertools
@@ -21,16 +21,16 @@ from megatron_tf.data.order import aligned, samples_in
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
 ORDER_VERSION = 1
-PARTIAL_EPOCH = 0.80  # the last epoch is shuffled apart when less than this share of it is needed
-BLEND_SURPLUS = 0.005  # samples that each part of a blend is given beyond its share
-_SHORT_IDS = 1 << 32  # places in the order of sequences, up to which 32 bits count them
+PARTIAL_EPOCH = 0.80  # the last epoch is shuffled separately if less than this fraction of it is needed
+BLEND_SURPLUS = 0.005  # margin of samples prepared for each part of a blend beyond its share
+_SHORT_IDS = 1 << 32  # up to this many entries in the order of sequences, 32 bits suffice
 
 
 class MegatronOrder:
-    """The first `samples` samples of a run, then the same from the beginning; None for the samples of one epoch.
+    """The order of the first `samples` samples of a run, after which it repeats; None means those of one epoch.
 
-    `lengths` are of sequences. A set with fewer tokens than one sample is read for as many epochs as it takes. Raises
-    DataError where there is no token, and where one epoch is asked of a set that has no whole sample.
+    `lengths` are the lengths of sequences. A dataset with fewer tokens than one sample is read for as many epochs as
+    needed. Raises DataError if there are no tokens, or if one epoch has no complete sample.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class MegatronOrder:
         self._arrays = open_or_build(cache, key, self._build)
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
-        """(arrays, the sample's place in them)."""
-        # a run that skipped batches reads further than Megatron-LM planned, and begins again
+        """Return (arrays, index of the sample in them)."""
+        # a run that skipped batches reads further than Megatron-LM planned, and wraps around
         return self._arrays, int(self._arrays.shuffle[sample % len(self._arrays.shuffle)])
 
     def _build(self) -> OrderArrays:
         tokens = self._tokens
         length = self.seq_length
         epochs = max(1, -(-(self.samples * length + 1) // tokens))
-        # a sample needs one token beyond its length: the target of its last one
+        # a sample needs one token more than its length: the target of the last one
         without_last = ((epochs - 1) * tokens - 1) // length
         is_partial = epochs > 1 and self.samples - without_last < int(PARTIAL_EPOCH * ((tokens - 1) // length))
-        # what is drawn, and when, is Megatron-LM's: sequences of all parts first, then samples part by part
+        # the draws follow Megatron-LM's sequence: the sequences of all parts first, then the samples of each part
         random = np.random.RandomState(self.seed)
         parts = [epochs - 1, 1] if is_partial else [epochs]
-        # the type of the ids counts places among all epochs too
+        # the type of the ids must also hold positions over all epochs
         ids = np.dtype(np.uint32 if epochs * len(self.lengths) < _SHORT_IDS else np.int64)
         sequences = np.concatenate([self._shuffled_sequences(part, ids, random) for part in parts])
         position, offset = sample_index(sequences, self.lengths, length)
@@ -79,23 +79,24 @@ class MegatronOrder:
 
 
 def split_sequences(num_sequences: int, split: str) -> tuple[range, range, range]:
-    """Sequences of training, validation and test for shares such as "969,30,1". Raises DataError for others.
+    """Split sequences into training, validation and test by shares such as "969,30,1". Raises DataError for malformed
+    shares.
 
-    Megatron-LM rounds after it has added up rounded shares, so that bounds may be off by one from those of documents.
+    Megatron-LM rounds sums of rounded shares, so boundaries may differ by one from those of `split_documents`.
     """
-    ends = [0.0, *itertools.accumulate(normalised(shares_of(split)))]
+    ends = [0.0, *itertools.accumulate(normalized(shares_of(split)))]
     bounds = [round(end * float(num_sequences)) for end in ends]
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 
 
 def samples_of_parts(samples: int, weights: Sequence[float]) -> list[int]:
-    """Samples that Megatron-LM prepares of each dataset of a blend."""
-    shares = normalised(weights)
+    """Return the number of samples that Megatron-LM prepares of each dataset of a blend."""
+    shares = normalized(weights)
     return [math.ceil(math.ceil(samples * share) * (1 + BLEND_SURPLUS)) for share in shares]
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
-    """Shares of a whole, rounded as Megatron-LM does: in its blends the last bit decides which of two comes first."""
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Normalize weights to sum to 1, rounded as in Megatron-LM: in its blends the last bit can decide ties."""
     values = np.array(weights, dtype=np.float64)
     shares: list[float] = (values / np.sum(values)).tolist()
     return shares

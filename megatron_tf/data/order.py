@@ -1,6 +1,6 @@
-"""The order of samples: a function of the data, the seed and the epoch; not of the layout or the length of the run.
+"""The order of samples: a function of the data, the seed and the epoch, but not of the layout or length of the run.
 
-Epoch e lays the documents end to end in an order of its own, cuts them into samples, and shuffles these.
+Each epoch shuffles the documents, concatenates them, cuts them into samples, and shuffles these.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from megatron_tf.data.order_cache import OrderArrays, open_or_build
 
 ORDER_VERSION = 2
 _GROUP_ENTRIES = 1 << 18
-"""Of arrays, up to which epochs share files: a small dataset may be read for thousands of them."""
+"""Array entries up to which epochs share files: a small dataset may be read for thousands of epochs."""
 _MAX_GROUP = 256  # epochs
 
 
 class SampleOrder:
-    """Samples of `seq_length` + 1 tokens over documents of the given lengths, epoch after epoch without end.
+    """An unbounded order of samples of `seq_length` + 1 tokens over documents of the given lengths.
 
-    Raises DataError where there are too few tokens for one sample.
+    Raises DataError if there are too few tokens for one sample.
     """
 
     def __init__(self, lengths: NDArray[np.integer], *, seq_length: int, seed: int, name: str, cache: Path) -> None:
@@ -40,9 +40,9 @@ class SampleOrder:
         self._group: tuple[int, OrderArrays] | None = None
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
-        """(arrays of the sample's epoch, its place in them)."""
+        """Return (arrays of the sample's epoch, index of the sample in them)."""
         epoch, visit = divmod(sample, self.samples_per_epoch)
-        # neighboring samples are of one epoch, so only where it changes are files opened and checked
+        # consecutive samples share an epoch: files are only opened and checked when it changes
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self._arrays_of(epoch)
         arrays = self._epoch[1]
@@ -52,7 +52,7 @@ class SampleOrder:
         group, row = divmod(epoch, self._epochs_of_file)
         if self._group is None or self._group[0] != group:
             key: tuple[object, ...] = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, group)
-            # left out for large datasets: the caches that they have keep their names
+            # not part of the key for large datasets, so that their existing caches keep their names
             if self._epochs_of_file > 1:
                 key = (*key, self._epochs_of_file)
             self._group = group, open_or_build(self.cache, key, lambda: self._build_group(group))
@@ -60,32 +60,32 @@ class SampleOrder:
         return OrderArrays(*(array[row] for array in rows)) if self._epochs_of_file > 1 else rows
 
     def _build_group(self, group: int) -> OrderArrays:
-        """The arrays of the epochs that share files, one epoch a row."""
+        """Build the arrays of the epochs that share files, one row per epoch."""
         first = group * self._epochs_of_file
         epochs = [self._build(first + i) for i in range(self._epochs_of_file)]
         return OrderArrays(*map(np.stack, zip(*epochs, strict=True))) if len(epochs) > 1 else epochs[0]
 
     def _build(self, epoch: int) -> OrderArrays:
-        # documents first, so that samples of another epoch are cut in other places; then samples, so that the pieces of
-        # a long document do not follow one another
+        # shuffle documents first, so that each epoch cuts samples at different places; then samples, so that the
+        # pieces of a long document are not consecutive
         documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
         position, offset = sample_index(documents, self.lengths, self.seq_length)
         shuffle = permutation(self.samples_per_epoch, *self._keys(epoch, "samples"))
         return OrderArrays(documents, position, offset, shuffle)
 
     def _keys(self, epoch: int, what: str) -> tuple[int, int]:
-        # the name is in it, so that datasets of the same size are not shuffled alike
+        # includes the name, so that datasets of equal size are shuffled differently
         digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def aligned(lengths: NDArray[np.integer]) -> NDArray[np.integer]:
-    """The same lengths, copied where they lie unaligned, as views of an index file do."""
+    """Copy lengths that are not aligned in memory, as views of an index file may be; return others unchanged."""
     return np.require(lengths, requirements=["C", "ALIGNED"])
 
 
 def samples_in(lengths: NDArray[np.integer], seq_length: int, name: str) -> int:
-    """Samples of one epoch. Raises DataError where there is not even one."""
+    """Return the number of samples in one epoch. Raises DataError if there is not even one."""
     tokens = int(lengths.sum(dtype=np.int64))
     samples = max(0, tokens - 1) // seq_length
     if samples == 0:

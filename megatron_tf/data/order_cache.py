@@ -1,4 +1,4 @@
-"""Arrays of an order on disk: built once by whichever process comes first, checked and mapped by all."""
+"""Cache of order arrays on disk: built once by the first process, verified and memory-mapped by all."""
 
 import hashlib
 import json
@@ -19,10 +19,11 @@ LOCK_TIMEOUT_SECONDS = 600.0
 
 
 class OrderArrays(NamedTuple):
-    """Where the samples of one epoch, or of a whole run, lie.
+    """The boundaries and the order of the samples of one epoch, or of a whole run.
 
-    `documents` [d] is their order. The sample at place i begins in document `documents[position[i]]` at `offset[i]`;
-    both are [n + 1]. Places are visited in the order of `shuffle` [n]. Ids take 32 bits where that is enough for all.
+    `documents` [d] is the order of the documents. Sample i before shuffling starts in document
+    `documents[position[i]]` at `offset[i]`; both are [n + 1]. `shuffle` [n] is the order in which samples are read.
+    Integers have 32 bits if that is enough for all of them.
     """
 
     documents: NDArray[np.integer]
@@ -32,20 +33,20 @@ class OrderArrays(NamedTuple):
 
 
 class Order(Protocol):
-    """An order of samples."""
+    """Interface of an order of samples."""
 
     lengths: NDArray[np.integer]
-    """Tokens of each document."""
+    """Number of tokens of each document."""
     seq_length: int
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
-        """(arrays, place in them) of a sample."""
+        """Return (arrays, index of the sample in them)."""
 
 
 def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> OrderArrays:
-    """Mapped arrays of a key that says everything they depend on; what is missing or damaged is built anew.
+    """Map the arrays for `key`, which must contain everything they depend on; build them if missing or damaged.
 
-    Raises DataError where another process takes too long to build them, and where `cache` can't be made.
+    Raises DataError if another process takes too long to build them, or if `cache` can't be created.
     """
     name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
     directory = cache / f"order-{name}"
@@ -58,21 +59,21 @@ def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], Orde
                 f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
             ) from error
         busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
-        # only who has to build takes the lock: most starts find the arrays, and a cache may be read-only
+        # only taken to build: most starts find the arrays, and a cache may be read-only
         with locked(cache / f"order-{name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
-            # another process may have built them while this one waited
+            # another process may have built them while this one waited for the lock
             arrays = _open(directory)
             if arrays is None:
-                # read back, since mapped pages are shared by all ranks of a host, and those that were built are not
+                # map the files instead of using the built arrays, since all ranks of a host share mapped pages
                 _write(directory, build())
                 arrays = _open(directory)
     if arrays is None:
-        raise DataError(f"{directory} can't be read back after it was written: is the disk sound?")
+        raise DataError(f"{directory} can't be read back after writing: check the disk")
     return arrays
 
 
 def _open(directory: Path) -> OrderArrays | None:
-    """The arrays, None where they are not there or not what was written."""
+    """Map the arrays; None if they are missing or fail their checksum."""
     try:
         checksums = json.loads((directory / "checksums.json").read_text())
         arrays = [np.asarray(np.load(directory / f"{n}.npy", mmap_mode="r")) for n in OrderArrays._fields]
@@ -84,22 +85,22 @@ def _open(directory: Path) -> OrderArrays | None:
 
 
 def _write(directory: Path, arrays: OrderArrays) -> None:
-    # nothing is synced: what a crash damages, checksums tell, and it is built again
+    # nothing is synced: checksums detect what a crash damages, and it is built again
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f"{directory.name}.", suffix=".tmp"))
-    temporary.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's is for nobody else
+    temporary.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp gives access to the owner only
     for name, array in zip(OrderArrays._fields, arrays, strict=True):
         np.save(temporary / f"{name}.npy", array)
     (temporary / "checksums.json").write_text(json.dumps([_checksum(array) for array in arrays]))
-    # a directory can only be renamed over an empty one; who has mapped the old files keeps them
+    # a directory can only be renamed over an empty one; processes that mapped the old files keep them
     shutil.rmtree(directory, ignore_errors=True)
     try:
         temporary.rename(directory)
-    except OSError:  # where there are no locks, another process may have been faster
+    except OSError:  # without working locks, another process may have been faster
         shutil.rmtree(temporary, ignore_errors=True)
         if not directory.exists():
             raise
 
 
 def _checksum(array: NDArray[np.integer]) -> str:
-    # with type and shape, since the same bytes are another order under others
+    # includes type and shape, since they decide what the bytes mean
     return f"{array.dtype.str}{array.shape}{xxhash.xxh3_128_hexdigest(array.data)}"

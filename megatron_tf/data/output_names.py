@@ -1,4 +1,4 @@
-"""Names of datasets: different keys and different values of meta never share one."""
+"""Names of datasets: different keys and different values of `meta` never share a name."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from megatron_tf.data.indexed_dataset import DataError
 
-MAX_NAME = 256  # characters of a set's name: .documents.npz gives each as many as the longest has
+MAX_NAME = 256  # characters; .documents.npz stores every name in the width of the longest
 _MAX_FILE_NAME = 100
 _UNSAFE = re.compile(r"[^A-Za-z0-9.-]+")
 
 
 def set_name(value: object) -> str:
-    """The name of a set; a long one is cut, and a hash keeps it apart from others."""
+    """Return the name of a set; a long one is truncated and gets a hash that keeps it unique."""
     name = str(value)
     if len(name) <= MAX_NAME and "\0" not in name:
         return name
@@ -22,20 +22,20 @@ def set_name(value: object) -> str:
 
 
 def output_of(key: str, set_name: str | None) -> str:
-    """What tells one dataset of a command from another: its key, and its set where each has a dataset of its own."""
+    """Return what identifies a dataset among those of a command: its key, and its set if each set has its own."""
     return key if set_name is None else json.dumps([set_name, key])
 
 
 def file_stem(output: str) -> str:
-    """A name for files of an output, within a directory of ours."""
+    """Return a unique file name stem for an output, used within the parts directory."""
     is_safe = re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", output)
     return output if is_safe else f"~{_digest(output, 16)}"
 
 
 def dataset_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[str, str]:
-    """Output -> prefix of its dataset. Names that would be the same get a hash; so do those too long for a file.
+    """Map each output to the prefix of its dataset. Names that would collide, or are too long for a file, get a hash.
 
-    Raises DataError where two are the same even so.
+    Raises DataError if two names still collide.
     """
     plain = {output: _plain_name(output, is_split) for output in outputs}
     counts = Counter(plain.values())
@@ -46,7 +46,7 @@ def dataset_names(prefix: str, outputs: Sequence[str], is_split: bool) -> dict[s
         is_plain = not is_split or (len(name) <= _MAX_FILE_NAME and is_alone)
         names[output] = f"{prefix}_{name if is_plain else _hashed(output, name)}_document"
     if len(set(names.values())) < len(names):
-        raise DataError(f"two of the datasets of {prefix} would have one name: rename a value of --split-by-meta")
+        raise DataError(f"two datasets of {prefix} would have the same name: rename a value of --split-by-meta")
     return dict(sorted(names.items(), key=lambda item: item[1]))
 
 
@@ -58,7 +58,7 @@ def _plain_name(output: str, is_split: bool) -> str:
 
 
 def _is_exact(output: str, is_split: bool) -> bool:
-    """Whether a name is written as it is."""
+    """Return whether a name is used unchanged."""
     if not is_split:
         return True
     name = json.loads(output)[0]

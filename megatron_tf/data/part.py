@@ -1,6 +1,6 @@
-"""Tokens of one input file on their way into a dataset: files that grow, and a journal that says how far they hold.
+"""The tokens of one source before they are assembled into datasets: growing files, and a journal of commits.
 
-What a commit covers survives anything; what comes after it is cut off when the part is opened again.
+Committed data survives a crash at any point; anything after the last commit is truncated when the part is reopened.
 """
 
 import json
@@ -15,23 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.document_sets import ROW, DocumentSets
-from megatron_tf.data.documents import BadLines
+from megatron_tf.data.documents import BadLines, Position
 from megatron_tf.data.output_names import file_stem
 from megatron_tf.files import replace_durably, sync_file
 
-MAX_OPEN_OUTPUTS = 64  # of three files each: many systems allow 1,024 files, some 256
+MAX_OPEN_OUTPUTS = 64  # outputs, of three files each: many systems allow 1,024 open files, some 256
 
 
 @dataclass
 class Tally:
-    """How much there is of something."""
+    """Number of documents, tokens and bytes of text."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
 
     def add(self, more: "Tally") -> None:
-        """Count what `more` holds too."""
+        """Add the counts of `more`."""
         self.documents += more.documents
         self.tokens += more.tokens
         self.text_bytes += more.text_bytes
@@ -39,41 +39,48 @@ class Tally:
 
 @dataclass
 class Journal:
-    """What a commit covers."""
+    """The state of a part at its last commit."""
 
     identity: dict[str, Any]
-    """The input, and everything else that decides the bytes."""
+    """The input and everything else that determines the contents of the part."""
     lines: int = 0
+    digest: str | None = None
+    """Digest of these lines, if the source has one."""
     is_complete: bool = False
     counts: dict[str, dict[str, Tally]] = field(default_factory=dict)
-    """Output -> pile_set_name -> what went there."""
+    """Output -> pile_set_name -> counts of what was written."""
     bad: BadLines = field(default_factory=BadLines)
     without_set: int = 0
-    """Documents without the key that the outputs are split by."""
+    """Number of documents without the key that the outputs are split by."""
 
     def count(self, output: str, set_name: str) -> Tally:
-        """Where to count what goes to an output from a set."""
+        """Return the (mutable) tally of an output and a set; it is created if necessary."""
         return self.counts.setdefault(output, {}).setdefault(set_name, Tally())
 
     def total(self, output: str) -> Tally:
-        """All sets of one output."""
+        """Return the sum over all sets of one output."""
         total = Tally()
         for count in self.counts.get(output, {}).values():
             total.add(count)
         return total
 
     @property
+    def end(self) -> Position:
+        """Return the place in the source up to which it has been read."""
+        return Position(self.lines, self.digest)
+
+    @property
     def num_documents(self) -> int:
-        """Documents of all outputs: a line with two keys gives two."""
+        """Return the documents of all outputs together; a line with two keys counts twice."""
         return sum(self.total(output).documents for output in self.counts)
 
     @classmethod
     def read(cls, path: Path) -> "Journal | None":
-        """The journal in a file, None where there is none that can be read."""
+        """Read a journal; None if the file is missing or malformed."""
         try:
             fields = json.loads(path.read_text())
             bad = BadLines(**fields["bad"])
-            journal = cls(fields["identity"], fields["lines"], fields["is_complete"], bad=bad)
+            journal = cls(fields["identity"], fields["lines"], fields.get("digest"), fields["is_complete"], bad=bad)
             journal.without_set = fields["without_set"]
             for output, sets in fields["counts"].items():
                 for name, count in sets.items():
@@ -83,7 +90,7 @@ class Journal:
         return journal
 
     def write(self, path: Path) -> None:
-        """Replace the file, whole or not at all."""
+        """Replace the file atomically."""
         replace_durably(path, json.dumps(asdict(self)))
 
 
@@ -91,7 +98,7 @@ class Part:
     """The files `stem`-OUTPUT.bin, .lengths (int32 a document) and .sets (ROW a document) and their journal, open for
     appending.
 
-    A part of another identity, or one that does not hold what its journal says, starts from scratch.
+    A part with another identity, or without all the data in its journal, starts from scratch.
     """
 
     def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype) -> None:
@@ -105,12 +112,15 @@ class Part:
         self._written: set[str] = set()  # outputs written to since the last commit
 
     def append(self, output: str, ids: NDArray[np.generic], documents: Sequence[tuple[str, int, int]]) -> None:
-        """Documents of one output, ids end to end, and (set, ids, bytes of text) of each; counted in the journal."""
-        # before anything is counted: opening cuts files to what the journal counts
+        """Append documents to an output and count them in the journal.
+
+        `ids` are concatenated; each document has a row (set, number of ids, bytes of text).
+        """
+        # open before counting, since this truncates the files to what the journal counts
         files = self._opened(output)
         for name, length, text_bytes in documents:
             self.journal.count(output, name).add(Tally(1, length, text_bytes))
-        # by first appearance, an order that JSON keeps: rows written before a resume still point to their sets
+        # in order of first appearance, which JSON preserves: rows written before a resume still refer to their sets
         places = {name: place for place, name in enumerate(self.journal.counts[output])}
         rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
         lengths = np.array([length for _, length, _ in documents], "<i4")
@@ -118,21 +128,21 @@ class Part:
             file.write(values.tobytes())
 
     def document_sets(self, output: str) -> DocumentSets:
-        """The sets of an output's documents, as far as they are committed."""
+        """Return the sets of an output's committed documents."""
         return DocumentSets(list(self.journal.counts[output]), np.fromfile(self.paths(output)[2], ROW))
 
     def commit(self, is_complete: bool = False) -> None:
-        """Make everything so far last."""
-        # the journal last: it never claims more than the files hold, and what they hold beyond it is cut off
+        """Make everything appended so far durable."""
+        # the journal last, so that it never claims more than the files hold; any excess is truncated later
         for output in sorted(self._written):
             for file in self._opened(output):
-                sync_file(file)  # what was written through another descriptor too
+                sync_file(file)  # includes what was written through another descriptor
         self._written.clear()
         self.journal.is_complete = is_complete
         self.journal.write(self._path)
 
     def paths(self, output: str) -> tuple[Path, ...]:
-        """The .bin, the .lengths and the .sets of an output."""
+        """Return the paths of the .bin, .lengths and .sets files of an output."""
         return tuple(
             self.stem.with_name(f"{self.stem.name}-{file_stem(output)}.{kind}") for kind in ("bin", "lengths", "sets")
         )
@@ -159,7 +169,7 @@ class Part:
         return True
 
     def _opened(self, output: str) -> list[BinaryIO]:
-        """The files of an output, of which only so many are open at a time."""
+        """Return the open files of an output; only a bounded number of outputs is open at a time."""
         if output not in self._files:
             while len(self._files) >= MAX_OPEN_OUTPUTS:
                 for file in self._files.popitem(last=False)[1]:
@@ -173,7 +183,7 @@ class Part:
         opened: list[BinaryIO] = []
         sizes = self._sizes(self.journal, output)
         for path, size in zip(self.paths(output), sizes, strict=True):
-            # opened again after it was closed for want of descriptors, it keeps what is counted and not yet committed
+            # reopened after it was closed to free descriptors: keep what is counted but not committed yet
             file = path.open("ab")
             file.truncate(size)
             opened.append(file)

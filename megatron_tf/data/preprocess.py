@@ -1,9 +1,10 @@
-"""From Pile shards to datasets: every input becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
+"""Preprocesses text into datasets: each source becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,16 @@ import numpy as np
 
 import megatron_tf
 from megatron_tf.data.document_sets import joined_sets, sets_path
-from megatron_tf.data.documents import BadLines, DocumentBatch, check_any, read_batches
+from megatron_tf.data.documents import (
+    BadLines,
+    DocumentBatch,
+    Fields,
+    Input,
+    Position,
+    Source,
+    check_any,
+    utf8_size,
+)
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
 from megatron_tf.data.output_names import dataset_names, output_of, set_name
@@ -24,52 +34,58 @@ from megatron_tf.data.published import (
     read_report,
     remove_parts,
 )
+from megatron_tf.data.standard_input import StandardInput
 from megatron_tf.data.tokenizer import Encoded, Tokenizer
 from megatron_tf.files import concatenate, write_json
 
 T = TypeVar("T")
 ReportProgress = Callable[[int, int], None]
-"""(bytes of the input, documents) since the last call."""
+"""Called with (bytes of the input, documents) processed since the last call."""
 
-UNKNOWN_SET = "unknown"  # of documents that don't say
-COMMIT_BYTES = 256 << 20  # of lines: what a kill can cost
-FORMAT_VERSION = 2  # of the bytes that the same input gives
+UNKNOWN_SET = "unknown"  # set of documents that don't name one
+COMMIT_BYTES = 256 << 20  # bytes of lines between commits: the work that a kill can cost
+FORMAT_VERSION = 2  # of the format of parts: changes with the bytes written for the same input
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the datasets besides the inputs."""
+    """Everything besides the inputs that determines the contents of the datasets."""
 
     tokenizer: dict[str, Any]
     """Identity of the tokenizer."""
     keys: tuple[str, ...]
     append_eod: bool
     split_by_meta: str | None
-    """Key under `meta` whose values each get datasets of their own."""
+    """Key under `meta`; each of its values gets its own datasets."""
     eod: int | None = None
-    """The id that ends documents."""
+    """The id appended to each document."""
 
-    def identity(self, path: Path) -> dict[str, Any]:
-        """Everything that decides the bytes one input becomes."""
-        status = path.stat()
-        file = {"input": str(path), "size": status.st_size, "modified": status.st_mtime_ns}
-        # as JSON would give it back, with lists for tuples: it is compared with what was read from a journal
-        return {"format": FORMAT_VERSION, **file, **json.loads(json.dumps(asdict(self)))}
+    @property
+    def fields(self) -> Fields:
+        """What is read of each row."""
+        return Fields(self.keys) if self.split_by_meta is None else Fields(self.keys, self.split_by_meta)
+
+    def identity(self, of: Input | Source) -> dict[str, Any]:
+        """Return everything that determines the bytes written for an input or a source, as JSON values."""
+        # through JSON, which turns tuples into lists: it is compared with a value read from a journal
+        return {"format": FORMAT_VERSION, **of.identity(), **json.loads(json.dumps(asdict(self)))}
 
 
-def tokenize_input(
-    path: Path, number: int, *, prefix: str, settings: Settings, tokenizer: Tokenizer, progress: ReportProgress
+def tokenize_source(
+    source: Source, number: int, *, prefix: str, settings: Settings, tokenizer: Tokenizer, progress: ReportProgress
 ) -> None:
-    """Make one input into part `number`, or resume it. Raises DataError or OSError; committed work survives."""
+    """Tokenize one source into part `number`, or resume that. Raises DataError or OSError; committed work is kept."""
     dtype = token_dtype(tokenizer.vocab_size)
-    with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(path), dtype) as part:
+    with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype) as part:
         journal = part.journal
         if journal.is_complete:
-            progress(path.stat().st_size, journal.num_documents)
+            if isinstance(source, StandardInput):
+                source.check(journal.end)
+            progress(source.size, journal.num_documents)
             return
         done = 0
         uncommitted = 0
-        for batch in _read_ahead(read_batches(path, settings.keys, journal.lines)):
+        for batch in _read_ahead(source.batches(settings.fields, journal.end)):
             _add(part, batch, settings=settings, tokenizer=tokenizer)
             progress(batch.end_byte - done, len(batch.documents))
             done = batch.end_byte
@@ -77,12 +93,13 @@ def tokenize_input(
             if uncommitted >= COMMIT_BYTES:
                 part.commit()
                 uncommitted = 0
-        check_any(path, journal.num_documents, journal.bad)
+        if source.is_whole:
+            check_any(source.name, journal.num_documents, journal.bad)
         part.commit(is_complete=True)
 
 
 def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tokenizer) -> None:
-    sets = [_set_name(document, settings.split_by_meta or "pile_set_name") for document in batch.documents]
+    sets = [_set_name(document, settings.fields.set_key) for document in batch.documents]
     for key in settings.keys:
         texts = [document[key] for document in batch.documents]
         if not texts:
@@ -91,14 +108,15 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
         if settings.eod is not None:
             encoded = _with_end(encoded, settings.eod)
         for output, which in _outputs(key, sets, settings).items():
-            # the usual case of one set in a batch copies nothing
+            # in the usual case of one set per batch, nothing is copied
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
             lengths = chosen.lengths.tolist()
             documents = [
-                (sets[i] or UNKNOWN_SET, length, _utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)
+                (sets[i] or UNKNOWN_SET, length, utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)
             ]
             part.append(output, chosen.ids, documents)
     part.journal.lines = batch.end_line
+    part.journal.digest = batch.digest
     part.journal.without_set += sets.count(None)
     part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
 
@@ -106,20 +124,20 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
 def _encoded(texts: list[str], dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
     encoded = tokenizer.encode_batch(texts)
     highest = int(encoded.ids.max(initial=0))
-    if highest >= tokenizer.vocab_size:  # it would wrap around in a smaller type
+    if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
         raise DataError(f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this")
     return Encoded(encoded.ids.astype(dtype), encoded.lengths)
 
 
 def _with_end(encoded: Encoded, eod: int) -> Encoded:
-    """Each text followed by the end of a document; an empty one stays empty, as Megatron-LM's standard tool has it."""
+    """Append the end of document to each text. An empty text stays empty, as in Megatron-LM's preprocessing."""
     has_tokens = encoded.lengths > 0
     ends = np.cumsum(encoded.lengths)[has_tokens]
     return Encoded(np.insert(encoded.ids, ends, eod), encoded.lengths + has_tokens)
 
 
 def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, list[int]]:
-    """Output -> which of a batch's documents go there."""
+    """Map each output to the indices of the batch's documents that belong to it."""
     if settings.split_by_meta is None:
         return {output_of(key, None): list(range(len(sets)))}
     outputs: dict[str, list[int]] = {}
@@ -133,14 +151,10 @@ def _set_name(document: dict[str, Any], key: str) -> str | None:
     return set_name(meta[key]) if isinstance(meta, dict) and key in meta else None
 
 
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
 def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made in a thread while the caller works on this one."""
+    """Yield the same items, computing the next one in a thread while the caller works on the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        # None for the end: no item is None
+        # None marks the end: no item is None
         pending = reader.submit(next, iterator, None)
         while (item := pending.result()) is not None:
             pending = reader.submit(next, iterator, None)
@@ -148,22 +162,30 @@ def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
 
 
 def assemble(
-    inputs: Sequence[Path], prefix: str, settings: Settings, *, dtype: np.dtype, max_bad_lines: float
+    inputs: Sequence[Input],
+    sources: Sequence[Sequence[Source]],
+    *,
+    prefix: str,
+    settings: Settings,
+    dtype: np.dtype,
+    max_bad_lines: float,
 ) -> dict[str, Any]:
-    """Put the parts of all inputs together, in their order, and return the report that is written to PREFIX.json.
+    """Concatenate the parts of all sources in order, and return the report that is written to PREFIX.json.
 
-    Raises DataError where a part is not complete, too many lines are bad or there is no document at all.
+    Raises DataError if a part is incomplete, too many lines are bad, or an input has no document.
     """
     parts = [
-        Part(parts_directory(prefix) / f"{number:05d}", settings.identity(path), dtype)
-        for number, path in enumerate(inputs)
+        Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype)
+        for number, source in enumerate(chain.from_iterable(sources))
     ]
-    for path, part in zip(inputs, parts, strict=True):
+    remaining = iter(parts)
+    groups = [list(islice(remaining, len(each))) for each in sources]
+    for source, part in zip(chain.from_iterable(sources), parts, strict=True):
         if not part.journal.is_complete:
-            raise DataError(f"{path} has not been tokenized completely: run the same command again to go on")
+            raise DataError(f"{source.name} has not been tokenized completely: run the same command again to resume")
     bad = BadLines()
-    for part in parts:
-        bad.merge(part.journal.bad)
+    for each, group in zip(inputs, groups, strict=True):
+        _merge_bad_lines(bad, each, group)
     bad.check(max_bad_lines)
     outputs = sorted(set().union(*(part.journal.counts for part in parts)))
     names = dataset_names(prefix, outputs, is_split=settings.split_by_meta is not None)
@@ -171,7 +193,10 @@ def assemble(
     report = {
         "version": megatron_tf.__version__,
         "settings": json.loads(json.dumps(asdict(settings))),
-        "inputs": [settings.identity(path) for path in inputs],
+        "inputs": [
+            {**settings.identity(each), **_end_of_stream(each, group)}
+            for each, group in zip(inputs, groups, strict=True)
+        ],
         "bad_lines": {
             kind: {"count": n, "bytes": bad.bytes[kind], "shards": bad.shards[kind], "first": bad.first[kind]}
             for kind, n in bad.counts.items()
@@ -183,45 +208,64 @@ def assemble(
     for output, name in names.items():
         made_of = [part for part in parts if output in part.journal.counts]
         report["data_sets"][name] = _publish(name, made_of, output)
-    write_json(Path(f"{prefix}.json"), report)  # which syncs the directory of the datasets too: then parts may go
+    write_json(Path(f"{prefix}.json"), report)  # also syncs the directory, so parts can go
     remove_parts(prefix)
     return report
 
 
-def finished_report(
-    inputs: Sequence[Path], prefix: str, settings: Settings, *, tokenizer_model: Path | None = None
-) -> dict[str, Any] | None:
-    """The report of a command that has made just these datasets, which are all there; what it left over is removed.
+def _merge_bad_lines(bad: BadLines, of: Input, group: Sequence[Part]) -> None:
+    """Add the bad lines of the parts of one input, which count as one file. Raises DataError if none has a document."""
+    bad_here = BadLines()
+    for part in group:
+        bad_here.merge(part.journal.bad, set(bad_here.counts))
+    check_any(of.name, sum(part.journal.num_documents for part in group), bad_here)
+    bad.merge(bad_here)
 
-    None where one of them is gone. Raises DataError where other datasets, or other files, are in the way, and for
-    datasets of version 0.1 that may be wrong.
+
+def _end_of_stream(of: Input, group: Sequence[Part]) -> dict[str, Any]:
+    """Return what a report adds to the identity of an input whose contents have no name, size and date."""
+    return {"end": list(group[0].journal.end)} if isinstance(of, StandardInput) else {}
+
+
+def finished_report(
+    inputs: Sequence[Input], prefix: str, settings: Settings, *, tokenizer_model: Path | None = None
+) -> dict[str, Any] | None:
+    """Return the report if an earlier command made exactly these datasets and all still exist; remove leftover parts.
+
+    Returns None if there is no report or a dataset is missing. Raises DataError if other datasets or other files are in
+    the way, for datasets of version 0.1 that may be wrong, and if standard input is not the one that they were made of.
     """
     report = read_report(prefix)
     if report is None:
         return None
-    identities = [settings.identity(i) for i in inputs]
+    identities = [settings.identity(each) for each in inputs]
+    ends = [recorded.get("end") for recorded in report["inputs"]]
+    recorded = [{key: value for key, value in each.items() if key != "end"} for each in report["inputs"]]
     if is_of_first_format(report, identities):
         check_first_format(prefix, report, tokenizer_model)
-    elif report["inputs"] != identities:
+    elif recorded != identities:
         raise DataError(
-            f"{prefix}.json is about datasets made from other inputs, with other settings, or by another version: "
-            f"remove it and them, or choose another --output-prefix"
+            f"{prefix}.json describes datasets made from other inputs, with other settings, or by another version: "
+            f"remove both, or choose another --output-prefix"
         )
     missing = missing_file(prefix, report)
     if missing is None:
         check_first_ends(prefix, report, settings.eod)
-        if parts_directory(prefix).exists():  # killed while it removed them
+        for each, end in zip(inputs, ends, strict=True):
+            if isinstance(each, StandardInput):
+                each.check(Position(*end))
+        if parts_directory(prefix).exists():  # an earlier command was killed while removing them
             with exclusive(prefix):
                 remove_parts(prefix)
         return report
-    print(f"{missing} is missing: the datasets of {prefix}.json are made again", flush=True)
+    print(f"{missing} is missing: making the datasets of {prefix}.json again", flush=True)
     with exclusive(prefix):
         claim(prefix, report["data_sets"], are_ours=True)
     return None
 
 
 def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
-    """One dataset from its parts; its index appears last."""
+    """Write one dataset from its parts; the index appears last."""
     journals = [part.journal for part in parts]
     identity = journals[0].identity
     report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}

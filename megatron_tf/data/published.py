@@ -1,4 +1,4 @@
-"""Finished datasets of a prefix: their report, whose names they have, and what is left over from making them."""
+"""Finished datasets of a prefix: their report, ownership of their names, and the parts left over from making them."""
 
 import json
 import os
@@ -17,27 +17,27 @@ _OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|
 
 
 def parts_directory(prefix: str) -> Path:
-    """Where unfinished work on the datasets of a prefix is stored."""
+    """Return the directory for unfinished work on the datasets of a prefix."""
     return Path(f"{prefix}.parts")
 
 
 @contextmanager
 def exclusive(prefix: str) -> Iterator[None]:
-    """Hold the work on a prefix. Raises DataError where another process holds it, or its directory is not ours."""
+    """Lock a prefix for this process. Raises DataError if another process holds it, or its directory is not ours."""
     directory = parts_directory(prefix)
     if directory.exists() and not directory.is_dir():
-        raise DataError(f"{directory} is not a directory of this tool: remove it, or choose another --output-prefix")
+        raise DataError(f"{directory} was not made by this tool: remove it, or choose another --output-prefix")
     directory.mkdir(parents=True, exist_ok=True)
     busy = f"another process is writing {prefix}: wait for it, or choose another prefix"
     with locked(directory / "lock", timeout=0, busy=busy, error=DataError):
         other = next((path for path in sorted(directory.iterdir()) if not _OWN.fullmatch(path.name)), None)
         if other is not None:
-            raise DataError(f"{other} is not a file of this tool: choose another --output-prefix")
+            raise DataError(f"{other} is not a file made by this tool: choose another --output-prefix")
         yield
 
 
 def read_report(prefix: str) -> dict[str, Any] | None:
-    """PREFIX.json, None where there is none. Raises DataError where it is something else."""
+    """Read PREFIX.json; None if it is missing. Raises DataError if it is not a report of ours."""
     path = Path(f"{prefix}.json")
     if not os.path.lexists(path):
         return None
@@ -47,15 +47,15 @@ def read_report(prefix: str) -> dict[str, Any] | None:
         report = None
     if not isinstance(report, dict) or not {"version", "settings", "inputs", "data_sets"} <= report.keys():
         raise DataError(
-            f"{path} is not a report of this tool, which would write one there: choose another --output-prefix"
+            f"{path} is not a report made by this tool and would be overwritten: choose another --output-prefix"
         )
     return report
 
 
 def report_of(prefix: str | Path) -> dict[str, Any] | None:
-    """The report next to a dataset, whose `tokenizer` made it; None where there is none, as of other programs.
+    """Read the report next to a dataset, which names its `tokenizer`; None if it is missing, as with other programs.
 
-    Raises DataError where it is no report.
+    Raises DataError if the file is not a report.
     """
     path = Path(f"{prefix}.json")
     if not path.exists():
@@ -70,16 +70,16 @@ def report_of(prefix: str | Path) -> dict[str, Any] | None:
 
 
 def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
-    """A file of the datasets of a report that is gone; None where all are there.
+    """Return a missing file of a report's datasets; None if all exist.
 
-    Raises DataError where one is not what the report says: it may be of another.
+    Raises DataError if a file does not match the report: it may belong to another dataset.
     """
     for recorded, counts in report["data_sets"].items():
         dataset = Path(prefix).parent / Path(recorded).name  # the report may have been moved with its datasets
         for path in (Path(f"{dataset}.idx"), Path(f"{dataset}.bin"), sets_path(dataset)):
             if not os.path.lexists(path):
                 return path
-        remedy = f"remove {prefix}.json and the datasets that it names, and run the same command again"
+        remedy = f"remove {prefix}.json and the datasets it names, and run the same command again"
         try:
             found = IndexedDataset(dataset)
         except DataError as error:
@@ -93,7 +93,7 @@ def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
 
 
 def claim(prefix: str, datasets: Iterable[str], are_ours: bool = False) -> None:
-    """Note that datasets are made here. Raises DataError where files of another have their names already."""
+    """Record that datasets are being made here. Raises DataError if other files already have their names."""
     path = parts_directory(prefix) / "data_sets"
     claimed = set(json.loads(path.read_text())) if path.exists() else set()
     new = {Path(dataset).name for dataset in datasets} - claimed
@@ -113,5 +113,5 @@ def _files(dataset: Path) -> Sequence[Path]:
 
 
 def remove_parts(prefix: str) -> None:
-    """Remove what was needed to make the datasets."""
+    """Remove the parts and the lock of finished datasets."""
     shutil.rmtree(parts_directory(prefix))

@@ -1,4 +1,4 @@
-"""Files of ranks for tiktoken itself: Mistral's tekken.json, and ranks of any name with a description next to them.
+"""Rank files for tiktoken: Mistral's tekken.json, and files of any name with a description next to them.
 
 NAME.tiktoken.json next to NAME.tiktoken, or to another NAME, is {"encoding": PUBLISHED} or
 {"pattern": REGEX, "special_tokens": {TOKEN: ID}}.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PUBLISHED = {  # SHA-256 of the files that OpenAI publishes
+_PUBLISHED = {  # SHA-256 of the files published by OpenAI
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": "r50k_base",
     "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069": "p50k_base",
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": "cl100k_base",
@@ -57,22 +57,22 @@ _TEKKEN_SPECIAL = [
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 ]
-"""Of versions up to 7, whose files do not name them."""
+"""Special tokens of versions up to 7, whose files do not list them."""
 
 
 class Description(NamedTuple):
-    """All that an encoding consists of."""
+    """Everything that defines an encoding."""
 
     pattern: str
     ranks: dict[bytes, int]
     special_tokens: dict[str, int]
     are_read: bool
-    """Whether special tokens' names inside a text become these tokens."""
+    """Whether the names of special tokens within a text are encoded as these tokens."""
     end: str
 
 
 def read_description(path: Path) -> Description | None:
-    """What a file of ranks is; None where only its name could tell. Raises DataError for a file that is none."""
+    """Read the definition of a rank file; None if only its name could tell. Raises DataError for malformed files."""
     if path.suffix == ".json":
         return _tekken(path)
     description = description_file(path)
@@ -87,7 +87,7 @@ def read_description(path: Path) -> Description | None:
 
 
 class RanksTokenizer:
-    """Encodes with tiktoken itself. Raises DataError where it is not installed, or the files are no encoding."""
+    """Encodes with tiktoken. Raises DataError if it is not installed, or if the files are not a valid encoding."""
 
     def __init__(self, path: Path, description: Description, eod_token: str | None = None) -> None:
         _check(path, description)
@@ -103,27 +103,25 @@ class RanksTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        """See Tokenizer."""
+        """The id of --eod-token, or of the encoding's own end-of-text token. Raises DataError if it has none."""
         special = self._description.special_tokens
         token = self._eod_token or self._description.end
         if token not in special:
             names = ", ".join(list(special)[:20]) or "none"
-            raise DataError(f"{self._path} has no special token {token!r}: give another as --eod-token, of {names}")
+            raise DataError(f"{self._path} has no special token {token!r}: choose --eod-token from {names}")
         return special[token]
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """See Tokenizer."""
         if self._description.are_read:
             return end_to_end([self._encoding.encode(text, allowed_special="all") for text in texts])
         return end_to_end([self._encoding.encode_ordinary(text) for text in texts])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
         return self._encoding.decode(np.asarray(ids).tolist())
 
 
 def tiktoken_encoder(path: Path, special_tokens: dict[str, int]) -> Callable[[Sequence[str]], Encoded] | None:
-    """Make tiktoken's own encoder of ranks named as their encoding; None, and a warning, where it is missing."""
+    """Make tiktoken's encoder for a file named after its encoding; warn and return None if tiktoken is missing."""
     pattern = PATTERNS[path.name.removesuffix(".tiktoken")]
     try:
         encoding = _encoding(path, Description(pattern, _ranks(path), special_tokens, are_read=True, end=""))
@@ -154,13 +152,13 @@ def _encoding(path: Path, description: Description) -> "tiktoken.Encoding":
 
 
 def _check(path: Path, description: Description) -> None:
-    """Raise DataError for what tiktoken panics on, or takes without a word."""
+    """Raise DataError for input that makes tiktoken panic, or that it accepts silently."""
     missing = next((i for i in range(256) if bytes([i]) not in description.ranks), None)
     if missing is not None:
-        raise DataError(f"{path} has no token for byte {missing}: it is not complete")
+        raise DataError(f"{path} has no token for byte {missing}: it is incomplete")
     ids = [*description.ranks.values(), *description.special_tokens.values()]
     if len(set(ids)) < len(ids):
-        raise DataError(f"{path}: two tokens have one id; are the special tokens of another file?")
+        raise DataError(f"{path}: two tokens have the same id; do the special tokens belong to another file?")
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
@@ -177,7 +175,7 @@ def _ranks(path: Path) -> dict[bytes, int]:
 
 
 def _described(path: Path) -> tuple[str, dict[str, int]]:
-    """(pattern, special tokens) of a description."""
+    """Return (pattern, special tokens) of a description."""
     content: Any = json.loads(path.read_text(encoding="utf-8"))
     expected = 'expected {"encoding": NAME} or {"pattern": REGEX, "special_tokens": {TOKEN: ID}}'
     if not isinstance(content, dict) or not content.keys() <= {"encoding", "pattern", "special_tokens"}:
@@ -194,7 +192,7 @@ def _described(path: Path) -> tuple[str, dict[str, int]]:
 
 
 def _tekken(path: Path) -> Description:
-    """Mistral's file: special tokens come first, and the vocabulary is cut to the size that the file names."""
+    """Read Mistral's file: special tokens come first, and the vocabulary is truncated to the size it declares."""
     content: Any = json.loads(path.read_text(encoding="utf-8"))
     try:
         config = content["config"]
@@ -208,7 +206,7 @@ def _tekken(path: Path) -> Description:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a tekken.json: {error!r}") from error
     if sorted(ranks.values()) != list(range(count, count + len(kept))) or max(special.values(), default=-1) >= count:
-        raise DataError(f"{path} is not a tekken.json: ranks of its vocabulary or its special tokens have gaps")
+        raise DataError(f"{path} is not a tekken.json: the ranks of its vocabulary or of its special tokens have gaps")
     taken = set(special.values())
     special |= {f"<SPECIAL_{i}>": i for i in range(count) if i not in taken}
     return Description(pattern, ranks, special, are_read=False, end="</s>")
@@ -217,5 +215,5 @@ def _tekken(path: Path) -> Description:
 def _old_special(path: Path, config: Any) -> dict[str, int]:
     version = str(config.get("version", ""))
     if not version.removeprefix("v").isdigit() or int(version.removeprefix("v")) > 7:
-        raise DataError(f"{path} is of version {version!r} and names no special tokens: update the file")
+        raise DataError(f"{path} has version {version!r} but lists no special tokens: update the file")
     return {token: i for i, token in enumerate(_TEKKEN_SPECIAL)}

@@ -1,4 +1,4 @@
-"""How each published encoding of tiktoken cuts text, and its special tokens."""
+"""Splitting patterns and special tokens of tiktoken's published encodings."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

@@ -18,27 +18,27 @@ from megatron_tf.tokenizer_files import description_file, digest_of
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Interface of a tokenizer: encodes text to ids and decodes ids to text."""
 
     vocab_size: int
-    """Highest id + 1: rows of an embedding. Some vocabularies have fewer tokens."""
+    """Highest id + 1, the number of embedding rows it needs. Some vocabularies have fewer tokens."""
     identity: dict[str, Any]
-    """What tells this tokenizer from another: type, size, hash of the file."""
+    """Identifies the tokenizer: its type, size and hash of the file."""
 
     @property
     def eod(self) -> int:
-        """The id that ends a document. Raises DataError where nothing says which it is."""
+        """The end-of-document id. Raises DataError if it is unknown."""
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text, without the end of document."""
+        """Encode each text, without an end of document."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Decode ids to text."""
 
 
 class HFTokenizer:
-    """A Hugging Face tokenizer.json, or GPT-2's vocab.json with its merges.txt: byte-level BPE by a fast engine where
-    that gives the same ids."""
+    """A Hugging Face tokenizer.json, or GPT-2's vocab.json with merges.txt. Byte-level BPE uses a faster engine if it
+    gives the same ids."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import tokenizers
@@ -54,11 +54,9 @@ class HFTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        """See Tokenizer."""
         return end_of_document(self._path, self._tokenizer, self._eod_token)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """See Tokenizer."""
         texts = list(texts)
         if self._engine is None:
             return self._encode_slowly(texts)
@@ -68,13 +66,12 @@ class HFTokenizer:
         return end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model."""
+    """A SentencePiece .model file."""
 
     def __init__(self, path: Path, threads: int, eod_token: str | None = None) -> None:
         import sentencepiece
@@ -88,10 +85,9 @@ class SentencePieceTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        """See Tokenizer."""
         if self._eod_token is not None:
             found: int = self._processor.piece_to_id(self._eod_token)
-            if self._processor.id_to_piece(found) != self._eod_token:  # it gives <unk> for what it does not know
+            if self._processor.id_to_piece(found) != self._eod_token:  # it returns <unk> for unknown pieces
                 raise DataError(f"{self._path} has no piece {self._eod_token!r}: give another as --eod-token")
             return found
         end: int = self._processor.eos_id()
@@ -100,17 +96,15 @@ class SentencePieceTokenizer:
         return end
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """See Tokenizer."""
         return end_to_end(self._processor.encode(list(texts), num_threads=self._threads))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
         text: str = self._processor.decode(list(ids))
         return text
 
 
 class TikTokenizer:
-    """A file of tiktoken ranks, under the name of its encoding (r50k_base.tiktoken), which decides how text is cut."""
+    """A file of tiktoken ranks, named after its encoding (r50k_base.tiktoken), which determines how text is split."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import gigatoken
@@ -131,26 +125,25 @@ class TikTokenizer:
         return tiktoken_encoder(self._path, self._special_tokens) or self._encode
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
-        return self._reference(texts)  # built for the first text that needs it
+        return self._reference(texts)  # built when the first text needs it
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """See Tokenizer. Special tokens' names inside a text are encoded as these tokens."""
+        """Encode each text; names of special tokens within a text are encoded as these tokens."""
         texts = list(texts)
         return _settled(texts, self._encode(texts), self._encode_slowly)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
         return self._tokenizer.decode(np.asarray(ids, dtype=np.uint32)).decode(errors="replace")
 
 
 def _settled(texts: list[str], encoded: Encoded, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
-    """Texts that engines may cut differently, encoded again by `encode`."""
+    """Encode the texts that engines may split differently again with `encode`."""
     unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
     return encoded.replaced(unsettled, encode([texts[i] for i in unsettled])) if unsettled else encoded
 
 
 class NullTokenizer:
-    """Bytes as ids, 256 as the end of a document."""
+    """Encodes text as its UTF-8 bytes; id 256 is the end of a document."""
 
     vocab_size = 257
     eod = 256
@@ -159,12 +152,10 @@ class NullTokenizer:
         self.identity = {"type": "NullTokenizer", "vocab_size": self.vocab_size, "sha256": None}
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        """See Tokenizer."""
         encoded = [text.encode() for text in texts]
         return Encoded(np.frombuffer(b"".join(encoded), np.uint8), np.array([len(e) for e in encoded], np.int64))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See Tokenizer."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
@@ -172,7 +163,7 @@ TYPES = ("HFTokenizer", "SentencePieceTokenizer", "TikTokenizer", "NullTokenizer
 _ELSEWHERE = {  # names of Megatron-LM and gpt-neox
     "GPT2BPETokenizer": "HFTokenizer, with its vocab.json, merges.txt next to it, or a tokenizer.json",
     "GPT2BPETokenizerFast": "HFTokenizer, with its vocab.json, merges.txt next to it, or a tokenizer.json",
-    "HFGPT2Tokenizer": "HFTokenizer, with a tokenizer.json of it",
+    "HFGPT2Tokenizer": "HFTokenizer, with its tokenizer.json",
     "HuggingFaceTokenizer": "HFTokenizer, with a tokenizer.json",
     "Llama3Tokenizer": "HFTokenizer, with its tokenizer.json",
     "Llama2Tokenizer": "SentencePieceTokenizer, with its tokenizer.model",
@@ -186,10 +177,10 @@ _ELSEWHERE = {  # names of Megatron-LM and gpt-neox
 def build_tokenizer(
     tokenizer_type: str, path: Path | None, *, threads: int = 1, eod_token: str | None = None
 ) -> Tokenizer:
-    """The tokenizer of a type in TYPES. Raises DataError for another, and for a file that is missing or not one.
+    """Build a tokenizer of a type in TYPES. Raises DataError for other types, and for a missing or malformed file.
 
-    `threads` encode a batch; those of byte-level BPE are counted by RAYON_NUM_THREADS instead. `eod_token` ends
-    documents in place of the token that the tokenizer's files name.
+    `threads` is the number of threads that encode a batch; byte-level BPE uses RAYON_NUM_THREADS instead. `eod_token`
+    replaces the end-of-document token named in the tokenizer's files.
     """
     if tokenizer_type not in TYPES:
         near = difflib.get_close_matches(tokenizer_type, TYPES, n=1, cutoff=0.85)
@@ -201,7 +192,8 @@ def build_tokenizer(
             raise DataError("NullTokenizer ends documents with id 256: leave the end-of-document token out")
         return NullTokenizer()
     if path is None or not path.is_file():
-        raise DataError(f"{tokenizer_type} needs its file: {path or 'no tokenizer model'} is not one")
+        found = f"there is no file at {path}" if path else "none is given"
+        raise DataError(f"{tokenizer_type} needs a tokenizer file, but {found}")
     try:
         if tokenizer_type == "SentencePieceTokenizer":
             return SentencePieceTokenizer(path, threads, eod_token)
@@ -210,20 +202,20 @@ def build_tokenizer(
         return _of_ranks(path, eod_token)
     except (DataError, OSError):
         raise
-    except Exception as error:  # these libraries raise bare Exception or RuntimeError for a file they can't parse
+    except Exception as error:  # these libraries raise Exception or RuntimeError for a file that they can't parse
         raise DataError(f"{path} is not a {tokenizer_type} file: {error}") from error
 
 
 def _of_ranks(path: Path, eod_token: str | None) -> Tokenizer:
-    """By the fast engine where it knows the encoding by the file's name, else by tiktoken."""
+    """Build a tokenizer with the fast engine if it knows the encoding by the file's name, else with tiktoken."""
     if path.name.removesuffix(".tiktoken") in PATTERNS and not description_file(path).is_file():
         return TikTokenizer(path, eod_token)
     description = read_description(path)
     if description is None:
         raise DataError(
-            f"{path}: a file of ranks does not tell how text is cut: name it "
-            f"{', '.join(f'{name}.tiktoken' for name in PATTERNS)}, whichever it is, or say it in "
-            f"{description_file(path).name} next to it; or take the tokenizer.json of the same model and HFTokenizer"
+            f"{path}: a file of ranks does not say how text is split: give it the name of its encoding "
+            f"({', '.join(f'{name}.tiktoken' for name in PATTERNS)}), or describe it in "
+            f"{description_file(path).name} next to it; or use the tokenizer.json of the same model and HFTokenizer"
         )
     return RanksTokenizer(path, description, eod_token)
 

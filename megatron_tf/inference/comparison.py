@@ -1,4 +1,4 @@
-"""How well a model predicts samples of a text, and how the outputs of two checkpoints differ."""
+"""Compare the outputs and losses of two checkpoints on samples of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,30 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.inference.model import LanguageModel, load_model
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
-_RANDOM_IDS = 64  # of a sample whose logits are compared
+_RANDOM_IDS = 64  # ids of each sample whose logits are compared
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the outputs of two models."""
+    """The differences between the outputs of two models."""
 
     difference: float
-    """Largest of the logits of ids that both have."""
+    """Largest absolute difference between the logits of ids that both models have."""
     largest: float
-    """Largest logit of the first."""
+    """Largest absolute logit of the first model."""
     losses: tuple[float, float] | None
-    """Mean in nats, of the first and the second; None without a text."""
+    """Mean losses in nats of the first and the second model; None without a text."""
     became_non_finite: int = 0
     """Logits that are infinite or NaN in the second model only."""
 
 
-def compare_models(first: Path, second: Path, samples: Sequence[Tensor] | None) -> Comparison:
-    """Compare two checkpoints, loaded one after the other, on samples (ids [S]) or else on fixed random ids."""
+def compare_models(
+    first: Path, second: Path, samples: Sequence[Tensor] | None, *, dtype: torch.dtype = torch.float32
+) -> Comparison:
+    """Compare two checkpoints, loaded one after the other in `dtype`, on samples (ids [S]) or else on fixed random
+    ids."""
     logits = []
     losses = []
     for path in (first, second):
-        model = load_model(path)
+        model = load_model(path, dtype=dtype)
         if samples is None:
             generator = torch.Generator().manual_seed(0)
             shown = [torch.randint(model.config.vocab_size, (_RANDOM_IDS,), generator=generator) for _ in range(2)]
@@ -44,7 +48,7 @@ def compare_models(first: Path, second: Path, samples: Sequence[Tensor] | None) 
         del model
     old, new = logits
     pair = (losses[0], losses[1]) if losses else None
-    # the same infinity, or NaN in both, is no difference; a NaN in one of them is, and stays one
+    # equal infinities, or NaN in both, count as no difference; a NaN in only one of them propagates
     differences = (old - new).abs().masked_fill((old == new) | (old.isnan() & new.isnan()), 0.0)
     became_non_finite = int((old.isfinite() & ~new.isfinite()).sum())
     largest = float(old[old.isfinite()].abs().max()) if old.isfinite().any() else 0.0
@@ -56,7 +60,8 @@ def mean_token_loss(model: LanguageModel, samples: Sequence[Tensor]) -> float:
     """Return the mean loss in nats of predicting each next token of the samples (ids [S])."""
     total, count = 0.0, 0
     for ids in samples:
-        logits = model(ids[None, :-1])[0].float()
+        logits = model(ids[None, :-1])[0]
+        logits = logits.to(wide_dtype(logits.dtype))
         total += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
         count += len(ids) - 1
     return total / count

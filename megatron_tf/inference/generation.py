@@ -1,4 +1,4 @@
-"""Continuation of a batch of prompts with a key-value cache."""
+"""Generation for a batch of prompts with a key-value cache."""
 
 from collections.abc import Collection, Sequence
 
@@ -10,15 +10,15 @@ from megatron_tf.errors import UserError
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling, sample_tokens
 
-_PREFILL_TOKENS = 4096  # of prompts, run at a time: bounds the memory of long ones
+_PREFILL_TOKENS = 4096  # prompt tokens per call: bounds the memory of long prompts
 
 
 class Generation:
-    """Continues prompts of any lengths together.
+    """Generates the continuations of prompts of any lengths together.
 
-    Sample i is what it would be alone, up to rounding: it sees no other, and has random numbers of its own, which
-    start from the seed. Ids that pad the vocabulary are never chosen. With a tensor-parallel model every rank makes the
-    same calls, and gets the tokens that the first rank has chosen.
+    Up to rounding, a sample does not depend on the others: each has its own random numbers, which start from its seed.
+    Ids that pad the vocabulary are never sampled. With a tensor-parallel model, every rank makes the same calls and
+    gets the tokens that the first rank samples.
     """
 
     def __init__(
@@ -29,8 +29,10 @@ class Generation:
         *,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        """`prompts` are ids, at least one in each; `seed` is one for all, or one for each. Raises UserError for an
-        empty prompt."""
+        """Prepare the prompts, ids with at least one in each; `seed` is one for all, or one for each.
+
+        Raises UserError for an empty prompt.
+        """
         if not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty: it needs a first token, such as the end of a document")
         self.active = list(range(len(prompts)))
@@ -44,20 +46,22 @@ class Generation:
 
     @torch.no_grad()
     def step(self) -> dict[int, int]:
-        """Return the next token of every active sample. Raises UserError where the model's logits are non-finite."""
+        """Generate the next token of every active sample. Raises UserError if the model's logits are non-finite."""
         hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
         logits = self._model.logits(hidden)[:, 0, : self._model.config.vocab_size]
-        if not logits.sum().isfinite():
-            raise UserError("the model's logits are non-finite: its checkpoint is of a run that had diverged")
-        uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
-        tokens = sample_tokens(logits, self._sampling, uniform.to(logits.device))
+        tokens = sample_tokens(logits, self._sampling, self._draw(logits.device))
+        # read together: each read makes the host wait for the device
+        result = torch.cat([tokens, logits.sum().isfinite()[None]])
         if self._model.group is not None:
-            dist.broadcast(tokens, group=self._model.group, group_src=0)
-        self._last = tokens[:, None]
-        return dict(zip(self.active, tokens.tolist(), strict=True))
+            dist.broadcast(result, group=self._model.group, group_src=0)
+        *ids, is_finite = result.tolist()
+        if not is_finite:
+            raise UserError("the model's logits are non-finite: its checkpoint comes from a run that had diverged")
+        self._last = result[:-1, None]
+        return dict(zip(self.active, ids, strict=True))
 
     def finish(self, samples: Collection[int]) -> None:
-        """Stop continuing these samples."""
+        """Remove finished samples from the batch."""
         rows = [row for row, sample in enumerate(self.active) if sample not in samples]
         if len(rows) == len(self.active):
             return
@@ -67,10 +71,19 @@ class Generation:
         if self._last is not None:
             self._last = self._last[rows]
 
-    def _read_prompts(self) -> Tensor:
-        """Fill the cache -> the hidden states [B, 1, D] of the prompts' last tokens.
+    def _draw(self, device: torch.device) -> Tensor | None:
+        """Draw a random number in [0, 1) for each active sample, float64 [B]; None if the sampling needs none."""
+        if self._sampling.is_greedy:
+            return None
+        uniform = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self._generators])
+        if device.type == "cuda":
+            uniform = uniform.pin_memory()  # the host would wait for a copy from pageable memory
+        return uniform.to(device, non_blocking=True)
 
-        Prompts are padded at their ends, which no token before them sees; then the cache forgets the padding.
+    def _read_prompts(self) -> Tensor:
+        """Fill the cache, and return the hidden states [B, 1, D] of the prompts' last tokens.
+
+        Prompts are padded on the right, where causal attention ignores it; then the cache drops the padding.
         """
         lengths = [len(prompt) for prompt in self._prompts]
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""The model class for lm-evaluation-harness, known there as `megatron_tf`: one process, or ranks that share the work.
+"""The model class `megatron_tf` for lm-evaluation-harness, on one process or data-parallel ranks.
 
-Texts become ids, and long contexts lose their left end, as in lm-eval's own class for Hugging Face models. What is
-longer than a context even without one, which that class refuses, is scored in windows.
+Tokenization and truncation of long contexts from the left match lm-eval's own class for Hugging Face models. A
+continuation that exceeds the context length by itself, which that class rejects, is scored in windows.
 """
 
 import difflib
@@ -31,37 +31,36 @@ from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.mesh import Mesh, init_mesh
 from megatron_tf.tokenformer.dtypes import DTYPES
 
-_GENERATED_TOGETHER = 8  # contexts, with batch_size auto
+_GENERATED_TOGETHER = 8  # contexts per batch with batch_size auto
 
 _PRECISIONS = {
     "float32": "fp32",
     "fp32": "fp32",
-    "auto": "fp32",  # what checkpoints hold
+    "auto": "fp32",  # the dtype of checkpoints
     "bfloat16": "bf16",
     "bf16": "bf16",
     "float16": "fp16",
     "fp16": "fp16",
 }
-"""What lm-eval calls a type, and what we call it."""
+"""Our names of lm-eval's dtypes."""
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
-"""((context, continuation), their ids): what TemplateLM makes of a request."""
+"""A request as TemplateLM tokenizes it: ((context, continuation), context ids, continuation ids)."""
 
 
 class Text(NamedTuple):
-    """Ids of a text that is to be scored from one on."""
+    """Ids of a text, of which ids[first:] are scored."""
 
     ids: list[int]
     first: int
 
 
 class MegatronTF(TemplateLM):
-    """A checkpoint of any layout, whole on each rank; ranks started by torchrun are data-parallel replicas.
+    """A model from a checkpoint of any layout; ranks started by torchrun are data-parallel replicas.
 
-    `batch_size` is lm-eval's: a number of sequences, or "auto" for as many as suits their length. `max_length` is the
-    length of contexts, by default the one the model was trained with. Every wait for another rank ends with an error
-    after `distributed_timeout_seconds`. `dtype` is that of weights and activations, by default fp32. Raises
-    UserError for what a user can fix.
+    `batch_size` is lm-eval's: a number of sequences, or "auto" to choose it by their length. `max_length` is the
+    context length, by default that of training. Waiting for another rank fails after `distributed_timeout_seconds`.
+    `dtype` is that of weights and activations, by default fp32. Raises UserError for what a user can fix.
     """
 
     def __init__(
@@ -78,18 +77,18 @@ class MegatronTF(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
-        # arguments are checked before the ranks meet, where a rank that fails leaves the others waiting
+        # checked before the rendezvous, after which a rank that fails leaves the others waiting
         _check_names(others)
         if checkpoint is None:
-            raise ConfigError("model_args name no checkpoint: write checkpoint=DIR")
+            raise ConfigError("model_args has no checkpoint: add checkpoint=DIR")
         self._batch_size = _parse_batch_size(batch_size)
         _check_number("max_length", max_length, least=2)
         _check_number("max_gen_toks", max_gen_toks, least=1)
         _check_number("distributed_timeout_seconds", distributed_timeout_seconds, least=1)
         if dtype not in _PRECISIONS:
-            raise ConfigError(f"dtype is {dtype!r}: known are {', '.join(_PRECISIONS)}")
+            raise ConfigError(f"dtype is {dtype!r}: choose from {', '.join(_PRECISIONS)}")
         self._mesh = init_mesh(tensor=1, pipeline=1, data=None, timeout=timedelta(seconds=distributed_timeout_seconds))
-        # by these two lm-eval shares out the requests, and gathers the answers
+        # lm-eval distributes requests and gathers answers by these two
         self._rank = self._mesh.rank("dp")
         self._world_size = self._mesh.size("dp")
         self._device = _choose_device(device, self._mesh)
@@ -100,16 +99,16 @@ class MegatronTF(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a document, and stands before a text without a context."""
+        """Return the end-of-document id, which also precedes texts without a context."""
         return self._tokenizer.eod
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells one tokenizer from another in lm-eval's caches."""
+        """Return a name that identifies the tokenizer in lm-eval's caches."""
         return "megatron_tf-{type}-{sha256}".format(**self._tokenizer.identity)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; there are no special ones to add."""
+        """Tokenize a text, without special tokens."""
         check_text(string, "a request of the task")
         ids: list[int] = self._tokenizer.encode_batch([string]).ids.tolist() if string else []
         return ids
@@ -117,17 +116,17 @@ class MegatronTF(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations, each given the end of its context that fits."""
+        """Score continuations, each with as much of the end of its context as fits."""
         texts = [_text(request, self.eot_token_id) for request in requests]
         answers = [(0.0, False)] * len(texts)
         for i, found in self._scores(texts, disable_tqdm):
             answers[i] = (found.log_likelihood, found.is_greedy)
-            # at once, not at the end: lm-eval's cache lets an interrupted evaluation resume
+            # immediately: lm-eval's cache lets an interrupted evaluation resume
             self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts after an end of document, each token predicted once."""
+        """Score whole texts after an end of document, with each token predicted once."""
         texts = [Text([self.eot_token_id, *self.tok_encode(request.args[0])], 1) for request in requests]
         answers = [0.0] * len(texts)
         for i, found in self._scores(texts, disable_tqdm):
@@ -136,8 +135,8 @@ class MegatronTF(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context until a stop string, the end of the document or a number of tokens."""
-        # a batch has one set of options: stop strings, temperature, number of tokens
+        """Generate from each context until a stop string, the end of the document or the token limit."""
+        # a batch shares its options: stop strings, temperature, number of tokens
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
@@ -146,7 +145,7 @@ class MegatronTF(TemplateLM):
         batches = []
         for group in alike.values():
             batches += [group[i : i + size] for i in range(0, len(group), size)]
-        # before requests are put into batches: a text does not depend on what else is in its batch
+        # before batching: a text must not depend on the rest of its batch
         seeds = _seeds([repr(request.args) for request in requests])
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or self.rank > 0) as bar:
             for batch in batches:
@@ -159,11 +158,11 @@ class MegatronTF(TemplateLM):
         return texts
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors end to end."""
+        """Concatenate the ranks' flattened tensors."""
         return all_gather_copy(tensor.reshape(-1), 0, self._mesh.group("dp"))
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """The ranks' objects on rank `dst`."""
+        """Gather the ranks' objects on rank `dst`; returns None on the others."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size if self.rank == dst else None
@@ -176,14 +175,14 @@ class MegatronTF(TemplateLM):
             dist.barrier(self._mesh.group("dp"))
 
     def _scores(self, texts: Sequence[Text], disable_tqdm: bool) -> Iterator[tuple[int, Score]]:
-        """(index, score) of each text with something to score, as soon as the last of its windows is."""
+        """Yield (index, score) of each text with ids to score, as soon as its last window is scored."""
         windows: list[Request] = []
-        owners = []  # of each window, the text it is part of
+        owners = []  # the text of each window
         for owner, (ids, first) in enumerate(texts):
             of_text = list(rolling_windows(ids, window=self.max_length, stride=self.max_length, first=first))
             windows += of_text
             owners += [owner] * len(of_text)
-        missing = Counter(owners)  # scores come longest first, so the windows of a text come among those of others
+        missing = Counter(owners)  # scores come longest first, so windows of different texts are interleaved
         totals = [Score(0.0, True)] * len(texts)
         found = score(self._model, windows, self._batch_size)
         interval = 0.1 if sys.stderr.isatty() else 30
@@ -217,14 +216,14 @@ class MegatronTF(TemplateLM):
 
 
 def _choose_device(requested: str | None, mesh: Mesh) -> torch.device:
-    """lm-eval requests cuda:0 by default, on every rank and without a GPU too."""
+    """Choose the device: lm-eval requests cuda:0 by default, on every rank and even without a GPU."""
     if requested is None or not torch.cuda.is_available() or (requested != "cpu" and mesh.size("dp") > 1):
         return mesh.device
     return torch.device(requested)
 
 
 def _seeds(requests: Sequence[str]) -> list[int]:
-    """A seed for each: that of the process, and others where the same request comes again, whose sample is another."""
+    """Return a seed for each request: that of the process, or another one for repetitions of the same request."""
     seen: Counter[str] = Counter()
     seeds = []
     for request in requests:
@@ -234,10 +233,13 @@ def _seeds(requests: Sequence[str]) -> list[int]:
 
 
 def _text(request: Pair, eod: int) -> Text:
-    """A context of blanks, which lm-eval gives to the continuation, is an empty one: a document begins."""
+    """Build the text of a request.
+
+    A blank context, which lm-eval moves to the continuation, counts as empty: the text then starts a document.
+    """
     texts, context, continuation = request
     if not continuation:
-        raise ConfigError(f"the tokenizer leaves no token to the continuation of {texts}")
+        raise ConfigError(f"the tokenizer leaves no token for the continuation of {texts}")
     context = context or [eod]
     return Text(context + continuation, len(context))
 
@@ -250,7 +252,7 @@ def _check_names(others: dict[str, Any]) -> None:
     known = [name for name in parameters if name not in ("self", "others")]
     near = "checkpoint" if given == "pretrained" else next(iter(difflib.get_close_matches(given, known, n=1)), None)
     hint = f"did you mean {near}? " if near else ""
-    raise ConfigError(f"model_args name {given!r}, which is not known: {hint}known are {', '.join(known)}")
+    raise ConfigError(f"model_args has the unknown key {given!r}: {hint}the keys are {', '.join(known)}")
 
 
 def _check_number(name: str, value: Any, least: int) -> None:

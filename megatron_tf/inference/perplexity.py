@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte of the documents of a dataset, for each set they come from."""
+"""Perplexity and bits per byte of the documents of a dataset, by the set that they come from."""
 
 import itertools
 import math
@@ -15,18 +15,18 @@ from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.scoring import Request, rolling_windows, score
 
-_GROUP = 256  # windows that are put into batches together
+_GROUP = 256  # windows that are sorted into batches together
 
 
 @dataclass
 class Prediction:
-    """How well documents were predicted."""
+    """The accumulated negative log-likelihood of documents."""
 
     documents: int = 0
     tokens: int = 0
-    """Predicted ones: all but ends of documents."""
+    """Predicted tokens: all but ends of documents."""
     text_bytes: int = 0
-    """Of the documents' text, in UTF-8."""
+    """Bytes of the documents' text in UTF-8."""
     nats: float = 0.0
     """Negative log-likelihood."""
 
@@ -38,7 +38,7 @@ class Prediction:
         self.nats += other.nats
 
     def summary(self) -> dict[str, Any]:
-        """Counts and what follows from them; None where there is nothing to divide by."""
+        """Return counts, nats per token, perplexity and bits per byte; None instead of a division by zero."""
         loss = self.nats / self.tokens if self.tokens else None
         return {
             "documents": self.documents,
@@ -55,15 +55,17 @@ class Document(NamedTuple):
 
     set_name: str
     ids: Sequence[int]
-    """Without the end of the document."""
+    """Its ids, without the end of the document."""
     text_bytes: int
 
 
 def read_tokenized(
     dataset: IndexedDataset, documents: range, *, tokenizer: Tokenizer, vocab_size: int
 ) -> Iterator[Document]:
-    """Yield some documents with their set and bytes. Where nothing tells these (data of other tools), the set is the
-    dataset's name, and the bytes are those of the decoded text. Raises DataError for ids that the model does not have.
+    """Yield a range of documents with their set and bytes.
+
+    If these are not recorded (data of other tools), the set is the dataset's name, and the bytes are those of the
+    decoded text. Raises DataError for ids outside the model's vocabulary.
     """
     sets = read_document_sets(dataset.prefix, len(dataset))
     for i in documents:
@@ -86,9 +88,10 @@ def predict_documents(
     batch_size: int | None,
     progress: Callable[[int], object],
 ) -> dict[str, Prediction]:
-    """Return set -> how well its documents were predicted, each on its own after an end of document.
+    """Score documents independently, each after an end of document, and return the totals by set.
 
-    For `window` and `stride` see `rolling_windows`. `progress` takes the tokens predicted since it was called before.
+    For `window` and `stride`, see `rolling_windows`. `progress` receives the number of tokens predicted since its last
+    call.
     """
     predictions: dict[str, Prediction] = {}
 

@@ -7,35 +7,35 @@ from torch import Tensor
 
 from megatron_tf.errors import UserError
 
-_LEAST_TEMPERATURE = 1e-20
-"""Below it any difference of logits decides: what is not a tie has probability 1 or 0."""
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd, and of no pattern: seeds of samples are far apart, in their lower half too
+_MIN_TEMPERATURE = 1e-20
+"""Below it sampling is greedy: apart from ties, all probabilities would be 0 or 1."""
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, from the golden ratio: seeds of samples are far apart, even in their lower half
 
 
 def seed_of_sample(seed: int, number: int) -> int:
-    """The seed of sample `number`, from 0, of one prompt: `seed` itself for the first, and another for each other."""
+    """Return the seed of sample `number` (from 0) of one prompt: `seed` for the first, then different ones."""
     return seed if number == 0 else (seed + number * _SEED_STEP) % 2**63
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature and truncation. Raises UserError for values without a meaning."""
+    """Temperature and truncation. Raises UserError for values out of range."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0, and what is so small that they would overflow, takes the likeliest token."""
+    """Divides the logits; 0, or a value so small that they would overflow, selects the most likely token."""
     top_k: int = 0
-    """Choose among this many likeliest; 0 for all."""
+    """Sample from this many most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Of those, choose among the likeliest whose probabilities reach this sum, the one that reaches it included."""
+    """Of those, sample from the smallest set of most likely tokens whose probabilities add up to at least this."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is certain."""
-        return self.temperature < _LEAST_TEMPERATURE
+        """Return whether the most likely token is always chosen."""
+        return self.temperature < _MIN_TEMPERATURE
 
     @property
     def is_certain(self) -> bool:
-        """Whether every sample of a prompt is the same."""
+        """Return whether every sample of a prompt is the same."""
         return self.is_greedy or self.top_k == 1
 
     def __post_init__(self) -> None:
@@ -48,9 +48,9 @@ class Sampling:
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] -> the ids that may be chosen and their probabilities, each [B, K].
+    """Return the candidate ids for logits [B, V] and their probabilities, each [B, K].
 
-    Those that are cut off have probability 0; the sampling must not be greedy.
+    Truncated ids have probability 0. The sampling must not be greedy.
     """
     scaled = logits.float() / sampling.temperature
     is_cut = sampling.top_k > 0 or sampling.top_p < 1
@@ -63,18 +63,23 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     if sampling.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
         kept = before < sampling.top_p
-        kept[..., 0] = True  # a sum that is 0 in fp32 keeps the likeliest too
+        kept[..., 0] = True  # even a sum that is 0 in fp32 keeps the most likely
         probabilities = probabilities * kept
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return ids, probabilities
 
 
-def sample_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Choose an id for each row of logits [B, V] by numbers drawn uniformly from [0, 1): `uniform` [B], float64."""
+def sample_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor | None) -> Tensor:
+    """Sample an id for each row of logits [B, V] with `uniform` [B], float64 random numbers in [0, 1).
+
+    Greedy sampling uses none. Non-finite logits give some id.
+    """
     if sampling.is_greedy:
         return logits.argmax(-1)
+    assert uniform is not None, "only greedy sampling needs no random numbers"
     ids, probabilities = candidates(logits, sampling)
     below = probabilities.double().cumsum(-1)
-    # of the last sum, not of 1: rounding must not reach a token of probability 0
+    # scaled by the last sum rather than 1: rounding must not select a token of probability 0
     index = torch.searchsorted(below, (uniform * below[:, -1])[:, None], right=True)
+    index = index.clamp(max=below.shape[-1] - 1)  # a sum that is NaN is found nowhere
     return ids.gather(-1, index)[:, 0]

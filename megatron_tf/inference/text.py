@@ -1,4 +1,4 @@
-"""Continuation of texts: tokens to text as they are generated, and where to stop."""
+"""Text generation: incremental decoding of generated tokens, and stop conditions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,42 +10,42 @@ from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling
 
-_INCOMPLETE = "\ufffd"  # what decoders make of a character whose bytes have not all come yet
+_INCOMPLETE = "\ufffd"  # what decoders emit for a character with missing bytes
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a continuation ends, if the document does not end before."""
+    """The limits of a continuation, in addition to the end of the document."""
 
     max_new_tokens: int = 100
     stop: Sequence[str] = field(default_factory=tuple)
-    """A continuation ends before any of these."""
+    """Strings before which a continuation is cut off."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens ({self.max_new_tokens}) must be 1 or more")
         if not all(self.stop):
-            raise UserError("a stop string is empty: every text would end at once")
+            raise UserError("a stop string is empty: every text would end immediately")
 
 
 class Continuation:
-    """The text that follows a prompt."""
+    """The generated text of one prompt."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], limits: Limits) -> None:
         self.text = ""
-        """What will not change any more."""
+        """The text so far that can no longer change."""
         self.num_tokens = 0
-        """Generated tokens, without the end of document."""
+        """The number of generated tokens, without the end of document."""
         self.finish_reason: Literal["eod", "stop", "length"] | None = None
         self._tokenizer = tokenizer
         self._limits = limits
         self._ids = list(prompt)
         self._shown = (0, len(self._ids))
-        """Ids up to the second are in the text; what follows them is decoded together with those from the first on."""
+        """(start, shown): ids before `shown` are in the text; later ids are decoded with those from `start`."""
         self._held = ""
 
     def add(self, token: int) -> str:
-        """Take in a token; returns what it adds to `text`, and sets `finish_reason` if it is the last."""
+        """Append a token; return what it adds to `text`, and set `finish_reason` if it is the last."""
         if token == self._tokenizer.eod:
             return self._end("eod")
         self._ids.append(token)
@@ -60,12 +60,12 @@ class Continuation:
     def _end(self, reason: Literal["eod", "length"]) -> str:
         self.finish_reason = reason
         self._held += self._decoded(is_last=True)
-        self._cut_at_stop()  # what was held back within a character has not been searched
+        self._cut_at_stop()  # text held back within a character has not been searched yet
         return self._show(len(self._held))
 
     def _cut_at_stop(self) -> bool:
-        """Cut the text before a stop string; returns whether there is one."""
-        found = [place for place in map(self._held.find, self._limits.stop) if place >= 0]
+        """Cut the text before the first stop string; return whether there is one."""
+        found = [index for index in map(self._held.find, self._limits.stop) if index >= 0]
         if found:
             self._held = self._held[: min(found)]
             self.finish_reason = "stop"
@@ -77,7 +77,7 @@ class Continuation:
         return piece
 
     def _decoded(self, is_last: bool) -> str:
-        """The text of the ids that are not in the text yet; empty while it ends within a character."""
+        """Return the text of ids that are not in the text yet; empty while it ends within a character."""
         start, shown = self._shown
         before = self._tokenizer.decode(self._ids[start:shown])
         now = self._tokenizer.decode(self._ids[start:])
@@ -88,7 +88,10 @@ class Continuation:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raise UserError naming the `source` of a text that is no Unicode text, as of bytes that are not UTF-8."""
+    """Check that a text is valid Unicode, unlike one from bytes that are not UTF-8.
+
+    Raises UserError, which names its `source`, if it is not.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -106,7 +109,7 @@ def continue_texts(
     limits: Limits,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, str, Continuation]]:
-    """Continue texts, see `continue_ids`. An empty prompt begins as a document does: after the end of another."""
+    """Continue texts as `continue_ids` does. An empty prompt starts a document: after the end of another one."""
     ids = [row.tolist() or [tokenizer.eod] for row in tokenizer.encode_batch(prompts).rows()]
     return continue_ids(model, tokenizer, ids, sampling=sampling, limits=limits, seed=seed)
 
@@ -120,10 +123,10 @@ def continue_ids(
     limits: Limits,
     seed: int | Sequence[int] = 0,
 ) -> Iterator[tuple[int, str, Continuation]]:
-    """Yield (prompt's index, new text, all of its continuation) token by token, until all prompts are finished.
+    """Yield (index of the prompt, new text, its continuation) token by token, until all prompts are finished.
 
-    `prompts` are ids, at least one in each. `seed` is one for all, so that the same prompt gets the same text, or one
-    for each (see `seed_of_sample`).
+    `prompts` are ids, at least one in each. `seed` is one for all, so that equal prompts get equal texts, or one for
+    each (see `seed_of_sample`).
     """
     texts = [Continuation(tokenizer, prompt, limits) for prompt in prompts]
     generation = Generation(model, prompts, sampling, seed=seed)
@@ -134,7 +137,7 @@ def continue_ids(
 
 
 def _start_of_stop(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of the text that may become one of the stop strings."""
+    """Return the number of characters at the end of the text that may be the start of a stop string."""
     longest = max(map(len, stop), default=1) - 1
     for length in range(min(len(text), longest), 0, -1):
         if any(each.startswith(text[-length:]) for each in stop):

@@ -1,4 +1,4 @@
-"""Kernels that this machine can't build: which errors say so, and the line that names the cause and the remedy."""
+"""Compiler failures: how to recognize them, and a one-line message that names the cause and the remedy."""
 
 import os
 import socket
@@ -13,12 +13,14 @@ from megatron_tf.errors import UserError
 
 _COMPILERS = {"compiled": "install g++ or set CXX", "triton": "install gcc or set CC"}
 _CACHES = {"compiled": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
-_NO_C_COMPILER = "Failed to find C compiler"  # a plain RuntimeError of Triton's
+_NO_C_COMPILER = "Failed to find C compiler"  # Triton raises it as a plain RuntimeError
 
 
 def make_compiler_cache() -> None:
-    """Make the directory TORCHINDUCTOR_CACHE_DIR, which torch needs whatever the kernels. Raises UserError where it
-    can't be made."""
+    """Create the directory TORCHINDUCTOR_CACHE_DIR, which torch needs for any choice of kernels.
+
+    Raises UserError if it can't be created.
+    """
     directory = os.environ.get(_CACHES["compiled"])
     if not directory:
         return
@@ -26,20 +28,20 @@ def make_compiler_cache() -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"TORCHINDUCTOR_CACHE_DIR can't be made: {error}: set it to a writable directory, or unset it"
+            f"TORCHINDUCTOR_CACHE_DIR can't be created: {error}: set it to a writable directory, or unset it"
         ) from error
 
 
 def is_build_failure(error: Exception) -> bool:
-    """Whether a compiler or its cache raised this, rather than what the kernels compute."""
-    # without a cache directory the imports of torch's compilers fail, which is one of these errors
+    """Return whether a compiler or its cache raised `error`, rather than the computation itself."""
+    # without a cache directory, importing torch's compilers raises one of these
     if isinstance(error, (OSError, subprocess.CalledProcessError)):
         return True
     return isinstance(error, _compiler_errors()) or str(error).startswith(_NO_C_COMPILER)
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    # private modules: torch names the errors of its compilers nowhere else
+    # private modules: torch exports its compilers' errors nowhere else
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
@@ -52,14 +54,14 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
 
 
 def describe_build_failure(name: str, error: Exception) -> str:
-    """One line about the kernels `name`, "compiled" or "triton": the host, the cause and the remedy."""
+    """Describe in one line why the kernels `name` ("compiled" or "triton") failed: the host, the cause, the remedy."""
     cause = getattr(error, "inner_exception", error)  # inductor wraps what its compilers raise
     line = _first_cause(cause)
     return f"{name} kernels can't be built on host {socket.gethostname()}: {line}: {_remedy(name, cause, line)}"
 
 
 def _first_cause(cause: Exception) -> str:
-    """The line of a compiler's output that says what is wrong, or else the first line of the message."""
+    """Return the line of a compiler's output that reports the error, or else the first line of the message."""
     output = getattr(cause, "output", None) or str(cause) or type(cause).__name__
     lines = [line.strip() for line in str(output).splitlines() if line.strip()]
     # collect2 only repeats that the linker failed
@@ -81,12 +83,12 @@ def _remedy(name: str, cause: Exception, line: str) -> str:
 
 
 def _has_space(*paths: str) -> bool:
-    """Whether inductor, which does not quote paths for the linker, can't use them."""
+    """Return whether a path contains a space: inductor does not quote paths for the linker."""
     return any(map(str.isspace, "".join(paths)))
 
 
 def _inductor_cache() -> str:
-    # private: without TORCHINDUCTOR_CACHE_DIR only inductor knows where its cache is
+    # private: if TORCHINDUCTOR_CACHE_DIR is unset, only inductor knows the directory
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()

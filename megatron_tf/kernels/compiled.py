@@ -1,27 +1,30 @@
-"""Between a Pattention's products through torch.compile: inductor fuses each pass over the scores into one kernel."""
+"""Pattention kernels through torch.compile: inductor fuses each pass over the scores into one kernel."""
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS, Normalization, Reduce, accumulation_type
 
 T = TypeVar("T")
 
 
 class CompiledKernels(PattentionKernels):
-    """See PattentionKernels. The first call of each shape compiles, which takes seconds; results are cached on disk."""
+    """Kernels that inductor generates.
+
+    The first call with each shape compiles for seconds; inductor caches the result on disk.
+    """
 
     name: ClassVar[str] = "compiled"
 
     def forward(
-        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """See PattentionKernels."""
         tau = tau.to(accumulation_type(scores))
         if reduce is None:
             return _compiled(_forward, norm.name)(scores, tau)
@@ -29,9 +32,8 @@ class CompiledKernels(PattentionKernels):
         return _compiled(_weights, norm.name)(scores, statistic=statistic, tau=tau)
 
     def backward(
-        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """See PattentionKernels."""
         scale = tau.to(factor.dtype) ** -norm.tau_power
         if reduce is None:
             return _compiled(_backward, norm.name)(scores, factor=factor, grad=grad, scale=scale)
@@ -42,41 +44,43 @@ class CompiledKernels(PattentionKernels):
 
 @functools.cache
 def _compiled(function: Callable[..., T], norm_name: str) -> Callable[..., T]:
-    compiled: Callable[..., T] = torch.compile(function, fullgraph=True)
-    return functools.partial(compiled, NORMALISATIONS[norm_name])
+    # a copy for each normalization, because torch limits how often the code of one function is compiled
+    copy = FunctionType(function.__code__.replace(), function.__globals__, f"{function.__name__}_{norm_name}")
+    compiled: Callable[..., T] = torch.compile(copy, fullgraph=True)
+    return functools.partial(compiled, NORMALIZATIONS[norm_name])
 
 
-def _statistic(norm: Normalisation, scores: Tensor) -> Tensor:
+def _statistic(norm: Normalization, scores: Tensor) -> Tensor:
     return norm.statistic(scores.to(accumulation_type(scores)))
 
 
-def _weights(norm: Normalisation, scores: Tensor, *, statistic: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def _weights(norm: Normalization, scores: Tensor, *, statistic: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     factor = norm.factor(statistic, tau)
     return factor, norm.weights(scores.to(factor.dtype), factor[:, None]).to(scores.dtype)
 
 
-def _forward(norm: Normalisation, scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(norm: Normalization, scores: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     return _weights(norm, scores, statistic=_statistic(norm, scores), tau=tau)
 
 
 def _backward_activation(
-    norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor
+    norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = factor.dtype
     weights, before, inner = norm.backward_activation(scores.to(wide), factor[:, None], grad.to(wide))
     return weights.to(scores.dtype), before.to(scores.dtype), inner
 
 
-def _backward_norm(norm: Normalisation, scores: Tensor, *, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
+def _backward_norm(norm: Normalization, scores: Tensor, *, factor: Tensor, before: Tensor, share: Tensor) -> Tensor:
     wide = factor.dtype
-    # copied, as backward_norm writes over it, and what is given to a graph belongs to the caller
+    # a copy: backward_norm overwrites it, and a compiled graph must not modify its caller's inputs
     return norm.backward_norm(scores.to(wide), factor[:, None], before.to(wide, copy=True), share[:, None]).to(
         scores.dtype
     )
 
 
 def _backward(
-    norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, scale: Tensor
+    norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     wide = factor.dtype
     chunk, f = scores.to(wide), factor[:, None]

@@ -1,4 +1,4 @@
-"""A Pattention in eager PyTorch: on a CPU, rows go in chunks that its cache holds."""
+"""Pattention kernels in eager PyTorch; on a CPU, rows are processed in chunks that fit into its cache."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -8,42 +8,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.tokenformer.normalisation import Normalisation, Reduce, accumulation_type
+from megatron_tf.tokenformer.normalization import Normalization, Reduce, accumulation_type
 
-# of a chunk on a CPU: 2 MB in fp32; half and twice as many were as fast, an eighth 1.1 times as slow
+# elements of a chunk on a CPU: 2 MB in fp32. Half and twice this size are as fast, an eighth is 1.1 times slower.
 _CACHED_ELEMENTS = 1 << 19
-# A CPU sums so many tokens at a time, and what is left over in another order: completed with zeros, which add nothing
-# to a norm, there is nothing left over, and growth by zero keys leaves the order of the old tokens as it is.
+# A CPU sums this many tokens at a time, and the remainder in a different order. Rows are padded with zeros to a
+# multiple of it, so that appending zero keys never changes the order in which the old tokens are summed.
 _SUMMED_TOGETHER = 32
 
 
 class EagerKernels(PattentionKernels):
-    """See PattentionKernels."""
+    """Kernels that run everywhere and in every dtype: the reference for the others."""
 
     name: ClassVar[str] = "eager"
 
     def forward(
-        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """See PattentionKernels."""
         wide = accumulation_type(scores)
+        tau = tau.to(wide)
+        chunks = list(_row_chunks(scores))
+        if reduce is None and len(chunks) == 1:  # as always on a GPU: the buffers below would cost copies
+            chunk = scores.to(wide)
+            factor = norm.factor(_statistic(norm, chunk), tau)
+            return factor, norm.weights(chunk, factor[:, None]).to(scores.dtype)
         statistic = scores.new_empty(scores.shape[0], dtype=wide)
         factor, weights = torch.empty_like(statistic), torch.empty_like(scores)
-        tau = tau.to(wide)
         if reduce is not None:
-            for rows in _row_chunks(scores):
+            for rows in chunks:
                 statistic[rows] = _statistic(norm, scores[rows].to(wide))
             statistic = reduce(statistic)
-        for rows in _row_chunks(scores):
+        for rows in chunks:
             chunk = scores[rows].to(wide)
             factor[rows] = norm.factor(statistic[rows] if reduce is not None else _statistic(norm, chunk), tau[rows])
             weights[rows] = norm.weights(chunk, factor[rows, None])
         return factor, weights
 
     def backward(
-        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """See PattentionKernels."""
         wide = factor.dtype
         weights, inner = torch.empty_like(scores), torch.empty_like(factor)
         scale = tau.to(wide) ** -norm.tau_power
@@ -61,8 +64,8 @@ class EagerKernels(PattentionKernels):
         return weights, grad
 
 
-def _statistic(norm: Normalisation, chunk: Tensor) -> Tensor:
-    """Of the chunk's rows; on a CPU tokens of score zero at the end change no bit of a norm."""
+def _statistic(norm: Normalization, chunk: Tensor) -> Tensor:
+    """Return the statistic of the chunk's rows; on a CPU, trailing tokens of score zero do not change a single bit."""
     missing = -chunk.shape[1] % _SUMMED_TOGETHER
     if not missing or norm.is_logarithmic or chunk.device.type != "cpu":
         return norm.statistic(chunk)

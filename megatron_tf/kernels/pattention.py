@@ -1,41 +1,47 @@
-"""What computes a Pattention: what happens between its two products, or all of it where no gradient is needed."""
+"""The interface of Pattention kernels: the pass between the two products, or the whole layer for inference."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from megatron_tf.tokenformer.normalisation import Normalisation, Reduce
+from megatron_tf.tokenformer.normalization import Normalization, Reduce
 
 
 class PattentionKernels(Protocol):
-    """From scores to the weights of the values, and back.
+    """Computes the weights of the value tokens from the scores, and the gradient of the scores.
 
-    `reduce` sums a row's number over the tensor-parallel ranks that share the row; None where one rank has all of it.
+    `reduce` combines one number per row over the tensor-parallel ranks that share the row; it is None if a single rank
+    holds whole rows.
     """
 
     name: ClassVar[str]
-    """The choice in the configuration that takes them."""
+    """The value of `kernels.pattention` that selects these kernels."""
     stores_columns: ClassVar[bool] = False
-    """Whether they are fastest on values that are stored column by column; they take values stored in any way."""
+    """Whether they are fastest with value tokens stored in column-major order; they accept any strides."""
 
     def forward(
-        self, norm: Normalisation, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """Normalize scores [R, n] with tau [R]: (factor [R] in accumulation type, weights of the values [R, n])."""
+        """Normalize scores [R, n] with the temperatures tau [R].
+
+        Returns the factor [R], in the accumulation dtype, and the weights of the values [R, n].
+        """
 
     def backward(
-        self, norm: Normalisation, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
+        self, norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the weights again and the gradient of the scores, each [R, n]; `grad`, that of the weights, may be
-        overwritten."""
+        """Recompute the weights and compute the gradient of the scores, each [R, n].
+
+        `grad` [R, n] is the gradient of the weights; it may be overwritten.
+        """
 
     def infer(
-        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
+        self, norm: Normalization, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
     ) -> Tensor | None:
-        """Compute G whole Pattentions of x [T, D], keys [N, D] and values [N, E] on one rank: y [G, T, E].
+        """Compute G whole Pattentions of x [T, D], each with keys [N, D] and values [N, E], on one rank: y [G, T, E].
 
-        Returns None where these kernels have no way of their own to do so, as here, and where a gradient is needed: the
-        caller then makes the products itself.
+        Returns None if these kernels have no fused inference path, as here, or if a gradient is needed; the caller then
+        computes the two products itself.
         """
         return None

@@ -1,8 +1,7 @@
-"""Products and Pattentions of a few rows on a CPU, in about the time that reading the weights takes: decoding is made
-of them.
+"""Matrix products and Pattentions of a few rows on a CPU, at about the speed of reading the weights, for decoding.
 
-A BLAS takes one and a half to four times as long for such products, being made for many rows, and a dozen calls of
-PyTorch between two of them as long again. Sums are made in fp32, each row's in an order that depends neither on the
+A BLAS, which is tuned for many rows, takes 1.5 to 4 times as long for such products, and the dozen PyTorch calls
+between two of them take as long again. Sums are accumulated in fp32; the order of a row's sum depends neither on the
 other rows nor on the number of threads.
 """
 
@@ -14,22 +13,21 @@ from torch import Tensor
 
 from megatron_tf.kernels import _row_product as native
 from megatron_tf.kernels.eager import EagerKernels
-from megatron_tf.tokenformer.normalisation import Normalisation
+from megatron_tf.tokenformer.normalization import Normalization
 
-MOST_ROWS = 8  # from about here on arithmetic takes longer than reading, and a BLAS does it faster
+MAX_ROWS = 8  # above this, products are compute-bound rather than memory-bound, and a BLAS is faster
 _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.multiply_rows_bf16}
 _PATTEND = {torch.float32: native.pattend_rows_fp32, torch.bfloat16: native.pattend_rows_bf16}
 
 
 class DecodingKernels(EagerKernels):
-    """Eager kernels but for a few rows, whose Pattention they compute whole. They never train."""
+    """Eager kernels that compute the whole Pattention of a few rows in one call, for inference only."""
 
-    stores_columns = True  # each output is then a product of contiguous rows, as each score is
+    stores_columns = True  # so that each output, like each score, is a product of contiguous rows
 
     def infer(
-        self, norm: Normalisation, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
+        self, norm: Normalization, x: Tensor, *, keys: Sequence[Tensor], values: Sequence[Tensor], taus: Sequence[float]
     ) -> Tensor | None:
-        """See PattentionKernels."""
         columns = [value.t() for value in values]
         if not is_for_rows(x, [*keys, *columns]):
             return None
@@ -37,22 +35,24 @@ class DecodingKernels(EagerKernels):
 
 
 def is_for_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Decide whether x [R, D] and weights [N, D] are such products, and need no gradient."""
+    """Return whether the compiled products support x [R, D] with the weights [N, D]: few rows, no gradient."""
     dtype = x.dtype
     return (
-        x.shape[0] <= MOST_ROWS
+        x.shape[0] <= MAX_ROWS
         and dtype in _MULTIPLY
         and not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.is_contiguous()
         and all(weight.dtype == dtype and weight.is_contiguous() for weight in weights)
-        and not torch.compiler.is_compiling()  # which can't follow an address into C++
+        and not torch.compiler.is_compiling()  # it can't trace raw pointers passed to C++
     )
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply x [..., D] by weight^T, with weight [N, D] of the same type -> [..., N]; by torch where these are not
-    few rows."""
+    """Multiply x [..., D] by weight^T, with weight [N, D] of the same dtype -> [..., N].
+
+    Falls back to torch if `is_for_rows` is false.
+    """
     rows = x.flatten(0, -2)
     if not is_for_rows(rows, [weight]):
         return F.linear(x, weight)
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply x [R, D] by weight^T, with weight [N, D], for what `is_for_rows` -> [R, N]."""
+    """Multiply x [R, D] by weight^T, with weight [N, D] -> [R, N]; requires `is_for_rows(x, [weight])`."""
     (rows, columns), outputs = x.shape, weight.shape[0]
     assert weight.shape == (outputs, columns)
     out = x.new_empty(rows, outputs)
@@ -74,8 +74,10 @@ def multiply_rows(x: Tensor, weight: Tensor) -> Tensor:
 def pattend_rows(
     norm: str, x: Tensor, *, keys: Sequence[Tensor], columns: Sequence[Tensor], taus: Sequence[float]
 ) -> Tensor:
-    """Compute G Pattentions of one x [R, D], each with keys [N, D], values column by column [E, N] and a tau, for what
-    `is_for_rows` -> [G, R, E]. `norm` is the name of their normalisation."""
+    """Compute G Pattentions of the same x [R, D] -> [G, R, E]; requires `is_for_rows`.
+
+    Each has keys [N, D], transposed values [E, N] and a temperature tau. `norm` is the name of their normalization.
+    """
     (rows, width), (tokens, width_out) = x.shape, columns[0].t().shape
     assert all(key.shape == (tokens, width) for key in keys)
     assert all(column.shape == (width_out, tokens) for column in columns)

@@ -12,10 +12,11 @@ Shapes: S sequence, B batch, D hidden, R ranks; s = S / R under sequence paralle
 | all-gather heads         | [S, B, D]            | D (R-1)/R                |
 | output projection        | [S, B, D] partial    | 1 scalar                 |
 | reduce-scatter sequence  | [s, B, D]            | D (R-1)/R                |
+
+Under sequence parallelism each rank saves only its part of a Pattention's input, and backward gathers it again: another
+2 D (R-1)/R.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -23,18 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.kernels.adapters import Attend, sdpa
+from megatron_tf.kernels.adapters import Attend
 from megatron_tf.kernels.dispatch import Kernels
+from megatron_tf.kernels.documents import Documents
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.linear import Weight
+from megatron_tf.layers.norm import RMSNorm
 from megatron_tf.layers.pattention import Pattention, pattend
-from megatron_tf.layers.rotary import apply_rotary
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
-from megatron_tf.parallel.collectives import all_gather, reduce_scatter
+from megatron_tf.parallel.collectives import all_gather, reduce_scatter, sum_backward
 
 
 class Attention(nn.Module):
-    """Attention over a hidden state of width D, causal, scaled by 1/sqrt(head_dim); what projects is a subclass's."""
+    """Causal attention over hidden states of width D, scaled by 1/sqrt(head_dim); subclasses define the projections."""
 
     def __init__(self, head_dim: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
@@ -42,13 +44,15 @@ class Attention(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.attend = Kernels().attend
+        self.attend_documents = Kernels().attend_documents
+        self.rotate = Kernels().rotate
 
     def project_in(self, x: Tensor) -> Tensor:
-        """x [S, B, D], whole on every rank -> query, key and value [3, S, B, D / R] of this rank's heads."""
+        """Project x [s, B, D] -> query, key and value [3, S, B, D / R] of this rank's heads."""
         raise NotImplementedError
 
     def project_out(self, x: Tensor) -> Tensor:
-        """What this rank's heads [S, B, D / R] give -> [S, B, D], this rank's partial sum."""
+        """Project the output of this rank's heads [S, B, D / R] -> [S, B, D], this rank's partial sum."""
         raise NotImplementedError
 
     def forward(
@@ -57,28 +61,26 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         attend: Attend | None = None,
-        documents: Sequence[Sequence[int]] | None = None,
+        documents: Documents | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """Compute attention of x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
+        """Apply attention to x [s, B, D] -> [s, B, D]; `rotary` holds the tables of x's positions.
 
-        `attend` replaces the layer's own attention, as that over a cache does. `documents` are the lengths of each
-        sample's documents, which then do not see each other. `dropout` of the weights is by
-        scaled_dot_product_attention, whatever else is chosen.
+        `attend` replaces the layer's own attention, for example by attention over a cache. `documents` turns on
+        intra-document masking. `dropout` of attention weights always uses its own implementation of attention.
         """
-        x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
-        qk, v = self.project_in(x).unflatten(-1, (-1, self.head_dim)).split([2, 1])
-        # query and key together, as both are rotated
-        q, k = apply_rotary(qk, *rotary).unbind(0)
-        v = v.squeeze(0)
-        with nullcontext(0.0) if dropout is None else dropout.attention(q, self.group) as rate:
-            attend = partial(sdpa, dropout_p=rate) if rate else attend or self.attend
-            out = attend(q, k, v) if documents is None else _attend_within(documents, attend, (q, k, v))
+        q, k, v = self.rotate(self.project_in(x).unflatten(-1, (-1, self.head_dim)), *rotary)
+        if dropout is not None and dropout.attention_rate:
+            out = dropout.attend(q, k, v, documents=documents)
+        elif documents is not None:
+            out = self.attend_documents(q, k, v, documents)
+        else:
+            out = (attend or self.attend)(q, k, v)
         return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
 
 
 class PattentionAttention(Attention):
-    """Query, key, value and output are Pattentions; the first three run together."""
+    """Attention whose query, key, value and output projections are Pattentions; the first three run together."""
 
     def __init__(
         self,
@@ -99,52 +101,65 @@ class PattentionAttention(Attention):
         self.proj = project(num_tokens=proj_tokens)
 
     def project_in(self, x: Tensor) -> Tensor:
-        """See Attention: tokens of every rank contribute to every head."""
+        """Project x as in `Attention`; the parameter tokens of every rank contribute to every head."""
         projections = [self.query, self.key, self.value]
-        if any(map(_has_hooks, projections)):  # which are for modules that are called, one by one
-            qkv = torch.stack([projection(x, self.group) for projection in projections])
+        if not self.sequence_parallel:
+            x = sum_backward(x, self.group)
+        gather_dim = 0 if self.sequence_parallel else None
+        if any(map(_has_hooks, projections)):  # hooks run only when a module is called, so call each one
+            qkv = torch.stack([projection(x, self.group, gather_dim) for projection in projections])
         else:
-            qkv = pattend(x, projections, self.group)
-        # over the last dimension, which is heads: attention needs whole heads, and no rank needs all of them
+            qkv = pattend(x, projections, self.group, gather_dim=gather_dim)
+        # the last dimension is heads: attention needs whole heads, but no rank needs all of them
         return reduce_scatter(qkv, -1, self.group)
 
     def project_out(self, x: Tensor) -> Tensor:
-        """See Attention."""
-        # every rank needs all heads of a token, as it has a part of the parameter tokens and not of the width
+        # every rank needs all heads of a token, since ranks share the parameter tokens, not the width
+        if self.sequence_parallel:
+            return self.proj(x, self.group, gather_dim=-1)
         return self.proj(all_gather(x, -1, self.group), self.group)
 
 
 class LinearAttention(Attention):
-    """Query, key, value and output are linear: each rank holds the rows of its heads."""
+    """Attention with linear projections, of which each rank holds the rows of its heads.
+
+    With a `qk_norm_epsilon`, queries and keys go through an RMSNorm over head_dim before they are rotated.
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, *, group: ProcessGroup | None = None, sequence_parallel: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        qk_norm_epsilon: float | None = None,
+        group: ProcessGroup | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__(hidden_size // num_heads, group, sequence_parallel)
         self.query = Weight(hidden_size, hidden_size)
         self.key = Weight(hidden_size, hidden_size)
         self.value = Weight(hidden_size, hidden_size)
         self.proj = Weight(hidden_size, hidden_size)
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
+        if qk_norm_epsilon is not None:  # each rank normalizes its own heads only
+            self.query_norm = RMSNorm(self.head_dim, qk_norm_epsilon, group)
+            self.key_norm = RMSNorm(self.head_dim, qk_norm_epsilon, group)
 
     def project_in(self, x: Tensor) -> Tensor:
-        """See Attention."""
-        return torch.stack([F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value)])
+        x = enter_tensor_parallel(x, self.group, self.sequence_parallel)
+        q, k, v = (F.linear(x, projection.of_type(x)) for projection in (self.query, self.key, self.value))
+        return torch.stack([self._normalized(q, self.query_norm), self._normalized(k, self.key_norm), v])
 
     def project_out(self, x: Tensor) -> Tensor:
-        """See Attention."""
         return x @ self.proj.of_type(x)
 
-
-def _attend_within(documents: Sequence[Sequence[int]], attend: Attend, qkv: Sequence[Tensor]) -> Tensor:
-    """Attention of q, k, v [S, B, h, d] within each document: no mask of S x S, no work between documents."""
-    samples = []
-    for b, lengths in enumerate(documents):
-        pieces = zip(*(t[:, b : b + 1].split(list(lengths)) for t in qkv), strict=True)
-        samples.append(torch.cat([attend(*piece) for piece in pieces]))
-    return torch.cat(samples, 1)
+    def _normalized(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Normalize each head of x [S, B, D / R]."""
+        return x if norm is None else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    # torch has no public way to tell
+    # torch has no public API for this
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(map(len, kinds))

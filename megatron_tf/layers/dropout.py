@@ -1,63 +1,121 @@
-"""Dropout whose masks follow from the seed, the sample and the place in the model, and not from what was drawn before.
+"""Dropout whose masks are a function of the seed, the sample and the position in the model, not of earlier draws.
 
-So a resumed run and a layer that is computed again draw the same ones, with no state of a generator to keep.
+A resumed run and a recomputed layer therefore draw the same masks, without any saved generator state.
 
-| what is dropped | on each rank | mask |
+| tensor | on each rank | mask |
 |---|---|---|
 | embedding, output of attention and ffn | [S, B, D], the same on every tensor-parallel rank | the same on every rank |
-| the same under sequence parallelism | [s, B, D], part of the sequence | that part of the mask of one rank |
-| weights of attention | [B, h / R, S, S], some of the heads | another on every rank |
+| the same under sequence parallelism | [s, B, D], part of the sequence | that part of the mask |
+| attention weights | [B, h / R, S, S], some of the heads | those heads of the mask |
 
-Masks of hidden states do not depend on the layout, on devices of the same kind; those of attention depend on the
-number of tensor-parallel ranks and on which samples are in a micro-batch.
+Masks depend neither on the layout nor on the device. The host never reads sample numbers, which stay on the device.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
+from megatron_tf.kernels.documents import Documents
+from megatron_tf.kernels.dropout import Drop, drop, nth_word
 from megatron_tf.parallel.collectives import group_rank, group_size
 from megatron_tf.tokenformer.initial_values import stream_seed
+from megatron_tf.tokenformer.normalization import accumulation_type
+
+# of attention with dropout: more blocks save little, and smaller ones cost more to launch than to compute
+_QUERY_BLOCKS = 8
+_FEWEST_QUERIES = 128
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds of the masks of one micro-batch: one per row of elements, the same in all layers."""
+
+    hidden: Tensor
+    """int64 [s, B], of this rank's part of the sequence."""
+    attention: Tensor | None
+    """int64 [B, h / R, S], of each query of this rank's heads; None without attention dropout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """Rates, and what the masks of one layer and one micro-batch are drawn from."""
+    """The rates and mask seeds of one layer and one micro-batch."""
 
     hidden_rate: float
     attention_rate: float
     seed: int
-    samples: tuple[int, ...] = ()
-    """The number of each sample in the data of the run."""
+    drop: Drop = drop
+    seeds: Seeds | None = None
+    """Seeds of the micro-batch, set by `of_samples`."""
     layer: int | None = None
-    """None for the embedding."""
+    """Number of the layer; None for the embedding."""
 
-    def hidden(self, x: Tensor, branch: str, sequence_group: ProcessGroup | None) -> Tensor:
-        """x [s, B, D] with elements dropped and the others scaled up; `sequence_group` shards the sequence, if any."""
+    def of_samples(
+        self, samples: Tensor, *, length: int, heads: int, group: ProcessGroup | None, sequence_parallel: bool
+    ) -> Self:
+        """Return the dropout for samples with these numbers in the data of the run, int64 [B] on the device.
+
+        `length` is the full sequence length and `heads` the total number of heads.
+        """
+        ranks, rank = group_size(group), group_rank(group)
+        of_sample = nth_word(nth_word(torch.zeros_like(samples), self.seed), samples)
+        positions = torch.arange(length, device=samples.device)
+        part = positions.tensor_split(ranks)[rank] if sequence_parallel else positions
+        attention = None
+        if self.attention_rate:
+            own_heads = torch.arange(heads, device=samples.device).tensor_split(ranks)[rank]
+            of_head = nth_word(of_sample[:, None], own_heads)
+            attention = nth_word(of_head[..., None], positions)
+        return replace(self, seeds=Seeds(nth_word(of_sample, part[:, None]), attention))
+
+    def hidden(self, x: Tensor, branch: str, residual: Tensor | None = None) -> Tensor:
+        """Drop elements of x [s, B, D] and scale up the others, then add `residual` [s, B, D]."""
         if not self.hidden_rate:
-            return x
-        length, start = x.shape[0] * group_size(sequence_group), x.shape[0] * group_rank(sequence_group)
-        part = slice(start, start + x.shape[0])
-        masks = [self._mask(x, branch, length=length, sample=sample)[part] for sample in self.samples]
-        return x.masked_fill(torch.stack(masks, 1), 0.0) / (1.0 - self.hidden_rate)
+            return x if residual is None else residual + x
+        assert self.seeds is not None
+        stream = stream_seed(self.seed, "hidden dropout", self.layer, branch)
+        return self.drop(x, self.seeds.hidden, stream=stream, rate=self.hidden_rate, residual=residual)
 
-    @contextmanager
-    def attention(self, x: Tensor, group: ProcessGroup | None) -> Iterator[float]:
-        """The rate for the weights of attention; torch's own generators are seeded for this rank's heads meanwhile."""
-        if not self.attention_rate:
-            yield 0.0
-            return
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            torch.manual_seed(stream_seed(self.seed, "attention dropout", self.layer, self.samples, group_rank(group)))
-            yield self.attention_rate
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> Tensor:
+        """Compute causal attention of q, k, v [S, B, h, d] with dropout of its weights -> [S, B, h, d].
 
-    def _mask(self, x: Tensor, branch: str, *, length: int, sample: int) -> Tensor:
-        """What is dropped of one sample: [S, D], of which a rank may need a part only."""
-        generator = torch.Generator(x.device)
-        generator.manual_seed(stream_seed(self.seed, "hidden dropout", self.layer, branch, sample))
-        mask = torch.empty(length, x.shape[-1], dtype=torch.bool, device=x.device)
-        return mask.bernoulli_(self.hidden_rate, generator=generator)
+        `documents` turns on intra-document masking. Queries are processed in blocks, each with the keys up to its
+        last query: half the work of all pairs. Only the weights of one block [B, h, S / 8, S] are in memory at a time;
+        backward recomputes them, unless the sequence is a single block.
+        """
+        assert self.seeds is not None
+        assert self.seeds.attention is not None
+        length = q.shape[0]
+        size = max(_FEWEST_QUERIES, -(-length // _QUERY_BLOCKS))
+        run: Callable[..., Tensor] = self._attend_block
+        if size < length:
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        blocks = []
+        for first in range(0, length, size):
+            stop = min(first + size, length)
+            starts = None if documents is None else documents.starts[:, None, first:stop]
+            seeds = self.seeds.attention[:, :, first:stop]
+            blocks.append(run(q[first:stop], k[:stop], v[:stop], seeds=seeds, starts=starts))
+        return torch.cat(blocks)
+
+    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, *, seeds: Tensor, starts: Tensor | None) -> Tensor:
+        """Attend from the last n queries [n, B, h, d] to all keys -> [n, B, h, d]; starts [B, 1, n] of documents.
+
+        Computes in the accumulation type, as torch's attention does without a fused kernel.
+        """
+        wide = accumulation_type(q)
+        qw, kw, vw = (t.permute(1, 2, 0, 3).to(wide) for t in (q, k, v))
+        keys = torch.arange(len(k), device=q.device)
+        hidden = keys > keys[-len(q) :, None]
+        if starts is not None:
+            hidden = hidden | (keys < starts[..., None])
+        scores = qw @ (kw * q.shape[-1] ** -0.5).mT
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        stream = stream_seed(self.seed, "attention dropout", self.layer)
+        weights = self.drop(weights, seeds, stream=stream, rate=self.attention_rate)
+        return (weights @ vw).to(q.dtype).permute(2, 0, 1, 3)

@@ -1,6 +1,11 @@
-"""The layer norm before the output layer, with weight and bias; those inside the blocks have no parameters."""
+"""Norms over the last dimension: layer norms, and RMSNorms (arXiv 1910.07467), which only divide by a root mean square.
+
+Weights and biases are replicated on every tensor-parallel rank. Where the inputs of a norm are split over ranks, each
+rank's gradient covers its own part, and backward sums them.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -9,11 +14,23 @@ from megatron_tf.parallel.collectives import sum_backward
 from megatron_tf.parallel.sharding import local_tensor
 
 
-class FinalNorm(nn.Module):
-    """Layer norm with weight and bias, which every tensor-parallel rank holds whole.
+class BlockNorm(nn.Module):
+    """Layer norm inside the blocks, without parameters."""
 
-    `sequence_group` is the group over which the sequence is sharded, if it is: each rank's gradient then covers
-    its own part of the sequence, and the parts are summed.
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.normalize = Kernels().normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [..., D] over D."""
+        return self.normalize(x, None, None, epsilon=self.epsilon)
+
+
+class FinalNorm(nn.Module):
+    """Layer norm with weight and bias before the output layer.
+
+    `sequence_group` is the group over which the sequence is sharded, if any.
     """
 
     def __init__(self, hidden_size: int, epsilon: float, sequence_group: ProcessGroup | None = None) -> None:
@@ -22,10 +39,28 @@ class FinalNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.epsilon = epsilon
         self.sequence_group = sequence_group
-        self.normalise = Kernels().normalise
+        self.normalize = Kernels().normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+        """Normalize x [..., D] over D."""
         weight = sum_backward(local_tensor(self.weight), self.sequence_group)
         bias = sum_backward(local_tensor(self.bias), self.sequence_group)
-        return self.normalise(x, weight.to(x.dtype), bias.to(x.dtype), epsilon=self.epsilon)
+        return self.normalize(x, weight.to(x.dtype), bias.to(x.dtype), epsilon=self.epsilon)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a weight: w x / sqrt(mean(x^2) + epsilon), with statistics in at least fp32.
+
+    `split_group` is the group over which the inputs are split, if any: the sequence, or the heads.
+    """
+
+    def __init__(self, size: int, epsilon: float, split_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.epsilon = epsilon
+        self.split_group = split_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [..., size] over its last dimension."""
+        weight = sum_backward(local_tensor(self.weight), self.split_group)
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.epsilon)

@@ -5,12 +5,12 @@ the same input that run together (3 for query, key and value). TokenFormer (arXi
 
 | tensor     | one rank  | R ranks    |
 |------------|-----------|------------|
-| x          | [T, D]    | [T, D], the same on every rank |
+| x          | [T, D]    | [T, D], the same on every rank; or a part, which is gathered |
 | key_tokens | [N, D]    | [n, D]     |
 | value_tokens | [N, E]  | [n, E]     |
 | scores     | [G, T, N] | [G, T, n]  |
 | statistic  | [G, T]    | [G, T], summed over ranks |
-| y          | [G, T, E] | [G, T, E], partial: to be summed over ranks |
+| y          | [G, T, E] | [G, T, E], partial, to be summed over ranks |
 """
 
 from collections.abc import Sequence
@@ -21,79 +21,124 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.kernels.value_product import mix_values
-from megatron_tf.parallel.collectives import all_reduce
-from megatron_tf.parallel.sharding import local_tensor
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS, Normalisation, Reduce, accumulation_type
+from megatron_tf.kernels.products import Products
+from megatron_tf.layers.casting import CastingModule
+from megatron_tf.layers.row_probe import RowProbe
+from megatron_tf.parallel.collectives import all_gather_copy, all_reduce, group_size, reduce_scatter_copy
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS, Normalization, Reduce, accumulation_type
+from megatron_tf.tokenformer.parameters import Role
+
+_KEY_STD = 0.02  # model.init_method_std by default
 
 
-class Pattention(nn.Module):
-    """Holds the parameter tokens K [N, D] and V [N, E] of one projection D -> E and its temperature tau: y = P V, where
-    each row of P [T, N] is made of a row of the scores A = X K^T by a normalisation:
+class Pattention(CastingModule):
+    """A projection D -> E by attention over N parameter tokens.
+
+    It holds keys K [N, D], values V [N, E] and a temperature tau, and computes y = P V. P [T, N] is the row-wise
+    normalization of the scores A = X K^T:
 
         l2_norm_gelu    P = gelu(tau A / |A|)
         gelu_l2_norm    P = tau gelu(A) / |gelu(A)|
         softmax         P = tau softmax(A)
 
-    tau is state, not shape: it starts as sqrt(N) (softmax: N), is kept when tokens are appended (which makes growth
-    exact), and is saved in checkpoints. `kernels` compute P, and `recompute_scores` says whether backward makes A again
-    instead of keeping it; neither changes what is computed.
+    tau is state and does not follow from the shape: it is initialized to sqrt(N) (softmax: N), does not change when
+    tokens are appended (which makes growth exact), and is saved in checkpoints and in `state_dict()`. It computes in
+    the dtype of x. `products` multiply matrices, `kernels` compute P, and `recompute_scores` makes backward recompute A
+    instead of saving it; none of them changes the result beyond rounding. A `probe` reads P and V in forward, except in
+    fused inference.
+
+    On its own it takes the place of a linear layer, with initial values from `reset_parameters`. Raises UserError if
+    there is no normalization `norm_activation`.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, num_tokens: int, norm_activation: str) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, num_tokens: int, norm_activation: str = "l2_norm_gelu"
+    ) -> None:
         super().__init__()
+        if norm_activation not in NORMALIZATIONS:
+            raise UserError(f"norm_activation is {norm_activation!r}: known are {', '.join(NORMALIZATIONS)}")
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, in_features))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
-        self.norm = NORMALISATIONS[norm_activation]
-        self.tau = self.norm.initial_tau(num_tokens)
+        self.norm = NORMALIZATIONS[norm_activation]
         self.kernels = Kernels().pattention
+        self.products = Kernels().products
         self.recompute_scores = False
+        self.probe: RowProbe | None = None
+        # free on the meta device, where runs and `load` build models, whose initial values depend on the whole model
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw keys from N(0, 0.02^2) and values from N(0, 1 / N) by torch's generator, and set tau as initially.
+
+        For inputs of unit variance, outputs have a variance of about 1 (0.4 for l2_norm_gelu).
+        """
+        num_tokens = self.key_tokens.shape[0]
+        nn.init.normal_(self.key_tokens, std=_KEY_STD)
+        nn.init.normal_(self.value_tokens, std=num_tokens**-0.5)
+        self.tau = self.norm.initial_tau(num_tokens)
+
+    def get_extra_state(self) -> Tensor:
+        """Return tau for `state_dict()`, as a tensor, so that a state_dict holds nothing but tensors."""
+        return torch.tensor(self.tau, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take tau from a `state_dict()`."""
+        self.tau = float(state)
 
     @torch.no_grad()
     def use(self, kernels: PattentionKernels) -> None:
-        """Compute with these kernels, and store the values as they are fastest; no value changes."""
+        """Switch to these kernels, and store the value tokens in the memory order that is fastest for them."""
         self.kernels = kernels
         if kernels.stores_columns:
             self.value_tokens.data = self.value_tokens.t().contiguous().t()
 
-    def forward(self, x: Tensor, group: ProcessGroup | None = None) -> Tensor:
-        """Compute y [..., E] of x [..., D]: this rank's partial sum."""
-        return pattend(x, [self], group)[0]
+    def forward(self, x: Tensor, group: ProcessGroup | None = None, gather_dim: int | None = None) -> Tensor:
+        """Compute y [..., E] of x [..., D]: this rank's partial sum. `gather_dim` is as in `pattend`."""
+        return pattend(x, [self], group, gather_dim=gather_dim)[0]
+
+    @torch.no_grad()
+    def scores(self, x: Tensor) -> Tensor:
+        """Compute the scores A [T, N] of all T rows of x [..., D]; single rank, no gradients."""
+        return x.reshape(-1, x.shape[-1]) @ self.cast(Role.KEYS, x.dtype).t()
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
-        """Compute what each parameter token counts for: P [..., N] of x [..., D], on one rank, without gradients."""
-        scores = x.reshape(-1, x.shape[-1]) @ local_tensor(self.key_tokens).to(x.dtype).t()
+        """Compute the weight of each parameter token, P [..., N], for x [..., D]; single rank, no gradients."""
+        scores = self.scores(x)
         tau = scores.new_full(scores.shape[:1], self.tau)
         _, weights = self.kernels.forward(self.norm, scores, tau=tau, reduce=None)
         return weights.unflatten(0, x.shape[:-1])
 
 
-def pattend(x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None) -> Tensor:
-    """Run projections of the same x [..., D] together: [G, ..., E], partial sums over the ranks of `group`.
+def pattend(
+    x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None, *, gather_dim: int | None = None
+) -> Tensor:
+    """Run G projections of the same x [..., D] together -> [G, ..., E], partial sums over the ranks of `group`.
 
-    The statistics of all G cost one all-reduce of G scalars a token in each direction, whatever N is.
+    Their statistics take one all-reduce of G scalars per token in forward and one in backward, independent of N. With a
+    `gather_dim`, the first (0) or the last (-1), x is this rank's part along it: only the part is saved for backward,
+    which gathers x again.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    keys = [_of_type(p.key_tokens, x) for p in projections]
-    values = [_of_type(p.value_tokens, x) for p in projections]
+    shape = list(x.shape[:-1])
+    if gather_dim == 0:
+        shape[0] *= group_size(group)
+    keys = [p.cast(Role.KEYS, x.dtype) for p in projections]
+    values = [p.cast(Role.VALUES, x.dtype) for p in projections]
     first, y = projections[0], None
-    if group is None:  # ranks that share a row's statistic have to meet between the products
+    if group is None:  # several ranks have to reduce a row's statistic between the two products
         y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])
     if y is None:
-        y = _Pattend.apply(tokens, projections, group, *keys, *values)
-    return y.unflatten(1, x.shape[:-1])
+        y = _Pattend.apply(tokens, projections, group, gather_dim, *keys, *values)
+    return y.unflatten(1, shape)
 
 
-def _of_type(parameter: Tensor, x: Tensor) -> Tensor:
-    rows = local_tensor(parameter)
-    return rows if rows.dtype == x.dtype else rows.to(x.dtype)
-
-
-def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
-    """How statistics, and inner products in backward, of the ranks make those of the row."""
+def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
+    """Return how ranks combine a row's statistics in forward and its inner products in backward."""
 
     def log_sum_exp(statistic: Tensor) -> Tensor:
         highest = all_reduce(statistic, group, dist.ReduceOp.MAX)
@@ -108,53 +153,73 @@ def _reductions(norm: Normalisation, group: ProcessGroup | None) -> tuple[Reduce
 
 
 def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
-    """Temperatures of all rows [G * T]."""
-    taus = torch.tensor([p.tau for p in projections], dtype=torch.float64)
-    return taus.to(accumulation_type(x)).to(x.device).repeat_interleave(x.shape[0])
+    """Return the temperature of every row of scores [G * T]."""
+    if len({projection.tau for projection in projections}) == 1:
+        return x.new_full((len(projections) * x.shape[0],), projections[0].tau, dtype=accumulation_type(x))
+    taus = x.new_empty(len(projections), x.shape[0], dtype=accumulation_type(x))
+    for rows, projection in zip(taus, projections, strict=True):
+        # a scalar is passed as a kernel argument; copying a tensor from the host would wait for the device
+        rows.fill_(projection.tau)
+    return taus.flatten()
 
 
-def _score(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """Scores [G, T, n] of x [T, D]."""
-    # in one tensor, so that the kernels take the rows of all projections at once
+def _whole(part: Tensor, gather_dim: int | None, group: ProcessGroup | None) -> Tensor:
+    """Gather x [T, D] from the parts of all ranks, if it is sharded."""
+    return part if gather_dim is None else all_gather_copy(part, gather_dim, group)
+
+
+def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
+    """Compute the scores [G, T, n] of x [T, D]."""
+    # one tensor, so that a kernel handles the rows of all projections at once
     scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
     for out, key in zip(scores, keys, strict=True):
-        torch.mm(x, key.t(), out=out)
+        products.mm(x, key.t(), out=out)
     return scores
 
 
 class _Pattend(torch.autograd.Function):
-    """Keeps x, the scores and one factor a row for backward: less than an MLP keeps. The weights are recomputed."""
+    """Saves x, the scores and one factor per row for backward, less than an MLP saves; the weights are recomputed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None, *tokens: Tensor
+        ctx: Any,
+        part: Tensor,
+        projections: Sequence[Pattention],
+        group: ProcessGroup | None,
+        gather_dim: int | None,
+        *tokens: Tensor,
     ) -> Tensor:
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
         first = projections[0]
-        scores = _score(x, keys)
+        x = _whole(part, gather_dim, group)
+        scores = _score(x, keys, first.products)
         reduce, _ = _reductions(first.norm, group)
         factor, weights = first.kernels.forward(
             first.norm, scores.flatten(0, 1), tau=_row_taus(x, projections), reduce=reduce
         )
         y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
-        for out, weight, value in zip(y, weights.view_as(scores), values, strict=True):
-            mix_values(weight, value, out)
-        ctx.save_for_backward(x, factor, *([] if first.recompute_scores else [scores]), *tokens)
-        ctx.projections, ctx.group = projections, group
+        for projection, out, weight, value in zip(projections, y, weights.view_as(scores), values, strict=True):
+            first.products.mix(weight, value, out=out)
+            if projection.probe is not None:
+                projection.probe.measure(weight, value)
+        ctx.save_for_backward(part, factor, *([] if first.recompute_scores else [scores]), *tokens)
+        ctx.projections, ctx.group, ctx.gather_dim = projections, group, gather_dim
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         projections, dy = ctx.projections, grads[0]
         first = projections[0]
-        x, factor, *rest = ctx.saved_tensors
+        mm = first.products.mm
+        part, factor, *rest = ctx.saved_tensors
+        x = _whole(part, ctx.gather_dim, ctx.group)
         tokens = rest if first.recompute_scores else rest[1:]
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
-        scores = _score(x, keys) if first.recompute_scores else rest[0]
-        # one buffer for dP and then dA: the kernels may write over it
+        scores = _score(x, keys, first.products) if first.recompute_scores else rest[0]
+        # one buffer for dP and then dA: the kernels may overwrite it
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
-            torch.mm(dy_g, value.t(), out=out)
+            mm(dy_g, value.t(), out=out, gradient="left")
         _, reduce = _reductions(first.norm, ctx.group)
         weights, d_scores = first.kernels.backward(
             first.norm,
@@ -165,10 +230,12 @@ class _Pattend(torch.autograd.Function):
             reduce=reduce,
         )
         grad = d_scores.view_as(scores)
-        d_values = [torch.mm(w.t(), dy_g) for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]
-        d_keys = [torch.mm(d_score.t(), x) for d_score in grad]
-        # added as it is made: the projections share x, and a gradient for each would take G times the memory
-        dx = torch.mm(grad[0], keys[0])
+        d_values = [mm(w.t(), dy_g, gradient="right") for w, dy_g in zip(weights.view_as(scores), dy, strict=True)]
+        d_keys = [mm(d_score.t(), x, gradient="left") for d_score in grad]
+        # accumulated: the projections share x, and one gradient for each would take G times the memory
+        dx = mm(grad[0], keys[0], gradient="left")
         for d_score, key in zip(grad[1:], keys[1:], strict=True):
-            dx.addmm_(d_score, key)
-        return dx, None, None, *d_keys, *d_values
+            first.products.add_mm(dx, d_score, key, gradient="left")
+        if ctx.gather_dim is not None:
+            dx = reduce_scatter_copy(dx, ctx.gather_dim, ctx.group)
+        return dx, None, None, None, *d_keys, *d_values

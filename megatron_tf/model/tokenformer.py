@@ -4,7 +4,7 @@ A `TokenFormer` holds a contiguous range of the layers. With all of them, and no
 device; a pipeline stage is the same class with fewer layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -16,23 +16,28 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tf.config import ModelConfig
 from megatron_tf.kernels.adapters import Attend
 from megatron_tf.kernels.dispatch import Kernels
+from megatron_tf.kernels.documents import Documents
 from megatron_tf.layers.attention import Attention, LinearAttention, PattentionAttention
 from megatron_tf.layers.cache import CachePositions, KeyValueCache
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.layers.embedding import VocabularyWeight
 from megatron_tf.layers.linear import MLP
-from megatron_tf.layers.norm import FinalNorm
+from megatron_tf.layers.norm import BlockNorm, FinalNorm, RMSNorm
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
+from megatron_tf.parallel.collectives import group_size, sum_backward
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention, or an MLP."""
+    """One pre-norm layer: x += attention(norm(x)); x += ffn(norm(x)), where ffn is a single Pattention or an MLP."""
 
     def __init__(self, config: ModelConfig, layer: int, *, group: ProcessGroup | None, sequence_parallel: bool) -> None:
         super().__init__()
         width, heads = config.hidden_size, config.num_attention_heads
+        sequence_group = group if sequence_parallel else None
+        self.attention_norm = _block_norm(config, sequence_group)
         norm = config.norm_activation
         ffn_tokens = config.token_counts("ffn")[layer]
         if config.layer == "tokenformer":
@@ -46,12 +51,19 @@ class Block(nn.Module):
                 group=group,
                 sequence_parallel=sequence_parallel,
             )
-            self.ffn: Pattention | MLP = Pattention(width, width, num_tokens=ffn_tokens, norm_activation=norm)
+            ffn: Pattention | MLP = Pattention(width, width, num_tokens=ffn_tokens, norm_activation=norm)
         else:
-            self.attention = LinearAttention(width, heads, group=group, sequence_parallel=sequence_parallel)
-            self.ffn = MLP(width, ffn_tokens)
-        self.epsilon = config.layernorm_epsilon
-        self.normalise = Kernels().normalise
+            self.attention = LinearAttention(
+                width,
+                heads,
+                qk_norm_epsilon=config.layernorm_epsilon if config.qk_norm else None,
+                group=group,
+                sequence_parallel=sequence_parallel,
+            )
+            ffn = MLP(width, ffn_tokens, is_gated=config.mlp == "swiglu")
+        # modules are in the order in which they run, which is that of the declared parameters
+        self.ffn_norm = _block_norm(config, sequence_group)
+        self.ffn = ffn
         self.group = group
         self.sequence_parallel = sequence_parallel
 
@@ -61,27 +73,35 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         *,
         attend: Attend | None = None,
-        documents: Sequence[Sequence[int]] | None = None,
+        documents: Documents | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """x [s, B, D] -> [s, B, D]; the other arguments are those of Attention."""
-        sequence_group = self.group if self.sequence_parallel else None
-        normalised = self.normalise(x, None, None, epsilon=self.epsilon)
-        out = self.attention(normalised, rotary, attend=attend, documents=documents, dropout=dropout)
-        x = x + (out if dropout is None else dropout.hidden(out, "attention", sequence_group))
-        normalised = self.normalise(x, None, None, epsilon=self.epsilon)
-        # gathered after the norm: each rank normalizes its own part of the sequence alone
-        hidden = enter_tensor_parallel(normalised, self.group, self.sequence_parallel)
-        out = self.ffn(hidden, self.group) if isinstance(self.ffn, Pattention) else self.ffn(hidden)
+        """Apply the layer to x [s, B, D] -> [s, B, D]; the other arguments are those of `Attention.forward`."""
+        out = self.attention(self.attention_norm(x), rotary, attend=attend, documents=documents, dropout=dropout)
+        x = x + out if dropout is None else dropout.hidden(out, "attention", residual=x)
+        normalized = self.ffn_norm(x)
+        # gathered after the norm, so that each rank normalizes only its own part of the sequence
+        if isinstance(self.ffn, Pattention) and self.sequence_parallel:
+            out = self.ffn(normalized, self.group, gather_dim=0)
+        elif isinstance(self.ffn, Pattention):
+            out = self.ffn(sum_backward(normalized, self.group), self.group)
+        else:
+            out = self.ffn(enter_tensor_parallel(normalized, self.group, self.sequence_parallel))
         out = leave_tensor_parallel(out, self.group, self.sequence_parallel)
-        return x + (out if dropout is None else dropout.hidden(out, "ffn", sequence_group))
+        return x + out if dropout is None else dropout.hidden(out, "ffn", residual=x)
+
+
+def _block_norm(config: ModelConfig, sequence_group: ProcessGroup | None) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.layernorm_epsilon, sequence_group)
+    return BlockNorm(config.layernorm_epsilon)
 
 
 class TokenFormer(nn.Module):
-    """Layers `layers` of the model; with the embedding if they include the first, with norm and head if the last.
+    """The given layers of the model, plus the embedding if they include the first, plus norm and head if the last.
 
-    Parameters are named the same in every stage, so that a name means one logical tensor. With all the layers they are
-    those that `megatron_tf/tokenformer/parameters.py` declares, in its order.
+    A parameter has the same name in every stage, so a name identifies one logical tensor. With all layers, the
+    parameters are those that `megatron_tf/tokenformer/parameters.py` declares, in the same order.
     """
 
     def __init__(
@@ -111,7 +131,8 @@ class TokenFormer(nn.Module):
         )
         if self.is_last:
             sequence_group = group if sequence_parallel else None
-            self.final_norm = FinalNorm(config.hidden_size, config.layernorm_epsilon, sequence_group)
+            norm = RMSNorm if config.norm == "rmsnorm" else FinalNorm
+            self.final_norm = norm(config.hidden_size, config.layernorm_epsilon, sequence_group)
             if not self.is_tied:
                 self.head = self._vocabulary_weight()
 
@@ -120,13 +141,27 @@ class TokenFormer(nn.Module):
         x: Tensor,
         cache: KeyValueCache | None = None,
         *,
+        targets: Tensor | None = None,
+        divisor: float = 1.0,
         document_starts: Tensor | None = None,
+        document_lengths: Tensor | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor:
-        """Ids [B, S] (first stage) or hidden states [s, B, D] -> this rank's logits [S, B, V / R] (last stage) or
-        hidden states [s, B, D]; the other arguments are those of `hidden_states`."""
-        x = self.hidden_states(x, cache, document_starts=document_starts, sample_numbers=sample_numbers)
-        return self.logits(x) if self.is_last else x
+        """Run the stage: ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D].
+
+        The last stage returns this rank's logits [S, B, V / R], or with `targets` what `loss` returns for them and
+        `divisor`. The other arguments are those of `hidden_states`.
+        """
+        x = self.hidden_states(
+            x,
+            cache,
+            document_starts=document_starts,
+            document_lengths=document_lengths,
+            sample_numbers=sample_numbers,
+        )
+        if not self.is_last:
+            return x
+        return self.logits(x) if targets is None else self.loss(x, targets, divisor)
 
     def hidden_states(
         self,
@@ -134,24 +169,32 @@ class TokenFormer(nn.Module):
         cache: KeyValueCache | None = None,
         *,
         document_starts: Tensor | None = None,
+        document_lengths: Tensor | None = None,
         sample_numbers: Tensor | None = None,
     ) -> Tensor:
-        """Ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D] after the layers.
+        """Run the layers: ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D].
 
-        `cache` holds the tokens that came before these, and takes these in. `document_starts` [B, S] is where each
-        token's document begins: documents do not see each other, and positions restart in each. `sample_numbers` [B]
-        are those of the samples in the data of the run; without them nothing is dropped. Both are read on the host:
-        on a device they would make it wait."""
+        `cache` holds the previous tokens, and the new ones are appended to it. `document_starts` [B, S] is the position
+        where each token's document begins; it turns on intra-document masking, and positions restart in each document.
+        It comes with `document_lengths`, int32 [B, M]: the lengths of each sample's documents, padded with zeros, on
+        the host if the kernels' `attend_documents` reads them there. `sample_numbers` [B] number the samples in the
+        run's data; without them there is no dropout. The host reads none of the other tensors, which are on the device.
+        """
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
-            dropout = replace(self.dropout, samples=tuple(sample_numbers.tolist()))
-        positions = cache.extend(x.shape[0], x.shape[1], x.device) if cache is not None else None
+            dropout = self._dropout_of(self.dropout, x, sample_numbers)
+        positions: CachePositions | None = None
+        if cache is not None:
+            positions = cache.extend(x.shape[0], x.shape[1], device=x.device, dtype=self.dtype)
         if self.is_first:
             x = self.embedding.embed(x).to(self.dtype)
             if dropout is not None:
-                x = dropout.hidden(x, "embedding", self.group if self.sequence_parallel else None)
+                x = dropout.hidden(x, "embedding")
         rotary = self._rotary(x, positions, document_starts)
-        documents = None if document_starts is None else _document_lengths(document_starts)
+        documents = None
+        if document_starts is not None:
+            assert document_lengths is not None
+            documents = Documents(document_starts, document_lengths)
         for i, (layer, block) in enumerate(self.layers.items()):
             attend: Attend | None = None
             if cache is not None and positions is not None:
@@ -159,35 +202,69 @@ class TokenFormer(nn.Module):
             dropped = None if dropout is None else replace(dropout, layer=int(layer))
             run: Callable[..., Tensor] = block
             if self.recompute_blocks and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False)
+                # nothing is drawn from torch's generators
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x = run(x, rotary, attend=attend, documents=documents, dropout=dropped)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [s, B, D] after the last layer -> this rank's logits [S, B, V / R]."""
-        x = enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
-        return (self.embedding if self.is_tied else self.head).logits(x)
+        """Compute this rank's logits [S, B, V / R] of hidden states [s, B, D] after the last layer."""
+        return self.output_weight.logits(self._final_states(x))
+
+    def loss(self, x: Tensor, targets: Tensor, divisor: float) -> Tensor:
+        """Compute the summed loss of predicting `targets` [B, S] over `divisor`, a scalar, without storing all logits.
+
+        x [s, B, D] are hidden states after the last layer. The loss is the same on every tensor-parallel rank. Targets
+        that are IGNORE_INDEX add nothing.
+        """
+        return self.output_weight.loss(self._final_states(x), targets, divisor)
+
+    @property
+    def output_weight(self) -> VocabularyWeight:
+        """The weight that computes logits, on the last stage: the head, or the embedding if they are tied."""
+        return self.embedding if self.is_tied else self.head
 
     def use(self, kernels: Kernels) -> None:
-        """Compute with these kernels: none of them changes what is computed, beyond rounding."""
+        """Switch all layers to these kernels, which changes results only by rounding."""
+        if self.dropout is not None:
+            self.dropout = replace(self.dropout, drop=kernels.drop)
         for module in self.modules():
             if isinstance(module, Pattention):
                 module.use(kernels.pattention)
+                module.products = kernels.products
             elif isinstance(module, Attention):
                 module.attend = kernels.attend
-            elif isinstance(module, (Block, FinalNorm)):
-                module.normalise = kernels.normalise
+                module.attend_documents = kernels.attend_documents
+                module.rotate = kernels.rotate
+            elif isinstance(module, (BlockNorm, FinalNorm)):
+                module.normalize = kernels.normalize
             elif isinstance(module, VocabularyWeight):
                 module.linear = kernels.linear
+                module.loss_kernels = kernels.loss
 
     def pattentions(self) -> dict[str, Pattention]:
-        """Every Pattention by name."""
+        """Return every Pattention of the stage by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Pattention)}
+
+    def _final_states(self, x: Tensor) -> Tensor:
+        """Apply the final norm to hidden states [s, B, D], whole afterwards: [S, B, D]."""
+        return enter_tensor_parallel(self.final_norm(x), self.group, self.sequence_parallel)
 
     def _vocabulary_weight(self) -> VocabularyWeight:
         config = self.config
         return VocabularyWeight(
             config.padded_vocab_size, config.hidden_size, group=self.group, sequence_parallel=self.sequence_parallel
+        )
+
+    def _dropout_of(self, dropout: Dropout, x: Tensor, sample_numbers: Tensor) -> Dropout:
+        """Build the dropout of a micro-batch, given its ids x [B, S] or hidden states [s, B, D]."""
+        ranks = group_size(self.group) if self.sequence_parallel else 1
+        return dropout.of_samples(
+            sample_numbers,
+            length=x.shape[1] if self.is_first else x.shape[0] * ranks,
+            heads=self.config.num_attention_heads,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def _rotary(
@@ -197,11 +274,6 @@ class TokenFormer(nn.Module):
         dim = int(self.config.head_dim * self.config.rotary_percent)
         indices = positions.indices if positions else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
         if document_starts is not None:
-            indices = indices - document_starts.t().to(x.device)
-        cos, sin = rotary_tables(indices, dim, self.config.rotary_base)
+            indices = indices - document_starts.t()
+        cos, sin = rotary_tables(indices, dim, self.config.rotary_base, dtype=wide_dtype(x.dtype))
         return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def _document_lengths(document_starts: Tensor) -> list[list[int]]:
-    """Lengths of each sample's documents, from where the one of each token begins [B, S]."""
-    return [torch.unique_consecutive(starts, return_counts=True)[1].tolist() for starts in document_starts]

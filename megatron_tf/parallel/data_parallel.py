@@ -1,4 +1,4 @@
-"""Data parallelism: parameters, gradients and optimizer states sharded over replicas, or copied, through FSDP2."""
+"""Data parallelism through FSDP2: parameters, gradients and optimizer state, sharded or replicated."""
 
 from collections.abc import Iterable
 
@@ -9,13 +9,15 @@ from megatron_tf.parallel.mesh import Mesh
 
 
 def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh) -> None:
-    """Spread each block, then what is left of `module`, over the mesh's replicas; nothing to do for one.
+    """Apply FSDP to each block, then to the rest of `module`, over the data-parallel ranks; does nothing for one.
 
-    Rows are sharded over the replicas that share a copy; gradients then also go between the copies.
+    Rows are sharded over the ranks that share one copy of the parameters; gradients are then also reduced between the
+    copies.
 
-    Parameters stay gathered between forward and backward: a pipeline runs many micro-batches over them.
-    Gradients are averaged over the replicas, in fp32, once a step. The loss's divisor counts on that mean: without it
-    each replica's gradients would be smaller the more replicas there are, and those in fp16 would vanish.
+    Parameters stay gathered between forward and backward, since a pipeline runs many micro-batches over them.
+    Gradients are averaged over the replicas, in the parameters' dtype, once per step. The divisor of the loss relies on
+    that mean: if gradients were summed instead, each replica's would shrink with the number of replicas and underflow
+    in fp16.
     """
     replicas = mesh.replicas()
     if replicas is None:
@@ -26,7 +28,7 @@ def shard_over_replicas(module: nn.Module, blocks: Iterable[nn.Module], mesh: Me
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Whether the next backward is a step's last, which communicates gradients and lets go of what was gathered."""
+    """Set whether the next backward is the step's last, which reduces gradients and frees the gathered parameters."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
         module.set_reshard_after_backward(enabled)

@@ -1,7 +1,9 @@
-"""Initial values: a function of a parameter's name, the seed and the row, never of the parallel layout."""
+"""Initial values as a function of a parameter's name, the seed and the row, independent of the parallel layout."""
 
 import hashlib
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ class Initial:
 
 def stream_seed(seed: int, *key: object) -> int:
     """Derive a 63-bit seed for the stream named by `key` under the run's `seed`."""
-    # repr keeps keys apart that only differ in type or in where one ends; generators take 63 bits
+    # repr distinguishes keys that differ only in type or in where an element ends; generators take 63 bits
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -28,17 +30,22 @@ def stream_seed(seed: int, *key: object) -> int:
 def normal_rows(name: str, *, seed: int, start: int, stop: int, columns: int, std: float) -> Tensor:
     """Draw rows [start, stop) of the N(0, std^2) tensor called `name`: fp32 [stop - start, columns] on the CPU.
 
-    Rows come in blocks, each with a generator of its own, so that any range costs only its own rows, and a
-    tensor that grows keeps the values of its old rows.
+    Each block of rows has its own generator, so that drawing a range costs only that range, and a tensor that grows
+    keeps the values of its old rows.
     """
     rows = torch.empty(stop - start, columns)
-    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+
+    def draw(block: int) -> None:
         generator = torch.Generator().manual_seed(stream_seed(seed, name, block))
-        # a whole block even for a part of it: a row is what the generator gives after those before it
+        # always a whole block: a row's values depend on the rows drawn before it
         values = torch.empty(_BLOCK_ROWS, columns).normal_(0.0, std, generator=generator)
         first = block * _BLOCK_ROWS
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = values[low - first : high - first]
+
+    # torch draws on one core for each generator, and lets other threads run meanwhile
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS))))
     return rows
 
 

@@ -15,8 +15,14 @@ OUTPUT = Path(__file__).with_suffix(".json")
 # package -> what is called -> a file or folder of the package and the function or method there. Keywords that a method
 # hands on to another one (**kwargs) are that one's.
 CALLED = {
-    "flash_attn": {"flash_attn_func": ["flash_attn/flash_attn_interface.py:flash_attn_func"]},
-    "flash_attn_4": {"flash_attn_func": ["flash_attn/cute/interface.py:flash_attn_func"]},
+    "flash_attn": {
+        "flash_attn_func": ["flash_attn/flash_attn_interface.py:flash_attn_func"],
+        "flash_attn_varlen_func": ["flash_attn/flash_attn_interface.py:flash_attn_varlen_func"],
+    },
+    "flash_attn_4": {
+        "flash_attn_func": ["flash_attn/cute/interface.py:flash_attn_func"],
+        "flash_attn_varlen_func": ["flash_attn/cute/interface.py:flash_attn_varlen_func"],
+    },
     "transformer_engine": {
         "DotProductAttention": ["transformer_engine/pytorch:DotProductAttention.__init__"],
         "DotProductAttention.forward": ["transformer_engine/pytorch:DotProductAttention.forward"],

@@ -28,7 +28,7 @@ def convert(source, target, load, save, *options):
 
 
 def train_on(folder, load, *options):
-    """What the trainer says when it goes on from a checkpoint for two steps."""
+    """Resume training from a checkpoint for two steps, and return the output."""
     options = [f"--checkpoint.load={load}", f"--checkpoint.save={load}_on", *options]
     done = run("megatron_tf.pretrain", folder / "run.yaml", *options)
     assert done.returncode == 0, done.stderr

@@ -75,10 +75,10 @@ def write_index(path, code, lengths, bounds, size, modes=b""):
 @pytest.mark.parametrize(
     "code, size, bounds, modes, message",
     [
-        (6, 8, [0, 1, 3], b"", "float64 values, not of token ids"),
-        (7, 4, [0, 1, 3], b"", "float32 values, not of token ids"),
+        (6, 8, [0, 1, 3], b"", "float64 values, not token ids"),
+        (7, 4, [0, 1, 3], b"", "float32 values, not token ids"),
         (8, 2, [0, 1, 3], bytes([0, 1, 0]), "multimodal, sequence 1 has mode 1"),
-        (8, 2, None, b"", "it is of fairseq, which has no document index"),
+        (8, 2, None, b"", "it is in fairseq's format, which has no document index"),
     ],
 )
 def test_data_that_is_not_of_text_tokens_is_refused_by_name(tmp_path, capsys, code, size, bounds, modes, message):

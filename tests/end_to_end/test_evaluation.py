@@ -231,7 +231,7 @@ def test_lm_eval_generates_as_the_plain_model(model, of_one_rank):
 
 
 def log_likelihoods(answers):
-    """Of the answers to one row, alone or beside whether they are greedy; files hold numbers as texts."""
+    """Of the answers to one row, alone or together with whether they are greedy; files hold numbers as texts."""
     return [float(answer[0] if isinstance(answer, (list, tuple)) else answer) for answer in answers]
 
 
@@ -275,7 +275,7 @@ def test_the_class_says_what_is_wrong(checkpoint, options, message):
 
 def test_continuations_that_cannot_be_are_named(checkpoint):
     model = MegatronTF(str(checkpoint))
-    with pytest.raises(UserError, match="no token to the continuation of"):
+    with pytest.raises(UserError, match="no token for the continuation of"):
         model.loglikelihood([request("loglikelihood", "A dog", "")])
     with pytest.raises(UserError, match="max_gen_toks 16 leaves no room for a context in max_length 16"):
         model.generate_until([request("generate_until", "A dog", {"max_gen_toks": SEQ_LENGTH})])

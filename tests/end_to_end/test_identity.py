@@ -43,8 +43,8 @@ def outcome(*ranks):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ("--optimizer.lr=0.1", "optimizer.lr is 0.1, and 0.001 on rank 0"),
-        ("--parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_size is 3, and 1 on rank 0"),
+        ("--optimizer.lr=0.1", "optimizer.lr is 0.1, but 0.001 on rank 0"),
+        ("--parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_size is 3, but 1 on rank 0"),
     ],
 )
 def test_a_rank_with_another_configuration_is_refused_with_the_key(folder, option, message):
@@ -59,7 +59,7 @@ def test_a_rank_of_another_job_is_refused(folder):
     port = free_port()
     codes, errors = outcome(start(folder, 0, port, SLURM_JOB_ID="41"), start(folder, 1, port, SLURM_JOB_ID="42"))
     assert codes == [1, 1]
-    assert all("it is of job 42, and rank 0 of 41" in error for error in errors)
+    assert all("it belongs to job 42, rank 0 to 41" in error for error in errors)
 
 
 def test_a_rank_that_sees_other_data_is_refused(folder, tmp_path):
@@ -78,7 +78,7 @@ def test_a_rank_that_sees_other_data_is_refused(folder, tmp_path):
     ]
     codes, errors = outcome(*ranks)
     assert codes == [1, 1]
-    assert all("data.data_path 'copy' is other data than on rank 0" in error for error in errors)
+    assert all("data.data_path 'copy' has other content than on rank 0" in error for error in errors)
 
 
 @pytest.mark.parametrize("key", ["data_path", "valid_data_path"])
@@ -95,10 +95,10 @@ def test_a_rank_without_a_file_of_the_data_is_told_which(folder, tmp_path, key, 
     ranks = [start(folder, rank, port, option, cwd=places[rank], PYTHONPATH=str(ROOT)) for rank in range(2)]
     codes, errors = outcome(*ranks)
     assert codes == [1, 1]
-    said = "is missing, and is there on rank 0" if lacking else "is there, and missing on rank 0"
+    said = "is missing, but exists on rank 0" if lacking else "exists, but is missing on rank 0"
     for error in errors:
         assert f"rank 1 (host {socket.gethostname()}): data.{key}: copy.bin {said}" in error
-        assert "other data" not in error
+        assert "other content" not in error
 
 
 def test_a_rank_that_does_not_see_the_shared_directory_is_named(folder, tmp_path):
@@ -120,7 +120,7 @@ def test_a_port_that_is_taken_is_named_on_every_rank_within_the_limit(folder):
         port, began = listener.getsockname()[1], time.monotonic()
         codes, errors = outcome(start(folder, 0, port), start(folder, 1, port))
         assert codes == [1, 1]
-        assert f"the port of 127.0.0.1:{port} is taken by another program" in errors[0]
+        assert f"the port of 127.0.0.1:{port} is in use by another program" in errors[0]
         assert f"127.0.0.1:{port}" in errors[1]
         assert time.monotonic() - began < LIMIT + 30  # python and torch start in some of it
 
@@ -129,7 +129,7 @@ def test_ranks_that_never_come_are_told_of(folder):
     port = free_port()
     codes, (error,) = outcome(start(folder, 0, port))
     assert codes == [1]
-    assert f"not all of the 2 ranks came to 127.0.0.1:{port} within {LIMIT} s" in error
+    assert f"not all 2 ranks connected to 127.0.0.1:{port} within {LIMIT} s" in error
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_ranks_that_never_come_are_told_of(folder):
         ({"MASTER_ADDR": "nosuchhost.invalid"}, "MASTER_ADDR nosuchhost.invalid (port "),
         ({"MASTER_PORT": "x"}, "MASTER_PORT"),
         ({"RANK": "2"}, "RANK is 2 of WORLD_SIZE 2"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is not a number"),
     ],
 )
 def test_an_environment_that_leads_nowhere_is_named(folder, facts, message):
@@ -148,18 +148,18 @@ def test_an_environment_that_leads_nowhere_is_named(folder, facts, message):
 
 
 def test_the_interface_is_the_one_that_leads_to_the_first_rank(monkeypatch):
-    from megatron_tf.parallel import meeting
+    from megatron_tf.parallel import rendezvous
 
     monkeypatch.setattr(os, "environ", {"MASTER_ADDR": "10.77.0.1", "WORLD_SIZE": "2"})
-    monkeypatch.setattr(meeting, "_address_of", lambda host: host if host[0].isdigit() else "127.0.1.1")
-    monkeypatch.setattr(meeting, "_source_towards", lambda target: {"10.77.0.1": "10.77.0.2"}[target])
-    monkeypatch.setattr(meeting, "_interface_of", lambda address: {"10.77.0.2": "veth2"}[address])
-    meeting._choose_interface()
+    monkeypatch.setattr(rendezvous, "_address_of", lambda host: host if host[0].isdigit() else "127.0.1.1")
+    monkeypatch.setattr(rendezvous, "_source_towards", lambda target: {"10.77.0.1": "10.77.0.2"}[target])
+    monkeypatch.setattr(rendezvous, "_interface_of", lambda address: {"10.77.0.2": "veth2"}[address])
+    rendezvous._choose_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "veth2"
 
 
 def test_the_interface_of_loopback_is_found():
-    from megatron_tf.parallel import meeting
+    from megatron_tf.parallel import rendezvous
 
-    assert meeting._interface_of("127.0.0.1") == "lo"
-    assert meeting._interface_of("203.0.113.9") is None
+    assert rendezvous._interface_of("127.0.0.1") == "lo"
+    assert rendezvous._interface_of("203.0.113.9") is None

@@ -34,6 +34,7 @@ SCRIPTS = [
 COMPLETE = {
     "megatron_tf.torchrun": [],
     "tools/build_index.py": ["nowhere"],
+    "tools/dry_run.py": ["examples/configs/tokenformer_150m.yaml", "--world-size", "1"],
     "tools/inspect_checkpoint.py": ["nowhere"],
     "tools/plot_run.py": ["nowhere", "--output", "nowhere"],
     "tools/reshard_checkpoint.py": ["--load", "nowhere", "--save", "nowhere"],

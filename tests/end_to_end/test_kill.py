@@ -63,7 +63,7 @@ def test_the_tool_killed_leaves_the_newest_complete_and_its_source_alone(tmp_pat
     # a slow machine imports for most of that time: it is killed more often, until enough of what is checked was seen
     while kills < KILLS or (kills < 4 * KILLS and not (complete > KILLS / 5 and litter > KILLS / 10)):
         kills += 1
-        kill_while(victims.repartition_for_ever, str(source), str(target), seconds=chance.uniform(0.02, 0.3))
+        kill_while(victims.reshard_for_ever, str(source), str(target), seconds=chance.uniform(0.02, 0.3))
         if not target.exists():
             continue
         litter += any(path.name.startswith(".") for path in target.iterdir())

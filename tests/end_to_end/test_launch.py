@@ -68,7 +68,7 @@ def test_without_mpi4py_it_says_what_to_do(monkeypatch):
         launch.adopt_launcher()
 
 
-def test_a_rank_that_dies_is_started_again_and_the_run_goes_on(folder, expected):
+def test_a_rank_that_dies_is_started_again_and_the_run_resumes(folder, expected):
     """torchrun's restart: rank 1 dies after the second step of the first attempt."""
     script = folder / "dies.py"
     script.write_text(
@@ -111,8 +111,8 @@ def test_slurm_tasks_know_their_number_by_any_of_its_variables(monkeypatch, name
 @pytest.mark.parametrize(
     "facts, message",
     [
-        ({"SLURM_PROCID": "1"}, "nothing says of how many: export SLURM_NTASKS"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS is '2\(x3\)', which is no number"),
+        ({"SLURM_PROCID": "1"}, "their number is unknown: export SLURM_NTASKS"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS is '2\(x3\)', which is not a number"),
     ],
 )
 def test_slurm_tasks_of_which_nothing_says_the_number_do_not_train_alone(monkeypatch, facts, message):

@@ -6,9 +6,7 @@ import gzip
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,53 +17,19 @@ from backports import zstd
 
 from megatron_tf.commands import preprocess_data
 from megatron_tf.data import documents, preprocess
-from megatron_tf.data.document_sets import read_document_sets
-from megatron_tf.data.indexed_dataset import IndexedDataset
-from tests.support.paths import ROOT
-
-EOD = 256
-
-
-def make_documents(count, seed=1):
-    generator = random.Random(seed)
-    words = ["growth", "naïve", "tokens", "日本", "\x00", "\n\n", "🏳️‍🌈", "x" * 300, " "]
-    for _ in range(count):
-        text = " ".join(generator.choices(words, k=generator.choice([0, 1, 5, 200])))
-        meta = {"pile_set_name": generator.choice(["Books", "Pile-CC", "A/B c"])}
-        yield {"text": text, "title": text[:5], "meta": meta}
-
-
-def to_lines(items):
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items).encode()
-
-
-def twin(items, key="text"):
-    """Ids of each document as Megatron-LM's standard tool gives them."""
-    texts = [list(item[key].encode()) for item in items]
-    return [[*ids, EOD] if ids else [] for ids in texts]
-
-
-def read(prefix):
-    dataset = IndexedDataset(prefix)
-    return [dataset.document(i).tolist() for i in range(len(dataset))]
-
-
-def read_sets(prefix, count):
-    """(set, bytes of text) of each document."""
-    sets = read_document_sets(prefix, count)
-    return [(sets.names[place], size) for place, size in sets.rows.tolist()]
-
-
-def sets_of(items, key="text"):
-    return [(item["meta"]["pile_set_name"], len(item[key].encode())) for item in items]
-
-
-def options(inputs, prefix, *more):
-    return ["--input", *map(str, inputs), "--output-prefix", str(prefix), "--tokenizer-type", "NullTokenizer", *more]
-
-
-def run(inputs, prefix, *more):
-    return preprocess_data.main(options(inputs, prefix, "--append-eod", *more))
+from tests.support.preprocessing import (
+    EOD,
+    make_documents,
+    mpi,
+    options,
+    read,
+    read_sets,
+    run,
+    sets_of,
+    start,
+    to_lines,
+    twin,
+)
 
 
 @pytest.fixture
@@ -186,7 +150,7 @@ def test_damaged_compression_is_counted_and_what_came_before_is_kept(tmp_path, s
         (b"", [], "no document in"),
         (b"x", ["--input", "nowhere.jsonl"], "no such file"),
         (b"x", ["--tokenizer-type", "NullTokenzer"], "did you mean NullTokenizer?"),
-        (b"x", ["--tokenizer-type", "HFTokenizer"], "HFTokenizer needs its file"),
+        (b"x", ["--tokenizer-type", "HFTokenizer"], "HFTokenizer needs a tokenizer file"),
     ],
 )
 def test_mistakes_end_with_one_clear_error(tmp_path, capsys, content, arguments, message):
@@ -198,7 +162,7 @@ def test_mistakes_end_with_one_clear_error(tmp_path, capsys, content, arguments,
     assert not list(tmp_path.glob("out_*"))
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch, capsys):
+def test_stopped_anywhere_it_resumes_to_the_same_bytes(shards, tmp_path, monkeypatch, capsys):
     """The disk is full after each number of appended batches in turn; committed work is not done again."""
     inputs, items = shards
     monkeypatch.setattr(preprocess, "COMMIT_BYTES", 3_000)
@@ -229,7 +193,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(shards, tmp_path, monkeyp
     assert read(tmp_path / "pieces_text_document") == twin(items)
 
 
-def test_a_changed_input_is_tokenized_anew(shards, tmp_path, monkeypatch):
+def test_a_changed_input_is_tokenized_again(shards, tmp_path, monkeypatch):
     inputs, items = shards
     monkeypatch.setattr(preprocess, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
     monkeypatch.setattr(preprocess_data, "assemble", lambda *_, **__: {"data_sets": {}, "bad_lines": {}})
@@ -241,20 +205,7 @@ def test_a_changed_input_is_tokenized_anew(shards, tmp_path, monkeypatch):
     assert read(tmp_path / "out_text_document") == twin(changed + items[40:])
 
 
-def start(command, **more):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path):
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path):
     path, items = tmp_path / "big.jsonl", [{"text": "word " * 20_000}] * 400
     path.write_bytes(to_lines(items))
     command = [sys.executable, "tools/preprocess_data.py", *options([path], tmp_path / "out", "--append-eod")]
@@ -276,11 +227,6 @@ def test_importing_the_trainer_is_no_part_of_tokenizing():
     module = "megatron_tf.commands.preprocess_data"
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert start([sys.executable, "-c", code]).wait(60) == 0
-
-
-def mpi(ranks, arguments):
-    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
-    return start([mpiexec, "-n", ranks, sys.executable, "tools/preprocess_data.py", *arguments], start_new_session=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

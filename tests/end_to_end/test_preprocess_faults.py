@@ -16,6 +16,7 @@ from megatron_tf.data import first_format, preprocess, published
 from megatron_tf.data import part as part_module
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.preprocess import Settings
+from megatron_tf.data.sources import LinesInput
 from tests.support.data import write_data_set, write_tokenizer
 from tests.support.paths import ROOT
 
@@ -132,7 +133,7 @@ def test_a_file_of_the_user_in_place_of_the_report_stays(tmp_path, capsys, conte
     (tmp_path / "corpus.json").write_bytes(content.encode("latin-1"))
     assert run(tmp_path / "corpus", [shard]) == 1
     error = capsys.readouterr().err
-    assert "corpus.json is not a report of this tool" in error
+    assert "corpus.json is not a report made by this tool" in error
     assert "remove" not in error
     assert (tmp_path / "corpus.json").read_bytes() == content.encode("latin-1")
 
@@ -156,7 +157,7 @@ def test_a_folder_of_the_user_in_place_of_the_parts_stays(tmp_path, capsys):
     (tmp_path / "out.parts").mkdir()
     (tmp_path / "out.parts" / "thesis.tex").write_text("years of work")
     assert run(tmp_path / "out", [shard]) == 1
-    assert "thesis.tex is not a file of this tool" in capsys.readouterr().err
+    assert "thesis.tex is not a file made by this tool" in capsys.readouterr().err
     assert (tmp_path / "out.parts" / "thesis.tex").read_text() == "years of work"
 
 
@@ -233,7 +234,8 @@ def test_a_rank_builds_its_tokenizer_once(tmp_path):
     settings = Settings({"type": "NullTokenizer"}, ("text",), append_eod=False, split_by_meta=None)
     published.parts_directory(parsed.output_prefix).mkdir()
     assert [
-        preprocess_data.tokenize_alone(path, i, options=parsed, settings=settings) for i, path in enumerate(shards)
+        preprocess_data.tokenize_alone(LinesInput(path), i, options=parsed, settings=settings)
+        for i, path in enumerate(shards)
     ] == [1] * 5
     built = preprocess_data.build_once.cache_info()
     assert (built.misses, built.hits) == (1, 4)
@@ -307,7 +309,7 @@ def test_data_sets_of_version_0_1_that_cannot_be_wrong_are_complete(tmp_path, ca
     assert Path(f"{tmp_path / 'o'}_text_document.bin").stat().st_mtime_ns == before
     Path(f"{tmp_path / 'o'}_text_document.idx").unlink()
     assert run(tmp_path / "o", inputs) == 0
-    assert "are made again" in capsys.readouterr().out
+    assert "making the datasets of" in capsys.readouterr().out
     assert texts(f"{tmp_path / 'o'}_text_document") == ["one", "", "two"]
 
 
@@ -315,8 +317,8 @@ def refused(prefix, inputs, capsys, *more):
     """The one line that ends a run over data of version 0.1."""
     assert run(prefix, inputs, *more) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {prefix}.json is about datasets made by version 0.1, ")
-    assert line.endswith(": remove it and them and run the same command again, or choose another --output-prefix")
+    assert line.startswith(f"error: {prefix}.json describes datasets made by version 0.1, ")
+    assert line.endswith(": remove both and run the same command again, or choose another --output-prefix")
     return line
 
 
@@ -324,7 +326,7 @@ def test_data_sets_of_version_0_1_that_may_be_wrong_are_refused_with_the_reason(
     inputs, prefix = [write_lines(tmp_path / "a.jsonl", [{"text": "one", "meta": {"lang": "C"}}])], tmp_path / "o"
     assert run(prefix, inputs) == 0
     as_version_0_1(prefix, bad_lines={"malformed JSON": {"count": 1, "first": "a.jsonl:2"}})
-    assert "counted a file that it could not read" in refused(prefix, inputs, capsys)
+    assert "counted unreadable files" in refused(prefix, inputs, capsys)
     as_other_end = tmp_path / "e"
     assert run(as_other_end, inputs) == 0
     as_version_0_1(as_other_end)

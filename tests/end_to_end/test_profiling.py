@@ -1,4 +1,4 @@
-"""Looking into steps: the time ranks communicate, traces of the steps asked for, by the configuration or a signal."""
+"""Looking into steps: the time ranks communicate, traces of the steps requested in the configuration or by a signal."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a step's micro-batches or of an evaluation: started again the run goes on bit for bit."""
+"""kill -9 in the middle of a step's micro-batches or of an evaluation: when restarted, the run resumes bit for bit."""
 
 import json
 import signal
@@ -65,7 +65,7 @@ def losses(folder, name):
 @pytest.mark.parametrize(
     "where, count", [(0, 8 * 2 + 5), (1, 8 * 2 + 3)], ids=["fifth micro-batch of step 3", "second evaluation"]
 )
-def test_it_goes_on_bit_for_bit(folder, straight, where, count):
+def test_it_resumes_bit_for_bit(folder, straight, where, count):
     expected, measured = straight
     name = f"killed-{where}"
     command = [sys.executable, folder / "victim.py", str(where), str(count), folder / "run.yaml"]

@@ -217,8 +217,8 @@ def test_a_missing_compiler_ends_it_at_once(checkout):
     assert code == 1
     assert out == ""
     assert err == (
-        "error: a C++20 compiler is needed, and 'no-such-compiler' is none: install g++ (Debian: apt-get install g++) "
-        "or set CXX\n"
+        "error: a C++20 compiler is needed, and 'no-such-compiler' is not one: install g++ (Debian: "
+        "apt-get install g++) or set CXX\n"
     )
     assert not (checkout.root / ".venv").exists()
 
@@ -237,7 +237,7 @@ def test_why_pip_failed_is_shown(checkout):
     code, _, err = checkout.run()
     assert code == 1
     assert "No matching distribution found for no-such-package==1.0" in err
-    assert err.splitlines()[-1].endswith("/.venv/setup.log has all that pip said")
+    assert err.splitlines()[-1].endswith("/.venv/setup.log has pip's whole output")
 
 
 def test_it_is_made_from_scratch_for_another_list_or_place_and_built_again_for_other_sources(checkout, tmp_path):

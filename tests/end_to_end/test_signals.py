@@ -176,7 +176,7 @@ def test_a_second_run_into_the_same_directory_is_refused_and_the_first_unharmed(
     second = run("megatron_tf.pretrain", config)
     assert second.returncode == 1
     assert len(second.stderr.splitlines()) == 1
-    assert f"another run writes into {folder / 'shared'} (process {first.pid} on" in second.stderr
+    assert f"another run is writing to {folder / 'shared'} (process {first.pid} on" in second.stderr
     first.kill()  # and not waited for: the lock survives as a file, its owner does not
     again = run("megatron_tf.pretrain", config, "--training.train_iters=2")
     first.communicate()

@@ -1,4 +1,4 @@
-"""The slurm example with `srun` and `scontrol` that start real ranks: it stops, queues itself again, goes on."""
+"""The slurm example with `srun` and `scontrol` that start real ranks: it stops, requeues itself and resumes."""
 
 import os
 import signal
@@ -55,11 +55,11 @@ def submit(environment, folder):
     )
 
 
-def test_it_queues_itself_again_and_goes_on(cluster):
+def test_it_queues_itself_again_and_resumes(cluster):
     environment, folder = cluster
     job, metrics, limit = submit(environment, folder), folder / "metrics.jsonl", time.monotonic() + 60
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
-        assert time.monotonic() < limit, "it does not begin"
+        assert time.monotonic() < limit, "it does not start"
         time.sleep(0.05)
     for task in (folder / "tasks").read_text().split():
         os.kill(int(task), signal.SIGUSR1)

@@ -78,7 +78,7 @@ def at_the_limit(cluster, folder):
     return jobs
 
 
-def test_a_requeued_job_goes_on_bit_for_bit(cluster, folder, at_the_limit):
+def test_a_requeued_job_resumes_bit_for_bit(cluster, folder, at_the_limit):
     straight = configure(folder, "straight", training={"train_iters": 200})
     assert run("megatron_tf.pretrain", straight, ranks=2).returncode == 0
     configure(folder, "signalled", training={"train_iters": 200})
@@ -115,7 +115,7 @@ def test_scancel_saves_and_does_not_requeue(cluster, folder, at_the_limit):
     assert "stopped by SIGTERM, saved in" in (folder / "cancelled.log").read_text()
 
 
-def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(cluster, folder, at_the_limit):
+def test_a_rank_that_dies_ends_the_job_and_the_next_one_resumes(cluster, folder, at_the_limit):
     parallel = {"distributed_timeout_seconds": 20}
     config = configure(folder, "lost", training={"train_iters": 200}, parallel=parallel)
     job = submit(cluster, folder, "lost")

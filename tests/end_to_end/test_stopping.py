@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and a limit of time: the run saves at the next step, ends with code 75, and goes on bit for bit."""
+"""SIGTERM, SIGUSR1 and a time limit: the run saves at the next step, exits with code 75, and resumes bit for bit."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def straight(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
-def test_a_signal_stops_it_and_it_goes_on_bit_for_bit(folder, straight, number):
+def test_a_signal_stops_it_and_it_resumes_bit_for_bit(folder, straight, number):
     name = f"stopped-{number}"
     process = start_run(derive_run(folder, name))
     process.send_signal(number)
@@ -82,7 +82,7 @@ def test_it_ends_when_its_time_is_up(folder):
     config = derive_run(folder, "timed", training={"train_iters": 1_000_000, "exit_duration_in_mins": 0.08})
     done = run("megatron_tf.pretrain", config)
     assert done.returncode == 75, done.stderr
-    assert "its time is up" in done.stdout
+    assert "stopped by its time limit" in done.stdout
     assert CheckpointReader(folder / "timed").step > 0
 
 

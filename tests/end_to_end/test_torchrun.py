@@ -15,9 +15,10 @@ from tests.support.runs import WAIT, children_of, derive_run, wait_for_steps
 
 ENDLESS = 100_000
 OURS, TORCHRUN = "megatron_tf.torchrun", "torch.distributed.run"
-# a run whose fourth step takes ten minutes
+# a run whose fourth step takes ten minutes; each rank says when it has reached it
 SLEEPER = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from megatron_tf import pretrain
 from megatron_tf.training.run import loop
 
@@ -26,7 +27,9 @@ steps, compute = 0, loop.train_step
 def train_step(*arguments):
     global steps
     steps += 1
-    time.sleep(600 if steps == 4 else 0)
+    if steps == 4:
+        Path(sys.argv[1]).with_suffix(".asleep" + os.environ["RANK"]).touch()
+        time.sleep(600)
     return compute(*arguments)
 
 loop.train_step = train_step
@@ -58,6 +61,13 @@ def on_two_ranks(launcher):
     return [sys.executable, "-m", launcher, "--nproc-per-node", "2"]
 
 
+def wait_for_files(*paths):
+    limit = time.monotonic() + WAIT
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < limit, "it does not start"
+        time.sleep(0.05)
+
+
 def ending(start, folder, *how, options=()):
     """(exit code, standard error) of ranks that end so."""
     process = start(*on_two_ranks(OURS), *options, folder / "ending.py", *how)
@@ -82,8 +92,9 @@ def test_an_interrupt_saves_and_says_so(start, folder, launcher):
 @pytest.mark.parametrize("launcher", [OURS, TORCHRUN])
 def test_the_second_interrupt_ends_all_ranks_at_once(start, folder, launcher):
     name = f"twice-{launcher}"
-    process = start(*on_two_ranks(launcher), folder / "sleeper.py", derive_run(folder, name))
-    wait_for_steps(folder, name)
+    config = derive_run(folder, name)
+    process = start(*on_two_ranks(launcher), folder / "sleeper.py", config)
+    wait_for_files(*(config.with_suffix(f".asleep{rank}") for rank in range(2)))
     ranks = children_of(process.pid)
     assert len(ranks) == 2
     os.killpg(process.pid, signal.SIGINT)
@@ -91,7 +102,7 @@ def test_the_second_interrupt_ends_all_ranks_at_once(start, folder, launcher):
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=10)
-    line = "interrupted a second time: ended at once, what was not saved before is lost"
+    line = "interrupted a second time: exiting at once, without saving"
     assert error.count(line) == 1
     if launcher == OURS:
         assert (process.returncode, error) == (130, line + "\n")
@@ -102,7 +113,7 @@ def test_an_interrupt_while_torchrun_is_imported_is_one_line(start, folder):
     process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", derive_run(folder, "early"))
     limit = time.monotonic() + WAIT
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert time.monotonic() < limit, "it does not begin"
+        assert time.monotonic() < limit, "it does not start"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=WAIT)

@@ -1,4 +1,4 @@
-"""An id that the vocabulary has not ends a run alike on every layout, with dataset, document and offset."""
+"""An id outside the vocabulary ends a run with the same error on every layout: dataset, document and offset."""
 
 import re
 
@@ -55,7 +55,7 @@ def test_a_bad_id_to_train_on_is_named_alike_by_every_rank(rank_pool, tmp_path, 
     answers = rank_pool.run(outcome, *layout, config)
     assert len(set(answers)) == 1
     assert re.fullmatch(
-        rf"DataError: .*/d: document 13 has id {bad} at offset 7, and the model ids from 0 to 256: it was made with "
+        rf"DataError: .*/d: document 13 has id {bad} at offset 7, but the model has ids 0 to 256: it was made with "
         rf"another tokenizer, or is damaged; preprocess its text again; .*saved holds the state of step \d",
         answers[0],
     )

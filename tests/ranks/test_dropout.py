@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tf.kernels.adapters import sdpa
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
@@ -21,9 +20,10 @@ def curve(mesh, config):
     return [(result.loss, result.grad_norm) for result in results]
 
 
+@pytest.mark.parametrize("key", ["hidden_dropout", "attention_dropout"])
 @pytest.mark.parametrize(("layout", "sequence_parallel"), CASES, ids=str)
-def test_hidden_dropout_is_the_same_on_any_layout(rank_pool, layout, sequence_parallel):
-    training = {"hidden_dropout": 0.2}
+def test_dropout_is_the_same_on_any_layout(rank_pool, layout, sequence_parallel, key):
+    training = {key: 0.2}
     reference = rank_pool.run(curve, 1, 1, 1, layout_config((1, 1, 1), training=training | {"micro_batch_size": 4}))[0]
     found = rank_pool.run(curve, *layout, layout_config(layout, sequence_parallel, training=training))
     assert all(answer == found[0] for answer in found)
@@ -33,20 +33,21 @@ def test_hidden_dropout_is_the_same_on_any_layout(rank_pool, layout, sequence_pa
 
 def masks(mesh):
     """(what is dropped where the sequence is whole, where it is sharded, of this rank's heads)."""
-    dropout = Dropout(hidden_rate=0.5, attention_rate=0.5, seed=1, samples=(3, 4), layer=2)
-    group = mesh.group("tp")
-    whole = dropout.hidden(torch.ones(8, 2, 16), "ffn", None)
-    part = dropout.hidden(torch.ones(8 // mesh.size("tp"), 2, 16), "ffn", group)
-    heads = torch.ones(16, 2, 2, 4)
-    with dropout.attention(heads, group) as rate:
-        attended = sdpa(heads, heads, heads, dropout_p=rate)
-    return whole.numpy(), part.numpy(), attended.numpy()
+    make = Dropout(hidden_rate=0.5, attention_rate=0.5, seed=1, layer=2).of_samples
+    samples, group, ranks = torch.tensor([3, 4]), mesh.group("tp"), mesh.size("tp")
+    dropout = make(samples, length=8, heads=4, group=group, sequence_parallel=False)
+    whole = dropout.hidden(torch.ones(8, 2, 16), "ffn")
+    sharded = make(samples, length=8, heads=4, group=group, sequence_parallel=True)
+    part = sharded.hidden(torch.ones(8 // ranks, 2, 16), "ffn")
+    heads = torch.ones(8, 2, 4 // ranks, 4)
+    return whole.numpy(), part.numpy(), dropout.attend(heads, heads, heads).numpy()
 
 
 def test_masks_agree_where_activations_are_replicated_and_differ_where_they_are_sharded(rank_pool):
-    ((expected, _, _),) = rank_pool.run(masks, 1, 1, 1)
+    ((expected, _, expected_heads),) = rank_pool.run(masks, 1, 1, 1)
     wholes, parts, heads = zip(*rank_pool.run(masks, 2, 1, 1), strict=True)
     assert all(np.array_equal(whole, expected) for whole in wholes)
     assert np.array_equal(np.concatenate(parts), expected)
     assert not np.array_equal(*parts)
+    assert np.array_equal(np.concatenate(heads, 2), expected_heads)
     assert not np.array_equal(*heads)

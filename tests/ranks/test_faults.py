@@ -14,7 +14,7 @@ VICTIM = "layers.1.ffn.key_tokens"
 def poisoned_run(mesh, config, poison):
     """What was non-finite in four steps, the second one's gradient poisoned on one rank, and the last parameters."""
     state = build_state(config, mesh)
-    take, found, poisoned = state.optimizer._take_gradients, [], []
+    take, found, poisoned = state.optimizer._take_tensors, [], []
 
     def take_poison():
         gradients = take()
@@ -25,7 +25,7 @@ def poisoned_run(mesh, config, poison):
         return gradients
 
     for step in (0, 0, 1, 2):
-        state.optimizer._take_gradients = take_poison if len(found) == 1 else take
+        state.optimizer._take_tensors = take_poison if len(found) == 1 else take
         found.append(train_step(state, random_batch(config, step, mesh), 1e-3).nonfinite)
     return found, bool(poisoned), state.optimizer.num_steps, {s.name: s.tensor.clone().numpy() for s in state.shards}
 

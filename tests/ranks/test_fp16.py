@@ -1,4 +1,4 @@
-"""fp16 with a loss scale on every layout: overflows change nothing, and the scale goes on from a checkpoint."""
+"""fp16 with a loss scale on every layout: overflows change nothing, and the scale resumes from a checkpoint."""
 
 import math
 from pathlib import Path
@@ -82,7 +82,7 @@ def small_gradients(mesh, config):
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 2)], ids=str)
-def test_the_scale_goes_on_bit_for_bit(rank_pool, tmp_path, layout):
+def test_the_scale_resumes_bit_for_bit(rank_pool, tmp_path, layout):
     straight = rank_pool.run(fp16_run, *layout, fp16_config(layout), 7)[0]
     config = fp16_config(layout, checkpoint={"save": tmp_path})
     resumed = rank_pool.run(fp16_run, *layout, config, 3, tmp_path)[0]

@@ -1,5 +1,6 @@
 """A model shared by ranks gives the tokens and logits of one process."""
 
+import pytest
 import torch
 
 from megatron_tf.errors import UserError
@@ -8,6 +9,7 @@ from megatron_tf.inference.model import load_model
 from megatron_tf.inference.sampling import Sampling
 from tests.support.models import random_model, write_checkpoint
 from tests.support.ranks import RankPool
+from tests.support.training import STRONG
 
 PROMPTS = [[5, 9, 100], list(range(40, 57)), [7]]
 
@@ -22,8 +24,9 @@ def generate(mesh, root, sampling, seed):
     return steps, logits.numpy(), sum(p.numel() for p in model.parameters())
 
 
-def test_tensor_parallel_ranks_give_the_tokens_of_one_process(rank_pool: RankPool, tmp_path):
-    root = write_checkpoint(tmp_path / "run", random_model())
+@pytest.mark.parametrize("keys", [{}, STRONG], ids=["tokenformer", "strong transformer"])
+def test_tensor_parallel_ranks_give_the_tokens_of_one_process(rank_pool: RankPool, tmp_path, keys):
+    root = write_checkpoint(tmp_path / "run", random_model(**keys))
     for sampling in (Sampling(temperature=0), Sampling(1.3, 100, 0.9)):
         ((steps, logits, count),) = rank_pool.run(generate, 1, 1, 1, root, sampling, 4)
         for size in (2, 4):

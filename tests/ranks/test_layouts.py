@@ -7,7 +7,7 @@ import torch
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss
 from tests.support.layouts import CASES, layout_config, whole_model
-from tests.support.training import EOD, random_batch, training_run
+from tests.support.training import EOD, PLAIN, random_batch, training_run
 
 UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
@@ -72,8 +72,9 @@ def direct_loss(mesh, config):
     state, batch = build_state(config, mesh), random_batch(config, 0, mesh)
     ids = batch.ids.flatten(0, 1)
     inputs, targets = ids[:, :-1], ids[:, 1:]
+    options = {key: getattr(batch, key).flatten(0, 1) for key in ("document_starts", "document_lengths")}
     with torch.no_grad():
-        logits = state.model(inputs, document_starts=batch.document_starts.flatten(0, 1)).transpose(0, 1)
+        logits = state.model(inputs, **options).transpose(0, 1)
     counts = inputs != EOD
     expected = torch.nn.functional.cross_entropy(logits[counts], targets[counts])
     return evaluation_loss(state, batch), float(expected), int((~counts).sum())
@@ -93,9 +94,6 @@ def test_schedules_with_uneven_layers(rank_pool, schedule, stages, micro_batches
     config = layout_config((1, stages, 1), untied=True, schedule=schedule, **sections)
     for curve, _ in rank_pool.run(training_run, 1, stages, 1, config, 5):
         assert curve == reference
-
-
-PLAIN = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None}
 
 
 @pytest.mark.parametrize("layout, sequence_parallel", [((2, 1, 1), False), ((2, 2, 1), True), ((2, 1, 2), True)])

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from megatron_tf.data.batch import DocumentMasking, make_batch
-from megatron_tf.training.step import state as state_module
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, forward_backward, mean_over_replicas
 from tests.support.layouts import layout_config, whole_model
@@ -30,42 +29,24 @@ def uneven_batch(config, mesh):
     return make_batch(ids, numbers, DocumentMasking(EOD, mask_loss=True, reset_attention=True))
 
 
-def in_float64(compute):
-    """What `compute` returns where parameters and activations are in float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(state_module.DTYPES, "fp32", torch.float64)
-        torch.set_default_dtype(torch.float64)
-        try:
-            return compute()
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-
 def step_of_ranks(mesh, config):
     """(loss trained on, loss evaluated, whole gradients of this rank's stage)."""
-
-    def compute():
-        state, batch = build_state(config, mesh), uneven_batch(config, mesh)
-        evaluated = evaluation_loss(state, batch)
-        loss = mean_over_replicas(forward_backward(state, batch), mesh)
-        return loss, evaluated, whole_gradients(state)
-
-    return in_float64(compute)
+    state, batch = build_state(config, mesh), uneven_batch(config, mesh)
+    evaluated = evaluation_loss(state, batch)
+    loss = mean_over_replicas(forward_backward(state, batch), mesh)
+    return loss, evaluated, whole_gradients(state)
 
 
 def plain_formula(mesh, config):
     """(mean loss of the targets that count, its gradients), by torch's own cross-entropy and autograd."""
-
-    def compute():
-        state, batch = build_state(config, mesh), uneven_batch(config, mesh)
-        ids, starts = batch.ids.flatten(0, 1), batch.document_starts.flatten(0, 1)
-        counts = ids[:, :-1] != EOD
-        logits = state.model(ids[:, :-1], document_starts=starts).transpose(0, 1)
-        loss = F.cross_entropy(logits[counts], ids[:, 1:][counts])
-        loss.backward()
-        return loss.item(), whole_gradients(state)
-
-    return in_float64(compute)
+    state, batch = build_state(config, mesh), uneven_batch(config, mesh)
+    ids = batch.ids.flatten(0, 1)
+    options = {key: getattr(batch, key).flatten(0, 1) for key in ("document_starts", "document_lengths")}
+    counts = ids[:, :-1] != EOD
+    logits = state.model(ids[:, :-1], **options).transpose(0, 1)
+    loss = F.cross_entropy(logits[counts], ids[:, 1:][counts])
+    loss.backward()
+    return loss.item(), whole_gradients(state)
 
 
 CASES = [((1, 1, 1), 1, "1f1b"), ((1, 1, 4), 1, "1f1b"), ((1, 2, 2), 1, "1f1b"), ((1, 2, 2), 2, "gpipe")]
@@ -73,10 +54,9 @@ CASES = [((1, 1, 1), 1, "1f1b"), ((1, 1, 4), 1, "1f1b"), ((1, 2, 2), 1, "1f1b"),
 
 @pytest.mark.parametrize(("layout", "size", "schedule"), CASES, ids=str)
 def test_uneven_targets_give_the_mean_over_all_of_them(rank_pool, layout, size, schedule):
-    expected_loss, expected = rank_pool.run(plain_formula, 1, 1, 1, layout_config((1, 1, 1), untied=True, data=MASKED))[
-        0
-    ]
-    training = {"micro_batch_size": size}
+    alone = layout_config((1, 1, 1), untied=True, training={"precision": "fp64"}, data=MASKED)
+    expected_loss, expected = rank_pool.run(plain_formula, 1, 1, 1, alone)[0]
+    training = {"micro_batch_size": size, "precision": "fp64"}
     config = layout_config(layout, untied=True, schedule=schedule, training=training, data=MASKED)
     answers = rank_pool.run(step_of_ranks, *layout, config)
     for loss, evaluated, _ in answers:

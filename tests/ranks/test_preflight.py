@@ -50,13 +50,14 @@ def test_a_metrics_file_is_kept_and_a_directory_is_none(tmp_path):
         preflight.preflight(small_run(logging={"metrics_file": tmp_path}), ALONE)
 
 
-def test_a_disk_too_small_for_two_checkpoints_is_warned_of(tmp_path, monkeypatch):
-    config = small_run(checkpoint={"save": tmp_path / "run"})
-    parameters = 3 * 2 * 32 * (3 * 32 + 24 + 64) + 104 * 32 + 2 * 32
+@pytest.mark.parametrize(("precision", "parameter_bytes"), [("fp32", 12), ("bf16", 12), ("fp64", 24)])
+def test_a_disk_too_small_for_two_checkpoints_is_warned_of(tmp_path, monkeypatch, precision, parameter_bytes):
+    config = small_run(checkpoint={"save": tmp_path / "run"}, training={"precision": precision})
+    needed = 2 * parameter_bytes * (3 * 2 * 32 * (3 * 32 + 24 + 64) + 104 * 32 + 2 * 32)
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2 * 12 * parameters))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
     assert preflight.preflight(config, ALONE) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2 * 12 * parameters - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
     (warning,) = preflight.preflight(config, ALONE)
     assert "the next 2 checkpoints take" in warning
 
@@ -84,7 +85,7 @@ def on_ranks(mesh, fault):
     "fault, said",
     [
         ("none", "[]"),
-        ("version", "torch is 0.4.1, and"),
+        ("version", "torch is 0.4.1, but"),
         ("clock", "clocks differ by 3600 s between rank 0"),
         ("sum", "an all-reduce over the 2 ranks of tp gives [3.0, 2.0]"),
     ],

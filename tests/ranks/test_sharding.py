@@ -92,7 +92,36 @@ def test_a_layer_communicates_what_the_table_says(rank_pool, ranks):
     ]
     assert [elements / scalar for kind, elements in forward if kind == "all-reduce"] == [3, 1, 1]
     assert sorted(e / scalar for kind, e in backward if kind == "all-reduce") == [1, 1, 3]
-    assert by_kind(backward)["all-gather"] + by_kind(backward)["reduce-scatter"] == 8 * unit
+    moved = by_kind(backward)
+    # what was gathered is scattered, what was scattered is gathered, and what the Pattentions read is gathered again
+    assert (moved["reduce-scatter"], moved["all-gather"]) == (3 * unit, (5 + 3) * unit)
+
+
+def saved_shapes(mesh, config):
+    """Shapes of the tensors, without parameters, that a block saves for backward."""
+    model, ranks = stage_of(mesh, config), mesh.size("tp")
+    parameters = {p.to_local().data_ptr() for p in model.parameters()}
+    shapes = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in parameters:
+            shapes.append(tuple(tensor.shape))
+        return tensor
+
+    x = torch.randn(16 // ranks, 3, HIDDEN, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.layers["1"](x, model._rotary(x, None, None))
+    return shapes
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_under_sequence_parallelism_a_rank_saves_its_part_of_what_pattentions_read(rank_pool, ranks):
+    """Never the whole [S * B, D]: of the inputs of qkv, proj and ffn a rank saves one in R of their elements."""
+    config = layout_config((ranks, 1, 1), sequence_parallel=True)
+    for shapes in rank_pool.run(saved_shapes, ranks, 1, 1, config):
+        assert (16 * 3, HIDDEN) not in shapes
+        assert shapes.count((16 * 3 // ranks, HIDDEN)) == 2  # qkv, ffn
+        assert shapes.count((16 * 3, HIDDEN // ranks)) == 1  # proj
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -109,7 +138,7 @@ def three_steps(mesh, config):
 
 
 @pytest.mark.parametrize("norm", ["gelu_l2_norm", "softmax"])
-def test_other_normalisations_under_tensor_parallelism(rank_pool, norm):
+def test_other_normalizations_under_tensor_parallelism(rank_pool, norm):
     model = {"norm_activation": norm}
     reference = rank_pool.run(three_steps, 1, 1, 1, layout_config((1, 1, 1), model=model))[0]
     curve = rank_pool.run(three_steps, 2, 1, 1, layout_config((2, 1, 1), True, model=model))[0]

@@ -1,4 +1,4 @@
-"""The command lines, as a user runs them."""
+"""Runs commands as a user does."""
 
 import json
 import os
@@ -15,8 +15,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*command, ranks=1, timeout=120, restarts=0):
-    """A finished command: `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`; under torchrun if it is to
-    restart them."""
+    """Run `megatron_tf.pretrain ARGS` on ranks, or `tools/NAME.py ARGS`, to its end; under torchrun if it should
+    restart ranks."""
     module = [] if str(command[0]).endswith(".py") else ["-m"]
     start = [sys.executable, *module, *map(str, command)]
     if restarts:
@@ -28,7 +28,7 @@ def run(*command, ranks=1, timeout=120, restarts=0):
 
 
 def make_run(folder, **sections):
-    """Data of bytes, and a configuration of a small model, run.yaml, in `folder`; keywords are sections of it."""
+    """Create a dataset of bytes and run.yaml, a configuration of a small model, in `folder`; keywords are sections."""
     text = "the quick brown fox jumps over the lazy dog. "
     with (folder / "text.jsonl").open("w") as file:
         for i in range(40):
@@ -46,7 +46,7 @@ def make_run(folder, **sections):
 
 
 def free_port():
-    """A port of this host that nobody listens at."""
+    """Return a free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

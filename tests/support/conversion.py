@@ -1,4 +1,4 @@
-"""Checkpoints of small models that no run has trained."""
+"""Checkpoints of small untrained models."""
 
 import torch
 
@@ -42,7 +42,7 @@ def save_small_model(folder, tau_scale=1.0, tokenizer=None, scale=0.3, eod_token
 
 
 def convert(source, target, load, save, *options):
-    """The exit code of tools/convert_checkpoint.py."""
+    """Run tools/convert_checkpoint.py and return its exit code."""
     return convert_checkpoint.main(
         ["--from", source, "--to", target, "--load", str(load), "--save", str(save), *map(str, options)]
     )

@@ -1,4 +1,4 @@
-"""Checkpoints that a stranger changed, with checksums that hold."""
+"""Modifies checkpoints and updates their checksums, as an attacker could."""
 
 import json
 import os
@@ -11,7 +11,7 @@ FILE = "model-pp00-tp00-dp00.safetensors"
 
 
 def change_manifest(directory, change):
-    """Let `change` change the manifest's body, and write it with its checksum."""
+    """Apply `change` to the manifest's body, and write it with a matching checksum."""
     body = json.loads((directory / MANIFEST).read_text())
     body.pop("xxh3_128")
     change(body)
@@ -20,25 +20,25 @@ def change_manifest(directory, change):
 
 
 def replace_file(directory, name, content):
-    """Put other content in a file and let the manifest agree."""
+    """Replace the contents of a file, and update the manifest."""
     (directory / name).write_bytes(content)
     entry = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
     change_manifest(directory, lambda body: body["files"].update({name: entry}))
 
 
 def change_metadata(directory, change):
-    """Let `change` change the metadata, and the manifest agree."""
+    """Apply `change` to the metadata, and update the manifest."""
     metadata = json.loads((directory / METADATA).read_text())
     change(metadata)
     replace_file(directory, METADATA, json.dumps(metadata).encode())
 
 
 def make_fifo(path):
-    """A FIFO in the place of the file."""
+    """Replace the file with a FIFO."""
     path.unlink()
     os.mkfifo(path)
 
 
 def embedding(body):
-    """What the manifest says of the embedding."""
+    """Return the manifest's entry of the embedding."""
     return body["groups"]["model"]["embedding.weight"]

@@ -1,4 +1,4 @@
-"""Data sets made in a test."""
+"""Datasets created in tests."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from megatron_tf.data.loader import BatchLoader
 
 
 def write_data_set(prefix, documents, dtype=np.uint16):
-    """Documents, lists of ids, as PREFIX.bin and .idx; returns the prefix."""
+    """Write documents (lists of ids) as PREFIX.bin and .idx; return the prefix."""
     ids = [i for document in documents for i in document]
     np.array(ids, dtype=dtype).tofile(f"{prefix}.bin")
     write_index(
@@ -25,7 +25,7 @@ def write_data_set(prefix, documents, dtype=np.uint16):
 
 
 def loader_of(dataset, batch_size, replica, replicas, consumed_samples):
-    """A loader of micro-batches of two samples, without an end of document."""
+    """Create a loader of micro-batches of two samples, without end-of-document handling."""
     return BatchLoader(
         dataset,
         batch_size=batch_size,
@@ -38,7 +38,7 @@ def loader_of(dataset, batch_size, replica, replicas, consumed_samples):
 
 
 def write_tokenizer(path, vocab_size):
-    """A tokenizer.json of so many words, `<|endoftext|>` the first; returns the path."""
+    """Write a tokenizer.json of a number of words, the first of them `<|endoftext|>`; return the path."""
     words = ["<|endoftext|>", *(f"w{i}" for i in range(1, vocab_size))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
     tokenizer.pre_tokenizer = WhitespaceSplit()

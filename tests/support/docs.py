@@ -1,9 +1,9 @@
-"""The programs in pages of docs."""
+"""Code blocks in the pages of docs."""
 
 import re
 from pathlib import Path
 
 
 def python_blocks(page: Path) -> list[str]:
-    """Its blocks of Python, in their order."""
+    """Return the Python blocks of a page, in order."""
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)

@@ -1,4 +1,4 @@
-"""What a text of Python imports."""
+"""Finds the imports of Python source code."""
 
 import ast
 
@@ -6,10 +6,10 @@ CALLS = ("import_module", "find_spec", "__import__")
 
 
 def imported_names(source, package=""):
-    """Absolute dotted names: `from a import b` gives a.b, whether b is a module or not; those in functions count too.
+    """Return absolute dotted names: `from a import b` gives a.b, whether b is a module or not, also within functions.
 
-    `package` is the one that relative imports start from. Of a name that a call is given in parts the first part
-    counts, where it is a literal.
+    Relative imports start from `package`. For a call whose name is built from parts, the first part counts if it is a
+    literal.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

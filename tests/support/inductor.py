@@ -1,4 +1,4 @@
-"""Whether inductor can build kernels here."""
+"""Checks whether inductor can build kernels on this machine."""
 
 import functools
 import subprocess
@@ -22,7 +22,7 @@ except Exception as error:
 
 
 def require_inductor():
-    """Skip the test, with the reason, where inductor can't build; test_kernel_builds.py holds what a run does then."""
+    """Skip the test, with the reason, if inductor can't build; test_kernel_builds.py tests what a run does then."""
     if reason := _build_failure():
         pytest.skip(reason)
 

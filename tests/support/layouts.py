@@ -1,4 +1,4 @@
-"""Layouts of up to eight ranks, and the small run on each of them."""
+"""Layouts of up to eight ranks, and configurations of the small run on them."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ CASES = [(layout, sp) for layout in LAYOUTS for sp in (False, True) if layout[0]
 
 
 def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b", **sections):
-    """The small run on `layout` = (tensor, pipeline, data), with two micro-batches a step."""
+    """Configure the small run on `layout` = (tensor, pipeline, data), with two micro-batches per step."""
     tensor, pipeline, data = layout
     parallel = {
         "tensor_model_parallel_size": tensor,
@@ -24,7 +24,7 @@ def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b"
 
 
 def whole_model(layout, untied, gradients_by_rank):
-    """One gradient for each logical parameter; every rank of a stage must have reported the same."""
+    """Merge the ranks' gradients into one per logical parameter; all ranks of a stage must have reported the same."""
     tensor, pipeline, data = layout
     per_stage = tensor * data
     whole = {}

@@ -20,7 +20,7 @@ SEQ_LENGTH = 16  # of small_run
 
 
 def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
-    """A model whose logits are far apart: keywords are keys of its configuration."""
+    """Create a model whose logits are far apart; keywords are keys of its configuration."""
     config = dataclasses.replace(small_run(model={"vocab_size": VOCAB}).model, **keys)
     transformer = TokenFormer(config, dtype=dtype).to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -31,19 +31,21 @@ def random_model(dtype: torch.dtype = torch.float32, **keys) -> LanguageModel:
 
 
 def greedy_ids(model: LanguageModel, prompts, num_tokens: int):
-    """What follows each prompt: so many of the likeliest ids, whatever they are."""
+    """Return a number of greedy ids after each prompt, without stopping at the end of a document."""
     generation = Generation(model, prompts, Sampling(temperature=0))
     steps = [generation.step() for _ in range(num_tokens)]
     return [[step[sample] for step in steps] for sample in range(len(prompts))]
 
 
 def write_checkpoint(root, model: LanguageModel):
-    """The model as a checkpoint of a run on bytes; returns its directory."""
-    config = to_dict(small_run(model=_keys(model.config)))
+    """Write the model as a checkpoint of a run on bytes, of precision fp64 or fp32; return its directory."""
+    precision = "fp64" if model.transformer.dtype == torch.float64 else "fp32"
+    config = to_dict(small_run(model=_keys(model.config), training={"precision": precision}))
     record = make_record(model.config, config=config, tokenizer=NullTokenizer().identity)
     save_checkpoint(root, 0, tensors={"model": parameter_shards(model.transformer)}, record=record, writer_label="one")
     return root
 
 
 def _keys(config: ModelConfig):
-    return {key: value for key, value in to_dict(config).items() if value is not None}
+    absent = {"qkv_tokens", "proj_tokens"}  # of a plain transformer, unlike the small run's own
+    return {key: value for key, value in to_dict(config).items() if value is not None or key in absent}

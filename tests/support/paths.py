@@ -1,4 +1,4 @@
-"""Where the repository's parts are."""
+"""Paths of the repository's parts."""
 
 from pathlib import Path
 

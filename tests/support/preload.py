@@ -1,4 +1,4 @@
-"""What the processes of the tests have imported when they start."""
+"""Imports that the tests' processes share before they are forked."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ NEEDED = (
 )
 OPTIONAL = ("transformers", "lm_eval")
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: what is forked later keeps the number of threads
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: forked processes keep this number of threads
 
 for name in NEEDED:
     importlib.import_module(name)

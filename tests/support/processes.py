@@ -1,6 +1,6 @@
-"""Python processes that start at once: they are forked from one that has imported what all of them need.
+"""Python processes that start quickly because they are forked from a server with all imports.
 
-Starting Python and importing torch takes four seconds of a core, most of what a small command takes.
+Starting Python and importing torch takes four seconds of CPU time, most of the time of a small command.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from tests.support.paths import ROOT
 
 @cache
 def context():
-    """The context of multiprocessing with the packages imported."""
+    """Return the multiprocessing context whose server has imported the packages."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["tests.support.preload"])
     before = Path.cwd()
@@ -35,7 +35,7 @@ def context():
 class PythonProcess:
     """`python -m MODULE ARGS` or `python FILE ARGS`, with the methods of subprocess.Popen that tests use.
 
-    What it prints goes to files; `merged` appends it to the output of another process.
+    Its output goes to files; `merged` appends it to the output of another process.
     """
 
     def __init__(self, command, *, environment, cwd=ROOT, own_session=False, merged=None):
@@ -46,7 +46,7 @@ class PythonProcess:
         self._process = context().Process(target=_become, args=arguments)
         self._process.start()
         self.pid = self._process.pid
-        atexit.register(self._process.kill)  # or the exit of pytest waits for it
+        atexit.register(self._process.kill)  # otherwise pytest would wait for it at exit
 
     @property
     def returncode(self):
@@ -63,12 +63,12 @@ class PythonProcess:
         return self._process.exitcode
 
     def communicate(self, timeout=None):
-        """(standard output, standard error) of the ended process."""
+        """Return (standard output, standard error) of the ended process."""
         self.wait(timeout)
         return self._out.read(), self._error.read()
 
     def read(self):
-        """What it has written to its standard output since the last time."""
+        """Return what it has written to standard output since the last call."""
         return self._out.read()
 
     def send_signal(self, number):
@@ -87,13 +87,13 @@ def _output():
 
 
 def run_python(command, *, environment, cwd=ROOT, timeout=120):
-    """The finished process of a command."""
+    """Run a command to its end and return the process."""
     return _finish([PythonProcess(command, environment=environment, cwd=cwd)], command, timeout)
 
 
 def run_ranks(command, ranks, *, environment, port, cwd=ROOT, timeout=120):
-    """The finished ranks of a command, as if they were one process; where one fails the others are ended, as torchrun
-    does."""
+    """Run the ranks of a command to their end and return them as one process; if one fails the others are killed, as
+    torchrun does."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), **environment}
     processes = []
     for rank in range(ranks):
@@ -121,7 +121,7 @@ def _finish(processes, command, timeout):
 
 
 def _become(command, environment, cwd, out, error, own_session):
-    """Be the process of the command, to its end."""
+    """Turn this process into that of the command, until it exits."""
     if own_session:
         os.setsid()
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks: processes started once a session and used for every world size."""
+"""Runs functions on several gloo ranks: processes are started once per session and used for every world size."""
 
 import os
 import tempfile
@@ -19,8 +19,8 @@ TIMEOUT = timedelta(seconds=30)
 
 
 class RankPool:
-    """`run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that layout, of which
-    `shard_size` replicas share a copy of the parameters."""
+    """Pool of ranks: `run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that
+    layout; parameters are sharded over `shard_size` data-parallel ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -38,7 +38,7 @@ class RankPool:
             process.start()
 
     def run(self, function, tensor, pipeline, data, *args, shard_size=None):
-        """Results in rank order; a rank's exception is raised here with its traceback."""
+        """Return the results in rank order; a rank's exception is raised here with its traceback."""
         world = tensor * pipeline * data
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
@@ -48,7 +48,7 @@ class RankPool:
             for _ in range(world):
                 rank, error, result = self._next_answer()
                 if error:
-                    self.close()  # its peers wait for it: none is of use any more
+                    self.close()  # the other ranks wait for it: the pool can't be used any more
                     self._start()
                     raise AssertionError(f"rank {rank} of {world} failed:\n{error}")
                 answers[rank] = result
@@ -63,7 +63,7 @@ class RankPool:
             raise AssertionError("no rank answered in 90 s") from None
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         for process in self.processes:
             process.kill()
 
@@ -90,4 +90,4 @@ def _serve(rank, tasks, results):
         results.put((rank, error, result))
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
-            _clear_sharding_prop_cache()  # it gives meshes of a world before, with groups that are no more
+            _clear_sharding_prop_cache()  # it would return meshes of an earlier world, whose groups no longer exist

@@ -1,4 +1,4 @@
-"""The one builder of records of runs that never ran."""
+"""Builds records of hypothetical runs."""
 
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
 from megatron_tf.config import ModelConfig, to_dict
@@ -8,9 +8,9 @@ NO_TOKENIZER = {"type": "NullTokenizer"}
 
 
 def make_record(model: ModelConfig, *, config=None, tokenizer=NO_TOKENIZER, step=0, **counters) -> RunRecord:
-    """The record of a run of `model` after `step` steps, with its initial temperatures.
+    """Make the record of a run of `model` after `step` steps, with the initial temperatures.
 
-    `config` is the whole configuration; by default the little that readers need. Keywords are other counters than 0.
+    `config` is the complete configuration, by default the minimum that readers need. Keywords are nonzero counters.
     """
     training = {"samples": 0, "tokens": 0, "adam_steps": 0, "skipped": 0, **counters}
     return RunRecord(

@@ -1,4 +1,4 @@
-"""Runs like the one that `make_run` configured, and what becomes of them in the background."""
+"""Variants of the run configured by `make_run`, started in the background."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ WAIT = 90
 
 
 def derive_run(folder, name, *, growth=(), **sections):
-    """NAME.yaml in `folder`: its run.yaml, which saves in NAME and writes NAME.jsonl, with other keys of sections."""
+    """Write NAME.yaml in `folder`: run.yaml with other keys, which saves to NAME and logs to NAME.jsonl."""
     values = yaml.safe_load((folder / "run.yaml").read_text())
     values["growth"] = list(growth)
     values["checkpoint"]["save"] = str(folder / name)
@@ -26,7 +26,7 @@ def derive_run(folder, name, *, growth=(), **sections):
 
 
 def start_run(config, ranks=1):
-    """The run of NAME.yaml in the background, under torchrun if it has several ranks, once it has done some steps."""
+    """Start the run of NAME.yaml, under torchrun if it has several ranks, and return after some steps."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_tf.pretrain", str(config)]
     process = PythonProcess(command, environment=ENVIRONMENT)
@@ -35,16 +35,16 @@ def start_run(config, ranks=1):
 
 
 def wait_for_steps(folder, name, count=3, *, seconds=WAIT, process=None, log=None):
-    """Until NAME.jsonl tells of that many steps; fails at the end of `process`, and with what is in `log`."""
+    """Wait until NAME.jsonl has that many steps; fail with the contents of `log` if `process` ends."""
     metrics, limit = folder / f"{name}.jsonl", time.monotonic() + seconds
     while not metrics.exists() or metrics.read_text().count('"loss"') < count:
-        assert time.monotonic() < limit, log.read_text() if log is not None and log.exists() else "it does not begin"
+        assert time.monotonic() < limit, log.read_text() if log is not None and log.exists() else "it does not start"
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 
 def children_of(pid):
-    """The processes that a process started; none if it has ended."""
+    """Return the child processes of a process; none if it has ended."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -52,5 +52,5 @@ def children_of(pid):
 
 
 def ranks_of(agent):
-    """The ranks that torchrun started."""
+    """Return the ranks that torchrun started."""
     return [child for child in children_of(agent) if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]

@@ -1,3 +1,3 @@
-"""The seed of torch's own generator in every test."""
+"""Seed of torch's global generator in every test."""
 
 SEED = 20261

@@ -1,4 +1,4 @@
-"""Stand-ins for packages that need a GPU, under the signatures of the packages (tests/data/signatures.py)."""
+"""Stand-ins for packages that need a GPU, with the packages' signatures (tests/data/signatures.py)."""
 
 import functools
 import inspect
@@ -10,14 +10,14 @@ KNOWN = json.loads((DATA / "signatures.json").read_text())
 
 
 def versions_of(*packages):
-    """(package, version) of each that is known."""
+    """Return (package, version) of all known versions."""
     return [(package, version) for package in packages for version in KNOWN.get(package, {})]
 
 
 def as_published(signatures, name, stand_in):
-    """The function or class `stand_in` under the signature of `name`: by it arguments get the names they have there.
+    """Wrap the function or class `stand_in` in the published signature of `name`, which names its arguments.
 
-    A TypeError says which argument the package does not take.
+    Raises TypeError for an argument that the package does not accept.
     """
     if inspect.isclass(stand_in):
         methods = {"__init__": name, "forward": f"{name}.forward"}

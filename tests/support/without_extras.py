@@ -1,9 +1,10 @@
-"""A plugin of pytest, `-p tests.support.without_extras`: no package can be imported that only an extra brings."""
+"""A pytest plugin, `-p tests.support.without_extras`, that hides packages which only an extra installs."""
 
 import sys
 
 OPTIONAL = {
     "accelerate",
+    "datasets",
     "hypothesis",
     "lm_eval",
     "matplotlib",
@@ -22,7 +23,7 @@ OPTIONAL = {
 
 
 class Without:
-    """A finder of modules that finds none of them."""
+    """An import finder that hides modules."""
 
     def __init__(self, finder):
         self.finder = finder
@@ -35,7 +36,7 @@ class Without:
 
 
 def pytest_configure():
-    """Hide them, from what plugins have imported too."""
+    """Hide the modules, including those that plugins have already imported."""
     for name in list(sys.modules):
         if name.partition(".")[0] in OPTIONAL:
             del sys.modules[name]

@@ -10,7 +10,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from megatron_tf.kernels import triton_kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.triton_kernels import TritonKernels
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer import normalization
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS
+from tests.support.hard_scores import LENGTHS, check_kernels
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -31,13 +33,13 @@ def as_reduced(values):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("norm", NORMALISATIONS.values(), ids=NORMALISATIONS.keys())
-@pytest.mark.parametrize("path", ["fits", "blocks", "shared"])
+@pytest.mark.parametrize("norm", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
+@pytest.mark.parametrize("path", ["held", "long", "shared"])
 @pytest.mark.parametrize("n", [2, 37, 128, 700])
 def test_kernels_equal_float64(norm, dtype, path, n, monkeypatch):
-    if path == "blocks":
-        monkeypatch.setattr(triton_kernels, "LARGEST_ROW", 0)
-        monkeypatch.setattr(triton_kernels, "_BLOCK", 64)
+    if path == "long":
+        monkeypatch.setattr(triton_kernels, "LARGEST_HELD_ROW", 0)
+    monkeypatch.setattr(normalization, "_EPSILON_FP64", normalization.EPSILON)  # of the row of zeros, as in fp32
     reduce = as_reduced if path == "shared" else None
     scores, grad, tau = tensors(n, dtype)
     wide = scores.double(), grad.double()
@@ -61,3 +63,11 @@ def test_kernels_equal_float64(norm, dtype, path, n, monkeypatch):
 
 def close(found, expected, tolerance):
     assert (found.double() - expected).abs().max() <= tolerance * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("norm", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
+@pytest.mark.parametrize("reduce", [None, as_reduced], ids=["whole", "shared"])
+@pytest.mark.parametrize("n", LENGTHS)
+def test_scores_far_from_zero_equal_float64(norm, dtype, reduce, n):
+    check_kernels(TritonKernels(), norm, n, dtype, reduce=reduce)

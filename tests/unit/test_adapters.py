@@ -5,6 +5,7 @@ Those of apex are in no package registry: its stand-ins have the parameters that
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels import adapters
-from megatron_tf.kernels.dispatch import choose_kernels
+from megatron_tf.kernels.dispatch import Kernels, choose_kernels, without_pattention_kernels
 from megatron_tf.training.step.adam import adamw, set_adam_state
 from tests.support.signatures import KNOWN, as_published, versions_of
 
@@ -66,7 +67,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """As apex's and transformer-engine's: the step is the group's, the moments are the parameters'."""
+    """As apex's and transformer-engine's: the step is the group's, the Adam moments are the parameters'."""
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, **_):
         assert bias_correction
@@ -124,14 +125,14 @@ def test_norms_equal_torch(monkeypatch, package, version):
                 input, normalized_shape, weight, bias, eps
             ),
         )
-        normalise = adapters.apex_norm()
+        normalize = adapters.apex_norm()
     else:
         kind = as_published(KNOWN[package][version], "LayerNorm", LayerNorm)
         install(monkeypatch, "transformer_engine.pytorch", LayerNorm=kind)
-        normalise = adapters.transformer_engine_norm()
+        normalize = adapters.transformer_engine_norm()
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (8,), (8,)))
-    torch.testing.assert_close(normalise(x, None, None, epsilon=1e-3), adapters.torch_norm(x, None, None, epsilon=1e-3))
-    found, expected = (f(x, weight, bias, epsilon=1e-3) for f in (normalise, adapters.torch_norm))
+    torch.testing.assert_close(normalize(x, None, None, epsilon=1e-3), adapters.torch_norm(x, None, None, epsilon=1e-3))
+    found, expected = (f(x, weight, bias, epsilon=1e-3) for f in (normalize, adapters.torch_norm))
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (found, expected)]
     for one, other in zip(*gradients, strict=True):
@@ -149,11 +150,9 @@ def test_optimizers_equal_torch_and_resume_from_any_step(monkeypatch, package, v
     found = {}
     for choice in ("torch", package):
         p = start.clone()
-        adam = adamw(
-            choice, [{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8
-        )
+        adam = adamw(choice, [{"params": [p], "weight_decay": 0.1}], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
         state = {"exp_avg": moments[0].clone(), "exp_avg_sq": moments[1].clone()}
-        set_adam_state(adam, [(p, state)], 7)
+        set_adam_state(adam, {p: state}, [7])
         for gradient in gradients:
             p.grad = gradient.clone()
             adam.step()
@@ -188,3 +187,63 @@ def test_auto_says_what_it_took():
         choose_kernels(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
         == "pattention eager, attention sdpa, optimizer torch"
     )
+
+
+BROKEN = {
+    "ImportError": "/lib/flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E",
+    "RuntimeError": "built for another version of CUDA",
+    "AttributeError": "module 'torch' has no attribute 'gone'",
+    "OSError": "libcudart.so.12: cannot open shared object file",
+}
+
+
+@pytest.fixture
+def break_package(tmp_path, monkeypatch):
+    """Puts packages on sys.path that raise an error when they are imported, and claims a GPU."""
+
+    def break_it(package, kind):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(f"raise {kind}({BROKEN[kind]!r} + '\\nmore lines')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    return break_it
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_auto_takes_torchs_own_where_a_package_is_broken_and_says_why(break_package, kind):
+    break_package("flash_attn", kind)
+    kernels = choose_kernels(AUTO, torch.device("cuda"), torch.bfloat16)
+    assert kernels.attend is adapters.sdpa
+    assert kernels.automatic["attention"] == "sdpa"
+    assert kernels.warning.startswith("kernels.attention=flash_attn: it is installed but can't be imported with torch ")
+    assert f"{kind}: {BROKEN[kind]}: reinstall it" in kernels.warning
+    assert kernels.warning.endswith("auto falls back to sdpa")
+    assert "\n" not in kernels.warning
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize(
+    "key, package",
+    [
+        ("attention", "flash_attn"),
+        ("attention", "transformer_engine"),
+        ("norm", "apex"),
+        ("norm", "transformer_engine"),
+        ("optimizer", "apex"),
+        ("optimizer", "transformer_engine"),
+    ],
+)
+def test_a_choice_of_a_broken_package_is_one_line(break_package, key, package, kind):
+    break_package(package, kind)
+    with pytest.raises(UserError) as caught:
+        choose_kernels(AUTO | {key: package}, torch.device("cuda"), torch.bfloat16)
+    assert str(caught.value).startswith(f"kernels.{key}={package}: it is installed but can't be imported with torch ")
+    assert f"{kind}: {BROKEN[kind]}: reinstall it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_reasons_to_fall_back_are_told():
+    first = replace(Kernels(), automatic={"pattention": "triton"}, warning="attention is broken")
+    warning = without_pattention_kernels(first, "no compiler").warning
+    assert warning == "attention is broken; kernels.pattention: no compiler; auto falls back to eager"

@@ -87,7 +87,7 @@ def test_the_samples_follow_each_other_on_any_number_of_replicas(replicas, consu
     ("values", "message"),
     [
         ((8, 3, 100), r"from 8 by 3 at a time to global_batch_size \(16\)"),
-        ((16, 2, 100), "START must be below it"),
+        ((16, 2, 100), "START must be smaller"),
         ((8, 2, 0), "greater than 0"),
         ((6, 5, 100), r"a batch of rampup_batch_size \(11\) must be divisible by micro_batch_size \(2\)"),
     ],

@@ -75,5 +75,6 @@ def test_a_cache_directory_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     assert (tmp_path / "new" / "cache").is_dir()
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match=r"TORCHINDUCTOR_CACHE_DIR can't be made: .*file/cache': set it to a writable"):
+    message = r"TORCHINDUCTOR_CACHE_DIR can't be created: .*file/cache': set it to a writable"
+    with pytest.raises(UserError, match=message):
         make_compiler_cache()

@@ -25,7 +25,7 @@ NOT_INSTALLED = {
     "wandb": "wandb",
 }
 """Modules of packages that the tests' environment does without."""
-DEVELOPMENT = ("dev", "bench", "eval", "hf", "mpi", "plot")
+DEVELOPMENT = ("dev", "arrow", "bench", "datasets", "eval", "hf", "mpi", "plot")
 """Extras that `dev` brings."""
 NO_PACKAGE = {"apex"}
 """Modules that no package index offers: built from their sources."""
@@ -96,7 +96,7 @@ def test_the_extra_that_a_message_names_brings_the_package(package, extra):
 @pytest.mark.parametrize("name", ["tested", "oldest"])
 def test_pins_are_what_pyproject_allows(name):
     pinned = pins(name)
-    extras = (*DEVELOPMENT, "docs") if name == "tested" else DEVELOPMENT
+    extras = (*DEVELOPMENT, "docs", "kubernetes") if name == "tested" else DEVELOPMENT
     for requirement in declared():
         if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
             version = pinned[canonicalize_name(requirement.name)]
@@ -120,7 +120,7 @@ def test_what_is_installed_is_what_is_pinned():
         pytest.skip("only the environments of requirements/tested.txt and oldest.txt are pinned")
     pinned = pins(name[1] or "tested")
     if f"torch=={pinned['torch']}\n" not in made_from.read_text():
-        pytest.skip("another PyTorch was asked for")
+        pytest.skip("another PyTorch was requested")
     folder = [sysconfig.get_path("purelib")]  # setuptools adds packages of its own to sys.path
     installed = {canonicalize_name(each.name): Version(each.version).public for each in distributions(path=folder)}
     assert installed.pop("megatron-tf") == distribution("megatron_tf").version

@@ -46,5 +46,5 @@ def test_a_run_asks_for_them(tmp_path, monkeypatch, asked):
 
 
 def test_attention_that_cannot_is_refused():
-    with pytest.raises(ConfigError, match=r"training.deterministic needs kernels.attention sdpa, it is flash_attn"):
+    with pytest.raises(ConfigError, match=r"training.deterministic needs kernels.attention sdpa, but it is flash_attn"):
         small_run(training={"deterministic": True}, kernels={"attention": "flash_attn"})

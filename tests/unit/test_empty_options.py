@@ -6,6 +6,7 @@ from megatron_tf import evaluate, generate, pretrain
 from megatron_tf.commands import (
     build_index,
     convert_checkpoint,
+    dry_run,
     inspect_checkpoint,
     inspect_dataset,
     merge_datasets,
@@ -24,8 +25,8 @@ from tests.support.conversion import save_small_model
         ("--grow= ", "--grow: unknown kind ''"),
         ("--grow=,", "--grow: unknown kind ''"),
         ("--grow=ffn=", "--grow"),
-        ("--insert-layers=", "--insert-layers '': write numbers of layers"),
-        ("--insert-layers=1,", "--insert-layers '1,': write numbers of layers"),
+        ("--insert-layers=", "--insert-layers '': write layer indices"),
+        ("--insert-layers=1,", "--insert-layers '1,': write layer indices"),
         ("--make-vocab-size-divisible-by=0", "--make-vocab-size-divisible-by is 0: it must be 1 or more"),
         ("--make-vocab-size-divisible-by=-8", "--make-vocab-size-divisible-by is -8: it must be 1 or more"),
         ("--shrink=", "--shrink needs --data PREFIX"),
@@ -57,7 +58,7 @@ PATHS = [
     (convert_checkpoint, ["--from", "hf", "--to", "megatron_tf", "--load", "a", "--save", "b"], ["--tokenizer-model"]),
     (generate, ["run", "--prompt", "a"], ["--output", "--tokenizer-model"]),
 ]
-POSITIONS = [pretrain, generate, evaluate, inspect_checkpoint, inspect_dataset, build_index, plot_run]
+POSITIONS = [pretrain, generate, evaluate, inspect_checkpoint, inspect_dataset, build_index, plot_run, dry_run]
 
 
 @pytest.mark.parametrize("tool, arguments, option", [(t, a, o) for t, a, options in PATHS for o in options])

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.sampling import Sampling, sample_tokens
+from megatron_tf.layers import cache as cache_module
+from megatron_tf.layers.cache import KeyValueCache
 from tests.support.models import VOCAB, random_model
+from tests.support.training import PLAIN, STRONG
 
 PROMPTS = [[5], list(range(40, 57)), [7, 7, 7, 200, 3], list(range(150))]
 GREEDY = Sampling(temperature=0)
@@ -23,7 +28,7 @@ def generate(model, prompts, sampling=GREEDY, seed=0, count=30):
 
 @torch.no_grad()
 def uncached(model, prompt, sampling=GREEDY, seed=0, count=30):
-    """The same by running all tokens anew for each."""
+    """Generate the same by running all tokens again for each new one."""
     generator, ids = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(count):
         uniform = torch.rand(1, generator=generator, dtype=torch.float64)
@@ -43,8 +48,9 @@ def test_greedy_equals_the_model_without_cache(norm, arranged):
     assert len(set(tokens)) > 5  # a model that repeats itself would hide mistakes
 
 
-def test_plain_transformer_equals_itself_without_cache():
-    model = random_model(layer="transformer", qkv_tokens=None, proj_tokens=None)
+@pytest.mark.parametrize("keys", [PLAIN, STRONG], ids=["plain", "strong"])
+def test_plain_transformer_equals_itself_without_cache(keys):
+    model = random_model(**keys)
     assert generate(model, PROMPTS[1:3]) == [uncached(model, prompt) for prompt in PROMPTS[1:3]]
 
 
@@ -122,8 +128,9 @@ def test_what_is_not_a_number_is_told():
     model = random_model()
     with torch.no_grad():
         model.transformer.final_norm.weight[3] = torch.nan
-    with pytest.raises(UserError, match="non-finite"):
-        Generation(model, PROMPTS, GREEDY).step()
+    for sampling in (GREEDY, Sampling(), Sampling(0.8, 20), Sampling(0.8, 20, 0.9)):
+        with pytest.raises(UserError, match="non-finite"):
+            Generation(model, PROMPTS, sampling).step()
     with pytest.raises(UserError, match="a prompt is empty"):
         Generation(model, [[1], []], GREEDY)
 
@@ -137,3 +144,46 @@ def test_bf16_decodes_near_fp32():
         logits = model(torch.tensor([PROMPTS[1] + ids]))[0, len(PROMPTS[1]) - 1 : -1, :VOCAB]
     behind = logits.max(-1).values - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
     assert behind.max() < 0.05 * logits.abs().max()
+
+
+class Backends(TorchFunctionMode):
+    """Notes whether each attention may be cuDNN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "is_allowed"), [("cpu", True), ("cuda", False)])
+def test_attention_over_a_cache_is_never_that_of_cudnn(device, is_allowed, monkeypatch):
+    """Whose plans are made for one length each. The choice for a device is applied to tensors on a CPU."""
+    choose, model = cache_module._backends, random_model()
+    chosen = []
+    monkeypatch.setattr(cache_module, "_backends", lambda found: chosen.append(found) or choose(torch.device(device)))
+    with Backends() as backends:
+        assert generate(model, PROMPTS[1:3], count=3) == [uncached(model, prompt, count=3) for prompt in PROMPTS[1:3]]
+    cached, again = 3 * model.config.num_layers, 6 * model.config.num_layers
+    assert backends.seen == [is_allowed] * cached + [True] * again
+    assert chosen == [model.device] * cached
+
+
+@pytest.mark.parametrize("lengths", [[5, 3], [16, 16], [20, 31]])
+def test_the_mask_of_a_cache_hides_later_tokens_and_is_aligned(lengths):
+    """Attention on a GPU copies a mask in every layer unless its rows begin at multiples of 16."""
+    cache = KeyValueCache(1)
+    cache.keep(lengths)
+    for count in (4, 2):
+        before = list(cache.lengths)
+        mask = cache.extend(2, count, device=torch.device("cpu"), dtype=torch.bfloat16).mask
+        assert mask.dtype == torch.bfloat16
+        assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
+        for sample, length in enumerate(before):
+            for token, row in enumerate(mask[sample % len(mask), 0]):
+                assert row.tolist() == [
+                    0 if key <= length + token else -torch.inf for key in range(max(before) + count)
+                ]

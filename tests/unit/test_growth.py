@@ -14,8 +14,8 @@ from megatron_tf.config import to_dict
 from megatron_tf.inference.comparison import mean_token_loss
 from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
-from megatron_tf.inference.samples import read_samples
 from megatron_tf.model.parallelize import parameter_shards
+from megatron_tf.model.samples import read_samples
 from tests.support.data import write_data_set
 from tests.support.golden import golden_model
 from tests.support.records import make_record
@@ -166,7 +166,7 @@ def test_random_growth_is_said_to_move_the_logits(tmp_path, text, capsys):
     golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
     assert grow(tmp_path / "a", tmp_path / "b", "ffn=512", "--growth-init", "random", "--data", text) == 0
     out = capsys.readouterr().out
-    assert "does not keep the model's outputs" in out
+    assert "does not preserve the model's outputs" in out
     moved = float(re.search(r"max \|delta logit\| before and after: (\S+)", out)[1])
     assert moved > 0.1
     losses = re.search(r"loss on .*: (\S+) before, (\S+) after", out)
@@ -209,8 +209,8 @@ def test_shrinking_drops_what_does_least(tmp_path, text):
     ("options", "message"),
     [
         (["--shrink", "ffn=128"], "--shrink needs --data"),
-        (["--shrink", "ffn=256", "--data", "TEXT"], "layers.0.ffn has 256 tokens only"),
-        (["--shrink", "ffn@0=12", "--data", "TEXT"], "layers shrink alike"),
+        (["--shrink", "ffn=256", "--data", "TEXT"], "layers.0.ffn has only 256 tokens"),
+        (["--shrink", "ffn@0=12", "--data", "TEXT"], "all layers shrink equally"),
         (["--shrink", "ffn=128", "--data", "TEXT", "--grow", "qkv=128"], "run the tool twice"),
     ],
 )
@@ -221,7 +221,7 @@ def test_shrinking_that_cannot_be(tmp_path, text, capsys, options, message):
     assert not (tmp_path / "b").exists()
 
 
-def test_the_vocabulary_is_padded_anew(tmp_path):
+def test_the_vocabulary_is_padded_again(tmp_path):
     ids = golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")["input_ids"]
     old = load_model(tmp_path / "a")
     rows = old.config.padded_vocab_size

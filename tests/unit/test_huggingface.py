@@ -11,9 +11,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.commands import conversion, train_tokenizer
+from megatron_tf.checkpoint.reshard import reshard
+from megatron_tf.checkpoint.schedule_start import ScheduleStart
+from megatron_tf.commands import conversion, reshard_checkpoint, train_tokenizer
+from megatron_tf.config import GrowthStage
 from megatron_tf.convert.huggingface import check, tensors
 from megatron_tf.convert.huggingface.check import load_export
+from megatron_tf.growth.grow import grow
 from tests.support import toy
 from tests.support.conversion import convert, save_small_model
 from tests.support.data import write_data_set
@@ -38,6 +42,17 @@ def test_export_and_import_keep_every_bit(model, is_large, tmp_path, monkeypatch
     assert toy.same(toy.read_all(checkpoint), toy.read_all(tmp_path / "back"))
     before, after = CheckpointReader(checkpoint).record, CheckpointReader(tmp_path / "back").record
     assert before == after.with_data(tokenizer_model=before.data["tokenizer_model"])
+
+
+def test_the_start_of_the_schedule_is_exported_and_imported(tmp_path):
+    checkpoint = CheckpointReader(save_small_model(tmp_path))
+    stage = GrowthStage(ffn_tokens=128, init="duplicate", optimizer={"lr": 1e-3})
+    start = ScheduleStart(step=0, tokens=0)
+    reshard(grow(checkpoint, stage), tmp_path / "grown", toy.target(1, 1))
+    assert CheckpointReader(tmp_path / "grown").record.schedule_start == start
+    assert convert("megatron_tf", "hf", tmp_path / "grown", tmp_path / "model") == 0
+    assert convert("hf", "megatron_tf", tmp_path / "model", tmp_path / "back") == 0
+    assert CheckpointReader(tmp_path / "back").record.schedule_start == start
 
 
 def test_what_transformers_saves_again_is_read(exported, tmp_path):
@@ -85,6 +100,18 @@ def test_the_card_tells_lineage_and_loss(tmp_path):
     assert "nats a token on the first 192 tokens of data" in card
     assert "never grown" in card
     assert "60 (64 rows with padding" in card
+
+
+def test_the_card_names_layers_that_were_added_and_dropped(tmp_path):
+    options = {"grown": ["--insert-layers", "0,2"], "smaller": ["--drop-layers", "1"]}
+    checkpoint = save_small_model(tmp_path)
+    for name, change in options.items():
+        assert reshard_checkpoint.main(["--load", str(checkpoint), "--save", str(tmp_path / name), *change]) == 0
+        checkpoint = tmp_path / name
+    assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model", "--skip-check") == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "- step 0 (0 tokens): new layers 0, 3, by zero_key\n" in card
+    assert "- step 0 (0 tokens): without layers 1, by drop_layers\n" in card
 
 
 def alter_tau(write):
@@ -161,7 +188,7 @@ def test_without_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "has_transformers", lambda: False)
     checkpoint = save_small_model(tmp_path)
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 1
-    assert "pip install 'megatron_tf[hf]', or give --skip-check" in capsys.readouterr().err
+    assert "pip install 'megatron_tf[hf]', or use --skip-check" in capsys.readouterr().err
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model", "--skip-check") == 0
     assert "not compared" in capsys.readouterr().out
     assert load_export(tmp_path / "model").config.hidden_size == 32
@@ -201,18 +228,24 @@ def cut(export):
     "spoil, message",
     [
         (lambda export: (export / "config.json").unlink(), "it has no config.json"),
-        (lambda export: (export / "config.json").write_text("[1]"), "is not of a model that megatron_tf exported"),
-        (edit_config(megatron_tf=None), "is not of a model that megatron_tf exported"),
-        (edit_config(tau={"layers.0.ffn": 8.0}), "tau is not there for each projection"),
-        (edit_config(tau={"layers.0.ffn": "x"}), "is not of a model that megatron_tf exported"),
-        (edit_config(megatron_tf={"config": {}}), "is not of a model that megatron_tf exported: KeyError('model')"),
-        (edit_facts(num_layers=3, ffn_tokens=64), "tau is not there for each projection"),
+        (
+            lambda export: (export / "config.json").write_text("[1]"),
+            "does not belong to a model exported by megatron_tf",
+        ),
+        (edit_config(megatron_tf=None), "does not belong to a model exported by megatron_tf"),
+        (edit_config(tau={"layers.0.ffn": 8.0}), "tau of layers.0.attention.key is missing"),
+        (edit_config(tau={"layers.0.ffn": "x"}), "does not belong to a model exported by megatron_tf"),
+        (
+            edit_config(megatron_tf={"config": {}}),
+            "does not belong to a model exported by megatron_tf: KeyError('model')",
+        ),
+        (edit_facts(num_layers=3, ffn_tokens=64), "tau of layers.2.attention.key is missing"),
         (edit_facts(ffn_tokens=32), "ffn.key_tokens is [64, 32], expected [32, 32]"),
         (edit_facts(untie_embeddings_and_output_weights=True), "lacks lm_head.weight"),
         (edit_facts(hidden_size=33), "hidden_size (33) must be divisible"),
         (lambda export: (export / "model.safetensors").unlink(), "holds no weights"),
-        (write_index(x="../other.safetensors"), "which is no file next to it"),
-        (write_index(x="missing.safetensors"), "which is no file next to it"),
+        (write_index(x="../other.safetensors"), "which is not a file next to it"),
+        (write_index(x="missing.safetensors"), "which is not a file next to it"),
         (cut, "ends early"),
         (lambda export: (export / "model.safetensors").write_bytes(b"\xff" * 64), "not a safetensors file"),
         (lambda export: write_another_tokenizer(export), "is not the tokenizer that"),
@@ -236,7 +269,7 @@ def write_another_tokenizer(export):
 def test_a_place_that_is_taken_is_left_alone(exported, tmp_path, capsys):
     (tmp_path / "mine").write_text("x")
     assert convert("megatron_tf", "hf", exported[0], tmp_path) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert (tmp_path / "mine").exists()
 
 
@@ -259,7 +292,7 @@ def test_tokenizers_of_both_kinds_encode_as_ours(exported, tmp_path, capsys):
     assert train_tokenizer.main(["--input", str(tmp_path / "text.jsonl"), *options]) == 0
     checkpoint = save_small_model(tmp_path, tokenizer=("SentencePieceTokenizer", tmp_path / "sp.model"), vocab_size=330)
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 0
-    assert "encodes otherwise" not in capsys.readouterr().out
+    assert "encodes differently" not in capsys.readouterr().out
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == (tmp_path / "sp.model").read_bytes()
     assert (tmp_path / "model" / "tokenizer.json").exists()
     assert convert("hf", "megatron_tf", tmp_path / "model", tmp_path / "back") == 0
@@ -268,4 +301,4 @@ def test_tokenizers_of_both_kinds_encode_as_ours(exported, tmp_path, capsys):
 def test_a_tokenizer_that_transformers_reads_otherwise_is_told(exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "tokenizer_difference", lambda directory, tokenizer, texts: "odd text")
     assert convert("megatron_tf", "hf", exported[0], tmp_path / "model") == 0
-    assert "encodes otherwise than megatron_tf with this tokenizer: 'odd text'" in capsys.readouterr().out
+    assert "encodes differently from megatron_tf with this tokenizer: 'odd text'" in capsys.readouterr().out

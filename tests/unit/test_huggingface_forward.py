@@ -55,7 +55,7 @@ def test_a_cache_is_made_by_default_and_not_without_use_cache(model):
 def test_the_cache_may_be_given_under_both_names_if_it_is_one(model):
     cache = DynamicCache()
     assert model(IDS, cache=cache, past_key_values=cache).past_key_values is cache
-    with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+    with pytest.raises(ValueError, match="cache and past_key_values are two names of the same argument"):
         model(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
 
 

@@ -51,11 +51,11 @@ def test_repeats_are_independent_samples_and_the_first_stays_as_it_was(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pretrained": "RUN"}, "model_args name 'pretrained', which is not known: did you mean checkpoint?"),
+        ({"pretrained": "RUN"}, "model_args has the unknown key 'pretrained': did you mean checkpoint?"),
         ({"checkpoint": "RUN", "max_lenght": 3}, "did you mean max_length?"),
-        ({"checkpoint": "RUN", "zzz": 3}, "known are checkpoint, tokenizer_model, batch_size"),
-        ({}, "model_args name no checkpoint: write checkpoint=DIR"),
-        ({"checkpoint": "RUN", "dtype": "int8"}, "dtype is 'int8': known are float32"),
+        ({"checkpoint": "RUN", "zzz": 3}, "the keys are checkpoint, tokenizer_model, batch_size"),
+        ({}, "model_args has no checkpoint: add checkpoint=DIR"),
+        ({"checkpoint": "RUN", "dtype": "int8"}, "dtype is 'int8': choose from float32"),
         ({"checkpoint": "RUN", "max_length": "abc"}, "max_length is 'abc'"),
         ({"checkpoint": "RUN", "max_length": 1}, "max_length is 1: it must be 2 or more"),
         ({"checkpoint": "RUN", "max_gen_toks": 0}, "max_gen_toks is 0"),

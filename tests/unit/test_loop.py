@@ -93,7 +93,7 @@ def test_a_spike_is_reported(folder, monkeypatch, capsys):
     assert code == 0
     assert [line["step"] for line in lines if line.get("event") == "spike"] == [41, 42]
     out = capsys.readouterr().out
-    assert "the loss jumped to 50.0000, 2 step(s) in a row; the batch ends at sample 336" in out
+    assert "the loss jumped to 50.0000, 2 consecutive step(s); the batch ends at sample 336" in out
 
 
 def test_after_spikes_it_goes_back_and_skips_the_data(folder, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Losses and gradient norms of short runs, as they were when they were last looked at: a refactor changes none.
 
-`python -m tests.unit.test_loss_curves` writes them anew, where a change is meant.
+`python -m tests.unit.test_loss_curves` rewrites them after an intended change.
 """
 
 import json
@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from megatron_tf.parallel.mesh import Mesh
-from tests.support.training import small_run, training_run
+from tests.support.training import PLAIN, STRONG, small_run, training_run
 
 CURVES = Path(__file__).parent.parent / "golden" / "loss_curves.json"
 STEPS = 12
 RUNS = {
     **{norm: {"model": {"norm_activation": norm}} for norm in ("l2_norm_gelu", "gelu_l2_norm", "softmax")},
     "untied": {"model": {"untie_embeddings_and_output_weights": True}},
-    "transformer": {"model": {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None}},
+    "transformer": {"model": PLAIN},
+    "strong transformer": {"model": STRONG},
     "recomputed": {"training": {"recompute_granularity": "full"}},
     "bf16": {"training": {"precision": "bf16"}},
 }

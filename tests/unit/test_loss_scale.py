@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megatron_tf.config import LossScaleConfig
-from megatron_tf.layers.cross_entropy import cross_entropy
+from megatron_tf.layers.cross_entropy import token_losses
 from megatron_tf.layers.pattention import Pattention
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 from megatron_tf.training.step.loss_scale import LossScaler
 
 CONFIG = LossScaleConfig(initial_loss_scale=8.0, min_loss_scale=2.0, loss_scale_window=3, hysteresis=2)
@@ -39,7 +39,7 @@ def test_a_constant_scale_and_other_types_stay():
 
 
 @pytest.mark.parametrize("stop", range(9))
-def test_it_goes_on_where_it_was(stop):
+def test_it_resumes_where_it_was(stop):
     outcomes = "x.x...x.x"
     straight, first, second = (LossScaler(CONFIG, is_fp16=True) for _ in range(3))
     expected = scales(straight, outcomes)
@@ -60,7 +60,7 @@ def test_settings_that_contradict():
         LossScaleConfig(initial_loss_scale=1.0, min_loss_scale=2.0)
 
 
-@pytest.mark.parametrize("norm", NORMALISATIONS)
+@pytest.mark.parametrize("norm", NORMALIZATIONS)
 def test_statistics_that_fp16_could_not_hold(norm):
     """Scores of about 150 over 512 tokens: their squares add up to 1e7, fp16 ends at 65,504."""
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_statistics_that_fp16_could_not_hold(norm):
 
 def test_the_loss_of_fp16_logits_is_fp32():
     logits = (300 * torch.randn(7, 1000)).half()
-    losses = cross_entropy(logits.clone(), torch.arange(7), None)
+    losses = token_losses(logits, torch.arange(7))
     assert losses.dtype == torch.float32
     expected = torch.nn.functional.cross_entropy(logits.double(), torch.arange(7), reduction="none")
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-4)

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from megatron_tf.config import parse_config
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.kernels.dispatch import Kernels
-from megatron_tf.layers import cross_entropy as cross_entropy_module
-from megatron_tf.layers.cross_entropy import cross_entropy
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.model.parallelize import choose_computation
 from megatron_tf.model.tokenformer import TokenFormer
+from tests.support.training import PLAIN, STRONG
 
 TOKENS, WIDTH, COUNT = 4096, 768, 3072
 
@@ -59,43 +57,18 @@ def gradients(config, recompute, layer_dtype=torch.float32):
         torch.nn.init.normal_(parameter, std=0.2)
     choose_computation(model, Kernels(), recompute)
     ids = torch.arange(2 * 12).view(2, 12) % 60
-    loss = cross_entropy(model(ids).flatten(0, 1), ids.t().flatten(), None).mean()
+    loss = model(ids, targets=ids, divisor=ids.numel())
     loss.backward()
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layer", ["l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer"])
+@pytest.mark.parametrize("layer", ["l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer", "strong"])
 def test_recomputation_changes_no_bit(layer, dtype):
     values = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 60, "ffn_tokens": 24}
     tokens = {"qkv_tokens": 20, "proj_tokens": 12, "norm_activation": layer}
-    values |= {"layer": "transformer"} if layer == "transformer" else tokens
+    values |= {"transformer": PLAIN, "strong": STRONG}.get(layer, tokens)
     config = parse_config(ModelConfig, values, "test")
     expected = gradients(config, "none", dtype)
-    for recompute in ("full",) if layer == "transformer" else ("selective", "full"):
+    for recompute in ("full",) if config.layer == "transformer" else ("selective", "full"):
         assert all(torch.equal(a, b) for a, b in zip(expected, gradients(config, recompute, dtype), strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("chunk", [1, 7 * 11, 1 << 22])
-def test_cross_entropy_in_chunks(monkeypatch, dtype, chunk):
-    monkeypatch.setattr(cross_entropy_module, "_CHUNK_ELEMENTS", chunk)
-    logits = (3 * torch.randn(29, 11)).to(dtype)
-    targets = torch.randint(11, (29,))
-    plain = logits.detach().double().clone().requires_grad_()
-    expected = F.cross_entropy(plain, targets, reduction="none")
-    weights = torch.randn(29, dtype=torch.float64)
-    expected.backward(weights)
-    given = logits.clone().requires_grad_()
-    losses = cross_entropy(given, targets, None)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
-    losses.backward(weights.to(losses.dtype))
-    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(given.grad.double(), plain.grad, rtol=tolerance, atol=tolerance)
-
-
-def test_the_gradient_takes_the_place_of_the_logits():
-    logits = torch.randn(50, 40, requires_grad=True)
-    copy = logits * 1
-    (grad,) = torch.autograd.grad(cross_entropy(copy, torch.randint(40, (50,)), None).sum(), copy)
-    assert grad.data_ptr() == copy.data_ptr()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from megatron_tf.checkpoint.generations import Generation, Generations, Run
 from megatron_tf.config import ConfigError, OptimizerConfig
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.step.optimizer import MOMENTS, Optimizer
-from tests.support.training import small_run
+from tests.support.training import STRONG, small_run
 
 NAME, OLD, ROWS = "layers.0.ffn.key_tokens", 4, 7
 LR = 1e-2
@@ -44,6 +45,11 @@ def make(start, config, first_row=0):
     return one_process([parameter], [shard], config), parameter
 
 
+def old_rows_at(scale):
+    """Generations whose old rows have another learning rate."""
+    return Generations.of_runs({NAME: [Run(OLD, Generation(lr_scale=scale)), Run(ROWS - OLD, Generation(growth=1))]})
+
+
 def adamw(start, gradients, lr):
     """What torch's own AdamW makes of it."""
     p = torch.nn.Parameter(start.clone())
@@ -60,7 +66,7 @@ def test_old_rows_have_their_learning_rate(scale, first_row):
     torch.manual_seed(0)
     start, gradients = torch.randn(ROWS, 3), torch.randn(5, ROWS, 3)
     optimizer, parameter = make(start, OptimizerConfig(lr=LR, clip_grad=0), first_row)
-    optimizer.scale_old_rows({NAME: OLD}, scale)
+    optimizer.generations = old_rows_at(scale)
     for gradient in gradients:
         parameter.grad = gradient[first_row:].clone()
         optimizer.step(LR)
@@ -77,7 +83,7 @@ def test_old_rows_have_their_learning_rate(scale, first_row):
 def test_frozen_rows_do_not_count_in_the_norm():
     start = torch.zeros(ROWS, 3)
     optimizer, parameter = make(start, OptimizerConfig(lr=LR))
-    optimizer.scale_old_rows({NAME: OLD}, 0.0)
+    optimizer.generations = old_rows_at(0.0)
     parameter.grad = torch.ones(ROWS, 3)
     assert optimizer.step(LR).norm == pytest.approx(((ROWS - OLD) * 3) ** 0.5)
 
@@ -92,8 +98,7 @@ def test_moments_and_steps_go_on_where_they_were():
     second, other = make(parameter.detach(), OptimizerConfig(lr=LR, clip_grad=0))
     for moment in MOMENTS:
         second.moments(moment)[0].tensor.copy_(first.moments(moment)[0].tensor)
-    second.num_steps = first.num_steps
-    second.scale_old_rows({NAME: OLD}, 1.0)
+    second.generations = first.generations
     for gradient in gradients[3:]:
         other.grad = gradient.clone()
         second.step(LR)
@@ -144,6 +149,15 @@ def test_each_kind_has_its_decay(by_kind, expected):
         torch.testing.assert_close(parameter.detach(), torch.full((2, 3), 1 - LR * expected[kind]), msg=name)
 
 
+def test_norms_have_a_kind_inside_the_layers_and_none_decays():
+    parameters = model_parameters(small_run(model=dict(STRONG)).model).values()
+    vectors = [parameter for parameter in parameters if len(parameter.shape) == 1]
+    assert {parameter.kind for parameter in vectors if parameter.layer is not None} == {"norm"}
+    assert {parameter.kind for parameter in vectors if parameter.layer is None} == {"final_norm"}
+    assert not any(parameter.decays or parameter.is_sharded for parameter in vectors)
+    assert all(parameter.decays and parameter.is_sharded for parameter in parameters if parameter not in vectors)
+
+
 def test_a_kind_that_is_none_is_explained():
-    with pytest.raises(ConfigError, match="'embedding', 'qkv', 'proj', 'ffn', 'final_norm' or 'head'"):
+    with pytest.raises(ConfigError, match="'embedding', 'qkv', 'proj', 'ffn', 'norm', 'final_norm' or 'head'"):
         small_run(optimizer={"weight_decay_by_kind": {"norms": 0.0}})

@@ -11,17 +11,21 @@ import torch
 from megatron_tf.config import ModelConfig, RunConfig, load_config
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.tokenformer.parameters import Module, Role, initial_taus, model_parameters
-from tests.support.training import small_run
+from tests.support.training import PLAIN, STRONG, small_run
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if path.parent.name not in ("growth_study", "kubernetes")
+]
 NAMES_OF_OURS = re.compile(  # (?<![\w.-]) leaves names of other programs alone, such as model.layers.3
     r"""
-    (?<![\w.-])(layers|embedding|final_norm|head|attention|ffn)\.[\w({[*]  # the front of a name
+    (?<![\w.-])(layers|embedding|final_norm|head|(attention|ffn)(_norm)?)\.[\w({[*]  # the front of a name
     | ^\.?(layers|embedding|final_norm|head|attention|ffn)\.$             # the same, in an f-string or in startswith
     | (?<!\w)(key|value)_tokens\b
-    | (?<![\w.-])(query|key|value|proj|up|down)\.(weight|bias)\b
-    | ^\.?query$ | ^\.(key|value|proj|ffn|up|down|weight|bias)\.?$       # the end of one
+    | (?<![\w.-])(query|key|value|proj|gate|up|down|\w+_norm)\.(weight|bias)\b
+    | ^\.?query$ | ^\.(key|value|proj|ffn|gate|up|down|weight|bias)\.?$       # the end of one
     """,
     re.VERBOSE,
 )
@@ -36,13 +40,14 @@ def stages(run: RunConfig) -> list[ModelConfig]:
 
 
 def variants(model: ModelConfig) -> list[ModelConfig]:
-    """The model with two layers, tied and untied, and the plain transformer of the same trunk."""
+    """The model with two layers, tied and untied, and plain transformers of the same trunk."""
     changes = {f"{kind}_tokens": model.token_counts(kind)[:2] for kind in model.token_kinds}
     small = dataclasses.replace(model, num_layers=min(2, model.num_layers), **changes)
-    plain = dataclasses.replace(small, layer="transformer", qkv_tokens=None, proj_tokens=None)
+    plain = dataclasses.replace(small, **PLAIN)
+    strong = dataclasses.replace(small, **STRONG)
     return [
         dataclasses.replace(config, untie_embeddings_and_output_weights=is_untied)
-        for config in (small, plain)
+        for config in (small, plain, strong)
         for is_untied in (False, True)
     ]
 
@@ -69,8 +74,13 @@ def test_the_declaration_is_the_module_in_name_shape_and_order(path):
 
 def test_layers_of_different_numbers_of_tokens_are_declared_as_they_are_built():
     check(small_run(model={"qkv_tokens": [8, 16, 24], "ffn_tokens": [12, 24, 36]}).model)
-    plain = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None, "ffn_tokens": [12, 24, 36]}
-    check(small_run(model=plain).model)
+    for keys in (PLAIN, STRONG):
+        check(small_run(model={**keys, "ffn_tokens": [12, 24, 36]}).model)
+
+
+@pytest.mark.parametrize("key", ["norm", "mlp", "qk_norm"])
+def test_each_choice_of_the_plain_transformer_is_declared_as_it_is_built(key):
+    check(small_run(model={**PLAIN, key: STRONG[key]}).model)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -135,6 +145,9 @@ def test_no_other_file_knows_how_parameters_are_named():
         "attention.query",
         ".ffn.",
         "ffn.down.weight",
+        "ffn.gate.weight",
+        "attention_norm.weight",
+        "query_norm.weight",
         "proj.weight",
         "query",
         ".weight",

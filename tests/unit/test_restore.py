@@ -1,6 +1,7 @@
 """A checkpoint without moments: one that was converted begins with zeros; one of a run lacks something."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megatron_tf.checkpoint.record import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.training.run.changes import warn_of_dropout
 from megatron_tf.training.run.checkpointing import blend_of, new_record, restore_state, save_state
 from megatron_tf.training.run.resumable import open_resumable
 from megatron_tf.training.step.state import build_state
@@ -44,6 +46,28 @@ def restore(root):
 def test_a_run_keeps_the_blend_of_its_checkpoint(samples, recorded, blend):
     record = make_record(small_run().model, samples=samples)
     assert blend_of(replace(record, details=RunDetails(blend=recorded))) == blend
+
+
+@pytest.mark.parametrize(
+    "saved, now, recorded, named",
+    [
+        ({"hidden_dropout": 0.1}, {"hidden_dropout": 0.2}, None, "hidden_dropout"),
+        ({"attention_dropout": 0.1, "hidden_dropout": 0.1}, {"attention_dropout": 0.1}, "older", "attention_dropout"),
+        ({"hidden_dropout": 0.1}, {"hidden_dropout": 0.1}, "splitmix64", None),
+        ({"hidden_dropout": 0.1}, {}, None, None),
+        ({"hidden_dropout": 0.1}, {"attention_dropout": 0.1}, None, None),
+        ({}, {"hidden_dropout": 0.1}, None, None),
+    ],
+)
+def test_a_run_whose_masks_another_generator_drew_says_so(saved, now, recorded, named):
+    model = small_run().model
+    values = {"model": to_dict(model), "training": {"seq_length": 8, "seed": 7, **saved}}
+    record = replace(make_record(model, config=values, samples=56), details=RunDetails(dropout=recorded))
+    warning = warn_of_dropout(small_run(training=now), record, Path("saved"))
+    if named is None:
+        assert warning == ""
+    else:
+        assert warning.startswith(f"saved was saved by a version that drew the masks of {named} with another generator")
 
 
 def test_a_converted_checkpoint_begins_with_zero_moments(tmp_path):

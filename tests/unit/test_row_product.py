@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_tf.kernels.row_product import MOST_ROWS, is_for_rows, linear, multiply_rows, pattend_rows
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS
+from megatron_tf.kernels.row_product import MAX_ROWS, is_for_rows, linear, multiply_rows, pattend_rows
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 
 DTYPES = [torch.float32, torch.bfloat16]
 # columns: whole blocks of 32, part of one, both; outputs for one thread and for several
@@ -16,7 +16,7 @@ SHAPES = [(64, 100), (31, 7), (77, 300), (768, 768)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns, outputs", SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 @torch.no_grad()
 def test_products_equal_float64(dtype, columns, outputs, rows):
     torch.manual_seed(0)
@@ -28,15 +28,15 @@ def test_products_equal_float64(dtype, columns, outputs, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", NORMALISATIONS)
-@pytest.mark.parametrize("rows, width, tokens, out", [(1, 64, 96, 64), (3, 77, 31, 50), (MOST_ROWS, 768, 768, 768)])
+@pytest.mark.parametrize("norm", NORMALIZATIONS)
+@pytest.mark.parametrize("rows, width, tokens, out", [(1, 64, 96, 64), (3, 77, 31, 50), (MAX_ROWS, 768, 768, 768)])
 @torch.no_grad()
 def test_pattentions_equal_float64(dtype, norm, rows, width, tokens, out):
     torch.manual_seed(0)
     x = torch.randn(rows, width).to(dtype)
     keys = [(torch.randn(tokens, width) * 3 / width**0.5).to(dtype) for _ in range(2)]
     values, taus = [torch.randn(out, tokens).to(dtype) for _ in range(2)], [5.0, tokens**0.5]
-    found, definition = pattend_rows(norm, x, keys=keys, columns=values, taus=taus), NORMALISATIONS[norm]
+    found, definition = pattend_rows(norm, x, keys=keys, columns=values, taus=taus), NORMALIZATIONS[norm]
     for y, key, value, tau in zip(found, keys, values, taus, strict=True):
         scores = x.double() @ key.double().t()
         factor = definition.factor(definition.statistic(scores), torch.full((rows,), tau, dtype=torch.float64))
@@ -57,7 +57,7 @@ def test_scores_of_zero_and_large_ones_are_no_trouble():
 
 @torch.no_grad()
 def test_a_row_depends_on_no_other_and_not_on_threads():
-    x, weight = torch.randn(MOST_ROWS, 768), torch.randn(2048, 768)
+    x, weight = torch.randn(MAX_ROWS, 768), torch.randn(2048, 768)
     attend = partial(pattend_rows, "l2_norm_gelu", keys=[weight], columns=[weight.t().contiguous()], taus=[9.0])
     together, attended = multiply_rows(x, weight), attend(x)[0]
     assert torch.equal(together, torch.cat([multiply_rows(row[None], weight) for row in x]))
@@ -89,11 +89,11 @@ def test_what_needs_gradients_or_is_not_contiguous_is_left_to_others():
         assert is_for_rows(x, [weight])
         assert not is_for_rows(x, [weight, weight.t()])
         assert not is_for_rows(x, [weight.double()])
-        assert not is_for_rows(torch.randn(MOST_ROWS + 1, 64), [weight])
+        assert not is_for_rows(torch.randn(MAX_ROWS + 1, 64), [weight])
 
 
 def test_a_linear_map_takes_the_product_of_few_rows_only_where_it_may():
-    x, weight = torch.randn(2, MOST_ROWS, 768), torch.randn(300, 768)
+    x, weight = torch.randn(2, MAX_ROWS, 768), torch.randn(300, 768)
     few = x[:1]
     with torch.no_grad():
         assert torch.equal(linear(few, weight)[0], multiply_rows(few[0], weight))

@@ -10,8 +10,9 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tf.checkpoint.generations import Generation
 from megatron_tf.config import OptimizerConfig
-from megatron_tf.training.step.schedule import learning_rate, rewarmup
+from megatron_tf.training.step.schedule import learning_rate
 
 BASE = {"lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 10, "lr_decay_iters": 110}
 CORNERS = {
@@ -43,15 +44,19 @@ def test_the_decay_of_one_that_is_all_warm_up_is_safe():
 
 
 def test_the_warm_up_after_growth():
-    assert [rewarmup(step, 100, 4) for step in (100, 101, 103, 104, 500)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert rewarmup(100, 100, 0) == 1.0
+    generation, factors = Generation(rewarmup_iters=4), []
+    for _ in range(6):
+        factors.append(generation.rewarmup)
+        generation = generation.advanced()
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert Generation().rewarmup == 1.0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"lr_warmup_fraction": 0.1}, "give one"),
-        ({"lr_wsd_decay_iters": 5}, "are for lr_decay_style: WSD, it is cosine"),
+        ({"lr_wsd_decay_iters": 5}, "need lr_decay_style: WSD, but it is cosine"),
         ({"min_lr": 2.0}, "is above lr"),
     ],
 )
@@ -63,8 +68,8 @@ def test_settings_that_contradict(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_warmup_tokens": 5}, r"needs lr_decay_tokens and no key by steps: given are \['lr_warmup_tokens'\]"),
-        ({"lr_decay_tokens": 50, "lr_warmup_iters": 5}, "no key by steps"),
+        ({"lr_warmup_tokens": 5}, r"needs lr_decay_tokens and no key in steps, got \['lr_warmup_tokens'\]"),
+        ({"lr_decay_tokens": 50, "lr_warmup_iters": 5}, "no key in steps"),
         ({"lr_decay_tokens": 50, "lr_warmup_tokens": 5, "lr_warmup_fraction": 0.1}, "given twice"),
     ],
 )

@@ -40,8 +40,10 @@ def requests_of(model, count):
         yield Request(ids, num_scored)
 
 
+@pytest.mark.parametrize("logits", [1, 1000, 1 << 26], ids=lambda count: f"{count} logits at a time")
 @pytest.mark.parametrize("batch_size", [1, 4, None])
-def test_scores_are_those_of_the_plain_model(model, batch_size):
+def test_scores_are_those_of_the_plain_model(model, batch_size, logits, monkeypatch):
+    monkeypatch.setattr("megatron_tf.inference.scoring._LOGITS", logits)
     requests = list(requests_of(model, 21))
     scores = dict(score(model, requests, batch_size))
     assert sorted(scores) == list(range(21))

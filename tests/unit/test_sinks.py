@@ -32,7 +32,7 @@ def test_a_full_disk_is_warned_of_once_and_lines_lost_are_counted(tmp_path, caps
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5]
     assert len(warnings) == 2
     assert "No space left on device; training continues without it" in warnings[0]
-    assert "takes metrics again, 3 were lost" in warnings[1]
+    assert "accepts metrics again, 3 were lost" in warnings[1]
 
 
 def test_half_a_line_does_not_stay(tmp_path):
@@ -54,7 +54,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(monkeypatch, capsys):
         log.say("something")
         monkeypatch.undo()
         full.close = lambda: None
-        assert "warning: the log takes no more lines: " in capsys.readouterr().err
+        assert "warning: the log can't be written: " in capsys.readouterr().err
 
 
 def test_tensorboard_gets_every_scalar(tmp_path):
@@ -173,7 +173,7 @@ def test_a_log_that_closes_is_warned_of_once(monkeypatch, capsys):
         for _ in range(5):
             log.say("something")
     monkeypatch.undo()
-    assert capsys.readouterr().err.count("the log takes no more lines") == 1
+    assert capsys.readouterr().err.count("the log can't be written") == 1
 
 
 def test_shares_of_an_interval_are_of_all_its_time(capsys):

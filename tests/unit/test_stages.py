@@ -1,5 +1,7 @@
 """Stages of growth that do not fit the ranks are refused before the first step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,6 +19,11 @@ def run_with(*stages, **sections):
     return parse_config(RunConfig, values | {"growth": growth}, "test")
 
 
+def restored(mesh, stage):
+    """A run on these ranks that has reached a stage."""
+    return SimpleNamespace(state=SimpleNamespace(mesh=mesh), stage=stage, record=None)
+
+
 @pytest.mark.parametrize(
     "stages, message",
     [
@@ -29,7 +36,7 @@ def run_with(*stages, **sections):
 )
 def test_a_layout_that_needs_other_ranks_is_named_with_its_stage(stages, message):
     with pytest.raises(ConfigError, match=message):
-        _check_stages(run_with(*stages), ALONE, 0)
+        _check_stages(run_with(*stages), restored(ALONE, 0))
 
 
 def test_a_batch_too_small_for_the_replicas_of_a_stage_is_named(rank_pool):
@@ -46,11 +53,11 @@ def check(mesh):
         training=training,
     )
     try:
-        _check_stages(config, mesh, 0)
+        _check_stages(config, restored(mesh, 0))
     except ConfigError as error:
         return str(error)
     return "nothing"
 
 
 def test_stages_that_are_behind_the_run_are_not_looked_at():
-    _check_stages(run_with({"ffn_tokens": 96, "tensor_model_parallel_size": 2}), ALONE, 1)
+    _check_stages(run_with({"ffn_tokens": 96, "tensor_model_parallel_size": 2}), restored(ALONE, 1))

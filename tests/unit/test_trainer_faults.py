@@ -1,4 +1,4 @@
-"""The loop around non-finite batches: skipped, counted, and after too many in a row the end."""
+"""The loop around non-finite batches: they are skipped and counted, and too many consecutive ones abort the run."""
 
 import json
 import math
@@ -27,12 +27,12 @@ def run_with_faults(folder, monkeypatch, name, faults, is_overflow=False):
     config = derive_run(folder, name)
     original, seen, positions = loop.train_step, iter(range(1000)), []
 
-    def step(state, batch, lr):
+    def step(state, batch, lr, inspector):
         positions.append(int(batch.sample_numbers[0, 0]))
         if next(seen) in faults:
             nonfinite = {"layers.1.ffn.key_tokens": 0, "head.weight": 3}
             return StepResult(math.nan, math.nan, nonfinite=nonfinite, is_overflow=is_overflow)
-        return original(state, batch, lr)
+        return original(state, batch, lr, inspector)
 
     monkeypatch.setattr(loop, "train_step", step)
     return pretrain.main([str(config)]), positions
@@ -58,7 +58,7 @@ def test_some_are_skipped_and_said(folder, monkeypatch, capsys):
 def test_too_many_in_a_row_end_the_run_with_what_was_before(folder, monkeypatch, capsys):
     assert run_with_faults(folder, monkeypatch, "many", set(range(3, 8)))[0] == 1
     error = capsys.readouterr().err
-    assert "5 batches in a row were non-finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
+    assert "5 consecutive batches were non-finite in layers.1.ffn.key_tokens (rank 0), head.weight (rank 3)" in error
     assert "after step 3" in error
     assert run_with_faults(folder, monkeypatch, "straight", set())[0] == 0
     reader = CheckpointReader(folder / "many")

@@ -1,8 +1,21 @@
 """Who is to blame when ranks wait for each other."""
 
-import pytest
+import json
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from threading import Event, Thread
 
-from megatron_tf.training.supervision.watchdog import Heartbeat, explain
+import pytest
+import torch.distributed as dist
+
+from megatron_tf.training.supervision import heartbeats, watchdog
+from megatron_tf.training.supervision.diagnosis import explain
+from megatron_tf.training.supervision.heartbeats import Board, Heartbeat
+from megatron_tf.training.supervision.watchdog import LostRankError, Watchdog
+
+ROUNDS = 6
+"""Heartbeats that a rank reads at most while it waits for the report of one that responds, two in each round."""
 
 
 def beat(count, operation="forward-backward of step 7", is_waiting=True, place="x.py:1 in f"):
@@ -56,4 +69,141 @@ def test_where_all_wait_all_are_named_up_to_four():
 
 @pytest.mark.parametrize("before", [None, beat(3)])
 def test_a_rank_that_never_began(before):
-    assert "rank 1 never began" in explain({0: beat(5), 1: before}, {0: beat(9), 1: None}, rank=0, symptom="")
+    assert "rank 1 never started" in explain({0: beat(5), 1: before}, {0: beat(9), 1: None}, rank=0, symptom="")
+
+
+def test_a_rank_whose_collective_failed_still_counts_as_one_that_waited(monkeypatch):
+    """A rank that exits at its own limit ends the others' collectives while they diagnose."""
+    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_place_of", lambda frame: ("collectives.py:33 in all_reduce", True))
+    store = dist.HashStore()
+    busy = asdict(beat(5, "data of step 7", is_waiting=False))
+    store.set("beat/1", json.dumps(busy))
+    now = lambda: ("forward-backward of step 7", 0.0)  # noqa: E731
+    dog = Watchdog(store, rank=0, size=2, now=now, limit_seconds=1e9, end=lambda text: None)
+    with pytest.raises(LostRankError) as raised, dog:  # noqa: PT012  # the context is what is tested
+        time.sleep(0.2)
+        monkeypatch.setattr(watchdog, "_place_of", lambda frame: ("watchdog.py:1 in _diagnose", False))
+        Thread(target=lambda: (time.sleep(0.1), store.set("beat/1", json.dumps({**busy, "count": 6})))).start()
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+    assert "rank 1 (host node4, pid 4711) keeps the others waiting, in data of step 7" in str(raised.value)
+
+
+def test_a_rank_that_left_the_report_to_another_does_not_count_as_gone():
+    before = {0: beat(5), 1: beat(5), 2: beat(5, "data of step 7", is_waiting=False)}
+    after = {0: beat(9), 1: replace(before[1], has_left=True), 2: beat(9, "data of step 7", is_waiting=False)}
+    assert explain(before, after, rank=0, symptom="").startswith(
+        "rank 2 (host node4, pid 4711) keeps the others waiting"
+    )
+    # also if it was the one that the others waited for, and whichever rank is the lowest
+    left = {0: replace(before[2], has_left=True), 1: beat(9), 2: beat(9)}
+    assert explain(before, left, rank=1, symptom="").startswith(
+        "rank 0 (host node4, pid 4711) keeps the others waiting"
+    )
+    assert explain(before, left, rank=2, symptom="") is None
+
+
+class Run:
+    """Ranks of a run that has reached its limit, in threads; the silent ones have published one heartbeat."""
+
+    def __init__(self, monkeypatch, size, silent=(), limit_seconds=1e-6):
+        monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.3)
+        monkeypatch.setattr(watchdog, "_PATIENCE_BEATS", 4)
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.read = Counter()
+        self.ends = [Event() for _ in range(size)]
+        self.reports = {}
+        read = Board.read
+        monkeypatch.setattr(Board, "read", lambda board, ranks: self.count(board, ranks) or read(board, ranks))
+        start = time.perf_counter()
+        self.dogs = [
+            Watchdog(
+                self.store,
+                rank=rank,
+                size=size,
+                now=lambda: ("forward-backward of step 7", start),
+                limit_seconds=limit_seconds if rank == size - 1 else 1e9,
+                end=lambda report, rank=rank: self.end(rank, report),
+            )
+            for rank in range(size)
+        ]
+        for rank, dog in enumerate(self.dogs):
+            dog._tell_position()
+            if rank not in silent:
+                dog.__enter__()
+        for rank in set(range(size)) - set(silent):
+            assert self.ends[rank].wait(60), f"rank {rank} does not end"
+
+    def count(self, board, ranks):
+        self.read[board.rank] += len(ranks)
+
+    def end(self, rank, report):
+        self.dogs[rank].stop.set()
+        self.dogs[rank].is_over.set()
+        if report is not None:
+            self.reports[rank] = report
+        self.ends[rank].set()
+
+
+def test_a_fault_on_one_rank_ends_all_and_only_the_lowest_reads_every_heartbeat(monkeypatch):
+    run = Run(monkeypatch, 16)
+    assert list(run.reports) == [0]
+    assert run.reports[0].endswith("(the limit of 0 s is reached)")
+    assert run.read[0] == 2 * 16
+    # nothing at all if the report is there first; while they wait for it, rank 0 alone
+    assert all(run.read[rank] <= ROUNDS for rank in range(1, 16)), run.read
+
+
+def test_if_the_lowest_ranks_are_lost_the_next_one_reports(monkeypatch):
+    run = Run(monkeypatch, 12, silent=(0, 1, 2))
+    assert list(run.reports) == [3]
+    assert run.reports[3].startswith("rank 0 (host ")
+    assert "; rank 2 (host " in run.reports[3]
+    assert "; rank 3 " not in run.reports[3]
+    assert run.read[3] == 2 * (1 + 2 + 12)  # rank 0, the other lower ranks, all
+    assert all(run.read[rank] <= 2 * (1 + 7) + ROUNDS for rank in range(4, 12)), run.read
+
+
+def test_heartbeats_are_read_in_one_answer_and_missing_ones_do_not_block_it():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    board = Board(store, 0)
+    for rank in set(range(600)) - {3, 599}:
+        store.set(f"beat/{rank}", json.dumps(asdict(beat(rank))))
+    asked = []
+    board._ask = lambda question: asked.append(question) or question()
+    assert board.read(range(100, 300)) == {rank: beat(rank) for rank in range(100, 300)}
+    assert len(asked) == 2
+    beats = board.read(range(600))
+    assert list(beats) == list(range(600))
+    assert [rank for rank, each in beats.items() if each is None] == [3, 599]
+    assert all(beats[rank] == beat(rank) for rank in set(beats) - {3, 599})
+    assert len(asked) < 60
+
+
+def test_a_store_that_does_not_answer_counts_as_lost(monkeypatch):
+    monkeypatch.setattr(heartbeats, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.05)
+    store = dist.HashStore()
+    ended, frozen, reports = Event(), Event(), []
+    end = lambda report: reports.append(report) or dog.stop.set() or ended.set()  # noqa: E731
+    dog = Watchdog(store, rank=1, size=2, now=lambda: ("data of step 7", 0.0), limit_seconds=0, end=end)
+    monkeypatch.setattr(Board, "_read_batch", lambda board, ranks: board._ask(frozen.wait))
+    with dog:
+        assert ended.wait(60)
+    frozen.set()
+    assert reports == [
+        "the rank that hosts the run's store, usually rank 0, is gone or frozen (the limit of 0 s is reached)"
+    ]
+
+
+def test_a_rank_that_is_alarmed_leaves_its_end_to_its_failing_collective(monkeypatch):
+    """Its main thread closes the logs, which an exit from another thread would not."""
+    monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.05)
+    store, ends = dist.HashStore(), []
+    dog = Watchdog(store, rank=0, size=2, now=lambda: ("data of step 7", 0.0), limit_seconds=1e9, end=ends.append)
+    with pytest.raises(LostRankError) as raised, dog:  # noqa: PT012  # the context is what is tested
+        Board(store, 1).raise_alarm("(Connection closed by rank 1)")
+        store.wait([heartbeats.REPORT])
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711")
+    assert str(raised.value) == "rank 1 never started (Connection closed by rank 1)"
+    assert not ends

@@ -1,1 +1,1 @@
-"""Directories for transformers: tensors, configuration, tokenizer, the model's code, and the check of all of them."""
+"""Export to and import from transformers: tensors, configuration, tokenizer, model code, and a check of the result."""

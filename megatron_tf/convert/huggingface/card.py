@@ -1,38 +1,32 @@
 """The model card of an export."""
 
-from megatron_tf.checkpoint.record import GrowthEvent, RunRecord
-from megatron_tf.config import TOKEN_KINDS
+from megatron_tf.checkpoint.growth_event import GrowthEvent
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.config import TOKEN_KINDS, ModelConfig
+from megatron_tf.convert.huggingface.plain import architecture
 from megatron_tf.tokenformer.sizes import parameter_count
 
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- tokenformer
+- {tag}
 - megatron_tf
 ---
 
 # {name}
 
-A [TokenFormer](https://arxiv.org/abs/2410.23168) language model of {parameters:,} parameters, trained with megatron_tf.
+A {kind} language model of {parameters:,} parameters, trained with megatron_tf.
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-```
-
-`trust_remote_code` runs `modeling_tokenformer.py` of this directory: read it first.
+{usage}
 
 | | |
 |---|---|
 | layers, hidden size, heads | {num_layers}, {hidden_size}, {num_attention_heads} |
-| parameter tokens | {tokens} |
-| normalisation | {norm_activation} |
-| vocabulary | {vocab_size:,} ({padded_vocab_size:,} rows with padding, which `generate` leaves out) |
+{units}
+| vocabulary | {vocab_size:,} ({padded_vocab_size:,} rows with padding, which `generate` never produces) |
 | tokenizer | {tokenizer} |
-| trained with samples of | {seq_length:,} tokens |
+| trained with sequences of | {seq_length:,} tokens |
 
 ## Training and lineage
 
@@ -43,26 +37,62 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 {measured}
 """
 
+_TOKENFORMER_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+```
+
+`trust_remote_code` runs `modeling_tokenformer.py` of this directory: read it first."""
+_PLAIN_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+The architecture is transformers' own `{architecture}`: no remote code is needed."""
+
 
 def model_card(record: RunRecord, name: str, measured: str | None) -> str:
-    """Return README.md of an export called `name`, from the checkpoint's record; `measured` is a loss in words."""
+    """Return README.md of an export called `name`, from the checkpoint's record; `measured` is a sentence on the
+    loss."""
     model = record.model
     tokenizer = record.tokenizer
     return _CARD.format(
         name=name,
+        **(_plain(model, name) if model.layer == "transformer" else _tokenformer(model, name)),
         parameters=parameter_count(model),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        tokens=", ".join(f"{kind} {_range(model.token_counts(kind))}" for kind in TOKEN_KINDS),
-        norm_activation=model.norm_activation,
         vocab_size=model.vocab_size,
         padded_vocab_size=model.padded_vocab_size,
         tokenizer=f"{tokenizer['type']}, SHA-256 {tokenizer['sha256']}" if tokenizer["sha256"] else tokenizer["type"],
         seq_length=record.seq_length,
         lineage="\n".join(f"- {line}" for line in _lineage(record)),
-        measured=measured or "Not measured at the export.",
+        measured=measured or "Not measured during the export.",
     )
+
+
+def _tokenformer(model: ModelConfig, name: str) -> dict[str, str]:
+    tokens = ", ".join(f"{kind} {_range(model.token_counts(kind))}" for kind in TOKEN_KINDS)
+    return {
+        "tag": "tokenformer",
+        "kind": "[TokenFormer](https://arxiv.org/abs/2410.23168)",
+        "usage": _TOKENFORMER_USAGE.format(name=name),
+        "units": f"| parameter tokens | {tokens} |\n| normalization | {model.norm_activation} |",
+    }
+
+
+def _plain(model: ModelConfig, name: str) -> dict[str, str]:
+    return {
+        "tag": "transformer",
+        "kind": "transformer",
+        "usage": _PLAIN_USAGE.format(name=name, architecture=architecture(model)),
+        "units": f"| hidden units of each MLP | {_range(model.token_counts('ffn'))} |",
+    }
 
 
 def _range(counts: list[int]) -> str:
@@ -78,7 +108,11 @@ def _lineage(record: RunRecord) -> list[str]:
 
 
 def _growth(event: GrowthEvent) -> str:
-    kinds = [f"{kind} {old} to {new} tokens" for kind, (old, new) in event.kinds.items()]
+    changes = [f"{kind} {old} to {new} tokens" for kind, (old, new) in event.kinds.items()]
+    if event.hidden_size is not None:
+        changes.insert(0, "width {} to {}".format(*event.hidden_size))
     if event.inserted_layers:
-        kinds.append(f"new layers {', '.join(map(str, event.inserted_layers))}")
-    return f"step {event.step:,} ({event.tokens:,} tokens): {', '.join(kinds)}, by {event.init}"
+        changes.append(f"new layers {', '.join(map(str, event.inserted_layers))}")
+    if event.dropped_layers:
+        changes.append(f"without layers {', '.join(map(str, event.dropped_layers))}")
+    return f"step {event.step:,} ({event.tokens:,} tokens): {', '.join(changes)}, by {event.init}"

@@ -1,4 +1,4 @@
-"""Checks that an export, loaded by transformers, computes what the checkpoint does."""
+"""Checks that an export loaded by transformers computes the same as the checkpoint."""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.model import load_model
 
 _TOLERANCE = 2e-5
-"""Largest difference of logits that counts as none."""
+"""Largest absolute difference of logits that counts as equal."""
 _FORWARD = "a forward pass"
 _IDS = (2, 64)
 _PROMPT_LENGTHS = (7, 3, 5)
@@ -26,45 +26,49 @@ _WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "greedy generation of a left-padded batch": (3, {}),
     "beam search of a left-padded batch": (3, {"num_beams": 2}),
 }
-"""How users generate: with how many of the prompts, and with which settings of `generate`."""
+"""Ways to generate: name -> (number of prompts, arguments of `generate`)."""
 
 
 class _Logits(NamedTuple):
-    """What transformers computes in some way."""
+    """Logits computed by transformers in one way."""
 
     way: str
     ids: Tensor  # [B, S]
-    logits: Tensor  # [B, S', V], of the last tokens but `num_unread`
+    logits: Tensor  # [B, S', V]: logits of the last tokens, except the final `num_unread`
     num_unread: int = 0
 
 
 def has_transformers() -> bool:
-    """Whether the check can be made; protobuf is what transformers reads SentencePiece models with."""
+    """Return whether the check can run; transformers needs protobuf to read SentencePiece models."""
     return all(importlib.util.find_spec(package) for package in ("transformers", "google", "google.protobuf"))
 
 
-def check_logits(checkpoint: Path, export: Path, say: Callable[[str], object]) -> None:
-    """Raise CheckpointError where transformers computes other logits from the `export`; `say` takes what was found.
+def check_logits(
+    checkpoint: Path, export: Path, say: Callable[[str], object], *, relative_tolerance: float = 0.0
+) -> None:
+    """Raise CheckpointError if transformers computes different logits from the `export`; `say` gets the differences.
 
-    In float64 where float32 shows a difference: there, rounding is no excuse.
+    If they differ in float32, the comparison is repeated in float64, where rounding can't explain it. A
+    `relative_tolerance`, as a share of the largest logit, is for architectures that round to fp32 in any dtype.
     """
     for dtype in (torch.float32, torch.float64):
         differences, largest = _logits_differences(checkpoint, export, dtype)
         worst = float(torch.tensor(list(differences.values())).max())  # NaN where one of them is
         what = f"max |delta logit| between megatron_tf and transformers in {str(dtype).removeprefix('torch.')}"
         say(f"{what}: {worst:.3g} (largest |logit| {largest:.3g})")
-        if worst <= _TOLERANCE:
+        limit = max(_TOLERANCE, relative_tolerance * largest)
+        if worst <= limit:
             return
-    way, difference = next((way, found) for way, found in differences.items() if not found <= _TOLERANCE)
-    raise CheckpointError(f"the exported model's logits differ by {difference:.3g} in {way}, more than {_TOLERANCE:g}")
+    way, difference = next((way, found) for way, found in differences.items() if not found <= limit)
+    raise CheckpointError(f"the exported model's logits differ by {difference:.3g} in {way}, more than {limit:.3g}")
 
 
 @torch.no_grad()
 def _logits_differences(checkpoint: Path, export: Path, dtype: torch.dtype) -> tuple[dict[str, float], float]:
-    """(largest difference of the logits by the way transformers computes them, largest logit).
+    """Return (largest difference of logits for each way to compute them, largest logit).
 
-    Our model reads the ids that transformers generated, so that a near tie between two ids does no harm. One model is
-    loaded after the other. Raises CheckpointError where transformers fails.
+    Our model reads the ids that transformers generated, so that near ties between two ids don't matter. The models are
+    loaded one after the other. Raises CheckpointError if transformers fails.
     """
     theirs = _logits_of_transformers(export, dtype)
     model = load_model(checkpoint).to(dtype)
@@ -98,7 +102,7 @@ def _logits_of_transformers(export: Path, dtype: torch.dtype) -> list[_Logits]:
 
 
 def _generate(model: Any, prompts: Sequence[Tensor], *, way: str, settings: dict[str, Any]) -> Iterator[_Logits]:
-    """The logits before each new token, prompt by prompt."""
+    """Generate with transformers, and collect the logits before each new token, prompt by prompt."""
     longest = max(map(len, prompts))
     padded = torch.stack([torch.nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts])
@@ -116,12 +120,12 @@ def _generate(model: Any, prompts: Sequence[Tensor], *, way: str, settings: dict
         rows = output.beam_indices[sample].tolist() if "num_beams" in settings else [sample] * _NUM_NEW_TOKENS
         logits = torch.stack([step[row] for step, row in zip(output.logits, rows, strict=True)])
         ids = output.sequences[sample, longest - len(prompt) :]
-        yield _Logits(way, ids[None], logits[None], num_unread=1)  # nothing has read the last token
+        yield _Logits(way, ids[None], logits[None], num_unread=1)  # the last token has not been processed
 
 
 @contextmanager
 def _blame_for(what: str) -> Iterator[None]:
-    """Whatever transformers raises, as a CheckpointError in one line."""
+    """Convert any error of transformers to a CheckpointError of one line."""
     try:
         yield
     except Exception as error:
@@ -132,14 +136,14 @@ def _blame_for(what: str) -> Iterator[None]:
 
 
 def load_export(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """The model as its users get it, in evaluation mode; `options` are those of `from_pretrained`."""
+    """Load the exported model as users do, in evaluation mode; `options` are those of `from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=dtype, **options).eval()
 
 
 def tokenizer_difference(directory: Path, tokenizer: Tokenizer, texts: Sequence[str] = PROBES) -> str | None:
-    """The first text, by default of those easily got wrong, that transformers encodes otherwise; None without one."""
+    """Return the first text, by default of PROBES, that transformers encodes differently; None if there is none."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
@@ -150,7 +154,7 @@ def tokenizer_difference(directory: Path, tokenizer: Tokenizer, texts: Sequence[
 
 
 def convert_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json from a SentencePiece model, which not every version of transformers converts alike."""
+    """Write tokenizer.json from a SentencePiece model now, as versions of transformers convert it differently."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)

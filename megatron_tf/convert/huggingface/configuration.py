@@ -1,4 +1,4 @@
-"""config.json of an export, read the way transformers reads it."""
+"""Interprets config.json of an export the way transformers does."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +16,15 @@ _KEYS = {
     "layernorm_epsilon": ("layer_norm_eps", 1e-5),
     "init_method_std": ("initializer_range", 0.02),
 }
-"""Key of ours -> (transformers' key, what TokenFormerConfig takes where it is absent)."""
+"""Our key -> (transformers' key, default of TokenFormerConfig)."""
 VOCAB_SIZE, MAX_POSITIONS = 50304, 2048
-"""What it takes for rows of the embedding, and for the length of samples."""
+"""Defaults of TokenFormerConfig for the rows of the embedding and the sequence length."""
 _FACTORS = {"qkv": 1, "proj": 1, "ffn": 4}
 
 
 def model_section(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The model that transformers builds of a config.json, by our keys; `saved` tells what only we know of it: how the
-    vocabulary is padded. Numbers that did not change are left as they are in `saved`."""
+    """Return the model that transformers builds from a config.json, by our keys. `saved` is the model at the export: it
+    supplies the padding of the vocabulary, and the form of values that did not change."""
     model = dict(saved)
     for ours, (theirs, default) in _KEYS.items():
         model[ours] = config.get(theirs, default)
@@ -40,7 +40,7 @@ def model_section(config: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[s
 
 
 def check_vocabulary(config: Mapping[str, Any], model: ModelConfig, source: object) -> None:
-    """Raise CheckpointError where transformers' embedding has other rows than our padded vocabulary."""
+    """Raise CheckpointError if transformers' embedding does not have the size of our padded vocabulary."""
     rows = config.get("vocab_size", VOCAB_SIZE)
     if rows != model.padded_vocab_size:
         raise CheckpointError(

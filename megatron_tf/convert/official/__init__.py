@@ -1,4 +1,4 @@
 """The official implementation's weights: one `pytorch_model.bin` of fp32, bf16 or fp16 tensors, under its names.
 
-It has no optimizer state and no temperatures: its code computes tau from the number of tokens at every call.
+The format has no optimizer state and no temperatures: the official code computes tau from the number of tokens.
 """

@@ -1,4 +1,4 @@
-"""What the official implementation calls parameters, and what its published models have that no tensor tells."""
+"""Parameter names of the official implementation, and facts about its published models that no tensor contains."""
 
 from megatron_tf.convert.names import NameTable
 from megatron_tf.tokenformer.parameters import Module, Role
@@ -23,4 +23,4 @@ OFFICIAL = NameTable(
     },
 )
 PUBLISHED = {"rotary_base": 10000.0, "rotary_percent": 0.25, "layernorm_epsilon": 1e-5}
-"""What no tensor tells, as the published models have it; by the model's keys."""
+"""Values of the published models that can't be inferred from tensors, by the keys of the model configuration."""

@@ -1,4 +1,4 @@
-"""Reading official weights: the tensors of a file, and the configuration that their shapes tell."""
+"""Reads official weights: the tensors of a file, and the configuration inferred from their shapes."""
 
 import re
 import zipfile
@@ -33,9 +33,9 @@ _MODULE_OF_KIND = {"qkv": Module.QUERY, "proj": Module.PROJ, "ffn": Module.FFN}
 def read_official(
     path: Path, tokenizer: TokenizerChoice, *, given: dict[str, Any], seq_length: int
 ) -> ExternalCheckpoint:
-    """Return the model of a file, with a tokenizer of as many ids; `given` are keys of the model that no tensor tells.
+    """Return the model in a file as a checkpoint; `given` are model keys that can't be inferred from the tensors.
 
-    Raises CheckpointError and ConfigError where the file is not of such a model.
+    Raises CheckpointError or ConfigError if the file does not contain such a model, or the tokenizer does not match.
     """
     tensors = read_official_tensors(path)
     inferred = _infer_model(path, tensors, tokenizer.identity["vocab_size"])
@@ -46,9 +46,9 @@ def read_official(
 
 
 def read_official_tensors(path: Path) -> dict[str, ExternalTensor]:
-    """The tensors of a file under their own names; only what is read of them takes memory, and no code in it runs.
+    """Open the tensors of a file under their own names, without running any code in it; data is read on demand.
 
-    Raises CheckpointError where it is not a file of tensors.
+    Raises CheckpointError if it is not a file of tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: name the {FILE} to convert")
@@ -56,12 +56,12 @@ def read_official_tensors(path: Path) -> dict[str, ExternalTensor]:
 
 
 def _read_old(path: Path) -> dict[str, ExternalTensor]:
-    """What torch wrote before 1.6, which is loaded whole."""
+    """Read the format of torch before 1.6, which has to be loaded as a whole."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no tensors end in errors of any kind
+    except Exception as error:  # invalid files raise errors of any kind
         reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path} can't be read as tensors alone: {reason[0] if reason else error!r}") from error
+        raise CheckpointError(f"{path} can't be read as plain tensors: {reason[0] if reason else error!r}") from error
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} holds {type(state).__name__}, not tensors by name")
     for name, value in state.items():
@@ -71,18 +71,20 @@ def _read_old(path: Path) -> dict[str, ExternalTensor]:
 
 
 def _infer_model(path: Path, tensors: Mapping[str, ExternalTensor], vocab_size: int) -> dict[str, Any]:
-    """What the shapes, and the size of the tokenizer, tell of a model's configuration: all but heads and normalisation.
+    """Infer the model configuration, except heads and normalization, from tensor shapes and the tokenizer's size.
 
-    Raises CheckpointError for tensors that are not those of an official TokenFormer.
+    Raises CheckpointError if the tensors are not those of an official TokenFormer.
     """
     layers = {int(match[1]) for name in tensors if (match := _LAYER.match(name))}
     if not layers:
         missing = OFFICIAL.name(Module.QUERY, Role.KEYS, num_layers=0)
-        raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {missing}")
+        raise CheckpointError(f"{path} is not an official TokenFormer: it lacks {missing}")
     num_layers = max(layers) - 1
-    if layers != set(range(2, 2 + len(layers))):  # before anything is made for each of what may be a billion layers
+    if layers != set(
+        range(2, 2 + len(layers))
+    ):  # before creating anything per layer, since a damaged file may declare a billion
         first = next(number for number in range(2, 2 + len(layers)) if number not in layers)
-        raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks sequential.{first}")
+        raise CheckpointError(f"{path} is not an official TokenFormer: it lacks sequential.{first}")
     shapes = {
         kind: _matrix_shape(path, tensors, OFFICIAL.name(module, Role.KEYS, num_layers=num_layers))
         for kind, module in _MODULE_OF_KIND.items()
@@ -100,7 +102,7 @@ def _infer_model(path: Path, tensors: Mapping[str, ExternalTensor], vocab_size: 
 
 
 def _padding(path: Path, rows: int, vocab_size: int) -> int:
-    """A multiple to which `vocab_size` is padded to `rows`: the official code takes 128 times the number of ranks."""
+    """Return a multiple that pads `vocab_size` to `rows`; the official code uses 128 times the number of ranks."""
     multiples = [128 * ranks for ranks in range(1, _MOST_RANKS + 1)] + [rows] * (rows - 128 < vocab_size)
     fitting = [multiple for multiple in multiples if -(-vocab_size // multiple) * multiple == rows]
     if not fitting:
@@ -114,9 +116,9 @@ def _padding(path: Path, rows: int, vocab_size: int) -> int:
 def _without_frequencies(
     path: Path, tensors: Mapping[str, ExternalTensor], model: ModelConfig
 ) -> dict[str, ExternalTensor]:
-    """The tensors but for rotary frequencies, which files of gpt-neox hold as a buffer of each layer.
+    """Remove the rotary frequencies, which gpt-neox stores as a buffer of each layer.
 
-    Raises CheckpointError where they are others than the model's.
+    Raises CheckpointError if they differ from the model's.
     """
     dim = int(model.head_dim * model.rotary_percent)
     expected = 1.0 / model.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
@@ -126,7 +128,7 @@ def _without_frequencies(
             kept[name] = tensor
             continue
         found = tensor.read_rows(0, tensor.shape[0]).float() if tensor.shape else torch.empty(0)
-        # of 16 bits, as gpt-neox keeps its buffers under bf16
+        # 16 bits: gpt-neox also converts its buffers under bf16
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=2**-7, atol=0.0):
             raise CheckpointError(
                 f"{path}: {name} is not of heads of {model.head_dim}, of which {model.rotary_percent:.0%} turn, and "
@@ -137,7 +139,7 @@ def _without_frequencies(
 
 def _matrix_shape(path: Path, tensors: Mapping[str, ExternalTensor], name: str) -> tuple[int, ...]:
     if name not in tensors:
-        raise CheckpointError(f"{path} is not of an official TokenFormer: it lacks {name}")
+        raise CheckpointError(f"{path} is not an official TokenFormer: it lacks {name}")
     shape = tensors[name].shape
     if len(shape) != 2:
         raise CheckpointError(f"{path}: {name} is {list(shape)}, expected two dimensions")

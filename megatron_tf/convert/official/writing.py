@@ -1,4 +1,4 @@
-"""Writing official weights, as torch.save does, for models that the official code computes as ours does."""
+"""Writes official weights in the format of torch.save, for models that the official code computes identically."""
 
 import math
 import zipfile
@@ -12,25 +12,25 @@ from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.config import TOKEN_KINDS
-from megatron_tf.convert.external import GROUP
+from megatron_tf.convert.external import GROUP, check_overflow
 from megatron_tf.convert.official.names import OFFICIAL, PUBLISHED
 from megatron_tf.tokenformer.parameters import initial_taus
 
-_WRITTEN_AT_THE_END = ("version", ".data/serialization_id")  # by torch's own writer
+_WRITTEN_AT_THE_END = ("version", ".data/serialization_id")  # written by torch's own writer
 _THEIR_KEYS = {
     "rotary_base": "rotary_emb_base",
     "rotary_percent": "rotary_pct",
     "layernorm_epsilon": "layernorm_epsilon",
 }
-"""Our key -> the key of the official configuration."""
+"""Key of our model configuration -> key of the official configuration."""
 
 
 def check_representable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, with the reason, where the official code would compute something else."""
+    """Raise CheckpointError, with the reason, if the official code would compute different outputs."""
     where = checkpoint.directory
     model = checkpoint.record.model
     if model.layer != "tokenformer":
-        raise CheckpointError(f"{where} is a plain transformer: the official format is for TokenFormers only")
+        raise CheckpointError(f"{where} is a plain transformer, but the official format only supports TokenFormers")
     for kind in TOKEN_KINDS:
         counts = set(model.token_counts(kind))
         if len(counts) > 1:
@@ -48,8 +48,8 @@ def check_representable(checkpoint: Checkpoint) -> None:
 
 
 def check_confirmed(checkpoint: Checkpoint, given_values: Mapping[str, float | None]) -> None:
-    """Raise CheckpointError where the model differs from the published ones in what an official file can't hold, and
-    the user has not given the same value: whoever reads the file would compute something else."""
+    """Raise CheckpointError if the model differs from the published ones in a value that an official file can't store,
+    unless the user has confirmed that value: readers of the file must set it to get the same outputs."""
     where = checkpoint.directory
     for key, published in PUBLISHED.items():
         value, given = getattr(checkpoint.record.model, key), given_values[key]
@@ -66,26 +66,28 @@ def check_confirmed(checkpoint: Checkpoint, given_values: Mapping[str, float | N
 
 
 def write_official(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> None:
-    """Write the parameters to `path` as torch.save does, with no more than one of them in memory, rounded to `dtype`.
+    """Write the parameters to `path` in the format of torch.save, rounded to `dtype`, with one in memory at a time.
 
-    Raises CheckpointError, with the reason, where the official code would compute something else, and where a number
-    is too large for `dtype`.
+    Raises CheckpointError, with the reason, if the official code would compute different outputs, or if a value
+    overflows `dtype`.
     """
     check_representable(checkpoint)
     num_layers = checkpoint.record.model.num_layers
     parameters = held_parameters(checkpoint, GROUP)
-    skeleton = path.with_suffix(".skeleton")  # a sparse file: everything but the bytes of the tensors
+    skeleton = path.with_suffix(".skeleton")  # a sparse file with everything except the bytes of the tensors
     with torch.serialization.skip_data():
         torch.save({OFFICIAL.of(p, num_layers): torch.empty(p.shape, dtype=dtype) for p in parameters}, skeleton)
-    whole = torch.empty(max(math.prod(p.shape) for p in parameters), dtype=dtype)  # for one after another
-    # private: no public function writes the container record by record, and torch.save wants all tensors in memory
+    whole = torch.empty(max(math.prod(p.shape) for p in parameters), dtype=dtype)  # reused for one tensor after another
+    # private API: no public function writes the container incrementally, and torch.save needs all tensors in memory
     with zipfile.ZipFile(skeleton) as records, torch.serialization._open_zipfile_writer(str(path)) as writer:
         for record in records.namelist():
             name = record.partition("/")[2]
             if name.startswith("data/"):
                 last = _fill(whole, checkpoint, parameters[int(name.removeprefix("data/"))].name)
                 writer.write_record(name, whole.untyped_storage(), records.getinfo(record).file_size)
-                del last  # kept until here: freed earlier, the writer's small allocations would fragment its memory
+                del (
+                    last
+                )  # kept until here: if it were freed earlier, the writer's small allocations would fragment memory
             elif name not in _WRITTEN_AT_THE_END:
                 content = records.read(record)
                 writer.write_record(name, content, len(content))
@@ -93,23 +95,11 @@ def write_official(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
 
 
 def _fill(whole: Tensor, checkpoint: Checkpoint, name: str) -> Tensor | None:
-    """Read a tensor into the front of `whole`, rounded to its type; returns the last block of it."""
+    """Read a tensor into the start of `whole`, rounded to its type; return the last block."""
     place, rows = 0, None
     for rows in read_blocks(checkpoint, GROUP, name):
         written = whole[place : place + rows.numel()]
         written.copy_(rows.flatten())
-        _check_overflow(f"{checkpoint.directory}: {name}", rows, written)
+        check_overflow(f"{checkpoint.directory}: {name}", rows.flatten(), written)
         place += rows.numel()
     return rows
-
-
-def _check_overflow(what: str, rows: Tensor, written: Tensor) -> None:
-    """Raise CheckpointError where a finite number became infinite."""
-    if written.dtype == rows.dtype or not bool(written.isinf().any()):
-        return
-    overflowed = rows.flatten()[written.isinf() & rows.flatten().isfinite()]
-    if overflowed.numel():
-        raise CheckpointError(
-            f"{what} holds {float(overflowed[0]):g}, which is too large for "
-            f"{str(written.dtype).removeprefix('torch.')}: export with --dtype bf16 or fp32"
-        )

@@ -1,7 +1,7 @@
-"""Tensors of a file that torch.save wrote: a zip of a pickle and of the bytes of storages.
+"""Safely reads tensors from a file written by torch.save: a zip archive of a pickle and the bytes of storages.
 
-Records are found through the zip's own directory and read with its checksums, so any valid zip of the same records
-reads the same, compressed or not. The pickle builds tensors alone: no name in it is looked up, so no code in it runs.
+Records are located through the zip directory and checked against its checksums, so any valid zip of the same records
+works, compressed or not. The pickle can only build tensors: no name in it is imported, so it can't run code.
 """
 
 import lzma
@@ -44,14 +44,14 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class _Type:
-    """Stands for torch's class of storages of one type."""
+    """Placeholder for torch's storage class of one data type."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Numbers in one record of the zip."""
+    """Storage whose values are in one record of the zip."""
 
     dtype: torch.dtype
     key: str
@@ -60,7 +60,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Strided:
-    """A tensor as the pickle describes it; nothing in it is checked yet."""
+    """A tensor as described by the pickle, not validated yet."""
 
     storage: _Storage
     offset: int
@@ -68,12 +68,12 @@ class _Strided:
     strides: tuple[int, ...]
 
 
-# The next two are made for each use and have no attributes, unlike functions: a pickle can set the attributes of what
-# it is given (its opcode BUILD), a function's defaults among them.
+# The next two are created for each use and have no attributes, unlike functions: a pickle can set attributes of the
+# objects it gets (opcode BUILD), such as a function's defaults.
 
 
 class _Rebuild:
-    """Stands for the functions by which torch makes a tensor of a storage."""
+    """Placeholder for torch's functions that build a tensor from a storage."""
 
     __slots__ = ()
 
@@ -82,7 +82,7 @@ class _Rebuild:
 
 
 class _Parameter:
-    """Stands for the function that makes a parameter of a tensor."""
+    """Placeholder for torch's function that turns a tensor into a parameter."""
 
     __slots__ = ()
 
@@ -92,7 +92,7 @@ class _Parameter:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # all that a pickle can name: nothing is imported, and nothing of these does more than describe a tensor
+        # everything that a pickle may name: nothing is imported, and these only describe tensors
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
@@ -101,18 +101,18 @@ class _Unpickler(pickle.Unpickler):
             return _Parameter()
         if module == "torch" and name in _STORAGES:
             return _Type(_STORAGES[name])
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not a tensor")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _, count = pid  # the fourth is the device it was on
+        kind, storage_type, key, _, count = pid  # the fourth item is the device it was on
         if kind != "storage" or not isinstance(storage_type, _Type) or not isinstance(key, str) or not _is_count(count):
-            raise pickle.UnpicklingError(f"it names {pid!r}, which is no storage")
+            raise pickle.UnpicklingError(f"it names {pid!r}, which is not a storage")
         return _Storage(storage_type.dtype, key, count)
 
 
 class ZippedTensors:
-    """The tensors by name in the zip at `path`. Raises CheckpointError where it holds anything else, and where a record
-    is damaged, missing, there twice, or too small for the tensors in it."""
+    """Named tensors in the zip at `path`. Raises CheckpointError if it contains anything else, or if a record is
+    damaged, missing, duplicated, or too small for its tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +132,7 @@ class ZippedTensors:
                 raise CheckpointError(f"{path} holds more than tensors: {name!r} is {type(value).__name__}")
 
     def tensors(self) -> dict[str, ExternalTensor]:
-        """All of them, checked against the records they are stored in."""
+        """Return all tensors by name, validated against the records that store them."""
         with self._naming_the_file():
             return {name: self._external(name, tensor) for name, tensor in self._state.items()}
 
@@ -147,12 +147,12 @@ class ZippedTensors:
     def _find_root(self) -> str:
         found = [name for name in self._records if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(found) != 1:
-            raise CheckpointError(f"{self.path} can't be read as tensors alone: it holds {len(found)} files data.pkl")
+            raise CheckpointError(f"{self.path} can't be read as plain tensors: it holds {len(found)} files data.pkl")
         return found[0].removesuffix("data.pkl")
 
     def _has_other_byte_order(self) -> bool:
         record = self._records.get(f"{self._root}byteorder")
-        if record is None:  # torch before 2.1 writes none, and no other than the machine's
+        if record is None:  # torch before 2.1 writes no such record, and always uses the machine's byte order
             return False
         order = self._read_whole(record, 16).decode("ascii", errors="replace")
         if order not in ("little", "big"):
@@ -161,7 +161,7 @@ class ZippedTensors:
 
     def _unpickle(self) -> Any:
         text = self._read_whole(self._records[f"{self._root}data.pkl"], _MOST_PICKLE_BYTES)
-        # a place in the pickle's memory that is far away would take memory for all before it
+        # a large memo index would allocate memory for all smaller ones
         for opcode, argument, _ in pickletools.genops(text):
             if "PUT" in opcode.name and isinstance(argument, int) and argument > len(text):
                 raise pickle.UnpicklingError(f"it stores a value at {argument}")
@@ -183,7 +183,7 @@ class ZippedTensors:
                 f"{self.path} is damaged: {name} is stored in {storage.key!r} of {storage.count * size:,} bytes, "
                 f"{'which is missing' if record is None else f'which has {record.file_size:,}'}"
             )
-        # rows are read as one run of bytes; a view across them would be read wrong, not refused
+        # rows are read as contiguous bytes; any other view would silently be read wrong
         if tensor.strides != _contiguous_strides(tensor):
             raise CheckpointError(f"{self.path}: {name} is not contiguous: save the file again, each tensor by clone()")
         if tensor.offset + math.prod(tensor.shape) > storage.count:
@@ -212,13 +212,13 @@ class ZippedTensors:
                     raise EOFError(f"{record.filename} ends early")
                 buffer[place : place + len(block)] = block
                 place += len(block)
-        # after reading, in place: blocks of the zip may end within a number
+        # swapped in place after reading, since blocks of the zip may end within a number
         if self._is_swapped and rows.dtype.itemsize > 1:
             numbers = rows.view(torch.uint8).view(-1, rows.dtype.itemsize)
             numbers.copy_(numbers.flip(1))
 
     def _at(self, record: zipfile.ZipInfo, offset: int) -> IO[bytes]:
-        """The record's bytes from `offset`; those of the last call are open still: reads mostly follow each other."""
+        """Return a file at `offset` of the record; the last one is kept open because most reads are sequential."""
         if self._open is None or self._open[0] != record.filename or self._open[1].tell() > offset:
             if self._open is not None:
                 self._open[1].close()
@@ -227,7 +227,7 @@ class ZippedTensors:
         return self._open[1]
 
     def _compare_checksum(self, record: zipfile.ZipInfo) -> None:
-        """Once for each record: to read it to its end compares it with the directory's CRC-32."""
+        """Verify a record once: reading to its end compares it with the CRC-32 in the zip directory."""
         if record.filename in self._checked:
             return
         with self._zip.open(record) as file:
@@ -237,7 +237,7 @@ class ZippedTensors:
 
     @contextmanager
     def _naming_the_file(self) -> Iterator[None]:
-        """Whatever zipfile and pickle raise for a file that is not one of theirs, in one line."""
+        """Convert any error of zipfile and pickle for invalid files to a CheckpointError of one line."""
         try:
             yield
         except CheckpointError:
@@ -245,9 +245,9 @@ class ZippedTensors:
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
             raise CheckpointError(f"{self.path} is damaged: {error}") from error
         except (pickle.UnpicklingError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            raise CheckpointError(f"{self.path} can't be read as tensors alone: {error}") from error
-        except (RuntimeError, MemoryError) as error:  # encrypted, of an unknown compression, nested too deeply
-            raise CheckpointError(f"{self.path} can't be read as tensors alone: {error!r}") from error
+            raise CheckpointError(f"{self.path} can't be read as plain tensors: {error}") from error
+        except (RuntimeError, MemoryError) as error:  # encrypted, unknown compression, nested too deeply
+            raise CheckpointError(f"{self.path} can't be read as plain tensors: {error!r}") from error
 
 
 def _is_count(value: Any) -> bool:
@@ -255,7 +255,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _contiguous_strides(tensor: _Strided) -> tuple[int, ...]:
-    """Those of the shape; a dimension of one row, and a tensor without numbers, may have any."""
+    """Return the strides of a contiguous tensor of this shape; size-1 dimensions and empty tensors keep theirs."""
     if 0 in tensor.shape or len(tensor.strides) != len(tensor.shape):
         return tensor.strides if len(tensor.strides) == len(tensor.shape) else (-1,)
     expected: list[int] = []

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar on a terminal or plain lines in a log, and its metrics to the configured sinks."""
+"""The log of a run: a progress bar on a terminal or plain lines in a file, and metrics for the configured sinks."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from megatron_tf.config import LoggingConfig
+from megatron_tf.training.observability.row_metrics import RowMetrics
 from megatron_tf.training.observability.sinks import BestEffortSink, open_sinks
 
 
 class MetricsLog:
-    """Reports from one rank; the others' (`enabled` false) say nothing.
+    """Writes the log and the metrics on one rank; on the others, `enabled` is false and it does nothing.
 
-    Raises OSError for a path that can't be written when it begins. What fails later is warned of and does not end the
-    run.
+    Raises OSError if a path can't be written at the start. Later failures only cause a warning.
     """
 
     def __init__(self, config: LoggingConfig, *, first_step: int, train_iters: int, enabled: bool) -> None:
@@ -46,43 +46,45 @@ class MetricsLog:
             sink.close()
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Write a human-readable line to the log."""
         if not self.enabled:
             return
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError as error:
-            self._warn(f"the log takes no more lines: {error}")
-            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # the reader is gone for good
+            self._warn(f"the log can't be written: {error}")
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # the reader has exited
         except OSError as error:
             if not self._is_full:
-                self._warn(f"the log takes no more lines: {error}")
+                self._warn(f"the log can't be written: {error}")
             self._is_full = True
         else:
             self._is_full = False
 
     def event(self, values: Mapping[str, Any]) -> None:
-        """Something that happened, for programs."""
+        """Write an event of the run to the sinks."""
         for sink in self.sinks:
             sink.event(values)
 
     def is_interval(self, step: int) -> bool:
-        """Whether a line is due after `step` steps."""
+        """Return whether a log line is due after `step` steps."""
         return step % self.config.log_interval == 0 or step == self.train_iters
 
-    def step(self, step: int, step_tokens: int, values: Mapping[str, float]) -> None:
-        """Metrics of the step that made `step` of them."""
+    def step(
+        self, step: int, step_tokens: int, values: Mapping[str, float], *, rows: Sequence[RowMetrics] = ()
+    ) -> None:
+        """Write the metrics of the step that completed `step` steps."""
         self._interval_tokens += step_tokens
         for sink in self.sinks:
-            sink.scalars(values, step)
+            sink.step(values, rows, step)
         self.bar.update()
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def interval(self, step: int, values: Mapping[str, float], *, phases: Mapping[str, float], notes: str) -> None:
-        """The line of an interval: `values` of its last step, its rate, notes, and shares of the seconds in `phases`.
+        """Write the log line of an interval: `values` of its last step, tokens/s, notes, and the share of each phase.
 
-        The first interval includes the start of the run, which the rate leaves out.
+        `phases` holds seconds. The first interval includes the start of the run, which tokens/s excludes.
         """
         seconds = sum(phases.values())
         rate = self._interval_tokens / max(seconds - phases.get("start", 0.0), 1e-9)
@@ -93,7 +95,7 @@ class MetricsLog:
         self.say(line)
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Losses on the validation split after `step` steps: of the blend under "", of its datasets by name."""
+        """Write validation losses after `step` steps: that of the blend under "", those of its datasets by name."""
         by_name = {name: loss for name, loss in losses.items() if name}
         values = {"validation_loss": losses[""]} | {f"validation_loss/{name}": loss for name, loss in by_name.items()}
         for sink in self.sinks:
@@ -104,5 +106,5 @@ class MetricsLog:
         self.say(line)
 
     def _warn(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # there is nowhere left to say it
+        with contextlib.suppress(OSError):  # nowhere left to report it
             print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What follows a run: one protocol for its log, its metrics, its profiles, and whatever a user adds."""
+"""Observers of a run: one interface for its log, metrics, profiles and user-defined callbacks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -8,35 +8,38 @@ from typing import Any
 
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters, Usage
 from megatron_tf.config import RunConfig
+from megatron_tf.training.observability.row_metrics import RowMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """An optimizer step."""
+    """The measurements of an optimizer step."""
 
     loss: float
     """Mean over the tokens of the global batch, before the update."""
     grad_norm: float
     """Global L2 norm before clipping."""
     norms: Mapping[str, float]
-    """The same by kind of parameter: embedding, qkv, proj, ffn, final_norm, head."""
+    """The same norm by kind of parameter: embedding, qkv, proj, ffn, norm, final_norm, head."""
     learning_rate: float
     loss_scale: float | None
-    """Of the next step; None unless training.precision is fp16."""
+    """Loss scale of the next step; None unless training.precision is fp16."""
     tokens: int
-    """Of the global batch."""
+    """Tokens of the global batch."""
     flops: float
-    """Operations of the model in this step, on all ranks."""
+    """Floating-point operations of the model in this step, over all ranks."""
     seconds: float
-    """Duration, as this rank measured it."""
+    """Duration of the step, as measured by this rank."""
     totals: TrainingCounters
-    """Steps, samples and tokens of the whole run, over restarts and growth; this step is the last one."""
+    """Steps, samples and tokens of the whole run up to this step, across restarts and growth."""
     usage: Usage
-    """Operations and device time of the whole run, as this rank measured them."""
+    """Floating-point operations and device time of the whole run, as measured by this rank."""
+    rows: Sequence[RowMetrics] = ()
+    """Old and new rows by growth, kind and layer, once growth has added rows, at steps that get a log line."""
 
     @property
     def step(self) -> int:
-        """Steps of the run so far."""
+        """Return the number of steps of the run so far."""
         return self.totals.step
 
 
@@ -47,23 +50,23 @@ class Evaluation:
     step: int
     """Steps of the run so far."""
     loss: float
-    """Of all datasets, by weight."""
+    """Weighted mean over all datasets."""
     by_dataset: Mapping[str, float] = field(default_factory=dict)
-    """Of each one, where there are several."""
+    """Mean of each dataset, if there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A step that went wrong, or what was done about it: an overflow, a skipped batch, a spike, a rewind."""
+    """A failed step or the reaction to it: an overflow, a skipped batch, a spike, a rewind."""
 
     kind: str
     """overflow, skipped, spike or rewind."""
     step: int
     """Steps of the run so far."""
     message: str
-    """For people."""
+    """Human-readable description."""
     values: Mapping[str, Any]
-    """For programs: `samples`, the position in the data, and what belongs to the kind."""
+    """Machine-readable details: `samples`, the position in the data, and values specific to the kind."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +74,27 @@ class Stage:
     """The run at the start of a job, or after a growth."""
 
     config: RunConfig
-    """Of this stage."""
+    """The configuration of this stage."""
     record: RunRecord
     layout: Mapping[str, int]
     """Ranks along tp, pp and dp."""
 
 
 class Observer:
-    """Follows a run. To write one, inherit from it and override what is needed: by default each method does nothing.
+    """Base class of callbacks on the events of a run. Override the methods you need; by default they do nothing.
 
-    Every rank has its own observers and calls them together with the others, in one order and with the same values
-    (except where a field says otherwise), so an observer may use collectives. It lives as long as the job: over stages
-    of growth, not over a restart. An exception that it raises ends the run.
+    Every rank has its own observers. All ranks call them at the same time, in the same order and with the same values
+    (except where a field says otherwise), so an observer may use collectives. It exists for the whole job: across
+    growth stages, but not across restarts. An exception that it raises ends the run.
 
-    `on_step` and `on_evaluation` may return why the run should stop. It then stops on all ranks before its next step,
-    with all saved, as after a signal, but for good: with exit code 0. A reason on one rank is enough.
+    `on_step` and `on_evaluation` may return a reason to stop. The run then saves and stops on all ranks before the next
+    step, as after a signal, but with exit code 0, so that launchers do not restart it. A reason on one rank is enough.
     """
 
     def during_step(self, step: int, *, is_trace_requested: bool) -> AbstractContextManager[None]:
-        """Surround forward, backward and update of step `step`, counted from 1.
+        """Return a context manager around forward, backward and update of step `step`, counted from 1.
 
-        `is_trace_requested` says whether somebody sent SIGUSR2 to any rank since the step before.
+        `is_trace_requested` says whether any rank received SIGUSR2 since the previous step.
         """
         return nullcontext()
 
@@ -107,28 +110,31 @@ class Observer:
         return None
 
     def on_checkpoint(self, path: Path) -> None:
-        """Called when the checkpoint in `path` is complete. It runs in the thread that writes checkpoints, while
-        training continues: without collectives, and the next save waits for it."""
+        """Called when the checkpoint in `path` is complete.
+
+        It runs in the thread that writes checkpoints, while training continues: it must not use collectives, and the
+        next save waits for it.
+        """
 
     def on_growth(self, stage: Stage) -> None:
         """Called after a growth within the job, before the first step of the larger model."""
 
 
 class Observers:
-    """The observers of a run, told in their order."""
+    """The observers of a run, notified in order."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
     @contextmanager
     def during_step(self, step: int, *, is_trace_requested: bool) -> Iterator[None]:
-        """Surround the step with the contexts of all."""
+        """Enter the context managers of all observers around a step."""
         with ExitStack() as stack:
             for observer in self.observers:
                 stack.enter_context(observer.during_step(step, is_trace_requested=is_trace_requested))
             yield
 
     def tell(self, call: Callable[[Observer], str | None]) -> str | None:
-        """Let `call` call a method of each; the first reason to stop that one returns."""
-        reasons = [call(observer) for observer in self.observers]  # all are told, whatever the first one says
+        """Apply `call` to each observer and return the first reason to stop, if any."""
+        reasons = [call(observer) for observer in self.observers]  # a list, so that all are notified
         return next(filter(None, reasons), None)

@@ -1,8 +1,10 @@
-"""Looking into single steps: how long ranks communicate, and traces on demand."""
+"""Profiles of single steps: the time of communication, and traces on request."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile
@@ -11,30 +13,40 @@ from megatron_tf.config import LoggingConfig
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.observability.observer import Observer
 
-_COMMUNICATION = ("gloo:", "ncclDevKernel", "ncclKernel")  # how the backends' own events are called
+_COMMUNICATION = ("gloo:", "ncclDevKernel", "ncclKernel")  # prefixes of the backends' own events
 
 
-Report = Callable[[int, float, Path | None], None]
-"""Takes a step that was profiled, the seconds in which collectives were under way in it, and this rank's trace, if
-there is one."""
+@dataclass(frozen=True, kw_only=True)
+class StepProfile:
+    """A profiled step on this rank."""
+
+    step: int
+    seconds: float
+    """From forward to update, without the profiler's own start and end."""
+    communication: float
+    """Seconds during which at least one collective was running, waiting for other ranks included."""
+    trace: Path | None
+    """The file of the trace, if one was requested."""
+
+
+Report = Callable[[StepProfile], None]
 
 
 class Profiler(Observer):
-    """Profiles steps, and gives `report` what it saw in each, at its end.
+    """Profiles steps and calls `report` at the end of each.
 
-    These are the steps that the configuration names, the next one when a trace is requested, and in a run of several
-    ranks every `communication_interval`-th one for the time it communicates.
+    It traces the configured steps, and the next step when a trace is requested. In a run of several ranks, it also
+    measures the communication time of every `communication_interval`-th step.
     """
 
     def __init__(self, config: LoggingConfig, mesh: Mesh, report: Report) -> None:
         self.config = config
         self.mesh = mesh
         self.report = report
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile prints lines of its own
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise kineto prints lines for each profile
 
     @contextmanager
     def during_step(self, step: int, *, is_trace_requested: bool) -> Iterator[None]:
-        """See Observer."""
         is_traced = self.config.profile_dir is not None and (is_trace_requested or self._is_chosen(step))
         interval = self.config.communication_interval
         is_sampled = bool(self.mesh.world and interval and step % interval == 0)
@@ -43,11 +55,14 @@ class Profiler(Observer):
             return
         activities = {ProfilerActivity.CUDA if self.mesh.device.type == "cuda" else ProfilerActivity.CPU}
         if is_traced:
-            activities.add(ProfilerActivity.CPU)  # the events of the GPU alone tell the time of communication
+            activities.add(ProfilerActivity.CPU)  # for the communication time, GPU events suffice
         with profile(activities=activities) as profiled:
+            start = time.perf_counter()
             yield
+            seconds = time.perf_counter() - start
         trace = self._write_trace(profiled, step) if is_traced else None
-        self.report(step, _seconds_of_communication(profiled), trace)
+        communication = _seconds_of_communication(profiled)
+        self.report(StepProfile(step=step, seconds=seconds, communication=communication, trace=trace))
 
     def _is_chosen(self, step: int) -> bool:
         first = self.config.profile_step_start
@@ -64,9 +79,9 @@ class Profiler(Observer):
 
 
 def _seconds_of_communication(profiled: profile) -> float:
-    """Time in which at least one collective was under way."""
+    """Return the time during which at least one collective was running."""
     assert profiled.profiler is not None
-    # private: the public events() first makes Python objects of every operation, and links them into a tree
+    # private: the public events() first converts every operation to a Python object in a tree
     results = profiled.profiler.kineto_results
     assert results is not None
     spans = [
@@ -78,7 +93,7 @@ def _seconds_of_communication(profiled: profile) -> float:
 
 
 def length_of_union(intervals: Sequence[tuple[int, int]]) -> int:
-    """Measure what intervals cover that may overlap."""
+    """Return the total length covered by intervals that may overlap."""
     total = 0
     end = 0
     for start, stop in sorted(intervals):

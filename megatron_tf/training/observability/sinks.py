@@ -1,45 +1,51 @@
-"""Where metrics go: JSON lines, TensorBoard, Weights & Biases. None of them can end a run."""
+"""Sinks of metrics: JSON lines, TensorBoard, Weights & Biases. A failing sink never ends a run."""
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_tf.config import ConfigError, LoggingConfig
 from megatron_tf.extras import needed_by
+from megatron_tf.training.observability.row_metrics import RowMetrics, as_scalars, as_section
 
 
 class Sink(Protocol):
-    """Takes what a run measures."""
+    """Receives the metrics and events of a run."""
 
     name: str
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Metrics after `step` steps."""
+        """Write metrics after `step` steps."""
+
+    def step(self, values: Mapping[str, float], rows: Sequence[RowMetrics], step: int) -> None:
+        """Write the metrics of the step that completed `step` steps, and those of its `rows`, by default combined."""
+        self.scalars({**values, **as_scalars(rows)}, step)
 
     def event(self, values: Mapping[str, Any]) -> None:
-        """Something that happened: a start, a growth, a skipped batch."""
+        """Write an event, such as a start, a growth or a skipped batch."""
 
     def close(self) -> None:
-        """Finish what was taken: nothing is written after this."""
+        """Flush and close; nothing is written afterwards."""
 
 
-class JsonLines:
-    """One object a line."""
+class JsonLines(Sink):
+    """A file with one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab", buffering=0)  # no half line waits in memory for a disk that is full
+        self.file = path.open("ab", buffering=0)  # unbuffered: no partial line stays in memory when the disk is full
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See Sink."""
         self.event({"step": step, **values})
 
+    def step(self, values: Mapping[str, float], rows: Sequence[RowMetrics], step: int) -> None:
+        self.event({"step": step, **values, **({"rows": as_section(rows)} if rows else {})})
+
     def event(self, values: Mapping[str, Any]) -> None:
-        """See Sink."""
         line = json.dumps(values).encode() + b"\n"
         start = self.file.tell()
         if self.file.write(line) != len(line):
@@ -47,31 +53,28 @@ class JsonLines:
             raise OSError("the disk is full")
 
     def close(self) -> None:
-        """See Sink."""
         self.file.close()
 
 
-class TensorBoard:
-    """Scalars by step; starts and growths as text, with the number of parameters as a scalar.
+class TensorBoard(Sink):
+    """A TensorBoard directory: scalars by step, and starts and growths as text.
 
-    What was written of steps after `first_step`, by a job that was killed or before a rewind, is no longer shown.
+    Steps after `first_step`, written by a job that was killed or before a rewind, are purged.
     """
 
     def __init__(self, directory: Path, first_step: int = 0) -> None:
         with needed_by("logging.tensorboard_dir"):
-            from torch.utils.tensorboard import SummaryWriter  # a second of import that most runs do without
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import, and most runs do not need it
 
         self.name = str(directory)
         self._open = partial(SummaryWriter, str(directory))
         self.writer = self._open(purge_step=first_step + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See Sink."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def event(self, values: Mapping[str, Any]) -> None:
-        """See Sink."""
         if values["event"] == "rewind":
             self.writer.close()
             self.writer = self._open(purge_step=values["step"] + 1)
@@ -81,15 +84,14 @@ class TensorBoard:
             self.writer.add_text("stages", text, values["step"])
 
     def close(self) -> None:
-        """See Sink."""
         self.writer.close()
 
 
-class WeightsAndBiases:
-    """A run of a project; of the same name, it is the same run after a restart.
+class WeightsAndBiases(Sink):
+    """A run of a Weights & Biases project; a restart with the same name continues the same run.
 
-    A step that is there already, from before a kill or a rewind, keeps its first values: the service takes steps in
-    order only.
+    Steps that were logged before a kill or a rewind keep their first values, since the service accepts steps only in
+    order.
     """
 
     def __init__(self, project: str, *, name: str | None, directory: Path | None, warn: Callable[[str], None]) -> None:
@@ -100,11 +102,10 @@ class WeightsAndBiases:
         self.has_repeated = False
         try:
             self.run = wandb.init(project=project, name=name, id=name, resume="allow", dir=directory and str(directory))
-        except Exception as error:  # its own kinds: no key, no network
+        except Exception as error:  # wandb's own errors: no key, no network
             raise ConfigError(f"logging.wandb_project: {' '.join(str(error).split())}") from error
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See Sink."""
         last = self.run.step
         if step >= last:
             self.run.log(dict(values), step=step)
@@ -115,51 +116,49 @@ class WeightsAndBiases:
             self.has_repeated = True
 
     def event(self, values: Mapping[str, Any]) -> None:
-        """See Sink."""
         if "config" in values:
             self.run.config.update(values["config"], allow_val_change=True)
         if "parameters" in values:
             self.scalars({"parameters": values["parameters"]}, values["step"])
 
     def close(self) -> None:
-        """See Sink."""
         self.run.finish()
 
 
 class BestEffortSink:
-    """A sink that can't end a run: `warn` is told when its failures begin and end, and how many there were."""
+    """A sink whose failures do not end a run: `warn` is called when they start, and with their number when they end."""
 
     def __init__(self, sink: Sink, warn: Callable[[str], None]) -> None:
         self.sink, self.warn = sink, warn
         self.lost = 0
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See Sink."""
         self._try(lambda: self.sink.scalars(values, step))
 
+    def step(self, values: Mapping[str, float], rows: Sequence[RowMetrics], step: int) -> None:
+        self._try(lambda: self.sink.step(values, rows, step))
+
     def event(self, values: Mapping[str, Any]) -> None:
-        """See Sink."""
         self._try(lambda: self.sink.event(values))
 
     def close(self) -> None:
-        """See Sink."""
         self._try(self.sink.close)
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a service or a disk has: a month of training is worth more than its log
+        except Exception as error:  # any failure of a service or a disk: a month of training is worth more than its log
             self.lost += 1
             if self.lost == 1:
-                self.warn(f"{self.sink.name}: {error}; training continues without it until it takes metrics again")
+                self.warn(f"{self.sink.name}: {error}; training continues without it until it accepts metrics again")
         else:
             if self.lost:
-                self.warn(f"{self.sink.name} takes metrics again, {self.lost} were lost")
+                self.warn(f"{self.sink.name} accepts metrics again, {self.lost} were lost")
             self.lost = 0
 
 
 def open_sinks(config: LoggingConfig, warn: Callable[[str], None], first_step: int = 0) -> list[BestEffortSink]:
-    """The configured sinks of a job that starts after `first_step` steps.
+    """Open the configured sinks of a job that starts after `first_step` steps.
 
     Raises OSError for a path that can't be written, UserError for a missing package.
     """

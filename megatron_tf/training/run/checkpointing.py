@@ -1,4 +1,4 @@
-"""Between a run and its checkpoints: what is written, what must agree before it is read."""
+"""Save the state of a run to a checkpoint, and restore it after checking that the two match."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,27 +7,33 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import load_shards
 from megatron_tf.checkpoint.record import Identity, RunDetails, RunRecord, is_same_tokenizer
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.blend import GREEDY, SPACED
+from megatron_tf.growth.grow import grow
+from megatron_tf.growth.utility import needs_utility
+from megatron_tf.kernels.dropout import GENERATOR
+from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.training.run.resumable import Resumable, starts_over
+from megatron_tf.training.run.schedule_start import restored_start
+from megatron_tf.training.run.utility import utility_on_all_ranks
 from megatron_tf.training.step.optimizer import MOMENTS
 from megatron_tf.training.step.state import TrainState
 
 
 def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] = ()) -> RunRecord:
-    """The record of a new run at its first stage, before its first step."""
+    """Create the record of a new run at its first growth stage, before its first step."""
     return RunRecord(
         model=config.model,
         config=to_dict(config.at_stage(0)),
         tau=initial_taus(config.model),
         tokenizer=tokenizer,
-        details=RunDetails(data=tuple(data), blend=SPACED),
+        details=RunDetails(data=tuple(data), blend=SPACED, dropout=GENERATOR),
         growth_stage=0,
     )
 
@@ -35,26 +41,37 @@ def new_record(config: RunConfig, tokenizer: Identity, data: Sequence[Identity] 
 def save_state(
     state: TrainState, config: RunConfig, record: RunRecord, *, root: Path, saver: BackgroundSaver | None = None
 ) -> Path | None:
-    """Write the whole run's checkpoint under `root`; every rank calls it and writes what it holds.
+    """Write a checkpoint of the whole run under `root`; every rank writes the rows it holds. Collective.
 
-    `config` is the one of the present stage of growth. With a `saver` this only starts it; without, it returns the
-    checkpoint's directory.
+    `config` is that of the current growth stage. With a `saver`, the save runs in the background; without one, returns
+    the checkpoint's directory.
     """
     mesh = state.mesh
-    for name, module in state.model.pattentions().items():  # tau travels with the model, the record keeps a copy
+    for name, module in state.model.pattentions().items():  # tau is part of the model; the record has a copy
         assert module.tau == record.tau[name], (
             f"{name} computes with tau {module.tau}, the record says {record.tau[name]}"
         )
     groups = {"model": list(state.shards)} | {moment: state.optimizer.moments(moment) for moment in MOMENTS}
-    record = replace(record, model=config.model, config=to_dict(config), loss_scale=state.scaler.state())
+    record = saved_record(state, config, record)
     step = record.training.step
-    label = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp'):02d}"
+    label = writer_label(pipeline=mesh.rank("pp"), tensor=mesh.rank("tp"), data=mesh.rank("dp"))
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     save = partial(save_checkpoint, root, step, record=record, writer_label=label, retention=retention)
     if saver is None:
         return save(tensors=groups, process_group=mesh.world)
     saver.save(save, groups)
     return None
+
+
+def saved_record(state: TrainState, config: RunConfig, record: RunRecord) -> RunRecord:
+    """Return `record` with what the state adds to it, as a checkpoint stores it."""
+    record = replace(record, model=config.model, config=to_dict(config), loss_scale=state.scaler.state())
+    return record.with_generations(state.optimizer.generations)
+
+
+def writer_label(*, pipeline: int, tensor: int, data: int) -> str:
+    """Return what names the files of the rank at these coordinates."""
+    return f"pp{pipeline:02d}-tp{tensor:02d}-dp{data:02d}"
 
 
 def restore_state(
@@ -65,16 +82,17 @@ def restore_state(
     resumable: Resumable,
     data: Sequence[Identity] = (),
 ) -> RunRecord:
-    """Fill the state from a checkpoint, grown if a stage of `growth` is due, and return the record to continue with;
-    under `checkpoint.finetune` from the weights of `checkpoint.load` alone.
+    """Load a checkpoint into the state, grown if a stage of `growth` is due, and return the record to continue with.
 
-    `state` is built for `resumable.stage`, `config` is the run's before any growth. Raises CheckpointError where the
-    checkpoint is of another tokenizer, DamagedCheckpointError where it is not what was written.
+    With `checkpoint.finetune`, only the weights of `checkpoint.load` are loaded. `state` is built for
+    `resumable.stage`; `config` is the run's before any growth. Raises CheckpointError if the checkpoint belongs to
+    another tokenizer or does not fit the schedules of `growth`, DamagedCheckpointError if it is corrupted.
     """
-    source, checkpoint = resumable.source, _grown(resumable, config)
+    source, checkpoint = resumable.source, _grown(resumable, config, state.mesh)
     record = checkpoint.record
     _check_same_tokenizer(record, tokenizer, source)
     staged = config.at_stage(resumable.stage)
+    start_of_schedule = partial(restored_start, config, stage=resumable.stage, source=source)
     names = model_parameters(staged.model).keys()
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     for name, module in state.model.pattentions().items():
@@ -85,43 +103,51 @@ def restore_state(
         tau=record.tau,
         tokenizer=tokenizer,
         lineage=record.lineage,
-        details=RunDetails(data=tuple(data), blend=SPACED),
+        details=RunDetails(data=tuple(data), blend=SPACED, dropout=GENERATOR),
         growth_stage=resumable.stage,
     )
     if starts_over(config, source):
         _forget_moments(state)
-        return restored
-    # a converted checkpoint has no optimizer state: zeros are its moments
+        return replace(restored, schedule_start=start_of_schedule(restored))
+    # a converted checkpoint has no optimizer state: its Adam moments are zero
     if record.training.adam_steps or set(MOMENTS) & set(checkpoint.groups()):
         for moment in MOMENTS:
             load_shards(checkpoint, moment, state.optimizer.moments(moment), expected_names=names)
-    state.optimizer.num_steps = record.training.adam_steps
+    state.optimizer.generations = record.all_generations
     state.scaler.load(record.loss_scale)
-    after = record.after_growth
-    if after is not None:
-        state.optimizer.scale_old_rows(after.old_rows, after.old_tokens_lr_scale)
-    has_just_grown = after is not None and after.step == record.training.step
+    has_just_grown = bool(record.lineage) and record.lineage[-1].step == record.training.step
     details = RunDetails(
         data=tuple(data),
-        spikes=None if has_just_grown else record.details.spikes,  # losses of the model before say nothing of this one
+        spikes=None if has_just_grown else record.details.spikes,  # they do not apply to the grown model
         evaluation_due=record.details.evaluation_due,
         blend=blend_of(record),
+        dropout=GENERATOR,
+        phase=record.details.phase,
     )
-    return replace(restored, training=record.training, usage=record.usage, details=details, after_growth=after)
+    return replace(
+        restored,
+        training=record.training,
+        usage=record.usage,
+        details=details,
+        generations=record.generations,
+        schedule_start=start_of_schedule(record),
+    )
 
 
-def _grown(resumable: Resumable, config: RunConfig) -> Checkpoint:
-    """The checkpoint after the stages that are due."""
+def _grown(resumable: Resumable, config: RunConfig, mesh: Mesh) -> Checkpoint:
+    """Apply the growth stages that are due to the checkpoint. Collective."""
     checkpoint: Checkpoint = resumable.reader
     for stage in config.growth[resumable.saved_stage : resumable.stage]:
-        checkpoint = grow(checkpoint, stage)
+        utility = utility_on_all_ranks(checkpoint, stage, mesh) if needs_utility(stage) else None
+        checkpoint = grow(checkpoint, stage, utility=utility)
     return checkpoint
 
 
 def blend_of(record: RunRecord) -> str:
-    """The blend that a run from this checkpoint keeps: version 0.1, which names none, had the greedy one.
+    """Return the blend that a run resumed from this checkpoint keeps.
 
-    A checkpoint without a position in the data, such as a converted one, starts a new run.
+    Version 0.1, which did not record it, used the greedy blend. A checkpoint without a position in the data, such as a
+    converted one, starts a new run.
     """
     if not record.training.samples:
         return SPACED
@@ -132,7 +158,7 @@ def _forget_moments(state: TrainState) -> None:
     for moment in MOMENTS:
         for shard in state.optimizer.moments(moment):
             shard.tensor.zero_()
-    state.optimizer.num_steps = 0
+    state.optimizer.generations = Generations.original()
 
 
 def _check_same_tokenizer(record: RunRecord, tokenizer: Identity, source: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of a run share, whatever its stage of growth."""
+"""The objects that the parts of a run share over all growth stages."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_tf.training.supervision.stop_signal import StopSignal
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run works with."""
+    """The services of a run: data, checkpoints, stopping, timing and reporting."""
 
     loader: BatchLoader
     validation: Sequence[ValidationSet]
@@ -22,4 +22,6 @@ class RunContext:
     timer: StepTimer
     observers: Observers
     say: Callable[[str], None]
-    """Takes a line for people."""
+    """Writes a human-readable line to the log."""
+    is_logged: Callable[[int], bool]
+    """Returns whether a log line is due after a number of steps; the same on every rank."""

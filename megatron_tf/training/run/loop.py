@@ -1,4 +1,4 @@
-"""The training loop of one stage of growth: step, tell the observers, evaluate, save."""
+"""The training loop of one growth stage: step, notify observers, evaluate, save."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
+from megatron_tf.checkpoint.schedule_start import ScheduleStart
 from megatron_tf.config import RunConfig
 from megatron_tf.data.batch import Batch
 from megatron_tf.data.blend import Samples
@@ -20,14 +21,15 @@ from megatron_tf.training.run.context import RunContext
 from megatron_tf.training.run.recovery import DivergedError, Recovery
 from megatron_tf.training.run.resume import RestoredRun
 from megatron_tf.training.step.batch_ids import bad_id_of_batch
-from megatron_tf.training.step.schedule import learning_rate, rewarmup
+from megatron_tf.training.step.row_inspector import RowInspector
+from megatron_tf.training.step.schedule import learning_rate
 from megatron_tf.training.step.state import TrainState
 from megatron_tf.training.step.step import StepResult, evaluation_loss, train_step
 from megatron_tf.training.supervision.stop_signal import Stop
 
 
 class Loop:
-    """Steps until the run is done or is to stop, or the next stage of growth is due; in each case all is saved.
+    """Trains until the run completes, is stopped, or reaches the next growth stage, and then saves a checkpoint.
 
     `reload` restores the newest checkpoint into the state.
     """
@@ -41,23 +43,29 @@ class Loop:
         self.record = run.record
         self.context = context
         self.recovery = Recovery(self.config, run, context=context, reload=reload)
+        inspector = RowInspector(self.state.optimizer)
+        self.inspector = inspector if inspector.groups.are_new else None
         self.flops_per_token = float(training_flops(self.config.model, config.training.seq_length))
         self.world_size = group_size(self.state.mesh.world)
-        self._is_trace_requested = False  # kept for the next step: an evaluation can be between
+        self._is_trace_requested = False  # kept for the next step, as an evaluation can come first
 
     @property
     def done(self) -> TrainingCounters:
-        """How far the run has come."""
+        """Return the steps, samples and tokens of the run so far."""
         return self.record.training
 
     def run(self) -> tuple[RunRecord, Stop | None]:
-        """Train; (how far the run has come, why it stops: None where it is done, or the next stage is due)."""
-        # a limit of time leaves room for a step, or a run could make none for ever
+        """Train, and return the record of the run and why it stops.
+
+        The reason is None if the run is complete or the next growth stage is due.
+        """
+        # the time limit allows one step, or a run could restart forever without progress
+        self._note_evaluation_after_growth()
         stop = self._agree(by_time=False) or self._finish_evaluation()
         is_last = stop is not None
         while self.done.step < self.config.training.train_iters and not is_last:
             result, reason = self._step()
-            # once a step on every rank, whatever came of it: a rank alone in a collective would wait for ever
+            # once per step on every rank, whatever the result: a collective on one rank only would hang
             stop = self._agree(reason)
             if not self._recover(result):
                 stop, is_last = self._finish_step(stop)
@@ -67,31 +75,47 @@ class Loop:
         return self.record, stop
 
     def _agree(self, reason: str | None = None, *, by_time: bool = True) -> Stop | None:
-        """Whether and why the ranks stop: `reason` is this rank's observers'."""
-        stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
+        """Agree with the other ranks whether to stop; `reason` is that of this rank's observers."""
+        with self.context.timer.waiting():
+            stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
         self._is_trace_requested = self._is_trace_requested or is_trace_requested
         return stop
 
+    def _is_evaluation_due(self, *, is_growth_due: bool) -> bool:
+        training, step, lineage = self.config.training, self.done.step, self.record.lineage
+        if training.eval_after_growth:
+            is_after_growth = bool(lineage) and step - lineage[-1].step in training.eval_after_growth
+            if is_growth_due or is_after_growth:
+                return True
+        return step % training.eval_interval == 0
+
+    def _note_evaluation_after_growth(self) -> None:
+        """Note the evaluation that is due before the first step of a model that has just grown."""
+        lineage = self.record.lineage
+        has_just_grown = bool(lineage) and lineage[-1].step == self.done.step
+        if has_just_grown and 0 in self.config.training.eval_after_growth:
+            self._set_details(evaluation_due=True)
+
     def _finish_evaluation(self) -> Stop | None:
-        """Make up for an evaluation that the last stop left out; why the run stops in or after it, if it does."""
+        """Run an evaluation that the last stop interrupted; return why the run stops in or after it, if it does."""
         if not (self.record.details.evaluation_due and self.context.validation):
             return None
         stop = self._evaluate()
         is_last = stop is not None or self.done.step >= self.config.training.train_iters
         if is_last and not self.record.details.evaluation_due:
-            self._save(waits=True)  # or each start of the ended run would evaluate again
+            self._save(waits=True)  # or each start of a completed run would evaluate again
         return stop
 
     def _finish_step(self, stop: Stop | None) -> tuple[Stop | None, bool]:
-        """Evaluate and save where it is due; (why the run stops, whether the step was the last of this stage or job).
+        """Evaluate and save if due; return why the run stops, and whether this was the last step of the stage or job.
 
-        `stop` is why it stops already.
+        `stop` is the reason if the ranks have already agreed to stop.
         """
         training, step = self.config.training, self.done.step
         save_interval = self.config.checkpoint.save_interval
         is_done = step == training.train_iters
         is_due = any(growth.is_due(step, self.done.tokens) for growth in self.following)
-        if self.context.validation and (step % training.eval_interval == 0 or is_done):
+        if self.context.validation and (is_done or self._is_evaluation_due(is_growth_due=is_due)):
             self._set_details(evaluation_due=True)  # noted first: a stop saves in the middle of an evaluation
             stop = stop or self._evaluate()
         is_last = is_done or is_due or stop is not None
@@ -101,9 +125,9 @@ class Loop:
         return stop, is_last
 
     def _step(self) -> tuple[StepResult, str | None]:
-        """Train on the next batch; what came of it, and why observers want to stop."""
+        """Train on the next batch; return the result, and why observers want to stop, if they do."""
         timer, observers = self.context.timer, self.context.observers
-        began = time.perf_counter()  # a step includes its wait for data
+        start = time.perf_counter()  # a step includes its wait for data
         number, training = self.done.step + 1, self.config.training
         samples = training.batch_size_at(self.done.samples)
         tokens = samples * training.seq_length
@@ -112,12 +136,13 @@ class Loop:
         batch = next(self.context.loader)
         timer.enter("forward-backward")
         lr = self._learning_rate(tokens)
+        highest_lr = lr * self.state.optimizer.generations.rewarmup
         is_trace_requested = self._is_trace_requested
         self._is_trace_requested = False
         with observers.during_step(number, is_trace_requested=is_trace_requested):
-            result = train_step(self.state, batch, lr)
+            result = train_step(self.state, batch, lr, self.inspector if self.context.is_logged(number) else None)
         if result.nonfinite:
-            # only now: a bad id makes the loss NaN on every rank, and to find it takes a collective
+            # only now: a bad id makes the loss NaN on every rank, and finding it takes a collective
             self._check_ids(self.context.loader.dataset, batch)
         timer.enter("report")
         self._account()
@@ -133,18 +158,19 @@ class Loop:
             loss=result.loss,
             grad_norm=result.grad_norm,
             norms=result.norms,
-            learning_rate=lr,
+            learning_rate=highest_lr,
             loss_scale=self.state.scaler.scale if self.state.scaler.is_fp16 else None,
             tokens=tokens,
             flops=flops,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - start,
             totals=self.done,
             usage=self.record.usage,
+            rows=result.rows,
         )
         return result, observers.tell(lambda observer: observer.on_step(report))
 
     def _account(self) -> None:
-        """Count the time that devices were held since the last call."""
+        """Add the device time since the last call to the usage."""
         usage = self.record.usage
         held = usage.device_seconds + self.context.timer.lap() * self.world_size
         self.record = dataclasses.replace(self.record, usage=dataclasses.replace(usage, device_seconds=held))
@@ -153,19 +179,17 @@ class Loop:
         self.record = dataclasses.replace(self.record, details=dataclasses.replace(self.record.details, **changes))
 
     def _learning_rate(self, step_tokens: int) -> float:
-        done = self.done
-        lr = learning_rate(
+        done, start = self.done, self.record.schedule_start or ScheduleStart()
+        return learning_rate(
             self.config.optimizer,
-            done.step,
-            train_iters=self.config.training.train_iters,
-            tokens=done.tokens,
+            done.step - start.step,
+            train_iters=self.config.training.train_iters - start.step,
+            tokens=done.tokens - start.tokens,
             step_tokens=step_tokens,
         )
-        growth = self.record.after_growth
-        return lr * rewarmup(done.step, growth.step, growth.rewarmup_iters) if growth else lr
 
     def _recover(self, result: StepResult) -> bool:
-        """Undo what is wrong with a step; whether anything was. Raises DivergedError where that does not help."""
+        """Recover from a failed step; return whether it failed. Raises DivergedError if recovery is exhausted."""
         recovered = self.recovery.recover(result, self.record)
         if recovered is None:
             return False
@@ -178,20 +202,20 @@ class Loop:
         return True
 
     def _check_ids(self, dataset: Samples, batch: Batch) -> None:
-        """Save, and raise DataError on every rank, where the batch has an id that the vocabulary has not."""
+        """Raise DataError on every rank, after a save, if the batch has an id outside the vocabulary. Collective."""
         bad = bad_id_of_batch(batch, dataset, vocab_size=self.config.model.vocab_size, mesh=self.state.mesh)
         if bad is not None:
             raise DataError(f"{bad}{self._save_before_error(f'the state of step {self.done.step}')}")
 
     def _save_before_error(self, what: str) -> str:
-        """Save, if there is a place to; for the message of the error, where `what` is then."""
+        """Save if `checkpoint.save` is set; return the part of the error message that says where `what` is stored."""
         if self.config.checkpoint.save is None:
             return ""
         self._save(waits=True)
         return f"; {self.config.checkpoint.save} holds {what}"
 
     def _evaluate(self) -> Stop | None:
-        """Evaluate on each validation set; why to stop in it, which leaves it due for the next start, or after."""
+        """Evaluate on each validation set; return why to stop, if so. A stop during evaluation leaves it due."""
         mean = 0.0
         by_dataset = {}
         for part in self.context.validation:
@@ -205,7 +229,7 @@ class Loop:
         return self._agree(self.context.observers.tell(lambda observer: observer.on_evaluation(evaluation)))
 
     def _loss_on(self, part: ValidationSet) -> float | Stop:
-        """Mean loss over the first `eval_iters` global batches, or why the ranks agree to stop on the way."""
+        """Return the mean loss over the first `eval_iters` global batches, or the stop that interrupts it."""
         training, total = self.config.training, 0.0
         mesh, masking = self.state.mesh, self.context.loader.masking
         # a loader for each evaluation, so that all of them see the same batches

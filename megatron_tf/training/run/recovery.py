@@ -1,4 +1,4 @@
-"""What a run does when steps go wrong: it skips non-finite batches, and rewinds where the loss keeps jumping."""
+"""Recovery from failed steps: skip non-finite batches, and rewind to a checkpoint if the loss keeps spiking."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,12 +18,12 @@ _REWINDS_IN_A_ROW = 3
 
 
 class DivergedError(UserError):
-    """The model no longer trains: the message says where its last good state is."""
+    """Training has diverged; the message says where the last good state is stored."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A run after a step that went wrong."""
+    """The record of a run after a failed step."""
 
     record: RunRecord
     failure: str = ""
@@ -31,9 +31,9 @@ class Recovered:
 
 
 class Recovery:
-    """Counts what goes wrong in a stage of growth, and undoes it.
+    """Counts overflows, skipped batches and spikes of a growth stage, and decides how the run continues.
 
-    `run` is the run at the start of the stage, `reload` restores the newest checkpoint into its state.
+    `run` is the run at the start of the stage; `reload` restores the newest checkpoint into its state.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Recovery:
         self.rewinds_in_a_row = 0
 
     def history(self) -> SpikeHistory:
-        """What a checkpoint keeps, so that a resumed run finds the same spikes."""
+        """Return the history to save in a checkpoint, so that a resumed run detects the same spikes."""
         return self.spikes.history()
 
     def on_saved(self) -> None:
-        """Called at each save: a rewind from now on returns to another checkpoint."""
+        """Reset the count of rewinds after a save, since the next rewind returns to a new checkpoint."""
         self.rewinds_in_a_row = 0
 
     def recover(self, result: StepResult, record: RunRecord) -> Recovered | None:
-        """Report what is wrong with a step; None where nothing is, or nothing is to be undone.
+        """Report a failed step and return how the run continues; None if the step needs no recovery.
 
         `record` already counts the step, or that it was skipped.
         """
@@ -70,42 +70,44 @@ class Recovery:
         self.skipped_in_a_row = 0
         if not self.spikes.is_spike(result.loss):
             return None
-        cause = f"warning: the loss jumped to {result.loss:.4f}, {self.spikes.in_a_row} step(s) in a row"
+        cause = f"warning: the loss jumped to {result.loss:.4f}, {self.spikes.in_a_row} consecutive step(s)"
         self._report(
             "spike", record, f"{cause}; the batch ends at sample {record.training.samples:,}", loss=result.loss
         )
-        # not >=: where there is no checkpoint the count continues, and every later spike would try again
+        # not >=: without a checkpoint the count continues, and every later spike would try again
         is_due = self.spikes.in_a_row == self.training.rewind_after_spikes
         return self._rewind(record) if is_due else None
 
     def _skip(self, nonfinite: Mapping[str, int], record: RunRecord) -> Recovered:
         culprits, skipped = name_nonfinite(nonfinite), record.training.skipped
         message = f"warning: non-finite: {culprits}; {_end_of_batch(record)} is skipped, {skipped} so far"
-        self._report("skipped", record, message, unsound=dict(nonfinite))
+        self._report("skipped", record, message, nonfinite=dict(nonfinite))
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row < self.training.max_skipped_steps:
             return Recovered(record)
-        return Recovered(record, f"{self.skipped_in_a_row} batches in a row were non-finite in {culprits}")
+        return Recovered(record, f"{self.skipped_in_a_row} consecutive batches were non-finite in {culprits}")
 
     def _rewind(self, record: RunRecord) -> Recovered | None:
-        """Return to the last checkpoint, and continue after the data read since; None where there is none."""
+        """Return to the last checkpoint, but skip the data read since; None if there is no checkpoint."""
         spent = record.training
-        self.context.saver.wait()  # the newest checkpoint can still be on its way to the disk
-        restored = self.reload(self.state)  # over the tensors that are there: a second state may not fit in memory
+        self.context.saver.wait()  # the newest checkpoint may still be being written
+        restored = self.reload(self.state)  # in place: a second state may not fit into memory
         if restored.origin is None:
             self.context.say(f"step {spent.step:>6}  there is no checkpoint to rewind to: training continues")
             return None
         self.rewinds_in_a_row += 1
         self.spikes.restart()
-        # parameters, optimizer state and schedule of the checkpoint, but the position in the data of now
+        # parameters, optimizer state and schedule of the checkpoint, but the current position in the data
         training = replace(
             restored.record.training,
             samples=spent.samples,
-            # steps that are undone read data for nothing, as skipped ones do
+            # the data of undone steps counts as skipped
             skipped=spent.skipped + spent.step - restored.record.training.step,
             overflows=spent.overflows,
         )
-        rewound = replace(restored.record, training=training, usage=record.usage)
+        # the loader continues in its phase of the data, which the checkpoint may not have known yet
+        details = replace(restored.record.details, phase=record.details.phase)
+        rewound = replace(restored.record, training=training, usage=record.usage, details=details)
         self._report("rewind", rewound, f"rewound to {restored.origin}; skipping data up to sample {spent.samples:,}")
         if self.rewinds_in_a_row < _REWINDS_IN_A_ROW:
             return Recovered(rewound)

@@ -1,4 +1,4 @@
-"""A checkpoint to resume from, opened once: which stages of growth it has behind it, and which are due."""
+"""A checkpoint to resume from, opened once, with the growth stages it has completed and those that are due."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,27 +11,27 @@ from megatron_tf.config import ModelConfig, RunConfig, to_dict
 
 @dataclass(frozen=True)
 class Resumable:
-    """A complete checkpoint whose model is one of the configuration's."""
+    """A complete checkpoint whose model is that of one of the configuration's growth stages."""
 
     source: Path
-    """As the configuration, or the run's directory, names it."""
+    """Its path, as in the configuration or in the run's directory."""
     reader: CheckpointReader
     saved_stage: int
-    """Stages of `config.growth` that the checkpoint has behind it."""
+    """The number of stages of `config.growth` that the checkpoint has completed."""
     stage: int
-    """Those, and the ones due since: what a run that resumes from it has behind it."""
+    """The same plus the stages that are due: the stage at which a run resumes from it."""
 
     @property
     def record(self) -> RunRecord:
-        """What the checkpoint knows of its run."""
+        """Return the checkpoint's record of its run."""
         return self.reader.record
 
 
 def open_resumable(config: RunConfig, source: Path) -> Resumable:
     """Open the checkpoint at `source`, a run's directory or one of its steps.
 
-    Raises CheckpointError where it is of another model than the configured one after any stage of growth,
-    DamagedCheckpointError where it is not what was written.
+    Raises CheckpointError if its model is not the configured one after any growth stage, DamagedCheckpointError if it
+    is corrupted.
     """
     reader = CheckpointReader(source).complete()
     saved = due = _saved_stage(reader.record, config, source)
@@ -43,13 +43,16 @@ def open_resumable(config: RunConfig, source: Path) -> Resumable:
 
 
 def starts_over(config: RunConfig, source: Path) -> bool:
-    """Whether only the weights of `source` are taken: it is the one to fine-tune, and not of this run."""
+    """Return whether only the weights of `source` are loaded, because it is the checkpoint to fine-tune."""
     return config.checkpoint.finetune and source == config.checkpoint.load
 
 
 def _saved_stage(record: RunRecord, config: RunConfig, source: Path) -> int:
-    """The stage that the record names, if the configuration has that model there. Else models are compared: older
-    checkpoints name none, and those of another run, or of one whose `growth` was rewritten, count other stages."""
+    """Return the stage that the record names if the configuration has the same model there.
+
+    Otherwise find the stage by its model: older checkpoints name no stage, and those of another run, or of one whose
+    `growth` was rewritten, number stages differently.
+    """
     models = [config.at_stage(stage).model for stage in range(len(config.growth) + 1)]
     stages = range(len(models))
     recorded = record.growth_stage if record.growth_stage in stages else None

@@ -1,4 +1,4 @@
-"""A run from its start to its end: restore, train stage after stage of growth, stop."""
+"""A training run from start to end: restore, train one growth stage after another, stop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -16,8 +16,9 @@ from megatron_tf.data.build import build_dataset, build_loader, build_validation
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
+from megatron_tf.failures import one_line_out_of_memory
 from megatron_tf.kernels.dispatch import Kernels
-from megatron_tf.parallel.collectives import group_size
+from megatron_tf.parallel.collectives import group_rank, group_size
 from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
 from megatron_tf.training.observability.metrics import MetricsLog
 from megatron_tf.training.observability.observer import Observer, Observers, Stage
@@ -29,12 +30,18 @@ from megatron_tf.training.run.context import RunContext
 from megatron_tf.training.run.loop import Loop
 from megatron_tf.training.run.resumable import Resumable, open_resumable
 from megatron_tf.training.run.resume import RestoredRun, Resume, has_layout
+from megatron_tf.training.run.utility import check_utility_data
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.supervision.preflight import preflight
 from megatron_tf.training.supervision.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
 from megatron_tf.training.supervision.stop_signal import Stop, StopSignal
 from megatron_tf.training.supervision.watchdog import Watchdog
+
+_LESS_MEMORY = (
+    "lower training.micro_batch_size, set training.recompute_granularity=full, or raise "
+    "parallel.tensor_model_parallel_size"
+)
 
 
 def train(
@@ -47,42 +54,41 @@ def train(
     resumable: Resumable | None,
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Run until `train_iters` steps are done, growing on the way where the configuration says so; on every rank.
+    """Train for `train_iters` steps, growing the model as configured, and return the exit code. Collective.
 
-    Ends before, with all saved, on a signal, when its time is up, where a stage of growth has another layout, and when
-    one of `observers` requests it. Returns the exit code. `data` are the identities of the training sets, `resumable`
-    is the checkpoint that gave the ranks their layout; `end` ends the process, with the reason, when ranks wait for
-    each other too long. Raises UserError for what a user can fix: LostRankError where a rank is lost, DivergedError
-    where the model no longer trains.
+    Stops early, after a save, on a signal, at the time limit, before a growth stage with another layout, or when one of
+    `observers` requests it. `data` are the identities of the training sets; `resumable` is the checkpoint that
+    determined the layout; `end` exits the process, with a reason, when ranks wait for each other too long. Raises
+    UserError for what a user can fix: LostRankError if a rank is lost, DivergedError if training has diverged.
     """
     timer = StepTimer()
     with ExitStack() as stack:
         signals.stop_at_next_step()
         stop_signal = StopSignal(mesh, signals, config.training.exit_duration_in_mins)
-        limit = config.parallel.distributed_timeout_seconds
-        stack.enter_context(Watchdog(mesh.store, now=timer.now, limit_seconds=limit, end=end))
+        stack.enter_context(_watchdog(config, mesh, timer=timer, end=end))
+        # within the watchdog, which tells the other ranks the line that this one ends with
+        stack.enter_context(one_line_out_of_memory(_LESS_MEMORY))
         _hold_lock(config, mesh, stack, end=end)
         tokenizer = _tokenizer(config)
         build = partial(build_state, mesh=mesh, timer=timer)
         resume = Resume(config, mesh, tokenizer=tokenizer.identity, build=build, data=data)
         run = resume.restore(resumable)
-        _check_stages(config, mesh, run.stage)
+        _check_stages(config, run)
         validation = build_validation(config) if config.training.eval_interval else []
-        warnings = [*run.damaged, *preflight(config.at_stage(run.stage), mesh)]
+        warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(config.at_stage(run.stage), mesh)]
         log = stack.enter_context(_open_log(config, mesh, run.record.training.step))
         _say_warnings(warnings, run.changes, log)
         reporter = Reporter(log, config=config, mesh=mesh, timer=timer)
         everyone = Observers([reporter, Profiler(config.logging, mesh, reporter.on_profile), *observers])
-        saver = stack.enter_context(_saver(config, mesh, log=log, observers=everyone))
-        loader = stack.enter_context(_open_loader(config, mesh, record=run.record, tokenizer=tokenizer))
         context = RunContext(
-            loader=loader,
+            saver=stack.enter_context(_saver(config, mesh, log=log, observers=everyone)),
+            loader=stack.enter_context(_open_loader(config, mesh, record=run.record, tokenizer=tokenizer)),
             validation=validation,
-            saver=saver,
             stop_signal=stop_signal,
             timer=timer,
             observers=everyone,
             say=log.say,
+            is_logged=log.is_interval,
         )
         _report_start(config, run, reporter)
         while True:
@@ -99,12 +105,23 @@ def train(
             _report_growth(config, run, context)
 
 
+def _watchdog(config: RunConfig, mesh: Mesh, *, timer: StepTimer, end: Callable[[str | None], None]) -> Watchdog:
+    return Watchdog(
+        mesh.store,
+        rank=group_rank(mesh.world),
+        size=group_size(mesh.world),
+        now=timer.now,
+        limit_seconds=config.parallel.distributed_timeout_seconds,
+        end=end,
+    )
+
+
 def _is_done(record: RunRecord, config: RunConfig) -> bool:
     return record.training.step == config.training.train_iters and not record.details.evaluation_due
 
 
 def _open_next_stage(config: RunConfig, mesh: Mesh, log: MetricsLog) -> Resumable | None:
-    """The checkpoint that the stage before has just written; None where the next one has another layout."""
+    """Open the checkpoint that the previous stage has just written; None if the next stage has another layout."""
     assert config.checkpoint.save is not None
     resumable = open_resumable(config, newest_checkpoint(config.checkpoint.save))
     if has_layout(config.at_stage(resumable.stage).parallel, mesh):
@@ -124,6 +141,7 @@ def _say_warnings(warnings: Iterable[str], changes: str, log: MetricsLog) -> Non
 def _report_start(config: RunConfig, run: RestoredRun, reporter: Reporter) -> None:
     _say_kernels(run.state.kernels, reporter.log.say)
     reporter.on_start(_stage(config, run), run.origin)
+    _say_advice(run, reporter.log.say)
     if _is_done(run.record, config):
         steps = config.training.train_iters
         reporter.log.say(f"nothing is left to do: {run.origin} is at the last of {steps} steps (train_iters)")
@@ -133,6 +151,12 @@ def _report_growth(config: RunConfig, run: RestoredRun, context: RunContext) -> 
     _say_kernels(run.state.kernels, context.say)
     stage = _stage(config, run)
     context.observers.tell(lambda observer: observer.on_growth(stage))
+    _say_advice(run, context.say)
+
+
+def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
+    for line in run.advice:
+        say(line)
 
 
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
@@ -152,8 +176,8 @@ def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observe
 
 
 def _open_loader(config: RunConfig, mesh: Mesh, *, record: RunRecord, tokenizer: Tokenizer) -> BatchLoader:
-    """The batches that the run has not read yet."""
-    dataset = build_dataset(config, blend_of(record))
+    """Build the loader of the batches that the run has not read yet."""
+    dataset = build_dataset(config, blend_of(record), record.details.phase)
     masking = DocumentMasking(tokenizer.eod, config.data.eod_mask_loss, config.data.reset_attention_mask)
     return build_loader(
         dataset,
@@ -165,10 +189,10 @@ def _open_loader(config: RunConfig, mesh: Mesh, *, record: RunRecord, tokenizer:
 
 
 def _say_kernels(kernels: Kernels, say: Callable[[str], None]) -> None:
-    if kernels.warning:
-        say(f"warning: {kernels.warning}")
+    for warning in filter(None, (kernels.warning, kernels.not_in_fp8)):
+        say(f"warning: {warning}")
     if kernels.taken:
-        say(f"kernels: auto took {kernels.taken}")
+        say(f"kernels: auto selected {kernels.taken}")
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
@@ -183,7 +207,7 @@ def _tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def _open_log(config: RunConfig, mesh: Mesh, step: int) -> MetricsLog:
-    """Raises ConfigError on every rank where the first one can't open its sinks."""
+    """Open the log. Raises ConfigError on every rank if rank 0 can't open its sinks. Collective."""
     failure = None
     log = None
     try:
@@ -199,7 +223,7 @@ def _open_log(config: RunConfig, mesh: Mesh, step: int) -> MetricsLog:
 
 
 def _hold_lock(config: RunConfig, mesh: Mesh, stack: ExitStack, *, end: Callable[[str | None], None]) -> None:
-    """Let no other run write into `checkpoint.save` until the stack is closed. Raises ConfigError on every rank."""
+    """Lock `checkpoint.save` until the stack is closed. Raises ConfigError on every rank if another run holds it."""
     refusal = None
     if mesh.is_first_rank and config.checkpoint.save is not None:
         try:
@@ -207,37 +231,46 @@ def _hold_lock(config: RunConfig, mesh: Mesh, stack: ExitStack, *, end: Callable
         except LockedError as error:
             refusal = str(error)
         except OSError:
-            pass  # the preflight says what is wrong with the directory, for every rank
+            pass  # the preflight reports on the directory for every rank
     if reason := mesh.first_failure(refusal):
         raise ConfigError(reason)
 
 
-def _check_stages(config: RunConfig, mesh: Mesh, first: int) -> None:
-    """Raise ConfigError where a stage of growth to come has a layout or batches that do not fit these ranks."""
-    for number in range(first, len(config.growth)):
-        staged = config.at_stage(number + 1)
-        parallel = staged.parallel
-        pipeline = parallel.pipeline_model_parallel_size
+def _check_stages(config: RunConfig, run: RestoredRun) -> None:
+    """Check what the stages that `run` has not reached need: ranks, batch sizes, data. Collective.
+
+    Raises ConfigError on every rank for what doesn't fit.
+    """
+    mesh = run.state.mesh
+    for number in range(run.stage, len(config.growth)):
         try:
-            replicas = data_parallel_size(
-                group_size(mesh.world),
-                tensor=parallel.tensor_model_parallel_size,
-                pipeline=pipeline,
-                requested=parallel.data_parallel_size,
-                shard_size=parallel.data_parallel_shard_size,
-            )
-            check_batch_sizes(staged, pipeline, replicas)
+            _check_layout(config.at_stage(number + 1), mesh)
         except (ConfigError, LayoutError) as error:
             raise ConfigError(f"growth[{number}]: {error}") from None
+    check_utility_data(config, mesh, record=run.record, first=run.stage)
+
+
+def _check_layout(config: RunConfig, mesh: Mesh) -> None:
+    """Raise ConfigError or LayoutError if the layout or the batch size of a stage does not fit these ranks."""
+    parallel = config.parallel
+    pipeline = parallel.pipeline_model_parallel_size
+    replicas = data_parallel_size(
+        group_size(mesh.world),
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=pipeline,
+        requested=parallel.data_parallel_size,
+        shard_size=parallel.data_parallel_shard_size,
+    )
+    check_batch_sizes(config, pipeline, replicas)
 
 
 def _stopped(config: RunConfig, record: RunRecord, *, stop: Stop, log: MetricsLog) -> int:
-    """Say where the run stands; the exit code."""
+    """Report where and why the run stops; return the exit code."""
     save = config.checkpoint.save
     saved = f"saved in {save}" if save else "not saved: no checkpoint.save"
-    begin = f"step {record.training.step:>6}  stopped"
-    if stop.is_final:  # done, as far as a launcher is concerned, which would start it again on 75
-        log.say(f"{begin}: {stop.reason}, {saved}")
+    prefix = f"step {record.training.step:>6}  stopped"
+    if stop.is_final:  # exit code 0, as a launcher would restart the run on 75
+        log.say(f"{prefix}: {stop.reason}, {saved}")
         return 0
-    log.say(f"{begin} by {stop.reason}, {saved}: start the same command again")
+    log.say(f"{prefix} by {stop.reason}, {saved}: start the same command again")
     return exit_code(stop.number, is_saved=save is not None) if stop.number else EXIT_START_AGAIN

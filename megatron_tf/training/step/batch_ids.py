@@ -1,4 +1,4 @@
-"""A batch with an id that the vocabulary has not: found by one rank, told alike by all."""
+"""Report the same out-of-vocabulary id on every rank, whichever rank's part of the batch holds it."""
 
 from megatron_tf.data.bad_ids import describe_bad_id, first_bad_id
 from megatron_tf.data.batch import Batch
@@ -7,9 +7,9 @@ from megatron_tf.parallel.mesh import Mesh
 
 
 def bad_id_of_batch(batch: Batch, dataset: Samples, *, vocab_size: int, mesh: Mesh) -> str | None:
-    """Where the first bad id of a global batch is; None where there is none. Every rank calls it and gets the same.
+    """Describe the first out-of-vocabulary id of a global batch, or return None if there is none. Collective.
 
-    `batch` is this rank's part of the global batch, of samples of `dataset`.
+    `batch` is this rank's part of the global batch, made of samples of `dataset`. Returns the same on every rank.
     """
     found = mesh.gather(_first_of_rank(batch, dataset, vocab_size))
     bad = min((each for each in found if each is not None), default=None)
@@ -17,7 +17,7 @@ def bad_id_of_batch(batch: Batch, dataset: Samples, *, vocab_size: int, mesh: Me
 
 
 def _first_of_rank(batch: Batch, dataset: Samples, vocab_size: int) -> tuple[int, str] | None:
-    """(sample, what is wrong with it) of the first bad id in this rank's part."""
+    """Return (sample number, description) of the first bad id in this rank's part."""
     ids = batch.ids.flatten()
     bad = first_bad_id(ids.numpy(), vocab_size)
     if bad is None:

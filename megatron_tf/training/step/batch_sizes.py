@@ -1,11 +1,14 @@
-"""Whether batches split into micro-batches on a layout."""
+"""Check that batches divide into micro-batches on a layout."""
 
 from megatron_tf.config import ConfigError, RunConfig
 
 
 def check_batch_sizes(config: RunConfig, stages: int, replicas: int) -> None:
-    """Raise ConfigError, with the numbers, where a batch does not split into micro-batches of every replica, or into
-    too few of them for the pipeline's schedule."""
+    """Check every batch size of a run against the micro-batch size, the data-parallel size and the pipeline schedule.
+
+    Raises ConfigError, with the numbers, if a batch does not divide into micro-batches on every replica, or gives too
+    few of them for the schedule.
+    """
     training = config.training
     for size in training.batch_sizes:
         is_full = size == training.global_batch_size

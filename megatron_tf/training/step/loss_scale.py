@@ -5,10 +5,10 @@ from megatron_tf.config import LossScaleConfig
 
 
 class LossScaler:
-    """The loss is multiplied by `scale` before backward, gradients are divided by it before they are used.
+    """The scale by which the loss is multiplied before backward and gradients are divided afterwards.
 
-    A non-finite gradient halves the scale once `hysteresis` of them came since it was last doubled; it is
-    doubled after `loss_scale_window` steps without one. Every rank sees the same gradients' norm, so all agree.
+    Non-finite gradients halve the scale once there have been `hysteresis` of them since it last doubled; it doubles
+    after `loss_scale_window` steps without any. Every rank sees the same gradient norm, so all ranks agree.
     """
 
     def __init__(self, config: LossScaleConfig, is_fp16: bool) -> None:
@@ -20,7 +20,7 @@ class LossScaler:
         self.hysteresis_tracker = config.hysteresis
 
     def update(self, is_finite: bool) -> bool:
-        """Learn from a step; return whether its gradients were non-finite at a scale that could be lowered."""
+        """Adapt the scale to a step; return whether its gradients overflowed at a scale that could be lowered."""
         if not self.is_dynamic:
             return False
         if is_finite:
@@ -37,13 +37,13 @@ class LossScaler:
         return is_overflow
 
     def state(self) -> LossScale | None:
-        """What a checkpoint keeps of it; None where there is nothing to keep."""
+        """Return the state to save in a checkpoint; None if the scale is constant."""
         if not self.is_dynamic:
             return None
         return LossScale(self.scale, self.growth_tracker, self.hysteresis_tracker)
 
     def load(self, state: LossScale | None) -> None:
-        """Resume from what a checkpoint kept; from the configuration where it kept nothing."""
+        """Restore the state of a checkpoint; without one, keep the configured initial scale."""
         if self.is_dynamic and state is not None:
             self.scale = state.scale
             self.growth_tracker = state.growth_tracker

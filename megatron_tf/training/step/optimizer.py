@@ -1,4 +1,4 @@
-"""AdamW over the rows this rank holds, with clipping by a global norm that no layout changes the order of."""
+"""AdamW over the rows this rank holds, and clipping by a global norm that does not depend on the layout."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,47 +11,57 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.config import OptimizerConfig
 from megatron_tf.parallel.collectives import all_reduce, group_rank, group_size
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.parameters import Module, Parameter
-from megatron_tf.training.step.adam import adamw, set_adam_state
+from megatron_tf.training.step.adam import adamw, norms_of_changes, set_adam_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# A parameter has three bodies, all over the same storage of this rank's rows:
+# Each parameter has three views of the same storage, this rank's rows:
 #
 #   nn.Parameter (a DTensor under FSDP)    the model's; autograd leaves .grad there
-#     RowShard.tensor                      the same rows as a plain tensor, with their place in the logical parameter:
-#       |                                  what is saved, loaded and summed in norms
-#       +-- slice in adam.param_groups     what AdamW steps: all rows, or the old and the new ones apart
+#     RowShard.tensor                      the same rows as a plain tensor, with their position in the logical
+#       |                                  parameter: used to save, load and sum norms
+#       +-- slice in adam.param_groups     what AdamW updates: the rows of one generation
 #
 # The Adam moments are ours (`_moments`, one tensor for each RowShard): checkpoints read and write them there, and they
-# outlive `adam`, which is built again when old rows get another learning rate. adam.state holds slices of them, put
-# there by `set_adam_state`, so that a step writes into ours. Only the number of steps is kept twice: `num_steps` sets
-# both.
+# outlive `adam`, which is rebuilt for other generations. `set_adam_state` puts slices of them into adam.state, so that
+# a step writes into ours. Only the counts of updates are stored twice: AdamW and `generations` both advance them.
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a step did; the same on every rank."""
+    """The result of an optimizer step, the same on every rank."""
 
     norm: float
     """Global L2 norm of the gradients, before clipping."""
     norms: Mapping[str, float]
-    """The same by kind: embedding, qkv, proj, ffn, final_norm, head."""
+    """The same norm by kind of parameter: embedding, qkv, proj, ffn, norm, final_norm, head."""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    """Parameters whose gradient was non-finite, and the first rank that holds such rows. Nothing was updated then."""
+    """The first rank with a non-finite gradient, by parameter. If there is any, nothing was updated."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of a step on this rank, and the squared norms of those of the whole model."""
+
+    tensors: list[Tensor]
+    """The gradient of each shard, in the order of the shards."""
+    squares: Tensor
+    """Squared norm of each parameter of the whole model, float64 [parameters]; the same on every rank."""
 
 
 class Optimizer:
     """AdamW (arXiv 1711.05101) on the local rows of each parameter.
 
-    Working on plain local tensors keeps every layout on one path: what is sharded over ranks is elementwise here.
-    `shards` name the rows behind `parameters`, in the same order; `declared` are all parameters of the whole model, in
-    the order in which their norms are summed. `tied_group` joins the stages that hold a copy of the embedding, if they
-    are two. `implementation` is a name that `megatron_tf.training.step.adam.adamw` knows.
+    It works on plain local tensors, so that all layouts share one code path: the update is elementwise. `shards` are
+    the rows behind `parameters`, in the same order; `declared` holds all parameters of the whole model, in the order in
+    which their norms are summed. `tied_group` connects the two stages that hold a copy of the embedding, if any.
+    `implementation` is a choice of `megatron_tf.training.step.adam.adamw`.
     """
 
     def __init__(
@@ -72,49 +82,55 @@ class Optimizer:
         self.tied_group = tied_group
         self.implementation = implementation
         self.declared = declared
-        self.position = {name: i for i, name in enumerate(declared)}  # in the sum of the global norm
+        self.position = {name: i for i, name in enumerate(declared)}  # index in the sum of the global norm
+        # copies on other ranks would count twice in the norm, and shards without rows have none
+        self._counted = [i for i, shard in enumerate(shards) if shard.is_writer and len(shard.tensor)]
+        positions = [self.position[shards[i].name] for i in self._counted]
+        self._counted_positions = torch.tensor(positions, dtype=torch.int64, device=mesh.device)
         self._moments: dict[str, list[Tensor]] = {}
         for moment in MOMENTS:
             self._moments[moment] = [torch.zeros_like(shard.tensor) for shard in shards]
-        self._num_steps = 0
-        self._old = [0] * len(shards)  # how many of the first rows of each shard are old
-        self._lr_scale = 1.0
+        self.generations = Generations.original()
+
+    @property
+    def generations(self) -> Generations:
+        """The generations of all rows of the model, with the updates so far counted."""
+        return self._generations
+
+    @generations.setter
+    def generations(self, generations: Generations) -> None:
+        self._generations = generations
         self._build_adam()
 
-    def scale_old_rows(self, old_rows: Mapping[str, int], lr_scale: float) -> None:
-        """Train the first `old_rows[name]` rows of the tensors named at `lr_scale` times the learning rate.
-
-        At 0 they are frozen: no bit of them or of their moments changes, and their gradients do not count in the norm.
-        """
-        self._lr_scale = lr_scale
-        self._old = [0] * len(self.shards)
-        if lr_scale != 1.0:
-            for i, shard in enumerate(self.shards):
-                self._old[i] = min(max(old_rows.get(shard.name, 0) - shard.start, 0), len(shard.tensor))
-        self._build_adam()
+    @property
+    def num_steps(self) -> int:
+        """Return the updates that the Adam moments of the oldest rows have accumulated."""
+        return max(generation.exp_avg_sq_steps for generation in self._generations.table)
 
     def _build_adam(self) -> None:
-        """Make the third body of each parameter: slices of its shard, in groups of one weight decay and learning rate.
+        """Build AdamW over slices of the shards, with one group for each weight decay and generation.
 
-        A shard is one slice, or two where a growth gave its old rows a learning rate of their own; of frozen rows there
-        is no slice. A shard without rows is an empty slice.
+        A shard has a slice for each run of rows of one generation; frozen rows have none.
         """
-        groups: dict[tuple[float, float], list[Tensor]] = {}
+        table = self._generations.table
+        groups: dict[tuple[float, int], list[Tensor]] = {}
         self._trained: list[tuple[int, slice, Tensor]] = []
-        for i, (shard, old) in enumerate(zip(self.shards, self._old, strict=True)):
+        self._frozen: list[tuple[int, slice]] = []
+        for i, shard in enumerate(self.shards):
             decay = self._weight_decay(self.declared[shard.name])
-            for rows, scale in ((slice(0, old), self._lr_scale), (slice(old, len(shard.tensor)), 1.0)):
-                if scale == 0 or (rows.start == rows.stop and len(shard.tensor)):
-                    continue  # frozen, or no such rows
+            for rows, index in self._generations.slices(shard.name, shard.start, shard.stop):
+                if table[index].is_frozen:
+                    self._frozen.append((i, rows))
+                    continue
                 part = shard.tensor[rows]
                 self._trained.append((i, rows, part))
-                groups.setdefault((decay, scale), []).append(part)
+                groups.setdefault((decay, index), []).append(part)
         param_groups: list[dict[str, Any]] = [
-            {"params": parts, "weight_decay": decay, "lr_scale": scale}
-            for (decay, scale), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+            {"params": parts, "decay": decay, "generation": index}
+            for (decay, index), parts in sorted(groups.items(), key=lambda item: item[0], reverse=True)
         ]
-        if not param_groups:  # all rows here are frozen, and AdamW takes no empty list
-            param_groups = [{"params": [torch.empty(0, device=self.mesh.device)], "lr_scale": 1.0}]
+        if not param_groups:  # no rows here, or all are frozen, and AdamW rejects an empty list
+            param_groups = [{"params": [torch.empty(0, device=self.mesh.device)], "decay": 0.0, "generation": 0}]
         self.adam = adamw(
             self.implementation,
             param_groups,
@@ -122,90 +138,112 @@ class Optimizer:
             betas=(self.config.adam_beta1, self.config.adam_beta2),
             eps=self.config.adam_eps,
         )
-        self._fill_state()
+        moments = [
+            (part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}) for i, rows, part in self._trained
+        ]
+        group_of = {part: index for index, group in enumerate(self.adam.param_groups) for part in group["params"]}
+        self._in_adam = {(i, rows.start): (group_of[part], part) for i, rows, part in self._trained}
+        counts = [table[group["generation"]].exp_avg_sq_steps for group in self.adam.param_groups]
+        set_adam_state(self.adam, dict(moments), counts)
+
+    def _set_rates(self, lr: float) -> None:
+        """Set the learning rate and weight decay of each group, given that of the schedule."""
+        beta1 = self.config.adam_beta1
+        for group in self.adam.param_groups:
+            generation = self._generations.table[group["generation"]]
+            group["lr"], group["weight_decay"] = generation.rates(lr, group["decay"], beta1=beta1)
 
     def _weight_decay(self, parameter: Parameter) -> float:
         default = self.config.weight_decay if parameter.decays else 0.0
         return self.config.weight_decay_by_kind.get(parameter.kind, default)
 
-    def _fill_state(self) -> None:
-        moments: list[tuple[Tensor, dict[str, Tensor]]] = []
-        for i, rows, part in self._trained:
-            moments.append((part, {moment: self._moments[moment][i][rows] for moment in MOMENTS}))
-        set_adam_state(self.adam, moments, self._num_steps)
-
     def step(self, lr: float, scale: float = 1.0) -> Update:
-        """Apply the gradients in the parameters' .grad times `scale` and clear them.
+        """Take the gradients, multiplied by `scale`, and apply them."""
+        return self.apply(self.take_gradients(scale), lr)
 
-        Where their norm is non-finite nothing else changes, and the result names the parameters to blame.
+    def take_gradients(self, scale: float = 1.0) -> Gradients:
+        """Move the gradients, multiplied by `scale`, out of the parameters' .grad and compute their norms. Collective.
+
+        Does not wait for the device.
         """
-        gradients = self._take_gradients()
+        tensors = self._take_tensors()
         if scale != 1.0:
-            # private, but what torch's optimizers call: one kernel for many tensors, where mul_ launches one for each
-            torch._foreach_mul_(gradients, scale)
-        squares = self._squares(gradients)
-        # the one wait for the device in a step of the optimizer: whether anything is updated depends on it
-        norm = float(squares.sum().sqrt())
-        norms = self._by_kind(squares.tolist())
+            # private, but used by torch's own optimizers: one kernel for many tensors instead of one for each
+            torch._foreach_mul_(tensors, scale)
+        return Gradients(tensors, self._squares(tensors))
+
+    def apply(self, gradients: Gradients, lr: float) -> Update:
+        """Update the parameters.
+
+        If the norm of the gradients is non-finite, nothing changes, and the result names the parameters responsible.
+        """
+        tensors, squares = gradients.tensors, gradients.squares
+        # the optimizer's only wait for the device: it decides whether anything is updated
+        norm, *by_parameter = torch.cat((squares.sum().sqrt()[None], squares)).tolist()
+        norms = self._by_kind(by_parameter)
         if not math.isfinite(norm):
-            return Update(norm, norms, self._find_nonfinite(gradients))
+            return Update(norm, norms, self._find_nonfinite(tensors))
         limit = self.config.clip_grad
         if limit and norm > limit:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
+            torch._foreach_mul_(tensors, limit / (norm + 1e-6))  # 1e-6 as in torch's clip_grad_norm_
         for i, rows, part in self._trained:
-            part.grad = gradients[i][rows]
-        for group in self.adam.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+            part.grad = tensors[i] if len(part) == len(tensors[i]) else tensors[i][rows]
+        self._set_rates(lr)
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)  # slices keep the memory of all gradients until the next backward
-        self._num_steps += 1
+        self.adam.zero_grad(set_to_none=True)  # slices would keep all gradients in memory until the next backward
+        self._generations = self._generations.advanced()
         return Update(norm, norms)
 
-    def discard(self) -> None:
-        """Clear the gradients; nothing else changes."""
-        for parameter in self.parameters:
-            parameter.grad = None
+    def update_norms(self, slices: Sequence[tuple[int, slice]]) -> list[Tensor]:
+        """Return the norm of what the last step added to each slice: an index in `shards`, and rows of one generation.
+
+        Does not wait for the device.
+        """
+        norms = [torch.zeros((), device=self.mesh.device)] * len(slices)  # frozen rows do not change
+        members: dict[int, list[tuple[int, Tensor]]] = {}
+        for place, (i, rows) in enumerate(slices):
+            if (i, rows.start) in self._in_adam:
+                group_index, part = self._in_adam[i, rows.start]
+                members.setdefault(group_index, []).append((place, part))
+        for group_index, found in members.items():
+            group = self.adam.param_groups[group_index]
+            count = self._generations.table[group["generation"]].exp_avg_sq_steps
+            changes = norms_of_changes(self.adam, group, [part for _, part in found], count=count)
+            for (place, _), norm in zip(found, changes, strict=True):
+                norms[place] = norm
+        return norms
 
     def moments(self, moment: str) -> list[RowShard]:
-        """The rows of `moment` ("exp_avg" or "exp_avg_sq"), sharded as those of the parameters."""
+        """Return the rows of `moment` ("exp_avg" or "exp_avg_sq"), sharded like the parameters."""
         return [shard.with_tensor(rows) for shard, rows in zip(self.shards, self._moments[moment], strict=True)]
 
-    @property
-    def num_steps(self) -> int:
-        """Steps that Adam's bias correction counts."""
-        return self._num_steps
-
-    @num_steps.setter
-    def num_steps(self, value: int) -> None:
-        self._num_steps = value
-        self._fill_state()
-
-    def _take_gradients(self) -> list[Tensor]:
+    def _take_tensors(self) -> list[Tensor]:
         gradients = []
-        for parameter, shard, old in zip(self.parameters, self.shards, self._old, strict=True):
+        for parameter, shard in zip(self.parameters, self.shards, strict=True):
             gradient = parameter.grad
             if gradient is None:
                 raise AssertionError(f"{shard.name} has no gradient")
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
-                # the first stage has the gradient of looking up, the last one that of the logits
+                # the first stage has the gradient of the lookup, the last stage that of the logits
                 dist.all_reduce(local, group=self.tied_group)
-            if self._lr_scale == 0:
-                local[:old].zero_()  # or clipping would depend on what is not trained
             gradients.append(local)
             parameter.grad = None
+        for i, rows in self._frozen:
+            gradients[i][rows].zero_()  # so that clipping does not depend on frozen rows
         return gradients
 
     def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The squared norm of each logical parameter of the whole model, in canonical order: float64, [parameters].
+        """Return the squared norm of each parameter of the whole model in canonical order: float64, [parameters].
 
-        One axis is summed after the other, each over the same ranks whatever the size of "pp", whose sum only adds
-        zeros: so the bits do not depend on how the layers are split into stages.
+        The axes are reduced one after the other. The sum over "pp" only adds zeros, so the split into stages does not
+        change a single bit of the result.
         """
         squares = torch.zeros(len(self.position), dtype=torch.float64, device=self.mesh.device)
-        for shard, gradient in zip(self.shards, gradients, strict=True):
-            if shard.is_writer:  # copies on other ranks would count twice
-                squares[self.position[shard.name]] = torch.linalg.vector_norm(gradient).double().square()
+        if self._counted:
+            # private, as above: a kernel, or several, for each tensor would leave the GPU idle between them
+            norms = torch._foreach_norm([gradients[i] for i in self._counted])
+            squares.index_copy_(0, self._counted_positions, torch.stack(norms).double().square())
         for axis in ("tp", "dp", "pp"):
             squares = all_reduce(squares, self.mesh.group(axis))
         return squares
@@ -218,7 +256,7 @@ class Optimizer:
 
     def _find_nonfinite(self, gradients: Iterable[Tensor]) -> dict[str, int]:
         world = self.mesh.world
-        none = group_size(world)  # beyond every rank, so that MIN passes over it
+        none = group_size(world)  # larger than every rank, so that MIN ignores it
         first = torch.full((len(self.position),), none, device=self.mesh.device)
         for shard, gradient in zip(self.shards, gradients, strict=True):
             if not math.isfinite(float(torch.linalg.vector_norm(gradient))):

@@ -1,16 +1,17 @@
-"""Learning rate as a function of the step, or of the tokens trained on."""
+"""The learning rate as a function of the step, or of the tokens trained on."""
 
 import math
 
-from megatron_tf.config import OptimizerConfig
+from megatron_tf.config import ScheduleConfig
 
 
 def learning_rate(
-    config: OptimizerConfig, step: int, *, train_iters: int, tokens: int = 0, step_tokens: int = 1
+    config: ScheduleConfig, step: int, *, train_iters: int, tokens: int = 0, step_tokens: int = 1
 ) -> float:
-    """Rate of step `step` (the first is 0): linear warm-up from zero, then decay to min_lr, then min_lr.
+    """Return the learning rate of step `step` (from 0): linear warmup from zero, decay to min_lr, then min_lr.
 
-    By `lr_decay_tokens` the same over the `tokens` trained on before the step, which itself has `step_tokens`.
+    All counts are from the start of the schedule. It ends after `train_iters` steps unless a key gives another end.
+    With `lr_decay_tokens`, it is over the `tokens` trained on before the step, which adds `step_tokens`.
     """
     by_tokens = config.lr_decay_tokens is not None
     place, stride = (tokens, step_tokens) if by_tokens else (step, 1)
@@ -30,8 +31,3 @@ def learning_rate(
     progress = min(1.0, max(0.0, (place - start) / max(1, end - start)))
     share = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1.0 - progress
     return config.min_lr + (config.lr - config.min_lr) * share
-
-
-def rewarmup(step: int, growth_step: int, rewarmup_iters: int) -> float:
-    """Share of the learning rate at `step` after a growth at `growth_step`: linear from zero over `rewarmup_iters`."""
-    return min(1.0, (step - growth_step + 1) / rewarmup_iters) if rewarmup_iters else 1.0

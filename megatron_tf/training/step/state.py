@@ -1,4 +1,4 @@
-"""What a run trains: the stage of the model on this rank, its optimizer, and the runner of its micro-batches."""
+"""The training state of a rank: its stage of the model, its optimizer, and the runner of micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from megatron_tf.config import RunConfig, to_dict
-from megatron_tf.kernels.dispatch import Kernels, choose_kernels, without_pattention_kernels
+from megatron_tf.kernels.dispatch import (
+    Kernels,
+    choose_kernels,
+    with_fp8_products,
+    without_pattention_kernels,
+)
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import (
     build_stage,
@@ -15,14 +20,14 @@ from megatron_tf.model.parallelize import (
     initialize,
     micro_batch_shapes,
     parameter_shards,
-    token_loss,
+    product_sizes,
     warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.parallel.mesh import Mesh, first_and_last_stage_group
+from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import Runner, make_runner
 from megatron_tf.parallel.sharding import RowShard
-from megatron_tf.tokenformer.dtypes import DTYPES
+from megatron_tf.tokenformer.dtypes import activation_dtype
 from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.observability.step_timer import StepTimer
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
@@ -32,32 +37,33 @@ from megatron_tf.training.step.optimizer import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """This rank's part of what is trained, and the means to train it.
+    """This rank's stage of the model and everything needed to train it.
 
-    A step changes the model's parameters (by `shards`, which are their storage), the optimizer and the scaler; the
-    other fields stay as they are until the next growth.
+    A step changes the model's parameters (whose storage `shards` are), the optimizer and the scaler; the other fields
+    do not change until the next growth.
     """
 
     mesh: Mesh
     model: TokenFormer
     shards: Sequence[RowShard]
-    """The rows of parameters this rank holds."""
+    """The rows of the parameters that this rank holds."""
     optimizer: Optimizer
     scaler: LossScaler
     runner: Runner
     kernels: Kernels
-    """What the model computes with."""
+    """The implementations that the model uses."""
     timer: StepTimer
-    """Told what a step is doing."""
+    """Measures the phases of each step."""
 
 
 def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None) -> TrainState:
-    """This rank's part of a new run, with its initial values.
+    """Build this rank's part of a new run, with initial values.
 
-    Raises UserError for a layout that cannot be, and for kernels that can't be built.
+    Raises UserError if the layout is impossible, or if requested kernels can't be built.
     """
     check_batch_sizes(config, mesh.size("pp"), mesh.size("dp"))
-    dtype = DTYPES[config.training.precision]
+    precision = config.training.precision
+    dtype = activation_dtype(precision)
     model = _build_model(config, mesh, dtype)
     kernels = _build_kernels(model, config, mesh=mesh, dtype=dtype)
     shards = parameter_shards(model)
@@ -67,7 +73,7 @@ def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None
         model=model,
         shards=shards,
         optimizer=_build_optimizer(model, config, mesh=mesh, shards=shards, implementation=kernels.optimizer),
-        scaler=LossScaler(config.loss_scale, config.training.precision == "fp16"),
+        scaler=LossScaler(config.loss_scale, precision == "fp16"),
         runner=_build_runner(model, config, mesh=mesh, dtype=dtype),
         kernels=kernels,
         timer=timer or StepTimer(),
@@ -75,7 +81,7 @@ def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None
 
 
 def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenFormer:
-    """The stage of this rank, without values."""
+    """Build this rank's stage, uninitialized."""
     training, parallel = config.training, config.parallel
     model = build_stage(
         config.model,
@@ -101,15 +107,19 @@ def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: t
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
     )
-    return make_runner(model, token_loss(mesh), shapes=shapes, mesh=mesh, schedule=parallel.pipeline_schedule)
+    return make_runner(model, shapes=shapes, mesh=mesh, schedule=parallel.pipeline_schedule)
 
 
 def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
-    """The kernels that the model computes with from here on; the same on every rank, which all call it."""
+    """Choose the kernels, the same on every rank, and install them in the model. Collective."""
     training = config.training
+    rows = training.micro_batch_size * training.seq_length
     kernels = choose_kernels(_requested_kernels(config), mesh.device, dtype)
+    if training.precision == "fp8":
+        sizes = product_sizes(config.model, mesh, rows)
+        kernels = with_fp8_products(kernels, training.fp8_scaling, device=mesh.device, sizes=sizes)
     choose_computation(model, kernels, training.recompute_granularity)
-    failure = warm_up_kernels(model, mesh, rows=training.micro_batch_size * training.seq_length, dtype=dtype)
+    failure = warm_up_kernels(model, mesh, rows=rows, dtype=dtype)
     if failure is not None:
         kernels = without_pattention_kernels(kernels, failure)
         choose_computation(model, kernels, training.recompute_granularity)
@@ -117,7 +127,7 @@ def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: 
 
 
 def _requested_kernels(config: RunConfig) -> dict[str, Any]:
-    """The configured kernels, without what `auto` would take and cannot drop or repeat every bit."""
+    """Return the configured kernels, with SDPA where dropout or determinism requires it."""
     requested = to_dict(config.kernels)
     needs_sdpa = config.training.attention_dropout or config.training.deterministic
     return requested | {"attention": "sdpa"} if needs_sdpa else requested
@@ -133,6 +143,6 @@ def _build_optimizer(
         declared=model_parameters(config.model),
         config=config.optimizer,
         mesh=mesh,
-        tied_group=first_and_last_stage_group(mesh) if is_tied else None,
+        tied_group=mesh.end_stages if is_tied else None,
         implementation=implementation,
     )

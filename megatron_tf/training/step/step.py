@@ -1,7 +1,7 @@
-"""One optimizer step, and one evaluation, on any layout."""
+"""One training step, and one evaluation, on any layout."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,40 +9,55 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.data.batch import Batch
+from megatron_tf.layers.casting import keeping_casts
 from megatron_tf.layers.cross_entropy import IGNORE_INDEX
+from megatron_tf.model.row_probes import probe_rows
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import MicroBatches
+from megatron_tf.training.observability.row_metrics import RowMetrics
+from megatron_tf.training.step.row_inspector import RowInspector
 from megatron_tf.training.step.state import TrainState
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured; the same on every rank."""
+    """The measurements of a step, the same on every rank."""
 
     loss: float
     """Mean over the tokens of the global batch, before the update."""
     grad_norm: float
     """Global L2 norm before clipping."""
     norms: Mapping[str, float] = field(default_factory=dict)
-    """The same by kind of parameter."""
+    """The same norm by kind of parameter."""
     nonfinite: Mapping[str, int] = field(default_factory=dict)
-    """What was non-finite, "loss" or parameters, and the first rank where. Nothing was updated then. A batch with an id
-    outside the vocabulary has such a loss."""
+    """The first rank with a non-finite value, by "loss" or parameter name; if there is any, nothing was updated. An id
+    outside the vocabulary makes the loss non-finite."""
     is_overflow: bool = False
-    """Whether that was because of a loss scale that could be lowered, rather than of the batch."""
+    """Whether non-finite gradients are due to a loss scale that could be lowered, rather than to the batch."""
+    rows: Sequence[RowMetrics] = ()
+    """Old and new rows, if they were inspected and the step was taken."""
 
 
-def train_step(state: TrainState, batch: Batch, lr: float) -> StepResult:
-    """Forward, backward and update on this replica's part of the global batch."""
+def train_step(state: TrainState, batch: Batch, lr: float, inspector: RowInspector | None = None) -> StepResult:
+    """Run forward, backward and the update on this replica's part of the global batch.
+
+    An `inspector` measures the rows, which changes no bit of the training and waits for the device once more.
+    """
     loss_scale = state.scaler.scale
-    loss = forward_backward(state, batch)
+    with probe_rows(state.model, enabled=inspector is not None) as probes:
+        loss = forward_backward(state, batch)
+    # queued before the loss is read, which waits for the device: by then the norms are computed, too
+    gradients = state.optimizer.take_gradients(1 / loss_scale)
     value = mean_over_replicas(loss, state.mesh) / loss_scale
     if not math.isfinite(value):
-        state.optimizer.discard()
         return StepResult(value, math.nan, nonfinite={"loss": _first_rank_nonfinite(loss, state.mesh)})
     state.timer.enter("optimizer")
-    update = state.optimizer.step(lr, 1 / loss_scale)
+    before_clipping = None if inspector is None else inspector.gradient_squares(gradients.tensors)
+    update = state.optimizer.apply(gradients, lr)
+    rows: Sequence[RowMetrics] = ()
+    if inspector is not None and before_clipping is not None and not update.nonfinite:
+        rows = inspector.measure(probes, before_clipping)
     is_overflow = state.scaler.update(math.isfinite(update.norm))
     return StepResult(
         loss=value,
@@ -50,59 +65,87 @@ def train_step(state: TrainState, batch: Batch, lr: float) -> StepResult:
         norms=update.norms,
         nonfinite=update.nonfinite,
         is_overflow=is_overflow,
+        rows=rows,
     )
 
 
 def forward_backward(state: TrainState, batch: Batch) -> Tensor | None:
-    """Fill the gradients, times the loss scale; this replica's loss, times the same, on the last stage."""
+    """Compute gradients and this replica's loss, both times the loss scale; the loss is None before the last stage."""
     divisor = _loss_divisor(batch, state.mesh) / state.scaler.scale
     sample_numbers = None if state.model.dropout is None else batch.sample_numbers
-    loss = state.runner.train(micro_batches(state, batch, sample_numbers), divisor)
-    return _unless_bad_ids(state, batch, loss)
+    is_bad = has_bad_ids(state, batch)
+    batches = micro_batches(state, batch, is_bad=is_bad, sample_numbers=sample_numbers)
+    with keeping_casts(state.model):  # gradients of micro-batches still add up in the parameters' own type
+        loss = state.runner.train(batches, divisor)
+    return _nan(state.mesh) if is_bad else loss
 
 
 def evaluation_loss(state: TrainState, batch: Batch) -> float:
-    """Mean loss over the targets of a global batch, of which `batch` is this replica's part; NaN where it has an id
-    outside the vocabulary. Nothing is dropped."""
-    loss = state.runner.evaluate(micro_batches(state, batch), _loss_divisor(batch, state.mesh))
-    return mean_over_replicas(_unless_bad_ids(state, batch, loss), state.mesh)
+    """Return the mean loss over the targets of a global batch, without dropout; `batch` is this replica's part of it.
+
+    The loss is NaN if the batch has an id outside the vocabulary.
+    """
+    is_bad = has_bad_ids(state, batch)
+    batches = micro_batches(state, batch, is_bad=is_bad)
+    with keeping_casts(state.model):
+        loss = state.runner.evaluate(batches, _loss_divisor(batch, state.mesh))
+    return mean_over_replicas(_nan(state.mesh) if is_bad else loss, state.mesh)
 
 
-def micro_batches(state: TrainState, batch: Batch, sample_numbers: Tensor | None = None) -> MicroBatches:
-    """Prepare a batch for the stages: ids and targets on the device, the rest on the host."""
-    ids = batch.ids
-    if has_bad_ids(state, batch):
-        # some layouts would read rows of nobody; this rank still takes its part in the collectives of the step
+def micro_batches(
+    state: TrainState, batch: Batch, *, is_bad: bool, sample_numbers: Tensor | None = None
+) -> MicroBatches:
+    """Prepare a batch for the stages: all on the device, except document lengths that are read on the host.
+
+    Every id becomes 0 if the batch `is_bad`, that is, has an id outside the vocabulary.
+    """
+    ids = _to_device(batch.ids, state.mesh)
+    if is_bad:
+        # such ids could index outside the embedding; this rank still takes part in the step's collectives
         ids = torch.zeros_like(ids)
     inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
     if batch.ignored is not None:
-        targets = targets.masked_fill(batch.ignored, IGNORE_INDEX)
-    device = state.mesh.device
-    return MicroBatches(inputs.to(device), targets.to(device), batch.document_starts, sample_numbers)
+        targets = targets.masked_fill(_to_device(batch.ignored, state.mesh), IGNORE_INDEX)
+    starts, lengths = batch.document_starts, batch.document_lengths
+    if lengths is not None and not state.kernels.attend_documents.reads_on_host:
+        lengths = _to_device(lengths, state.mesh)
+    return MicroBatches(
+        inputs,
+        targets,
+        document_starts=None if starts is None else _to_device(starts, state.mesh),
+        document_lengths=lengths,
+        sample_numbers=None if sample_numbers is None else _to_device(sample_numbers, state.mesh),
+    )
+
+
+def _to_device(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """Copy a tensor of a batch; the host does not wait if its memory is page-locked."""
+    return tensor.to(mesh.device, non_blocking=True)
 
 
 def has_bad_ids(state: TrainState, batch: Batch) -> bool:
-    """Whether an id of this replica's part of a batch is not in the vocabulary."""
+    """Return whether this replica's part of a batch has an id outside the vocabulary."""
     lowest, highest = torch.aminmax(batch.ids)
     return int(lowest) < 0 or int(highest) >= state.model.config.vocab_size
 
 
-def _unless_bad_ids(state: TrainState, batch: Batch, loss: Tensor | None) -> Tensor | None:
-    """The loss, or NaN, which tells all ranks of an id that one of them found."""
-    return torch.tensor(math.nan, device=state.mesh.device) if has_bad_ids(state, batch) else loss
+def _nan(mesh: Mesh) -> Tensor:
+    """Return the loss of a batch with a bad id, which tells the other ranks."""
+    return torch.full((), math.nan, device=mesh.device)
 
 
 def _loss_divisor(batch: Batch, mesh: Mesh) -> float:
-    """What each replica divides the sum of its losses by, so that the mean over replicas is one over all targets.
+    """Return the divisor of each replica's summed loss that makes the mean over replicas the mean over all targets.
 
-    This is the one place where the loss is normalized: not by micro-batch and not by replica, whose numbers of targets
-    differ where some are ignored. Replicas are averaged in the end, gradients by FSDP and the loss by
-    `mean_over_replicas`, so each divides by its average share of the targets, as large as if it were alone.
+    This is the only place where the loss is normalized: neither per micro-batch nor per replica, whose numbers of
+    targets differ if some are ignored. Replicas are averaged later, gradients by FSDP and the loss by
+    `mean_over_replicas`, so each divides by the average number of targets per replica.
     """
     group = mesh.group("dp")
     if batch.ignored is None or group is None:
-        return max(batch.num_targets, 1)  # every replica has as many
-    total = all_reduce(torch.tensor(batch.num_targets, device=mesh.device), group)
+        return max(batch.num_targets, 1)  # the same on every replica
+    # reduced on the host, over gloo: reading a count from the device would wait for it
+    total = all_reduce(torch.tensor(batch.num_targets), group)
     return max(int(total), 1) / mesh.size("dp")
 
 
@@ -116,7 +159,7 @@ def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
 
 
 def mean_over_replicas(loss: Tensor | None, mesh: Mesh) -> float:
-    """Mean over replicas of the last stage's loss, made known to every stage; None on the other stages."""
+    """Average the last stage's loss over the replicas, on every rank; `loss` is None on the other stages."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if loss is not None:
         total += loss

@@ -1,4 +1,4 @@
-"""Before the first step: what would else fail hours later, or on one rank of many."""
+"""Checks before the first step for what would otherwise fail hours later, or on one rank of many."""
 
 import contextlib
 import os
@@ -18,19 +18,20 @@ import torch.distributed as dist
 import megatron_tf
 from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.parallel.mesh import AXES, Mesh
+from megatron_tf.tokenformer.dtypes import parameter_dtype
 from megatron_tf.tokenformer.sizes import parameter_count
 
-_CLOCK_SECONDS = 60.0  # by how much clocks may differ, the wait for the slowest rank included
-_VISIBLE_SECONDS = 5.0  # until a file of one host is seen on another
+_CLOCK_SECONDS = 60.0  # tolerated difference of clocks, including the wait for the slowest rank
+_VISIBLE_SECONDS = 5.0  # until a file of one host is visible on another
 _CHECKPOINTS_AHEAD = 2
-_BYTES_PER_PARAMETER = 12  # fp32 values and two moments
+_VALUES_PER_PARAMETER = 3  # its value and two Adam moments
 
 
 def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
-    """Warnings, the same on every rank, which all call it; `config` is the one of the present stage of growth.
+    """Check directories, versions, clocks and collectives, and return warnings, the same on every rank. Collective.
 
-    Raises ConfigError on every rank, naming rank and host, where one can't write what it is to write, where versions
-    differ, or where a collective over an axis of the mesh gives a wrong sum.
+    `config` is that of the current growth stage. Raises ConfigError on every rank, naming rank and host, if a rank
+    can't write its files, if versions differ, or if a collective over an axis of the mesh gives a wrong sum.
     """
     shared = _SharedDirectory(config.checkpoint.save, mesh)
     mine = {
@@ -54,7 +55,7 @@ def preflight(config: RunConfig, mesh: Mesh) -> list[str]:
 
 
 def _unwritable(config: RunConfig, is_first_rank: bool) -> Iterator[str]:
-    """Keys of what this rank is to write, and can't."""
+    """Yield the keys of paths that this rank has to write but can't."""
     logging = config.logging
     places: list[tuple[str, Path | None, Callable[[Path], None]]] = [
         ("checkpoint.save", config.checkpoint.save, _write_in),
@@ -82,7 +83,7 @@ def _write_in(directory: Path) -> None:
 
 
 class _SharedDirectory:
-    """A file that rank 0 writes into `checkpoint.save` for all other ranks to see; every rank makes one."""
+    """A file that rank 0 writes into `checkpoint.save` and every other rank looks for. Collective."""
 
     def __init__(self, directory: Path | None, mesh: Mesh) -> None:
         self.directory, self.mesh = directory, mesh
@@ -91,7 +92,7 @@ class _SharedDirectory:
             return
         file = directory / f".shared-{uuid.uuid4().hex}"
         if mesh.is_first_rank:
-            with contextlib.suppress(OSError):  # `_unwritable` says so
+            with contextlib.suppress(OSError):  # `_unwritable` reports it
                 directory.mkdir(parents=True, exist_ok=True)
                 file.touch()
         name = mesh.gather(file.name if mesh.is_first_rank and file.exists() else None)[0]
@@ -99,38 +100,38 @@ class _SharedDirectory:
             self.file = directory / name
 
     def not_seen(self) -> Iterator[str]:
-        """What is wrong with this rank's view of the directory."""
+        """Yield an error if this rank does not see the file."""
         if self.file is None:
             return
         deadline = time.monotonic() + _VISIBLE_SECONDS
         while not self._is_seen(self.file):
             if time.monotonic() > deadline:
                 yield (
-                    f"checkpoint.save ({self.directory}) is not the directory of that name on rank 0: it has to be on "
-                    f"a file system that all hosts share"
+                    f"checkpoint.save ({self.directory}) is not the same directory as on rank 0: it has to be on a "
+                    f"file system that all hosts share"
                 )
                 return
             time.sleep(0.1)
 
     def _is_seen(self, file: Path) -> bool:
         with contextlib.suppress(OSError):
-            return file.name in os.listdir(file.parent)  # noqa: PTH208  # asks the server of a network file system
+            return file.name in os.listdir(file.parent)  # noqa: PTH208  # listing refreshes the cache of a network file system
         return False
 
     def remove(self) -> None:
-        """Called when all ranks have looked."""
+        """Delete the file, once all ranks have looked for it."""
         if self.file is not None and self.mesh.is_first_rank:
             self.file.unlink(missing_ok=True)
 
 
 def _append_to(file: Path) -> None:
-    """Open it as the run does: a file or a device can take lines although its directory takes no files."""
+    """Open the file as the run does: it may be writable even if its directory is not."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.open("ab").close()
 
 
 def _wrong_sums(mesh: Mesh) -> Iterator[str]:
-    """Axes along which an all-reduce does not give what it should."""
+    """Yield an error for each axis of the mesh over which an all-reduce gives a wrong sum."""
     for axis in AXES:
         group = mesh.group(axis)
         if group is not None:
@@ -144,7 +145,8 @@ def _wrong_sums(mesh: Mesh) -> Iterator[str]:
 def _short_of_disk(config: RunConfig) -> Iterator[str]:
     root = config.checkpoint.save
     if root is not None:
-        needed = _CHECKPOINTS_AHEAD * _BYTES_PER_PARAMETER * parameter_count(config.model)
+        size = _VALUES_PER_PARAMETER * parameter_dtype(config.training.precision).itemsize
+        needed = _CHECKPOINTS_AHEAD * size * parameter_count(config.model)
         free = shutil.disk_usage(_existing(root)).free
         if free < needed:
             yield (
@@ -169,7 +171,7 @@ def _versions() -> dict[str, str]:
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
     for package, version in other["versions"].items():
         if version != first["versions"][package]:
-            yield f"{package} is {version}, and {first['versions'][package]} on rank 0"
+            yield f"{package} is {version}, but {first['versions'][package]} on rank 0"
 
 
 def _clocks(reports: list[Any]) -> Iterator[str]:
@@ -179,5 +181,5 @@ def _clocks(reports: list[Any]) -> Iterator[str]:
         late, early = clocks.index(min(clocks)), clocks.index(max(clocks))
         yield (
             f"clocks differ by {apart:.0f} s between rank {early} (host {reports[early]['host']}) and rank {late} "
-            f"(host {reports[late]['host']}): logs and limits of time are not to be trusted"
+            f"(host {reports[late]['host']}): timestamps in logs and time limits are unreliable"
         )

@@ -1,4 +1,4 @@
-"""The signals that stop a run, caught from its first line on. Imports nothing that takes time."""
+"""Handling of the signals that stop a run, from its first line on. Imports nothing that is slow."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ _SAME_INTERRUPT_SECONDS = 0.25  # a terminal and a launcher can both deliver one
 
 
 class SignalCatcher:
-    """While it is entered, signals are noted for the run to read, and a second Ctrl-C ends the process at once.
+    """A context in which signals are recorded for the run, and a second Ctrl-C ends the process at once.
 
-    Python runs its handlers in the main thread, which can wait in C++ for other ranks. A thread therefore reads the
-    signals from the wakeup descriptor, and is what ends the process.
+    Python runs signal handlers in the main thread, which may be blocked in C++ waiting for other ranks. A separate
+    thread therefore reads the signals from the wakeup descriptor, and ends the process.
     """
 
     def __init__(self) -> None:
@@ -33,18 +33,20 @@ class SignalCatcher:
         self._before: dict[int, Any] = {}
 
     def end_at_once(self, code: Callable[[int], int]) -> None:
-        """From now on, and if a stop was requested before, a signal ends the process with `code` of it: there is
-        nothing to save yet, and the main thread can be busy for minutes."""
+        """End the process on a signal, received from now on or before, with the exit code `code(signal)`.
+
+        Used before the first step: there is nothing to save yet, and the main thread can be busy for minutes.
+        """
         self._code_at_once = code
         if self.number:
             self._end_before_first_step(self.number)
 
     def stop_at_next_step(self) -> None:
-        """From now on a signal is noted for the run, whose ranks stop together."""
+        """Record signals without acting from now on: the ranks of the run stop together at their next step."""
         self._code_at_once = None
 
     def take_trace_request(self) -> bool:
-        """Whether TRACE_SIGNAL came since the last call."""
+        """Return whether TRACE_SIGNAL was received since the last call."""
         is_requested, self._is_trace_requested = self._is_trace_requested, False
         return is_requested
 
@@ -52,13 +54,13 @@ class SignalCatcher:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, args=(self._reader,), daemon=True, name="signals").start()
-        # no warning where the pipe is full: then the thread has enough to read
+        # no warning if the pipe is full: the thread then has enough to read
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, TRACE_SIGNAL):
-            # a shell lets a job in the background ignore Ctrl-C
+            # a shell makes background jobs ignore Ctrl-C
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
-        os.register_at_fork(after_in_child=self._restore)  # else nothing could terminate a worker process
+        os.register_at_fork(after_in_child=self._restore)  # otherwise worker processes could not be terminated
         return self
 
     def __exit__(
@@ -87,7 +89,7 @@ class SignalCatcher:
             if self._code_at_once is not None:
                 self._end_before_first_step(number)
             if self._is_second_interrupt(number):
-                _say_on_first_rank("interrupted a second time: ended at once, what was not saved before is lost")
+                _say_on_first_rank("interrupted a second time: exiting at once, without saving")
                 os._exit(exit_code(signal.SIGINT, is_saved=False))
         os.close(reader)
 
@@ -95,7 +97,7 @@ class SignalCatcher:
         if self._interrupted_at is None:
             self._interrupted_at = time.monotonic() if number == signal.SIGINT else None
             return False
-        if number == signal.SIGTERM:  # how torchrun hands on a second Ctrl-C
+        if number == signal.SIGTERM:  # how torchrun forwards a second Ctrl-C
             return "TORCHELASTIC_RUN_ID" in os.environ
         return number == signal.SIGINT and time.monotonic() - self._interrupted_at > _SAME_INTERRUPT_SECONDS
 
@@ -109,14 +111,14 @@ _active: SignalCatcher | None = None
 
 
 def catch_from_first_line() -> None:
-    """Catch signals until the process ends: for modules that are run as a script, before their imports."""
+    """Catch signals until the process ends; scripts call it before their imports."""
     global _active
     _active = SignalCatcher().__enter__()
 
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[SignalCatcher]:
-    """The catcher of `catch_from_first_line`, or one for as long as the context lasts."""
+    """Yield the catcher of `catch_from_first_line`, or else a new one for this context."""
     if _active is not None:
         yield _active
     else:
@@ -125,12 +127,12 @@ def caught_signals() -> Iterator[SignalCatcher]:
 
 
 def exit_code(number: int, *, is_saved: bool) -> int:
-    """The code of a run that a signal stopped: 75 says that the same command continues it, as launchers take it."""
+    """Return the exit code of a run that a signal stopped: 75, if the same command resumes it, else 128 + number."""
     return EXIT_START_AGAIN if is_saved and number != signal.SIGINT else 128 + number
 
 
 def name_of(number: int) -> str:
-    """What people call the signal."""
+    """Return the signal's name for messages."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

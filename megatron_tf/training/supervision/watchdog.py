@@ -1,15 +1,13 @@
-"""Watching over the ranks of a run: which of them is gone or late, where it runs and what it was doing."""
+"""Watchdog over the ranks of a run: which rank is lost or late, on which host, and what it was doing."""
 
 import contextlib
-import json
 import os
 import socket
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -17,89 +15,142 @@ from typing import Self
 import torch.distributed as dist
 
 from megatron_tf.errors import UserError
+from megatron_tf.failures import communication_failure, remedy_for
+from megatron_tf.failures import explain as explain_failure
+from megatron_tf.training.supervision.diagnosis import explain, responding
+from megatron_tf.training.supervision.heartbeats import ALARM, REPORT, Board, Heartbeat
 
 BEAT_SECONDS = 1.0
-_LISTED = 4  # ranks that a message lists
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What a rank says of itself, about once a second."""
-
-    host: str
-    process: int
-    count: int
-    """Beats so far."""
-    operation: str
-    seconds: float
-    """Since the operation began."""
-    place: str
-    """Innermost line of the main thread."""
-    is_waiting: bool
-    """Whether that line is one that waits for other ranks."""
+_PATIENCE_BEATS = 10  # for the report of a lower rank that responds, and for the main thread to fail after a report
+_WIDER = 8  # how many times as many ranks a rank looks at next, if those so far are silent
 
 
 class LostRankError(UserError):
-    """A rank that no longer answers; without a message where another rank says which."""
+    """A rank no longer responds. The message is empty if another rank reports it."""
 
 
 class Watchdog:
-    """A thread on every rank that tells the others through `store` what this one does, as long as it is entered.
+    """A context in which a thread on every rank publishes this rank's heartbeats in `store`.
 
-    `now` gives the present operation and since when it is under way, by time.perf_counter. An operation that takes
-    longer than `limit_seconds` ends the process: `end` gets a sentence about who is to blame, on one of the ranks that
-    are left, and None on the others. Errors of communication become a LostRankError that says the same.
+    `now` returns the current operation and its start by time.perf_counter. If an operation takes longer than
+    `limit_seconds`, or a collective fails, on any rank, `end` is called on all ranks to exit the process, with a
+    diagnosis on the lowest responding rank and None on the others. Where the main thread raises a communication error
+    first, that becomes a LostRankError with the same diagnosis instead.
+
+    Only the rank that reports reads all heartbeats; the others read as few as tell them that a lower rank responds.
     """
 
     def __init__(
         self,
         store: dist.Store | None,
         *,
+        rank: int,
+        size: int,
         now: Callable[[], tuple[str, float]],
         limit_seconds: float,
         end: Callable[[str | None], None],
     ) -> None:
-        self.store = None if store is None else store.clone()  # type: ignore[attr-defined]  # a store serves one thread at a time
-        self.rank, self.size = (0, 1) if store is None else (dist.get_rank(), dist.get_world_size())
+        self.board = None if store is None else Board(store, rank)
+        self.rank = rank
+        self.size = size
         self.now = now
         self.limit_seconds = limit_seconds
         self.end = end
         self.count = 0
         self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True, name="watch")
+        self.is_over = threading.Event()
+        self.is_alarmed = threading.Event()
+        self.is_reported = threading.Event()
+        self.watched_thread = threading.get_ident()
+        self.position = "", False
+        self.report: str | None = None
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+        self.listener = threading.Thread(target=self._listen, daemon=True, name="alarm")
 
     def __enter__(self) -> Self:
-        if self.store is not None:
+        if self.board is not None:
             self.thread.start()
+            self.listener.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop.set()
-        if self.store is None:
+        if self.board is None:
             return
-        self.thread.join(timeout=BEAT_SECONDS)
-        if error is None:
-            return
-        if _is_of_communication(error):
-            diagnosis = self._diagnose(f"({textwrap.shorten(str(error), 160)})")
-            raise LostRankError(diagnosis or "") from error
-        # the last beat, so that the others name this error and not a rank that fell silent
-        self._tell(self._beat(f"ended in {self.now()[0]}: {error}", 0.0, None))
+        try:
+            self.thread.join(timeout=BEAT_SECONDS)
+            if error is None:
+                return
+            failure = communication_failure(error)
+            if failure is not None:
+                raise LostRankError(self._say_of(error, failure)) from error
+            self._tell_end(error)
+        finally:
+            self.is_over.set()
+            self.listener.join(timeout=BEAT_SECONDS)
 
-    def _watch(self, main_thread: int) -> None:
+    def _say_of(self, error: BaseException, failure: str) -> str:
+        """Describe a failed collective; empty if another rank describes it.
+
+        gloo fails only if another rank is gone; NCCL also fails for reasons that only this rank knows.
+        """
+        if "NCCL" not in failure:
+            return self.report or self._diagnose(f"({failure})") or self.report or ""
+        diagnosis = self.report or self._diagnose(f"({failure})", is_known_to_all=False) or self.report
+        self._tell_end(failure)
+        return f"{diagnosis}: {remedy_for(failure)}" if diagnosis else str(explain_failure(error))
+
+    def _tell_end(self, reason: object) -> None:
+        """Send a last heartbeat, so that the others report this reason rather than a silent rank."""
+        self._tell(self._beat(f"ended in {self.now()[0]}: {reason}", 0.0, ("", False)))
+
+    def _watch(self) -> None:
         while not self.stop.wait(BEAT_SECONDS):
-            operation, since = self.now()
-            seconds = time.perf_counter() - since
-            # where the main thread is: it can wait in C++ for ever, and not say so itself
-            self._tell(self._beat(operation, seconds, sys._current_frames().get(main_thread)))
-            if seconds > self.limit_seconds:
+            if self._tell_position() > self.limit_seconds:
                 self.end(self._diagnose(f"(the limit of {self.limit_seconds:.0f} s is reached)"))
+            elif self.is_alarmed.is_set():
+                self._follow_alarm()
 
-    def _beat(self, operation: str, seconds: float, frame: FrameType | None) -> Heartbeat:
+    def _follow_alarm(self) -> None:
+        """Report a fault that another rank noticed, if this is the rank that does, and end the process.
+
+        Where the collective of the main thread fails because the others exit, that thread ends it, and closes the logs.
+        """
+        report = self._diagnose(None)
+        if not self.stop.wait(_PATIENCE_BEATS * BEAT_SECONDS):
+            self.end(report)
+
+    def _listen(self) -> None:
+        """Wait for an alarm and then for its report. In a thread of its own: a frozen store would block it."""
+        with contextlib.suppress(RuntimeError):  # the host of the store is gone, which every rank will notice
+            is_set = self._board().listener()  # here, as connecting can take seconds when many ranks start
+            for key, event in ((ALARM, self.is_alarmed), (REPORT, self.is_reported)):
+                while not is_set(key):
+                    if self.is_over.wait(BEAT_SECONDS):
+                        return
+                event.set()
+
+    def _tell_position(self) -> float:
+        """Send a heartbeat with the operation and the line of the watched thread; return the operation's seconds."""
+        beat = self._current_beat()
+        self._tell(beat)
+        return beat.seconds
+
+    def _current_beat(self) -> Heartbeat:
+        operation, since = self.now()
+        seconds = time.perf_counter() - since
+        # once the thread has failed, where it was: if another rank exits first, the collective here fails, and this
+        # rank must still count as one that waited
+        if not self.stop.is_set():
+            frame = sys._current_frames().get(self.watched_thread)  # it may be blocked in C++ and unable to report
+            self.position = ("", False) if frame is None else _place_of(frame)
+        return self._beat(operation, seconds, self.position)
+
+    def _beat(self, operation: str, seconds: float, position: tuple[str, bool]) -> Heartbeat:
         self.count += 1
-        place, is_waiting = ("", False) if frame is None else _place_of(frame)
+        place, is_waiting = position
         return Heartbeat(
             host=socket.gethostname(),
             process=os.getpid(),
@@ -111,83 +162,89 @@ class Watchdog:
         )
 
     def _tell(self, beat: Heartbeat) -> None:
-        with contextlib.suppress(RuntimeError):  # whoever kept the store is gone, which every rank will notice
-            self._store().set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+        with contextlib.suppress(RuntimeError):  # the host of the store is gone, which every rank will notice
+            self._board().publish(beat)
 
-    def _diagnose(self, symptom: str) -> str | None:
-        """Who blocks the run; None on all ranks but one that can say so."""
+    def _diagnose(self, symptom: str | None, *, is_known_to_all: bool = True) -> str | None:
+        """Return which ranks block the run; None if another rank reports it.
+
+        The symptom is that of the alarm if it is None. If `is_known_to_all`, the others are alarmed, and the report of
+        a lower rank is waited for, so that one is made even if that rank is lost, too.
+        """
+        board = self._board()
         try:
-            before = self._beats()
-            # for three beats, so that a rank that is only late is not taken for frozen
-            deadline = time.monotonic() + 3 * BEAT_SECONDS
-            while time.monotonic() < deadline:  # this rank's own beat must be seen to continue, too
-                time.sleep(BEAT_SECONDS / 2)
-                operation, since = self.now()
-                frame = sys._current_frames().get(threading.main_thread().ident or 0)
-                self._tell(self._beat(operation, time.perf_counter() - since, frame))
-            after = self._beats()
+            if symptom is None:
+                symptom = board.symptom()
+            elif is_known_to_all:
+                board.raise_alarm(symptom)
+            patience = _PATIENCE_BEATS * BEAT_SECONDS if is_known_to_all else 0.0
+            report = self._report(symptom) if self._has_to_report(patience) else None
+            if report is None and is_known_to_all:
+                self._leave()
         except RuntimeError:
-            return f"the rank that kept the run's store, usually rank 0, is gone {symptom}"
-        return explain(before, after, rank=self.rank, symptom=symptom)
+            if self.is_reported.is_set():
+                return None
+            return f"the rank that hosts the run's store, usually rank 0, is gone or frozen {symptom or ''}".rstrip()
+        return report
 
-    def _beats(self) -> dict[int, Heartbeat | None]:
-        keys = {rank: f"beat/{rank}" for rank in range(self.size)}
-        there = {rank: self._store().check([key]) for rank, key in keys.items()}
-        texts = {rank: self._store().get(key) for rank, key in keys.items() if there[rank]}
-        return {rank: Heartbeat(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
+    def _has_to_report(self, patience: float) -> bool:
+        """Wait up to `patience` seconds for the report of a lower rank; return whether no lower rank responds."""
+        start, stop = 0, 1
+        deadline = time.monotonic() + patience
+        while start < self.rank and not self.is_reported.is_set():
+            candidates = range(start, min(stop, self.rank))
+            before = self._board().read(candidates)
+            self._pause()
+            able = responding(before, self._board().read(candidates))
+            if not able:
+                # rank 0, then 7 ranks, then 56: few reads while most ranks respond, few rounds if a rack is lost
+                start, stop = stop, _WIDER * stop
+            elif time.monotonic() < deadline:
+                start, stop = able[0], able[0] + 1
+            else:
+                return False
+        return not self.is_reported.is_set()
 
-    def _store(self) -> dist.Store:
-        assert self.store is not None
-        return self.store
+    def _report(self, symptom: str) -> str | None:
+        """Return the diagnosis from all heartbeats; None if a lower rank responds after all, or has reported."""
+        board, everyone = self._board(), range(self.size)
+        before = board.read(everyone)
+        self._pause()
+        after = board.read(everyone)
+        report = explain(before, after, rank=self.rank, symptom=symptom)
+        if report is None or not board.claim_report():
+            return None
+        self.report = report  # first, as the main thread may fail while this one waits
+        self._wait_for_others(len(responding(before, after)) - 1)
+        return report
 
+    def _pause(self) -> None:
+        """Wait for three heartbeats, so that a rank that is only late does not count as frozen; less if one reports."""
+        deadline = time.monotonic() + 3 * BEAT_SECONDS
+        while time.monotonic() < deadline and not self.is_reported.wait(BEAT_SECONDS / 2):
+            self._tell_position()  # this rank's own heartbeats must continue, too
 
-def explain(
-    before: Mapping[int, Heartbeat | None], after: Mapping[int, Heartbeat | None], *, rank: int, symptom: str
-) -> str | None:
-    """A sentence about the ranks that others wait for, from two looks at all beats, some seconds apart.
+    def _wait_for_others(self, count: int) -> None:
+        """Wait for three heartbeats, or until `count` ranks know of the report: this rank may host their store."""
+        deadline = time.monotonic() + 3 * BEAT_SECONDS
+        with contextlib.suppress(RuntimeError):  # another rank hosts it and has exited: the report still counts
+            while time.monotonic() < deadline and self._board().num_confirmed() < count:
+                time.sleep(BEAT_SECONDS / 10)
 
-    To blame are those whose beat stood still, else those that failed, else those that do something other than wait.
-    None where a lower rank than this one is left to say it.
-    """
-    silent = [r for r, beat in after.items() if beat is None or (beat == before[r] and not _has_ended(beat))]
-    ended = [r for r, beat in after.items() if beat is not None and _has_ended(beat)]
-    left = [r for r in after if r not in silent and r not in ended]
-    if left and rank != min(left):
-        return None
-    busy = [r for r in left if (beat := after[r]) is not None and not beat.is_waiting]
-    if silent:
-        return f"{_list(silent, after, 'is gone or frozen, last heard of in')} {symptom}"
-    if ended:
-        return f"{_list(ended, after, 'has')} {symptom}"
-    if busy and len(busy) < len(left):
-        return f"{_list(busy, after, 'keeps the others waiting, in')} {symptom}"
-    return f"all ranks are blocked: {_list(left, after, 'is in')} {symptom}"
-
-
-def _list(ranks: Sequence[int], beats: Mapping[int, Heartbeat | None], verb: str) -> str:
-    texts = []
-    for rank in ranks[:_LISTED]:
-        beat = beats[rank]
-        if beat is None:
-            texts.append(f"rank {rank} never began")
+    def _leave(self) -> None:
+        """Tell the rank that reports, or will report, that this one exits."""
+        if self.is_reported.is_set():
+            self._board().confirm_report()
         else:
-            where = f", at {beat.place}" if beat.place else ""
-            duration = "" if _has_ended(beat) else f" for {beat.seconds:.0f} s"
-            texts.append(f"rank {rank} (host {beat.host}, pid {beat.process}) {verb} {beat.operation}{duration}{where}")
-    more = len(ranks) - _LISTED
-    return "; ".join(texts) + (f"; and {more} more" if more > 0 else "")
+            self._board().publish(replace(self._current_beat(), has_left=True))
 
-
-def _has_ended(beat: Heartbeat) -> bool:
-    return beat.operation.startswith("ended")
+    def _board(self) -> Board:
+        assert self.board is not None
+        return self.board
 
 
 def _place_of(frame: FrameType) -> tuple[str, bool]:
-    """(innermost line, whether it waits for other ranks)."""
+    """Return the innermost line, and whether it waits for other ranks."""
     file = Path(frame.f_code.co_filename)
     waits = "torch/distributed/" in file.as_posix() or (file.parent.name, file.name) == ("parallel", "collectives.py")
     return f"{file.name}:{frame.f_lineno} in {frame.f_code.co_name}", waits
-
-
-def _is_of_communication(error: BaseException) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -69,7 +69,7 @@ def test_some_complete_checkpoint_is_there_at_every_moment(tmp_path, monkeypatch
                 found = read_all(root)
                 outcomes.append("new" if same(found, new) else "old")
                 assert outcomes[-1] == "new" or same(found, old)
-        save(root, new, step=300)  # goes on as if nothing had been
+        save(root, new, step=300)  # continues as if nothing had happened
         assert {path.name[0] for path in root.iterdir()} == {"s", "l"}
         assert same(read_all(root), new)
         assert 100 in [int(path.name[5:]) for path in complete_checkpoints(root)]

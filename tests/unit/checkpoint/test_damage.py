@@ -112,7 +112,7 @@ def test_a_directory_without_a_manifest_is_not_a_checkpoint(root):
 @pytest.mark.parametrize("name", ["../../etc", "", "step_00000200/../..", "\udcff", "/"])
 def test_latest_names_a_step_or_is_damaged(root, name):
     (root / "latest").write_bytes(name.encode(errors="surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"latest is damaged: .* write into it the name of a step_"):
+    with pytest.raises(CheckpointError, match=r"latest is damaged: .* write the name of a step_"):
         CheckpointReader(root)
 
 
@@ -125,7 +125,7 @@ def test_where_there_is_nothing_to_read(root, tmp_path):
 
 
 HOSTILE = {
-    "version": (lambda body: body.update(format_version=99), "has format version 99; this program reads 1"),
+    "version": (lambda body: body.update(format_version=99), "has format version 99; this program supports 1"),
     "path": (
         lambda body: body["files"].update({"../x.safetensors": {"bytes": 1, "xxh3_128": ""}}),
         "'../x.safetensors'",
@@ -135,11 +135,14 @@ HOSTILE = {
         lambda body: body["files"].update({"model.pt": {"bytes": 1, "xxh3_128": ""}}),
         "'model.pt', which is no",
     ),
-    "dots": (lambda body: body["files"].update({"..": {"bytes": 1, "xxh3_128": ""}}), "names '..', which is no file"),
+    "dots": (
+        lambda body: body["files"].update({"..": {"bytes": 1, "xxh3_128": ""}}),
+        "names '..', which is not a valid file name",
+    ),
     "no metadata": (lambda body: body["files"].pop(METADATA), "does not list metadata.json"),
     "unknown file": (
         lambda body: embedding(body)["pieces"][0].update(file="y"),
-        "is stored in 'y', which is not listed",
+        "is stored in 'y', which is missing from the list of files",
     ),
     "gap": (lambda body: embedding(body)["pieces"].pop(0), "embedding.weight: expected a piece from row 0"),
     "overlap": (lambda body: embedding(body)["pieces"][1].update(start=3), "expected a piece from row 12, found [3,"),

@@ -1,5 +1,6 @@
 """What growth adds, what it leaves as it was, and what it refuses: tensors and metadata of a toy checkpoint."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.growth import grow
+from megatron_tf.checkpoint.generations import Generation, Run
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
-from megatron_tf.checkpoint.shrink import shrink
+from megatron_tf.checkpoint.schedule_start import ScheduleStart
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
-from megatron_tf.config import GrowthStage, ModelConfig, parse_token_option, to_dict
+from megatron_tf.config import GrowthStage, ModelConfig, ScheduleConfig, parse_token_option, to_dict
+from megatron_tf.growth.grow import grow
+from megatron_tf.growth.shrink import shrink
 from megatron_tf.tokenformer.initial_values import normal_rows
 from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support.toy import (
@@ -43,7 +46,7 @@ def grow_to(source, root, stage, layout=(1, 1)):
 
 def kind_of(name):
     parameter = model_parameters(ModelConfig(**MODEL))[name]
-    return parameter.kind if parameter.is_token else None
+    return parameter.kind if parameter.has_units else None
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (3, 3), (6, 2)], ids=str)
@@ -124,14 +127,48 @@ def test_metadata_says_what_happened(tmp_path):
     assert [event.to_json() for event in grown.lineage] == [
         {"step": 100, "samples": 6400, "tokens": 51200, "kinds": {"ffn": [36, 90]}, "init": "zero_key", "seed": 7}
     ]
-    after = grown.after_growth
-    assert (after.step, after.rewarmup_iters, after.old_tokens_lr_scale) == (100, 5, 0.25)
-    assert after.old_rows == {
-        f"layers.{i}.{module}.{side}_tokens": TOKENS[kind]
-        for i in range(LAYERS)
-        for module, kind in MODULES.items()
-        for side in ("key", "value")
-    }
+    # the embedding is neither old nor new; the learning rate of old rows differs
+    for name, parameter in model_parameters(grown.model).items():
+        runs = grown.all_generations.runs(name, parameter.shape[0])
+        old = Generation(exp_avg_steps=100, exp_avg_sq_steps=100, rewarmup_iters=5)
+        if parameter.layer is None:
+            assert runs == [Run(parameter.shape[0], old)]
+            continue
+        slow = replace(old, lr_scale=0.25)
+        new = [Run(54, Generation(growth=1, rewarmup_iters=5))] if parameter.kind == "ffn" else []
+        assert runs == [Run(TOKENS[parameter.kind], slow), *new]
+
+
+def test_a_schedule_counts_from_the_growth_and_replaces_that_of_the_stored_configuration(tmp_path):
+    before = record()
+    source = CheckpointReader(save(tmp_path / "base", random_tensors()))
+    of_run = {"lr": 1.0, "lr_warmup_iters": 7, "weight_decay": 0.3}
+    source.record = replace(before, config=before.config | {"optimizer": of_run})
+    schedule = {"lr": 0.5, "min_lr": 0.25, "lr_decay_style": "linear"}
+    with_schedule = GrowthStage(ffn_tokens=90, optimizer=schedule)
+    grown = grow(source, with_schedule)
+    others = {key: value for key, value in to_dict(ScheduleConfig(lr=1.0)).items() if key not in schedule}
+    assert others["lr_warmup_iters"] == 0  # nothing is inherited
+    assert grown.record.config["optimizer"] == {"weight_decay": 0.3, **schedule, **others}
+    assert grown.record.schedule_start == ScheduleStart(step=100, tokens=51200)
+    # a growth without a schedule keeps the one before, and so does resharding
+    again = replace(grown.record, training=replace(before.training, step=200))
+    grown.record = again
+    later = grow(grown, GrowthStage(ffn_tokens=96))
+    assert later.record.schedule_start == ScheduleStart(step=100, tokens=51200)
+    assert later.record.config["optimizer"] == again.config["optimizer"]
+    assert grow(source, GrowthStage(ffn_tokens=90)).record.schedule_start is None
+    # a converted checkpoint has no optimizer section
+    source.record = before
+    assert grow(source, with_schedule).record.config["optimizer"] == schedule | others
+
+
+def test_a_schedule_that_counts_from_a_growth_has_a_format_that_version_0_1_refuses(tmp_path):
+    source = CheckpointReader(save(tmp_path / "base", random_tensors()))
+    for number, start in enumerate((None, ScheduleStart(step=100, tokens=51200))):
+        source.record = replace(record(), schedule_start=start)
+        path = reshard(source, tmp_path / str(number), target(1, 1))
+        assert json.loads((path / "manifest.json").read_text())["format_version"] == 1 + number
 
 
 def test_metadata_given_is_left_as_it_was(tmp_path):
@@ -193,7 +230,8 @@ def test_new_layers_end_in_zeros_and_have_values_of_their_own(tmp_path):
             )
             assert 0.01 < drawn[-1].std() < 0.04
             assert not grown.read_rows("exp_avg", f"layers.{new}.{module}.key_tokens", start=0, stop=TOKENS[kind]).any()
-            assert grown.record.after_growth.old_rows[f"layers.{new}.{module}.key_tokens"] == 0
+            runs = grown.record.all_generations.runs(f"layers.{new}.{module}.key_tokens", TOKENS[kind])
+            assert runs == [Run(TOKENS[kind], Generation(growth=1))]
     assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)
     assert grown.names("model")[:2] == ["embedding.weight", "layers.0.attention.query.key_tokens"]
     assert grown.names("model")[-2:] == ["final_norm.weight", "final_norm.bias"]
@@ -237,14 +275,14 @@ def test_requests_that_do():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"ffn_tokens": 35}, r"ffn_tokens=35: there are 36 in layer 0 already, and growth only adds; .* --shrink"),
+        ({"ffn_tokens": 35}, r"ffn_tokens=35: layer 0 already has 36, and growth only adds tokens; .* --shrink"),
         ({"ffn_tokens": 36}, "adds nothing"),
         ({}, "adds nothing"),
-        ({"ffn_tokens": {"3": 72}}, "there are no layers 3 among 3"),
-        ({"ffn_tokens": {"2-1": 72}}, "there are no layers 2-1"),
-        ({"ffn_tokens": {"all": 72}}, "layers are written 3 or 0-5, not 'all'"),
-        ({"insert_layers": [4]}, "insert_layers names layer 4, the model has 3"),
-        ({"ffn_tokens": 71, "init": "duplicate"}, "needs 72 or more; use zero_key"),
+        ({"ffn_tokens": {"3": 72}}, "layers 3 are out of range for 3 layers"),
+        ({"ffn_tokens": {"2-1": 72}}, "layers 2-1 are out of range"),
+        ({"ffn_tokens": {"all": 72}}, "write layers as 3 or 0-5, not 'all'"),
+        ({"insert_layers": [4]}, "insert_layers names layer 4, but the model has 3 layers"),
+        ({"ffn_tokens": 71, "init": "duplicate"}, "needs at least 72; use zero_key"),
     ],
 )
 def test_growth_that_cannot_be(tmp_path, stage, message):
@@ -257,7 +295,7 @@ def test_softmax_is_refused_with_the_reason(tmp_path):
     source = CheckpointReader(save(tmp_path, random_tensors(), facts=facts))
     with pytest.raises(CheckpointError, match=r"exp\(0\) = 1"):
         grow(source, STAGE)
-    with pytest.raises(CheckpointError, match="to a multiple of its 36 tokens only"):
+    with pytest.raises(CheckpointError, match="only be duplicated exactly to a multiple of its 36 tokens"):
         grow(source, GrowthStage(ffn_tokens=73, init="duplicate"))
     grown = grow(source, GrowthStage(ffn_tokens=72, init="duplicate"))
     assert grown.record.tau["layers.0.ffn"] == 2 * TAU["layers.0.ffn"]
@@ -286,5 +324,5 @@ def test_a_tensor_that_is_no_parameter_of_the_model_is_named(tmp_path, derive):
     tensors = random_tensors()
     tensors["exp_avg"]["layers.1.ffn.other"] = torch.zeros(1, HIDDEN)
     source = CheckpointReader(save(tmp_path, tensors))
-    with pytest.raises(CheckpointError, match=r"exp_avg layers\.1\.ffn\.other is no parameter of its model"):
+    with pytest.raises(CheckpointError, match=r"exp_avg layers\.1\.ffn\.other is not a parameter of its model"):
         derive(source)

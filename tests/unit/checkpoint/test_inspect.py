@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.checkpoint.growth import grow
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.commands import inspect_checkpoint
 from megatron_tf.config import GrowthStage
+from megatron_tf.growth.grow import grow
 from tests.support.toy import random_tensors, read_all, same, save, target
 
 REPOSITORY = Path(__file__).parents[3]
@@ -28,7 +28,7 @@ def test_it_says_what_is_there(tmp_path, inspect, capsys):
     reshard(grow(base, GrowthStage(ffn_tokens=72)), tmp_path / "b", target(1, 1), check_source=base.verify)
     assert inspect(tmp_path / "b", "--verify") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "verified: the checksums of all 4 files hold" in lines
+    assert "verified: the checksums of all 4 files match" in lines
     assert any(line.endswith("step 100, samples 6,400, tokens 51,200, adam_steps 100, skipped 0") for line in lines)
     norm = torch.stack([tensors["model"][f"layers.{i}.ffn.key_tokens"] for i in range(3)]).norm()
     assert f"layers.*.ffn.key_tokens 3 72 x 6 float32 1,296 {norm:.5g}" in lines
@@ -38,13 +38,25 @@ def test_it_says_what_is_there(tmp_path, inspect, capsys):
 
 def test_layers_that_differ_are_shown(tmp_path, inspect, capsys):
     base = CheckpointReader(save(tmp_path / "a", random_tensors()))
-    stage = GrowthStage(ffn_tokens={"1": 72}, insert_layers=[3], old_tokens_lr_scale=0.5, rewarmup_iters=9)
+    stage = GrowthStage(
+        ffn_tokens={"1": 72},
+        insert_layers=[3],
+        old_tokens_lr_scale=0.5,
+        rewarmup_iters=9,
+        optimizer={"lr": 1e-3},
+    )
     reshard(grow(base, stage), tmp_path / "b", target(1, 1), check_source=base.verify)
     assert inspect(tmp_path / "b") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "layers.*.ffn.key_tokens 4 36..72 x 6 float32 1,080" in out
     assert "ffn 36 -> [36, 72, 36, 36], new layers 3 by zero_key" in out
-    assert "since step 100: 9 steps of warm-up, old tokens at 0.5 of the learning rate" in out
+    assert "the learning-rate schedule counts from step 100 (51,200 tokens)" in out
+    warming = "warm-up at 0 of 9 steps"
+    assert f"original rows: 100 updates in the first moment, 100 in the second, {warming}" in out
+    assert (
+        f"original rows: 100 updates in the first moment, 100 in the second, learning rate times 0.5, {warming}" in out
+    )
+    assert f"rows of growth 1: 0 updates in the first moment, 0 in the second, {warming}" in out
 
 
 def test_a_checkpoint_never_grown_says_so(tmp_path, inspect, capsys):

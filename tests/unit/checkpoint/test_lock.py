@@ -47,7 +47,7 @@ def elsewhere(path, **changes):
 
 
 def test_a_second_run_is_refused_by_name(tmp_path, holder):
-    message = rf"checkpoint\.save: another run writes into {tmp_path} \(process {holder.pid} on "
+    message = rf"checkpoint\.save: another run is writing to {tmp_path} \(process {holder.pid} on "
     with pytest.raises(LockedError, match=message), RunLock(tmp_path, print):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [LOCK]
@@ -97,8 +97,8 @@ def test_a_wait_for_another_machine_is_announced_with_the_run_that_it_is_for(tmp
     (tmp_path / LOCK).write_text(json.dumps(owner) if contents != "[1, 2" else contents)
     with RunLock(tmp_path, print):
         pass
-    who = f"process {os.getpid()} on node7, job 41" if contents != "[1, 2" else "a process that it does not name"
-    message = f"{tmp_path} has a lock of {who}: waiting up to 1 s to see whether that run is alive"
+    who = f"process {os.getpid()} on node7, job 41" if contents != "[1, 2" else "an unknown process"
+    message = f"{tmp_path} is locked by {who}: waiting up to 1 s to see whether that run is alive"
     assert caplog.text.count(message) == 1
 
 

@@ -120,7 +120,7 @@ FIRST = "sequential.2.attention.query.key_param_tokens"
         (drop("sequential.3.mlp.value_param_tokens"), "lacks sequential.3.mlp.value_param_tokens"),
         (drop("sequential.5.norm.bias"), "lacks sequential.5.norm.bias"),
         (drop(FIRST), f"it lacks {FIRST}"),
-        (lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)), "not of an official TokenFormer"),
+        (lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)), "not an official TokenFormer"),
         (put("sequential.9.extra", torch.ones(2)), "also has sequential.9.extra, which this model does not have"),
         (put("sequential.5.norm.bias", torch.ones(63)), "norm.bias is [63], expected [64]"),
         (put("sequential.3.mlp.key_param_tokens", torch.ones(128, 64)), "is [128, 64], expected [256, 64]"),
@@ -159,7 +159,7 @@ def test_no_code_in_a_file_runs(write, tmp_path, capsys, monkeypatch):
     write(tmp_path / "pytorch_model.bin")
     options = facts(tmp_path)
     assert convert("official", "megatron_tf", tmp_path / "pytorch_model.bin", tmp_path / "run", *options) == 1
-    assert "can't be read as tensors alone" in capsys.readouterr().err
+    assert "can't be read as plain tensors" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
 
 
@@ -175,7 +175,7 @@ def test_what_the_file_does_not_tell_is_asked_for(option, tmp_path, capsys):
     place = options.index(option)
     code, _ = import_tensors(tmp_path, official_tensors(CASES[0]), *options[:place], *options[place + 2 :])
     assert code == 1
-    assert f"does not tell {option}" in capsys.readouterr().err
+    assert f"does not contain {option}" in capsys.readouterr().err
 
 
 def test_damage_found_while_writing_leaves_nothing(tmp_path, capsys):

@@ -162,7 +162,7 @@ def write_described(path, value):
         (Described((2, 2), strides=(1, 2)), "x is not contiguous"),
         (Described((2, 2), strides=(0, 0)), "x is not contiguous"),
         (Described((4,), count=9), "stored in '0' of 36 bytes, which has 32"),
-        (Described((4,), count=-8), "which is no storage"),
+        (Described((4,), count=-8), "which is not a storage"),
     ],
 )
 def test_a_shape_beyond_its_storage_is_refused(tmp_path, tensor, message):
@@ -192,11 +192,11 @@ def change_record(path, name, content):
         ("data/0", None, "which is missing"),
         ("data/0", b"1234", "which has 4"),
         ("data.pkl", None, "it holds 0 files data.pkl"),
-        ("data.pkl", b"", "is damaged|can't be read as tensors alone"),
+        ("data.pkl", b"", "is damaged|can't be read as plain tensors"),
         ("data.pkl", b"\x80\x02r\xff\xff\xff\x7f.", "it stores a value at 2147483647"),
         ("data.pkl", pickle.dumps([1]), "holds list, not tensors"),
         ("data.pkl", pickle.dumps({1: 2}), "holds more than tensors: 1 is int"),
-        ("data.pkl", b"cbuiltins\neval\n.", "it names builtins.eval, which is no tensor"),
+        ("data.pkl", b"cbuiltins\neval\n.", "it names builtins.eval, which is not a tensor"),
         ("byteorder", b"middle", "its byte order is 'middle'"),
     ],
 )

@@ -8,10 +8,13 @@ import re
 import pytest
 
 from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.generations import Generation, Run
+from megatron_tf.checkpoint.growth_event import GrowthEvent
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.record import AfterGrowth, GrowthEvent, LossScale, RunDetails, RunRecord, Usage
+from megatron_tf.checkpoint.record import LossScale, RunDetails, RunRecord, Usage
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
+from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support import toy
 from tests.support.paths import ROOT
 
@@ -21,6 +24,9 @@ MODEL = {
     "hidden_size": 6,
     "num_attention_heads": 6,
     "layer": "tokenformer",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "qk_norm": False,
     "qkv_tokens": 12,
     "proj_tokens": 12,
     "ffn_tokens": [36, 48, 36],
@@ -33,6 +39,8 @@ MODEL = {
     "layernorm_epsilon": 1e-05,
     "init_method_std": 0.02,
 }
+NEW_MODEL_KEYS = {"norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+"""Keys that version 0.1 did not write, with the model that it had."""
 FULL = {
     "model": MODEL,
     "config": {"model": MODEL, "training": {"seq_length": 8, "seed": 7}, "data": {"tokenizer_model": None}},
@@ -47,7 +55,17 @@ FULL = {
             "init": "zero_key",
             "seed": 7,
             "inserted_layers": [1],
-        }
+            "hidden_size": [6, 12],
+        },
+        {
+            "step": 3,
+            "samples": 32,
+            "tokens": 192,
+            "kinds": {},
+            "init": "drop_layers",
+            "seed": 7,
+            "dropped_layers": [0, 2],
+        },
     ],
     "training": {"step": 3, "samples": 32, "tokens": 192, "adam_steps": 3, "skipped": 1, "overflows": 2},
     "usage": {"flops": 2703360.0, "device_seconds": 0.55},
@@ -56,37 +74,50 @@ FULL = {
         "spikes": {"losses": [5.5, 5.25], "in_a_row": 1},
         "evaluation_due": True,
         "blend": "spaced",
+        "dropout": "splitmix64",
     },
     "loss_scale": {"scale": 4294967296.0, "growth_tracker": 3, "hysteresis_tracker": -1},
-    "after_growth": {
-        "step": 2,
-        "rewarmup_iters": 5,
-        "old_tokens_lr_scale": 0.5,
-        "old_rows": {"layers.0.ffn.key_tokens": 36},
+    "generations": {
+        "table": [
+            {
+                "growth": 0,
+                "exp_avg_steps": 3,
+                "exp_avg_sq_steps": 2,
+                "step_scale": 0.5,
+                "lr_scale": 0.25,
+                "rewarmup_iters": 5,
+                "rewarmup_done": 1,
+            }
+        ],
+        "rows": {"layers.0.ffn.key_tokens": [[0, 36]]},
     },
+    "schedule_start": {"step": 2, "tokens": 128},
     "growth_stage": 1,
 }
 """Every key that is written, in the order in which it is written."""
 SECTIONS = ["", "model", "config", "config.training", "training", "usage", "run", "run.spikes", "loss_scale"]
-SECTIONS += ["lineage[0]", "after_growth"]
+SECTIONS += ["lineage[0]", "generations", "generations.table[0]", "schedule_start"]
 REQUIRED = ["model", "config", "tau", "tokenizer", "lineage", "config.training", "config.training.seq_length"]
 REQUIRED += ["config.training.seed", "model.num_layers", "model.hidden_size", "model.ffn_tokens", "model.vocab_size"]
 REQUIRED += [f"training.{key}" for key in ("samples", "tokens", "adam_steps", "skipped")]
 REQUIRED += [f"lineage[0].{key}" for key in ("step", "samples", "tokens", "kinds", "init", "seed")]
-REQUIRED += [f"after_growth.{key}" for key in ("step", "rewarmup_iters", "old_tokens_lr_scale", "old_rows")]
+REQUIRED += ["generations.table", "generations.rows", "schedule_start.step", "schedule_start.tokens"]
+REQUIRED += [f"generations.table[0].{key}" for key in FULL["generations"]["table"][0]]
 REQUIRED += ["run.spikes.losses", "run.spikes.in_a_row"]
 REQUIRED += [f"loss_scale.{key}" for key in ("scale", "growth_tracker", "hysteresis_tracker")]
 DEFAULTS = {
     "usage": ("usage", Usage(0.0, 0.0)),
     "run": ("details", RunDetails(data=None, spikes=None, evaluation_due=False)),
     "loss_scale": ("loss_scale", None),
-    "after_growth": ("after_growth", None),
+    "generations": ("generations", None),
+    "schedule_start": ("schedule_start", None),
     "growth_stage": ("growth_stage", None),
     "training.overflows": ("training.overflows", 0),
     "usage.flops": ("usage.flops", 0.0),
     "usage.device_seconds": ("usage.device_seconds", 0.0),
     "run.data": ("details.data", None),
     "run.spikes": ("details.spikes", None),
+    "run.dropout": ("details.dropout", None),
     "run.evaluation_due": ("details.evaluation_due", False),
     "config.data": ("data", {}),
     "model.layer": ("model.layer", "tokenformer"),
@@ -114,8 +145,41 @@ def without(path):
 def test_what_version_0_1_wrote_is_written_again_byte_for_byte(path):
     text = path.read_text()
     record = RunRecord.from_json(json.loads(text), path)
-    assert json.dumps(record.to_json(), indent=1) == text
+    written = record.to_json()
+    assert {key: written["model"].pop(key) for key in NEW_MODEL_KEYS} == NEW_MODEL_KEYS
+    if "after_growth" in json.loads(text):  # generations say what it said, and more
+        assert list(written)[-1] == "generations"
+        written["after_growth"] = json.loads(text)["after_growth"]
+        del written["generations"]
+    assert json.dumps(written, indent=1) == text
     assert record.growth_stage is None
+
+
+def test_rows_after_a_growth_of_version_0_1_have_one_count_of_updates():
+    path = next(path for path in OLD if path.parents[2].name == "grown")
+    values = json.loads(path.read_text())
+    assert values["training"]["step"] == values["training"]["adam_steps"] == 3
+    record = RunRecord.from_json(values, path)
+    after = values["after_growth"]
+    counts = {"exp_avg_steps": 3, "exp_avg_sq_steps": 3, "rewarmup_iters": after["rewarmup_iters"]}
+    counts["rewarmup_done"] = min(3 - after["step"], after["rewarmup_iters"])
+    for name, parameter in model_parameters(record.model).items():
+        old, rows = after["old_rows"].get(name), parameter.shape[0]
+        runs = record.all_generations.runs(name, rows)
+        if old is None:
+            assert runs == [Run(rows, Generation(**counts))]
+            continue
+        slow = Run(old, Generation(**counts, lr_scale=after["old_tokens_lr_scale"]))
+        new = Run(rows - old, Generation(**counts, growth=1))
+        assert runs == [part for part in (slow, new) if part.count]
+
+
+def test_old_rows_of_too_few_tensors_are_refused():
+    values = {**copy.deepcopy(FULL), "after_growth": {"step": 2, "rewarmup_iters": 5, "old_tokens_lr_scale": 0.5}}
+    del values["generations"]
+    values["after_growth"]["old_rows"] = {"layers.0.ffn.key_tokens": 36}
+    with pytest.raises(CheckpointError, match=r"file: after_growth\.old_rows does not list the tokens of every layer"):
+        RunRecord.from_json(values, "file")
 
 
 def test_there_are_old_files():
@@ -129,7 +193,7 @@ def test_every_key_is_written_in_its_order():
     assert RunRecord.from_json(record.to_json(), "file") == record
     assert isinstance(record.lineage[0], GrowthEvent)
     assert record.loss_scale == LossScale(4294967296.0, 3, -1)
-    assert record.after_growth == AfterGrowth(2, 5, 0.5, {"layers.0.ffn.key_tokens": 36})
+    assert record.generations.runs("layers.0.ffn.key_tokens", 36) == [Run(36, record.generations.table[0])]
     assert (record.seq_length, record.seed, record.model.token_counts("ffn")) == (8, 7, [36, 48, 36])
 
 
@@ -145,7 +209,7 @@ def test_unknown_keys_are_ignored_at_every_level(path):
     section_of(values, path)["of_a_later_version"] = [{"x": 1}]
     record = RunRecord.from_json(values, "file")
     known = RunRecord.from_json(copy.deepcopy(FULL), "file")
-    for name in ("model", "tau", "training", "usage", "details", "loss_scale", "lineage", "after_growth"):
+    for name in ("model", "tau", "training", "usage", "details", "loss_scale", "lineage", "generations"):
         assert getattr(record, name) == getattr(known, name)
 
 
@@ -186,9 +250,18 @@ def test_a_key_that_some_writer_left_out_has_its_default(path):
         ("loss_scale.growth_tracker", 0.5, "loss_scale.growth_tracker is 0.5, expected a whole number"),
         ("lineage[0].kinds", {"ffn": [3]}, "lineage[0].kinds.ffn is [3], expected [old, new]"),
         ("lineage[0].init", 3, "lineage[0].init is 3, expected a string"),
-        ("after_growth.old_rows", {"w": -1}, "after_growth.old_rows of w is -1"),
+        ("lineage[0].hidden_size", [6, 12, 24], "lineage[0].hidden_size is [6, 12, 24], expected [old, new]"),
+        ("lineage[0].hidden_size", [0, 6], "lineage[0].hidden_size is [0, 6], expected [old, new]"),
+        ("lineage[0].hidden_size", [True, 6], "lineage[0].hidden_size is [True, 6], expected [old, new]"),
+        ("generations.table", [], "generations.table is empty"),
+        ("generations.rows", {"w": [[1, 2]]}, "generations.rows of w is [[1, 2]], expected [index in table, rows]"),
+        ("generations.rows", {"w": [[0, 0]]}, "generations.rows of w is [[0, 0]]"),
+        ("generations.rows", {"w": [[0]]}, "generations.rows of w is [[0]]"),
+        ("generations.rows", {"w": []}, "generations.rows of w is []"),
         ("growth_stage", True, "growth_stage is True"),
         ("config.data", [], "config.data is list, expected an object"),
+        ("config.optimizer", 3, "config.optimizer is int, expected an object"),
+        ("schedule_start.tokens", -1, "schedule_start.tokens is -1, expected a whole number"),
         ("model.hidden_size", -1, "model: hidden_size: Input should be greater than 0"),
     ],
 )

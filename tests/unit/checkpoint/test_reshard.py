@@ -1,4 +1,4 @@
-"""Repartitioning: the same values in files for other ranks, streamed."""
+"""Resharding: the same values in files for other ranks, streamed."""
 
 import itertools
 import tracemalloc
@@ -17,7 +17,7 @@ from tests.support.toy import random_tensors, rank_shards, read_all, record, sam
 PAIRS = [((1, 1), (2, 1)), ((2, 1), (1, 3)), ((1, 3), (3, 2)), ((3, 2), (6, 3)), ((6, 3), (1, 1))]
 
 
-def repartition(source, root, layout):
+def reshard_to(source, root, layout):
     """As the tool does."""
     reader = CheckpointReader(source, check_at_end=True)
     return reshard(reader, root, layout, check_source=reader.verify)
@@ -27,9 +27,9 @@ def repartition(source, root, layout):
 def test_there_and_back_is_byte_for_byte_the_same(tmp_path, pair):
     tensors = random_tensors()
     source = save(tmp_path / "source", tensors, (2, 2, 2))
-    first = repartition(source, tmp_path / "a", target(*pair[0]))
-    second = repartition(first, tmp_path / "b", target(*pair[1]))
-    third = repartition(second, tmp_path / "c", target(*pair[0]))
+    first = reshard_to(source, tmp_path / "a", target(*pair[0]))
+    second = reshard_to(first, tmp_path / "b", target(*pair[1]))
+    third = reshard_to(second, tmp_path / "c", target(*pair[0]))
     assert same(read_all(second), tensors)
     assert CheckpointReader(second).record == record()
     files = [{path.name: path.read_bytes() for path in directory.iterdir()} for directory in (first, third)]
@@ -40,14 +40,14 @@ def test_blocks_do_not_show(tmp_path, monkeypatch):
     tensors = random_tensors()
     source = save(tmp_path / "source", tensors, (5, 1, 1))
     monkeypatch.setattr(interface, "BLOCK_BYTES", 7 * 24)  # seven rows
-    assert same(read_all(repartition(source, tmp_path / "target", target(2, 2))), tensors)
+    assert same(read_all(reshard_to(source, tmp_path / "target", target(2, 2))), tensors)
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 3), (6, 2)], ids=str)
 def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
     load_file = pytest.importorskip("safetensors.torch").load_file
     tensors = random_tensors()
-    path = repartition(save(tmp_path / "a", tensors), tmp_path / "b", target(*layout))
+    path = reshard_to(save(tmp_path / "a", tensors), tmp_path / "b", target(*layout))
     for stage, rank in itertools.product(range(layout[1]), range(layout[0])):
         for group, shards in rank_shards(tensors, (*layout, 1), (stage, rank, 0)).items():
             held = load_file(path / f"{group}-pp{stage:02d}-tp{rank:02d}-dp00.safetensors")
@@ -59,14 +59,14 @@ def test_each_rank_finds_its_rows_in_its_own_file(tmp_path, layout):
 def test_rows_that_do_not_divide_are_refused(tmp_path):
     source = save(tmp_path / "a", random_tensors())
     with pytest.raises(CheckpointError, match=r"embedding\.weight has 24 rows, which 5 tensor-parallel ranks cannot"):
-        repartition(source, tmp_path / "b", target(5, 1))
+        reshard_to(source, tmp_path / "b", target(5, 1))
     assert not (tmp_path / "b").exists()
 
 
 def test_a_checkpoint_does_not_replace_itself(tmp_path):
     path = save(tmp_path, random_tensors())
     with pytest.raises(CheckpointError, match="would replace itself: choose another directory"):
-        repartition(path, tmp_path, target(2, 1))
+        reshard_to(path, tmp_path, target(2, 1))
     CheckpointReader(path).verify()
 
 
@@ -75,14 +75,14 @@ def test_a_damaged_source_leaves_nothing_behind(tmp_path):
     file = path / "exp_avg-pp00-tp00-dp00.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     with pytest.raises(CheckpointError, match=r"exp_avg-pp00-tp00-dp00\.safetensors is damaged"):
-        repartition(path, tmp_path / "b", target(2, 1))
+        reshard_to(path, tmp_path / "b", target(2, 1))
     assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_the_plan_is_what_is_written(tmp_path):
     source = save(tmp_path / "a", random_tensors())
     plans = list(plan_files(CheckpointReader(source), target(2, 3)))
-    path = repartition(source, tmp_path / "b", target(2, 3))
+    path = reshard_to(source, tmp_path / "b", target(2, 3))
     assert {plan.name for plan in plans} == {file.name for file in path.glob("*.safetensors")}
 
 
@@ -101,7 +101,7 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CheckpointReader, "read_rows", counted)
     tracemalloc.start()
-    path = repartition(source, tmp_path / "b", target(2, 1))
+    path = reshard_to(source, tmp_path / "b", target(2, 1))
     _, peak = tracemalloc.get_traced_memory()  # what Python holds: tensors' storage is counted above
     tracemalloc.stop()
     assert largest == 1 << 16

@@ -106,7 +106,7 @@ NO_MODEL = {
         "is [24, 1000000000000000] torch.float32, expected [24, 6]",
     ),
     "type": (lambda d: change_manifest(d, lambda b: embedding(b).update(dtype="I64")), "is [24, 6] torch.int64"),
-    "tau": (lambda d: change_metadata(d, lambda m: m["tau"].pop("layers.2.ffn")), "each projection: layers.2.ffn"),
+    "tau": (lambda d: change_metadata(d, lambda m: m["tau"].pop("layers.2.ffn")), "tau of layers.2.ffn is missing"),
     "configuration": (lambda d: change_metadata(d, lambda m: m["model"].update(hidden_size=-1)), "hidden_size"),
 }
 
@@ -132,7 +132,10 @@ def test_every_tool_refuses_what_is_not_a_complete_model(directory, tmp_path, ch
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
-    [([24, 2**62], "F32", "which no file can hold"), ([24, 6], ["F32"], "dtype is ['F32'], expected a string")],
+    [
+        ([24, 2**62], "F32", "which is too large for any file"),
+        ([24, 6], ["F32"], "dtype is ['F32'], expected a string"),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(directory, shape, dtype, message):
     change_manifest(directory, lambda body: embedding(body).update(shape=shape, dtype=dtype))

@@ -56,7 +56,7 @@ def test_a_stored_file_of_other_contents_is_not_used(moved, capsys):
     text["version"] = "1.1"
     path.write_text(json.dumps(text))
     assert continued(moved) == 1
-    assert "give it with --tokenizer-model" in capsys.readouterr().err
+    assert "pass it with --tokenizer-model" in capsys.readouterr().err
 
 
 def test_the_message_says_where_it_was_looked_for_and_what_to_give(moved, tmp_path, capsys):
@@ -65,7 +65,7 @@ def test_the_message_says_where_it_was_looked_for_and_what_to_give(moved, tmp_pa
     assert continued(moved) == 1
     error = capsys.readouterr().err
     assert f"its file is neither {tmp_path / 'tokenizer.json'} nor stored in {moved / 'step_00000000'}" in error
-    assert "give it with --tokenizer-model" in error
+    assert "pass it with --tokenizer-model" in error
     assert continued(moved, "--tokenizer-model", str(tmp_path / "kept.json")) == 0
     assert continued(moved, "--tokenizer-model", str(tmp_path / "none.json")) == 1
 

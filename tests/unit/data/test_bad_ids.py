@@ -11,7 +11,7 @@ from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_in
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.inference.perplexity import read_tokenized
-from megatron_tf.inference.samples import read_samples
+from megatron_tf.model.samples import read_samples
 from tests.support.data import write_data_set
 
 VOCAB = 257
@@ -33,7 +33,7 @@ def test_the_first_id_outside_the_vocabulary_is_found(ids, expected):
 @pytest.mark.parametrize("bad", [-1, VOCAB])
 def test_a_bad_id_to_predict_is_named(tmp_path, bad):
     dataset = IndexedDataset(write_with(tmp_path, bad))
-    with pytest.raises(DataError, match=rf"d: document 1 has id {bad} at offset 2, and the model ids from 0 to 256"):
+    with pytest.raises(DataError, match=rf"d: document 1 has id {bad} at offset 2, but the model has ids 0 to 256"):
         list(read_tokenized(dataset, range(3), tokenizer=NullTokenizer(), vocab_size=VOCAB))
 
 

@@ -163,5 +163,5 @@ def test_the_blend_of_a_later_version_is_refused(tmp_path):
     config = small_run(data={"data_path": paths})
     assert isinstance(build_dataset(config).blend, SpacedBlend)
     assert isinstance(build_dataset(config, "greedy").blend, GreedyBlend)
-    with pytest.raises(DataError, match="in the order 'better', which this version does not know"):
+    with pytest.raises(DataError, match="in the order 'better', which this version does not support"):
         build_dataset(config, "better")

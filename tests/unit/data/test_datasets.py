@@ -123,7 +123,7 @@ def test_epochs_seeds_and_names_have_orders_of_their_own(dataset):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
-def test_a_damaged_cache_is_built_anew(dataset, damage):
+def test_a_damaged_cache_is_rebuilt(dataset, damage):
     before = [gpt(dataset)[i].tolist() for i in range(5)]
     for path in dataset[1].glob("order-*/offset.npy"):
         content = bytearray(path.read_bytes())
@@ -137,7 +137,7 @@ def test_a_damaged_cache_is_built_anew(dataset, damage):
 def test_an_order_that_another_process_builds_is_waited_for_with_an_end(dataset, monkeypatch):
     monkeypatch.setattr(order_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
     samples = gpt(dataset)
-    monkeypatch.setattr(samples.order, "_build", lambda epoch: gpt(dataset)[0])  # asks for the lock it holds
+    monkeypatch.setattr(samples.order, "_build", lambda epoch: gpt(dataset)[0])  # would wait for the lock that it holds
     with pytest.raises(DataError, match="another process held the lock"):
         samples[0]
 
@@ -222,7 +222,7 @@ def test_tokenizers_give_the_text_back(tmp_path_factory, text):
 def test_tokenizer_mistakes(tmp_path):
     with pytest.raises(DataError, match="did you mean HFTokenizer"):
         build_tokenizer("HFTokenizr", None)
-    with pytest.raises(DataError, match="needs its file"):
+    with pytest.raises(DataError, match="needs a tokenizer file"):
         build_tokenizer("HFTokenizer", tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match="is not a HFTokenizer file"):

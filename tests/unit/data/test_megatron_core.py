@@ -14,7 +14,7 @@ from megatron_tf.config import ConfigError
 from megatron_tf.data import megatron_order
 from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
-from megatron_tf.data.megatron_order import MegatronOrder, normalised, samples_of_parts, split_sequences
+from megatron_tf.data.megatron_order import MegatronOrder, normalized, samples_of_parts, split_sequences
 from tests.support.training import small_run
 
 pytest.importorskip("megatron.core.datasets.helpers_cpp", reason="megatron-core is not installed")
@@ -183,7 +183,7 @@ def test_sets_without_weights_are_blended_by_their_sizes_and_read_once(tmp_path)
     config = run_of(tmp_path, prefixes, split="9,1,0", train_iters=60, **options)
     (theirs, _) = megatrons([prefixes], sizes=sizes_of(config), split="9,1,0", **options)
     assert len(theirs) == 72
-    with pytest.raises(ConfigError, match=r"takes 120 samples, its datasets have 72 in one epoch.*WEIGHT PREFIX"):
+    with pytest.raises(ConfigError, match=r"needs 120 samples, but its datasets have 72 in one epoch.*WEIGHT PREFIX"):
         build_dataset(config)
 
 
@@ -200,7 +200,7 @@ def test_many_weights_choose_the_sets_of_megatron_core_at_every_step(seed):
     size = 10_000
     which, samples = np.zeros(size, np.int16), np.zeros(size, np.int64)
     helpers.build_blending_indices(which, samples, utils.normalize(utils.normalize(weights)), count, size, False)
-    ours, _ = greedy_blend(np.array(normalised(normalised(weights))), size, are_shares=True)
+    ours, _ = greedy_blend(np.array(normalized(normalized(weights))), size, are_shares=True)
     assert ours.tolist() == which.tolist()
 
 

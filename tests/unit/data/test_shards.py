@@ -1,9 +1,11 @@
 """Shards: system errors, files of another format, and damage are told apart; nothing is lost silently."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import random
 import tarfile
 import zlib
@@ -12,12 +14,22 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
+from megatron_tf.data import documents
 from megatron_tf.data.documents import BadLines, documents_of, read_batches
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.sources import LinesInput, inputs_of
 
 DOCUMENTS = [f"document {i} " + "lorem ipsum " * (i % 7) for i in range(3000)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
-COMPRESSED = {"": LINES, ".gz": gzip.compress(LINES), ".zst": zstd.compress(LINES)}
+CHECKED = {zstd.CompressionParameter.checksum_flag: True}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".zst": lambda data: zstd.compress(data, options=CHECKED),
+    ".xz": lzma.compress,
+    ".bz2": lambda data: bz2.compress(data, 1),  # in blocks of 100 kB, which are decompressed as a whole
+}
+ENDINGS = list(COMPRESS)
+COMPRESSED = {"": LINES, **{ending: compress(LINES) for ending, compress in COMPRESS.items()}}
 
 
 class FailingFile(io.FileIO):
@@ -46,7 +58,7 @@ def test_a_system_error_is_never_bad_input(tmp_path, monkeypatch, ending, code, 
 
 def texts_of(path):
     bad = BadLines()
-    return [document["text"] for document in documents_of([path], ["text"], bad)], bad
+    return [document["text"] for document in documents_of(inputs_of([str(path)]), ["text"], bad)], bad
 
 
 def whole_lines(text):
@@ -54,25 +66,30 @@ def whole_lines(text):
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", bytes(512), b"\x1f\x8b", b"\x28\xb5\x2f\xfd\xff\xff\xff"])
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_text_before_garbage_is_kept_to_the_last_line(tmp_path, ending, garbage):
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(COMPRESSED[ending] + garbage)
     texts, bad = texts_of(path)
     assert texts == DOCUMENTS
-    is_padding = ending == ".gz" and not any(garbage)
+    is_padding = ending in (".gz", ".xz") and not any(garbage)
     assert sum(bad.counts.values()) == (0 if is_padding else 1)
     assert sum(bad.bytes.values()) <= len(garbage)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_of_a_cut_file_all_lines_are_kept_that_the_library_can_decompress(tmp_path, ending, share):
     generator = random.Random(1)
     lines = b"".join(b'{"text": "%s"}\n' % generator.randbytes(40).hex().encode() for _ in range(9000))
-    whole = gzip.compress(lines) if ending == ".gz" else zstd.compress(lines)
+    whole = COMPRESS[ending](lines)
     cut = whole[: int(share * len(whole))]
-    decoder = zlib.decompressobj(wbits=31) if ending == ".gz" else zstd.ZstdDecompressor()
+    decoder = {
+        ".gz": zlib.decompressobj(wbits=31),
+        ".zst": zstd.ZstdDecompressor(),
+        ".xz": lzma.LZMADecompressor(),
+        ".bz2": bz2.BZ2Decompressor(),
+    }[ending]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(cut)
     texts, bad = texts_of(path)
@@ -80,13 +97,12 @@ def test_of_a_cut_file_all_lines_are_kept_that_the_library_can_decompress(tmp_pa
     assert sum(bad.counts.values()) == 1
 
 
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_flipped_byte_takes_nothing_that_is_before_it(tmp_path, ending):
     """Byte by byte to the damage: what one byte more makes unreadable is all that is lost."""
     generator = random.Random(2)
     lines = b"".join(b'{"text": "%s"}\n' % generator.randbytes(40).hex().encode() for _ in range(9000))
-    checked = {zstd.CompressionParameter.checksum_flag: True}
-    whole = bytearray(gzip.compress(lines) if ending == ".gz" else zstd.compress(lines, options=checked))
+    whole = bytearray(COMPRESS[ending](lines))
     place = len(whole) * 2 // 3
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(whole[:place])
@@ -113,6 +129,13 @@ OTHERS = [
     ("a.jsonl.zst", LINES, "is not zstd"),
     ("a.jsonl.zst", COMPRESSED[".gz"], "is gzip, not zstd.*name it .gz"),
     ("a.jsonl.gz", COMPRESSED[".zst"], "is zstd, not gzip.*name it .zst"),
+    ("a.jsonl.xz", LINES, "is not xz"),
+    ("a.jsonl.bz2", COMPRESSED[".xz"], "is xz, not bzip2.*name it .xz"),
+    ("a.jsonl", COMPRESSED[".bz2"], "is bzip2, not JSON lines.*name it .bz2"),
+    ("a.jsonl.xz", lzma.compress(COMPRESSED[".gz"]), "is gzip, not JSON lines: decompress it first"),
+    ("a.jsonl.xz", COMPRESSED[".xz"][:30], "no document in .*damaged or truncated"),
+    ("a.jsonl.bz2", COMPRESSED[".bz2"][:3000], "no document in .*damaged or truncated"),
+    ("a.jsonl.bz2", b"", "no document in .*it is empty"),
     ("a.jsonl", COMPRESSED[".zst"], "is zstd, not JSON lines"),
     ("a.jsonl.gz", gzip.compress(COMPRESSED[".gz"]), "is gzip, not JSON lines"),
     ("a.jsonl.zst", b"\xfd7zXZ\x00" + bytes(40), "is xz, not zstd"),
@@ -139,7 +162,7 @@ def test_a_shard_that_is_something_else_is_an_error_whatever_others_hold(tmp_pat
     good.write_bytes(LINES)
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        list(documents_of([good, path, good], ["text"], BadLines()))
+        list(documents_of([LinesInput(path) for path in (good, path, good)], ["text"], BadLines()))
     assert str(path) in str(caught.value)
 
 
@@ -147,7 +170,7 @@ def test_losses_are_counted_in_bytes_and_shards(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_bytes(b'{"text": "x"}\n' + b"{broken\n" * (2 if name != "c" else 0))
     bad = BadLines()
-    list(documents_of([tmp_path / f"{name}.jsonl" for name in "abc"], ["text"], bad))
+    list(documents_of(inputs_of([str(tmp_path / f"{name}.jsonl") for name in "abc"]), ["text"], bad))
     assert (bad.counts, bad.bytes, bad.shards) == ({"malformed JSON": 4}, {"malformed JSON": 28}, {"malformed JSON": 2})
     assert "28 bytes in 2 shards" in bad.summary()
 
@@ -165,3 +188,20 @@ def test_members_padding_and_large_expansion_are_read_whole(tmp_path):
     skippable = bytes([0x50, 0x2A, 0x4D, 0x18, 4, 0, 0, 0]) + b"skip"
     zst.write_bytes(skippable + b"".join(zstd.compress(LINES[i : i + 999]) for i in range(0, len(LINES), 999)))
     assert texts_of(zst)[0] == DOCUMENTS
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_of_several_members_are_read_whole(tmp_path, ending):
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(b"".join(COMPRESS[ending](LINES[i : i + 9999]) for i in range(0, len(LINES), 9999)))
+    texts, bad = texts_of(path)
+    assert texts == DOCUMENTS
+    assert not bad.counts
+
+
+def test_the_last_batch_of_a_file_is_at_its_end(tmp_path, monkeypatch):
+    """Even where the batch before took the last line."""
+    monkeypatch.setattr(documents, "BATCH_BYTES", 1)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 3)
+    batches = list(read_batches(tmp_path / "a.jsonl", ["text"]))
+    assert [(batch.end_line, batch.end_byte) for batch in batches] == [(1, 42), (2, 42), (3, 42), (3, 42)]

@@ -156,7 +156,7 @@ def test_a_run_ends_documents_as_its_data_does(tmp_path):
     model = {"vocab_size": tokenizer.vocab_size}
     report = {"tokenizer": tokenizer.identity, "eod": 1}
     (tmp_path / "d.json").write_text(json.dumps(report))
-    with pytest.raises(DataError, match=r"documents end with id 1, the configured tokenizer ends them with 5"):
+    with pytest.raises(DataError, match=r"documents end with id 1, but the configured tokenizer's end is 5"):
         check_tokenizer(small_run(data={"data_path": [str(prefix)]}, model=model), tokenizer)
     (tmp_path / "d.json").unlink()
     for key in ("eod_mask_loss", "reset_attention_mask"):
@@ -216,7 +216,7 @@ def test_a_missing_tiktoken_is_said_once(tmp_path, monkeypatch, caplog):
 
 def test_ranks_of_another_name_and_other_names_of_tokenizers(tmp_path):
     write_ranks(tmp_path / "qwen.tiktoken")
-    with pytest.raises(DataError, match=r"name it r50k_base\.tiktoken.*HFTokenizer"):
+    with pytest.raises(DataError, match=r"name of its encoding \(r50k_base\.tiktoken.*HFTokenizer"):
         build_tokenizer("TikTokenizer", tmp_path / "qwen.tiktoken")
     for name, hint in [
         ("GPT2BPETokenizer", "did you mean HFTokenizer, with"),

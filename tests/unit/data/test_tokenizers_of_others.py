@@ -91,17 +91,17 @@ def test_a_vocabulary_with_its_merges_gives_the_ids_of_transformers(tmp_path, pr
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda d: (d / "merges.txt").unlink(), r"merges\.txt is missing: a vocabulary needs its merges next to it"),
+        (lambda d: (d / "merges.txt").unlink(), r"merges\.txt is missing: put it next to the vocabulary"),
         (lambda d: (d / "merges.txt").write_text("#version\nt h\nx yz\n"), r"merges\.txt:3: 'x yz' is not a merge"),
         (lambda d: (d / "merges.txt").write_bytes(b"\xff\xfe"), r"vocab\.json is not a HFTokenizer file.*utf-8"),
         (lambda d: (d / "vocab.json").write_text("[1]"), r"vocab\.json is not a vocabulary"),
-        (lambda d: (d / "vocab.json").write_text('{"a": 0, "b": 0}'), "an id of its own"),
-        (lambda d: (d / "vocab.json").write_text('{"a": -1}'), "an id of its own"),
+        (lambda d: (d / "vocab.json").write_text('{"a": 0, "b": 0}'), "a unique id"),
+        (lambda d: (d / "vocab.json").write_text('{"a": -1}'), "a unique id"),
         (lambda d: (d / "vocab.json").write_text("{"), r"vocab\.json is not a HFTokenizer file"),
         (lambda d: (d / "added_tokens.json").write_text("{}"), r"added_tokens\.json adds tokens"),
         (
             lambda d: (d / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}'),
-            r"is of a Qwen2Tokenizer, which may cut text otherwise than GPT-2: give the tokenizer\.json",
+            r"belongs to a Qwen2Tokenizer, which may split text differently from GPT-2: use the tokenizer\.json",
         ),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_tekken_file_gives_the_ids_of_tiktoken_behind_the_special_tokens(tmp_p
         ("{}", r"t\.json is not a tekken\.json: KeyError"),
         ("[1]", r"t\.json is not a tekken\.json"),
         ("{", r"t\.json is not a TikTokenizer file"),
-        ({"config": {"version": "v13"}}, "version 'v13' and names no special tokens"),
+        ({"config": {"version": "v13"}}, "version 'v13' but lists no special tokens"),
         ({"config": {"default_vocab_size": 100}}, "has no token for byte 70"),
         ({"config": {"pattern": "("}}, r"t\.json is not a TikTokenizer file"),
         ({"special_tokens": [{"rank": 99, "token_str": "<a>"}]}, "special tokens have gaps"),
@@ -263,7 +263,7 @@ def test_published_ranks_are_known_by_their_contents(tmp_path, monkeypatch):
         ({"pattern": "x", "specials": {}}, "does not describe ranks"),
         ({"pattern": "x", "special_tokens": {"a": "b"}}, "does not describe ranks"),
         ({"encoding": "cl200k"}, "encoding 'cl200k' is not one of r50k_base"),
-        ({"pattern": "x", "special_tokens": {"<a>": 3}}, "two tokens have one id"),
+        ({"pattern": "x", "special_tokens": {"<a>": 3}}, "two tokens have the same id"),
     ],
 )
 def test_a_bad_description_ends_with_one_line(tmp_path, content, message):
@@ -276,7 +276,7 @@ def test_a_bad_description_ends_with_one_line(tmp_path, content, message):
 
 def test_bad_ranks_and_a_missing_library_end_with_one_line(tmp_path, monkeypatch):
     path = write_ranks(tmp_path / "qwen.tiktoken")
-    with pytest.raises(DataError, match=r"or say it in qwen\.tiktoken\.json next to it"):
+    with pytest.raises(DataError, match=r"or describe it in qwen\.tiktoken\.json next to it"):
         build_tokenizer("TikTokenizer", path)
     describe(path, encoding="cl100k_base")
     good = path.read_bytes()
@@ -284,7 +284,7 @@ def test_bad_ranks_and_a_missing_library_end_with_one_line(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"qwen\.tiktoken:270 is not a line of ranks"):
         build_tokenizer("TikTokenizer", path)
     path.write_bytes(good.split(b"\n", 1)[1])
-    with pytest.raises(DataError, match="has no token for byte 0: it is not complete"):
+    with pytest.raises(DataError, match="has no token for byte 0: it is incomplete"):
         build_tokenizer("TikTokenizer", path)
     path.write_bytes(good)
     monkeypatch.setitem(sys.modules, "tiktoken", None)

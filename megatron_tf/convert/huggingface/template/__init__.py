@@ -1,1 +1,1 @@
-"""The code that travels with an export; it runs without this package, with transformers alone."""
+"""Model code copied into exports; it only needs transformers, not this package."""

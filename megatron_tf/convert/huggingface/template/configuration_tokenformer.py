@@ -1,4 +1,4 @@
-"""Configuration of a TokenFormer (arXiv 2410.23168) for transformers. Written by megatron_tf; it stands alone."""
+"""Configuration of a TokenFormer (arXiv 2410.23168) for transformers. Written by megatron_tf, but independent of it."""
 
 import math
 from typing import Any
@@ -7,11 +7,12 @@ from transformers import PretrainedConfig
 
 
 class TokenFormerConfig(PretrainedConfig):
-    """Sizes, and the state that is no tensor: the temperature tau of every projection.
+    """Sizes of the model, and the temperature tau of every projection, which is state but not a tensor.
 
-    `token_counts` holds, for each kind of projection (qkv, proj, ffn), the parameter tokens of each layer; `tau` the
-    temperatures by module, such as `layers.0.attention.query`, by default as at birth. `vocab_size` are the rows of the
-    embedding, padding included. `megatron_tf` is what megatron_tf needs to read the model back.
+    `token_counts` maps each kind of projection (qkv, proj, ffn) to the number of parameter tokens in each layer. `tau`
+    maps module paths, such as `layers.0.attention.query`, to temperatures, by default those at initialization.
+    `vocab_size` is the number of embedding rows, including padding. `megatron_tf` holds what megatron_tf needs to
+    import the model again.
     """
 
     model_type = "tokenformer"
@@ -44,7 +45,7 @@ class TokenFormerConfig(PretrainedConfig):
             kind: [hidden_size * factor] * num_hidden_layers for kind, factor in (("qkv", 1), ("proj", 1), ("ffn", 4))
         }
         self.norm_activation = norm_activation
-        self.tau = tau or self._tau_at_birth()
+        self.tau = tau or self._initial_tau()
         self.rotary_percent = rotary_percent
         self.rotary_base = rotary_base
         self.layer_norm_eps = layer_norm_eps
@@ -54,7 +55,7 @@ class TokenFormerConfig(PretrainedConfig):
         self.megatron_tf = megatron_tf
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
-    def _tau_at_birth(self) -> dict[str, float]:
+    def _initial_tau(self) -> dict[str, float]:
         kinds = {f"attention.{part}": "qkv" for part in ("query", "key", "value")}
         kinds |= {"attention.proj": "proj", "ffn": "ffn"}
         return {

@@ -1,7 +1,7 @@
 """TokenFormer (arXiv 2410.23168) for transformers: every projection is attention over learnable parameter tokens.
 
-Written by megatron_tf; this file and the configuration stand alone. Shapes: B batch, S tokens, D hidden, N parameter
-tokens, h heads, d head dimension, K keys (those in the cache and those of these tokens).
+Written by megatron_tf, which this file and the configuration do not need. Shapes: B batch, S tokens, D hidden, N
+parameter tokens, h heads, d head dimension, K keys (cached ones and those of the current tokens).
 """
 
 import math
@@ -18,26 +18,26 @@ from transformers.utils import can_return_tuple
 
 from .configuration_tokenformer import TokenFormerConfig
 
-if __version__ == "5.3.0":  # leaves the output layer of tied models uninitialized if their code comes with them
+if __version__ == "5.3.0":  # does not initialize the output layer of tied models with custom code
     raise ImportError("transformers 5.3.0 does not tie the embeddings of models like this one: install 5.4 or later")
 
-EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN
+EPSILON = 1e-12  # a zero row gives zeros instead of NaN
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""The name of the cache in a model's output, where `generate` looks for it: transformers 5.24 renamed it."""
+"""Name of the cache in a model's output, which `generate` reads; transformers 5.24 renamed it."""
 
 
 class Shared(NamedTuple):
-    """What a forward pass gives to each of its layers."""
+    """Inputs of a forward pass that all layers share."""
 
     rotary: tuple[Tensor, Tensor]
-    positions: Tensor  # [S], of these tokens in the cache
-    past_length: int | Tensor  # a tensor with a static cache, whose length only the device knows
-    attention_mask: Tensor | None  # [B, K] is true for real tokens; [B or 1, 1, S, K] is complete; None hides nothing
+    positions: Tensor  # [S], positions of the current tokens in the cache
+    past_length: int | Tensor  # a tensor for a static cache, whose length is only known on the device
+    attention_mask: Tensor | None  # [B, K]: True for real tokens; [B or 1, 1, S, K]: the complete mask; None: no mask
     cache: Cache | None
 
 
 class Pattention(nn.Module):
-    """The parameter tokens of one projection D -> D; tau is their temperature, which growth does not change."""
+    """A projection D -> D by attention over N parameter tokens; tau is their temperature."""
 
     def __init__(self, hidden_size: int, num_tokens: int, tau: float, norm_activation: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Pattention(nn.Module):
         self.norm_activation = norm_activation
 
     def weights(self, x: Tensor) -> Tensor:
-        """What each parameter token counts for: [..., N] of x [..., D]."""
+        """Return the weight of each parameter token, [..., N], for x [..., D]."""
         scores = F.linear(x, self.key_tokens)
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self.norm_activation == "softmax":
@@ -58,12 +58,12 @@ class Pattention(nn.Module):
         return (wide if is_gelu_first else F.gelu(wide)).to(scores.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+        """Project x [..., D] -> [..., D]."""
         return self.weights(x) @ self.value_tokens
 
 
 class TokenFormerAttention(nn.Module):
-    """Causal self-attention between tokens, whose four projections are Pattentions."""
+    """Causal self-attention between tokens whose four projections are Pattentions."""
 
     def __init__(self, config: TokenFormerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ class TokenFormerAttention(nn.Module):
         self.proj = _pattention(config, layer_idx, "attention.proj", "proj")
 
     def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, D] -> [B, S, D], and with eager attention its weights [B, h, S, K]."""
+        """Map x [B, S, D] to [B, S, D]; also return the attention weights [B, h, S, K] with eager attention."""
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
         q, k = _rotate(q, *shared.rotary), _rotate(k, *shared.rotary)
         if shared.cache is not None:
-            # a static cache of transformers 5.0 writes to the start without them; later ones count by themselves
+            # without them, a static cache of transformers 5.0 writes to the start; later versions count themselves
             k, v = shared.cache.update(k, v, self.layer_idx, {"cache_position": shared.positions})
         attend = _eager_attention if self.config._attn_implementation == "eager" else _sdpa_attention
         out, weights = attend(q, k, v, shared)
@@ -91,7 +91,7 @@ class TokenFormerAttention(nn.Module):
 
 
 class TokenFormerLayer(GradientCheckpointingLayer):
-    """x += attention(norm(x)); x += ffn(norm(x)), with norms without parameters."""
+    """A pre-norm block: x += attention(norm(x)); x += ffn(norm(x)), where the norms have no parameters."""
 
     def __init__(self, config: TokenFormerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class TokenFormerLayer(GradientCheckpointingLayer):
         self.ffn = _pattention(config, layer_idx, "ffn", "ffn")
 
     def forward(self, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-        """x [B, S, D] -> [B, S, D] and the attention's weights, as the attention gives them."""
+        """Map x [B, S, D] to [B, S, D]; also return the attention weights as the attention does."""
         attended, weights = self.attention(self._norm(x), shared)
         x = x + attended
         return x + self.ffn(self._norm(x)), weights
@@ -110,7 +110,7 @@ class TokenFormerLayer(GradientCheckpointingLayer):
 
 
 class TokenFormerPreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """Base class of both models."""
 
     config_class = TokenFormerConfig
     base_model_prefix = "model"
@@ -135,7 +135,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
 
 
 class TokenFormerModel(TokenFormerPreTrainedModel):
-    """Ids to the hidden states before the output layer."""
+    """The model without its output layer: ids to hidden states."""
 
     def __init__(self, config: TokenFormerConfig) -> None:
         super().__init__(config)
@@ -159,13 +159,15 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids [B, S] -> last_hidden_state [B, S, D], after the final norm.
+        """Map input_ids [B, S] to last_hidden_state [B, S, D], after the final norm.
 
-        `attention_mask` [B, K] is 1 for real tokens; or it is [B or 1, 1, S, K], as `generate` makes it for a static
-        cache. `cache` and `past_key_values` are two names of one argument. `output_attentions` needs
-        attn_implementation="eager". An argument that is not known is refused unless it is None.
+        `attention_mask` is [B, K] with 1 for real tokens, or [B or 1, 1, S, K] as created by `generate` for a static
+        cache. `cache` and `past_key_values` are two names of the same argument. `output_attentions` needs
+        attn_implementation="eager". Unknown arguments raise TypeError unless they are None.
         """
-        positions = kwargs.pop("cache_position", None)  # not declared: generate of 5.24 warns about models that do
+        positions = kwargs.pop(
+            "cache_position", None
+        )  # not declared: `generate` of 5.24 warns about models that declare it
         _check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -178,7 +180,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         if positions is None:
             positions = past_length + torch.arange(x.shape[1], device=x.device)
         shared = Shared(
-            rotary=_rotary_tables(positions[None] if position_ids is None else position_ids, self.config),
+            rotary=_rotary_tables(positions[None] if position_ids is None else position_ids, self.config, x.dtype),
             positions=positions,
             past_length=past_length,
             attention_mask=_simplify_mask(attention_mask),
@@ -198,9 +200,9 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         )
 
     def _choose_cache(self, cache: Cache | None, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The given cache, whatever `use_cache` is, or a new one."""
+        """Return the given cache, whatever `use_cache` is, or a new one if it is set."""
         if cache is not None and past_key_values is not None and cache is not past_key_values:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+            raise ValueError("cache and past_key_values are two names of the same argument: give only one")
         cache = past_key_values if cache is None else cache
         is_recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if is_recomputed and cache is not None:
@@ -210,7 +212,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
 
 
 class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
-    """Ids to logits over the padded vocabulary."""
+    """The model with its output layer: ids to logits over the padded vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -238,9 +240,11 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, S] -> logits [B, S, V], or of the last `logits_to_keep` tokens only, and with labels [B, S]
-        (-100 for none) the loss: the mean, or the sum over `num_items_in_batch`. `shift_labels` are labels that are
-        already shifted by one. The other arguments are those of TokenFormerModel."""
+        """Map input_ids [B, S] to logits [B, S, V], or only those of the last `logits_to_keep` tokens.
+
+        With labels [B, S] (-100 to ignore) also computes the loss: the mean, or the sum divided by
+        `num_items_in_batch`. `shift_labels` are labels already shifted by one. The other arguments are those of
+        TokenFormerModel."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -275,7 +279,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
 
 
 def _check_arguments(unknown: dict[str, Any]) -> None:
-    """Raise TypeError for an argument that nothing here uses: ignoring it could give wrong text without an error."""
+    """Raise TypeError for an unused argument: ignoring it could silently give wrong results."""
     for name, value in unknown.items():
         if value is not None:
             raise TypeError(
@@ -285,7 +289,7 @@ def _check_arguments(unknown: dict[str, Any]) -> None:
 
 
 def _flag(value: bool | None, config: TokenFormerConfig, name: str) -> bool:
-    """`value`, or by default what the configuration says."""
+    """Return `value`, by default that of the configuration. Raises ValueError unless it is a boolean."""
     value = getattr(config, name) if value is None else value
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, not {value!r}")  # noqa: TRY004
@@ -304,11 +308,14 @@ def _pattention(config: TokenFormerConfig, layer_idx: int, module: str, kind: st
     return Pattention(config.hidden_size, config.token_counts[kind][layer_idx], tau, config.norm_activation)
 
 
-def _rotary_tables(positions: Tensor, config: TokenFormerConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [B or 1, 1, S, rotated dimensions], of positions [B or 1, S]; half-split, as NeoX has it."""
+def _rotary_tables(positions: Tensor, config: TokenFormerConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [B or 1, 1, S, rotated dimensions] of positions [B or 1, S]; half-split as in GPT-NeoX.
+
+    They are fp64 for activations of fp64, otherwise fp32."""
+    wide = torch.promote_types(dtype, torch.float32)
     dim = int(config.hidden_size // config.num_attention_heads * config.rotary_percent)
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions.float()[:, None, :, None] * (1.0 / config.rotary_base**exponents)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=wide) / dim
+    angles = positions.to(wide)[:, None, :, None] * (1.0 / config.rotary_base**exponents)
     angles = angles.repeat(1, 1, 1, 2)
     return angles.cos(), angles.sin()
 
@@ -322,16 +329,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _simplify_mask(mask: Tensor | None) -> Tensor | None:
-    """None instead of a mask [B, K] that hides nothing: attention without a mask is faster."""
+    """Replace a mask [B, K] that hides nothing by None: attention without a mask is faster."""
     if mask is None or mask.dim() == 4:
         return mask
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a graph cannot depend on the values
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # a compiled graph can't depend on the values
     return None if not is_traced and bool(mask.all()) else mask.bool()
 
 
 def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, None]:
     num_queries, num_keys, past = q.shape[-2], k.shape[-2], shared.past_length
-    has_all_keys = isinstance(past, int) and num_keys == past + num_queries  # a static cache has empty places
+    has_all_keys = isinstance(past, int) and num_keys == past + num_queries  # a static cache has unused positions
     if shared.attention_mask is None and has_all_keys and (past == 0 or num_queries == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1), None
     mask = _attention_mask(shared.positions, num_keys, shared.attention_mask)
@@ -341,19 +348,19 @@ def _sdpa_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Te
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
     mask = _attention_mask(shared.positions, k.shape[-2], shared.attention_mask)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    least = torch.finfo(scores.dtype).min  # not -inf: a query without any key would be NaN
+    least = torch.finfo(scores.dtype).min  # not -inf: a query without any visible key would give NaN
     scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return weights @ v, weights
 
 
 def _attention_mask(positions: Tensor, num_keys: int, given: Tensor | None) -> Tensor:
-    """Which keys the queries at `positions` [S] see [B or 1, 1, S, K]; `given` as in `Shared`."""
+    """Return which keys the queries at `positions` [S] can see, [B or 1, 1, S, K]; `given` is as in `Shared`."""
     if given is not None and given.dim() == 4:
         return given
     queries, keys = positions[:, None], torch.arange(num_keys, device=positions.device)
     mask = (keys <= queries)[None, None]
     if given is not None:
         is_real = F.pad(given, (0, num_keys - given.shape[1]))[:, None, None]
-        mask = mask & is_real | (keys == queries)  # a query without any key would be NaN
+        mask = mask & is_real | (keys == queries)  # a query without any visible key would give NaN
     return mask

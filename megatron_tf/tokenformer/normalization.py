@@ -1,14 +1,15 @@
-"""The three normalisations: what happens between a Pattention's two matrix products, in PyTorch.
+"""The three normalizations of a Pattention's scores into weights of its values, in PyTorch.
 
-Shapes: R rows (one per token and projection), n parameter tokens held by this rank. Scores A [R, n]; a row's
-statistic is summed over ranks by the caller, so every function here is local. With P the weights of the values:
+Shapes: R rows (one per token and projection), n parameter tokens held by this rank, scores A [R, n], weights P [R, n].
+The caller sums a row's statistic over the ranks, so every function here is local.
 
     l2_norm_gelu   P = gelu(f A)          statistic sum A^2          f = tau / sqrt(statistic)
     gelu_l2_norm   P = f gelu(A)          statistic sum gelu(A)^2    f = tau / sqrt(statistic)
     softmax        P = exp(A + f)         statistic log sum exp(A)   f = log(tau) - statistic
 
-The backward goes over the rows twice, around one more sum over ranks: `backward_activation` turns dP into the gradient
-before the norm and gives each row's inner product c with it; `backward_norm` subtracts c's share and gives dA.
+Backward passes over the rows twice, with one sum over ranks in between: `backward_activation` turns dP into the
+gradient before the norm and returns each row's inner product c with it; `backward_norm` subtracts the part of the
+gradient that c accounts for and returns dA.
 """
 
 import math
@@ -19,21 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tf.tokenformer.dtypes import wide_dtype
+
 Reduce = Callable[[Tensor], Tensor]
-"""A row's numbers [R] of this rank -> those of all tensor-parallel ranks together."""
-EPSILON = 1e-12  # a row of zeros gives zeros instead of NaN; a row of ordinary size does not see it
+"""One number per row [R] of this rank -> the same combined over all tensor-parallel ranks."""
+# added to the squared norm of a row: one of zeros gives zeros instead of NaN, and no other row is affected
+EPSILON = 1e-12
+_EPSILON_FP64 = 1e-24
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """One way from scores to weights; the four functions take and give chunks of rows in accumulation type."""
+class Normalization:
+    """One way to turn scores into weights; its functions take and return chunks of rows in the accumulation dtype."""
 
     name: str
-    """As in a configuration."""
+    """The value of `model.norm_activation`."""
     statistic: Callable[[Tensor], Tensor]
     """A [R, n] -> this rank's part of the statistic [R]."""
     is_logarithmic: bool
-    """Whether statistics of ranks add as log-sum-exp instead of as a sum."""
+    """Whether ranks combine their statistics by log-sum-exp rather than by a sum."""
     factor: Callable[[Tensor, Tensor], Tensor]
     """(statistic [R], tau [R]) -> f [R]."""
     weights: Callable[[Tensor, Tensor], Tensor]
@@ -41,15 +46,24 @@ class Normalisation:
     backward_activation: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(A, f, dP) -> (P, gradient before the norm, c [R])."""
     backward_norm: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA, which may take the place of that gradient."""
+    """(A, f, gradient before the norm, c / tau^p [R, 1]) -> dA, which may overwrite that gradient."""
     tau_power: int
     """The p in c / tau^p."""
     initial_tau: Callable[[int], float]
-    """N -> the temperature tau of a new module of N parameter tokens."""
+    """N -> the initial temperature tau of a module with N parameter tokens."""
+
+    def __reduce__(self) -> tuple[Callable[[str], "Normalization"], tuple[str]]:
+        """Pickle it by its name, so that modules can be pickled."""
+        return _named, (self.name,)
+
+
+def _named(name: str) -> Normalization:
+    return NORMALIZATIONS[name]
 
 
 def _l2_factor(statistic: Tensor, tau: Tensor) -> Tensor:
-    return tau * torch.rsqrt(statistic + EPSILON)
+    epsilon = _EPSILON_FP64 if statistic.dtype == torch.float64 else EPSILON
+    return tau * torch.rsqrt(statistic + epsilon)
 
 
 # aten's own gelu_backward: torch.nn.functional has no derivative of gelu, and autograd would run its forward again
@@ -75,8 +89,8 @@ def _softmax_backward_activation(a: Tensor, f: Tensor, dp: Tensor) -> tuple[Tens
     return p, dp, (dp * p).sum(-1)
 
 
-NORMALISATIONS = {
-    "l2_norm_gelu": Normalisation(
+NORMALIZATIONS = {
+    "l2_norm_gelu": Normalization(
         name="l2_norm_gelu",
         statistic=lambda a: torch.linalg.vector_norm(a, dim=-1).square(),
         is_logarithmic=False,
@@ -87,7 +101,7 @@ NORMALISATIONS = {
         tau_power=2,
         initial_tau=math.sqrt,
     ),
-    "gelu_l2_norm": Normalisation(
+    "gelu_l2_norm": Normalization(
         name="gelu_l2_norm",
         statistic=lambda a: F.gelu(a).square().sum(-1),
         is_logarithmic=False,
@@ -98,7 +112,7 @@ NORMALISATIONS = {
         tau_power=2,
         initial_tau=math.sqrt,
     ),
-    "softmax": Normalisation(
+    "softmax": Normalization(
         name="softmax",
         statistic=lambda a: torch.logsumexp(a, -1),
         is_logarithmic=True,
@@ -113,5 +127,5 @@ NORMALISATIONS = {
 
 
 def accumulation_type(x: Tensor) -> torch.dtype:
-    """What statistics and elementwise arithmetic are done in: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
+    """Return the dtype of statistics and elementwise arithmetic: fp64 for fp64, otherwise fp32."""
+    return wide_dtype(x.dtype)

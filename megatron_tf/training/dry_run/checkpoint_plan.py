@@ -1,0 +1,94 @@
+"""Plans the checkpoint of a run: the files that every rank would write, and the manifest."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megatron_tf.checkpoint.commit import metadata_and_manifest
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.save import plan_rank
+from megatron_tf.checkpoint.shard_files import Written
+from megatron_tf.parallel.sharding import RowShard, held_rows
+from megatron_tf.training.run.checkpointing import writer_label
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import TrainState
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """A checkpoint that has not been written."""
+
+    files: Mapping[str, int]
+    """Name of each file of tensors -> its bytes."""
+    manifest_bytes: int
+    metadata_bytes: int
+    """Without the identities of the tokenizer and the data, which a dry run does not read."""
+    pieces: int
+    """Row ranges that the manifest lists."""
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all files."""
+        return sum(self.files.values()) + self.manifest_bytes + self.metadata_bytes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A rank of a pipeline stage, and the rows that it holds."""
+
+    tensor: int
+    data: int
+    shards: Sequence[RowShard]
+    """The rows of each parameter, on the meta device."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Return the number of rows of each parameter: ranks of a stage that agree in them compute alike."""
+        return tuple(shard.stop - shard.start for shard in self.shards)
+
+
+def placements(state: TrainState) -> Iterator[Placement]:
+    """Yield the rows of every rank of a stage, given the state of its first rank."""
+    mesh = state.mesh
+    assert mesh.rank("tp") == mesh.rank("dp") == 0, "only the first rank knows which rows belong to another stage"
+    shard_size = 1
+    if mesh.flat_data_mesh is not None and mesh.device_mesh is not None:
+        shard_size = mesh.device_mesh["dp_shard"].size()
+    for tensor in range(mesh.size("tp")):
+        for data in range(mesh.size("dp")):
+            coordinates = {"tp": tensor, "dp": data, "dp_replicate": data // shard_size, "dp_shard": data % shard_size}
+            shards = [
+                _rows_at(shard, parameter, coordinates)
+                for shard, parameter in zip(state.shards, state.model.parameters(), strict=True)
+            ]
+            yield Placement(tensor, data, shards)
+
+
+def plan_stage(pipeline: int, ranks: Sequence[Placement]) -> list[Written]:
+    """Return what each rank of a stage would write."""
+    written = []
+    for rank in ranks:
+        label = writer_label(pipeline=pipeline, tensor=rank.tensor, data=rank.data)
+        written.append(plan_rank(dict.fromkeys(("model", *MOMENTS), rank.shards), label))
+    return written
+
+
+def plan_checkpoint(record: RunRecord, written: Sequence[Written]) -> CheckpointPlan:
+    """Plan the checkpoint that consists of what all ranks would write."""
+    metadata, manifest = metadata_and_manifest(record, written)
+    files = {name: entry.bytes for part in written for name, entry in part.files.items()}
+    pieces = sum(len(part.pieces) for part in written)
+    return CheckpointPlan(files, len(manifest.encode()), len(metadata.encode()), pieces)
+
+
+def _rows_at(shard: RowShard, parameter: nn.Parameter, coordinates: Mapping[str, int]) -> RowShard:
+    """Return the rows that the rank at `coordinates` holds, given those of the first rank of the stage."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    names = parameter.device_mesh.mesh_dim_names or ()
+    start, stop, is_first_copy = held_rows(parameter, [coordinates[name] for name in names])
+    rows = torch.empty((stop - start, *parameter.shape[1:]), dtype=shard.tensor.dtype, device="meta")
+    return replace(shard, start=start, stop=stop, tensor=rows, is_writer=shard.is_writer and is_first_copy)

@@ -1,0 +1,202 @@
+"""A dry run holds, exchanges and saves what real ranks do, counted without it."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import schedules
+
+from megatron_tf.checkpoint.commit import newest_checkpoint
+from megatron_tf.parallel import collectives
+from megatron_tf.training.dry_run.dry_run import dry_run
+from megatron_tf.training.dry_run.fake_world import fake_rank
+from megatron_tf.training.dry_run.observed_step import blank_batch, observe_step
+from megatron_tf.training.run.checkpointing import new_record, save_state
+from megatron_tf.training.step.optimizer import MOMENTS
+from megatron_tf.training.step.state import build_state
+from megatron_tf.training.step.step import train_step
+from megatron_tf.training.supervision.signals import SignalCatcher
+from megatron_tf.training.supervision.stop_signal import StopSignal
+from tests.support.layouts import layout_config
+
+LAYOUTS = [
+    ((2, 1, 1), None, False),
+    ((2, 1, 1), None, True),
+    ((1, 2, 1), None, False),
+    ((1, 1, 2), None, False),
+    ((1, 1, 3), None, False),
+    ((1, 1, 4), 2, False),
+    ((2, 2, 1), None, True),
+    ((1, 3, 1), None, False),
+    ((1, 2, 2), 1, False),
+    ((2, 2, 2), None, True),
+    ((2, 1, 4), 2, True),
+]
+"""(tensor, pipeline, data), replicas that share a copy, whether activations are sharded along the sequence."""
+COLLECTIVES = {
+    "all_gather_single": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "reduce_scatter_single": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "all_reduce": "all-reduce",
+}
+OURS = {"_all_gather_single": "all-gather", "_reduce_scatter_single": "reduce-scatter"}
+
+
+def config_of(layout, sequence_parallel, **sections):
+    """Rows are split unevenly over three replicas."""
+    training = {"micro_batch_size": 1, "global_batch_size": 4 * layout[2]}
+    sections.setdefault("data", {"eod_mask_loss": True})
+    return layout_config(layout, sequence_parallel, training=training, kernels={"pattention": "eager"}, **sections)
+
+
+def real_messages(mesh, config):
+    """{(kind, ranks of the group): (calls, bytes)} of a real step, counted where Python calls torch.distributed."""
+    state, seen = build_state(config, mesh), Counter()
+    stop_signal = StopSignal(mesh, SignalCatcher(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kind in COLLECTIVES.items():
+            if hasattr(dist, name):
+                patch.setattr(dist, name, counting(getattr(dist, name), kind, seen))
+        for name, kind in OURS.items():
+            patch.setattr(collectives, name, counting(getattr(collectives, name), kind, seen))
+        patch.setattr(dist, "batch_isend_irecv", counting_pairs(dist.batch_isend_irecv, seen))
+        for name, kind in (("send", "send"), ("recv", "receive")):
+            patch.setattr(dist, name, counting(getattr(dist, name), kind, seen))
+        # it calls batch_isend_irecv if there are both sends and receives
+        patch.setattr(schedules, "_batch_p2p", counting_pairs(schedules._batch_p2p, seen, are_alike=True))
+        train_step(state, blank_batch(config, mesh), 1e-3)
+        stop_signal.agree()
+    return as_pairs(seen)
+
+
+def counting(collective, kind, seen):
+    """`collective`, counted with the bytes of its larger side."""
+
+    def counted(*args, group, **kwargs):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        add(seen, kind, group, max(tensor.numel() * tensor.itemsize for tensor in tensors))
+        return collective(*args, group=group, **kwargs)
+
+    return counted
+
+
+def counting_pairs(send_and_receive, seen, are_alike=False):
+    """A function that sends and receives, with its operations counted, or only those that are alike."""
+
+    def counted(operations, *description, **options):
+        if not are_alike or len({each.op for each in operations}) == 1:
+            for each in operations:
+                kind = "send" if each.op is dist.isend else "receive"
+                add(seen, kind, each.group, each.tensor.numel() * each.tensor.itemsize)
+        return send_and_receive(operations, *description, **options)
+
+    return counted
+
+
+def add(seen, kind, group, size):
+    key = kind, tuple(dist.get_process_group_ranks(group))
+    seen[*key, "calls"] += 1
+    seen[*key, "bytes"] += size
+
+
+def as_pairs(seen):
+    return {key: (seen[*key, "calls"], seen[*key, "bytes"]) for key in {(kind, ranks) for kind, ranks, _ in seen}}
+
+
+def ranks_of(axis, layout, shard_size, rank):
+    """The ranks of a group, by arithmetic."""
+    tensor, pipeline, data = layout
+    t, d, p = rank % tensor, rank // tensor % data, rank // (tensor * data)
+    share = shard_size or data
+    members = {
+        "tp": [(i, d, p) for i in range(tensor)],
+        "dp": [(t, i, p) for i in range(data)],
+        "dp_shard": [(t, d // share * share + i, p) for i in range(share)],
+        "dp_replicate": [(t, i * share + d % share, p) for i in range(data // share)],
+        "pp": [(t, d, i) for i in range(pipeline)],
+        "tied": [(t, d, 0), (t, d, pipeline - 1)],
+        "world": [(i, j, k) for k in range(pipeline) for j in range(data) for i in range(tensor)],
+    }
+    return tuple((k * data + j) * tensor + i for i, j, k in members[axis])
+
+
+def dry_messages(layout, shard_size, rank, config):
+    """The same of a dry run."""
+    tensor, pipeline, data = layout
+    seen = Counter()
+    with fake_rank(rank, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size) as mesh:
+        for each in observe_step(build_state(config, mesh), config).counter.traffic():
+            key = each.kind, ranks_of(each.axis, layout, shard_size, rank)
+            seen[*key, "calls"] += each.calls
+            seen[*key, "bytes"] += each.bytes
+    return as_pairs(seen)
+
+
+@pytest.mark.parametrize(("layout", "shard_size", "sequence_parallel"), LAYOUTS, ids=str)
+def test_a_dry_run_exchanges_the_messages_of_real_ranks(rank_pool, layout, shard_size, sequence_parallel):
+    config = config_of(layout, sequence_parallel)
+    real = rank_pool.run(real_messages, *layout, config, shard_size=shard_size)
+    dry = [dry_messages(layout, shard_size, rank, config) for rank in range(len(real))]
+    assert dry == real
+
+
+def test_a_dry_run_exchanges_the_messages_of_real_ranks_in_16_bits(rank_pool):
+    """With untied embeddings and activations computed again in backward."""
+    layout = (2, 2, 1)
+    config = config_of(layout, True, model={"untie_embeddings_and_output_weights": True}, data={})
+    config = with_training(config, precision="bf16", recompute_granularity="full")
+    real = rank_pool.run(real_messages, *layout, config)
+    assert [dry_messages(layout, None, rank, config) for rank in range(4)] == real
+
+
+def with_training(config, **keys):
+    return replace(config, training=replace(config.training, **keys))
+
+
+def held_and_saved(mesh, config, root):
+    """Bytes of the parameters and of the Adam moments of a rank, which then writes a checkpoint."""
+    state = build_state(config, mesh)
+    train_step(state, blank_batch(config, mesh), 1e-3)
+    save_state(state, config, new_record(config, {}), root=Path(root))
+    moments = [shard.tensor for moment in MOMENTS for shard in state.optimizer.moments(moment)]
+    return [sum(tensor.nbytes for tensor in part) for part in ([s.tensor for s in state.shards], moments)]
+
+
+@pytest.mark.parametrize(("layout", "shard_size", "sequence_parallel"), LAYOUTS, ids=str)
+def test_a_dry_run_holds_and_saves_what_real_ranks_do(rank_pool, tmp_path, layout, shard_size, sequence_parallel):
+    parallel = {"data_parallel_shard_size": shard_size}
+    config = config_of(layout, sequence_parallel)
+    config = replace(config, parallel=replace(config.parallel, **parallel))
+    real = rank_pool.run(held_and_saved, *layout, config, tmp_path, shard_size=shard_size)
+    found = dry_run(config, len(real))
+    kinds = Counter()
+    for kind in found.kinds:
+        kinds[kind.stage, kind.parameter_bytes, kind.optimizer_bytes] += kind.count
+    per_stage = layout[0] * layout[2]
+    assert kinds == Counter((rank // per_stage, *held) for rank, held in enumerate(real))
+
+    saved = newest_checkpoint(tmp_path)
+    sizes = {path.name: path.stat().st_size for path in saved.iterdir()}
+    assert found.checkpoint.manifest_bytes == sizes.pop("manifest.json")
+    assert found.checkpoint.metadata_bytes == sizes.pop("metadata.json")
+    assert found.checkpoint.files == sizes
+
+
+def measured_peak(mesh, config):
+    """The peak of a step, with values, on a CPU."""
+    return observe_step(build_state(config, mesh), config).meter.peak
+
+
+@pytest.mark.parametrize(("layout", "shard_size"), [((2, 1, 2), 2), ((1, 2, 2), 2), ((1, 1, 4), 2), ((2, 2, 1), 1)])
+def test_the_peak_is_that_of_real_ranks(rank_pool, layout, shard_size):
+    """But for the ids of a batch, which are on the host for both."""
+    config = with_training(config_of(layout, layout[0] > 1, data={}), seq_length=64, precision="bf16")
+    config = replace(config, parallel=replace(config.parallel, data_parallel_shard_size=shard_size))
+    real = rank_pool.run(measured_peak, *layout, config, shard_size=shard_size)
+    per_stage = layout[0] * layout[2]
+    for kind in dry_run(config, len(real)).kinds:
+        assert kind.peak_bytes == pytest.approx(real[kind.stage * per_stage], rel=0.01)
