@@ -1,8 +1,8 @@
-"""How dense Python code is: sizes of files and functions, arguments, comments, import cycles; of any directories.
+"""Measure the density of Python code in any directories: file and function sizes, arguments, comments, import cycles.
 
     python benchmarks/code_metrics.py megatron_tf ../torchtitan/torchtitan
 
-prints a table with a column for each directory. Lines are all lines, those of comments and docstrings included.
+prints a table with a column for each directory. Lines include comments and docstrings.
 """
 
 import argparse
@@ -22,26 +22,26 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 @dataclass
 class Metrics:
-    """What is counted in the files of one directory."""
+    """The counts over the files of one directory."""
 
     file_lines: list[int] = field(default_factory=list)
     function_lines: list[int] = field(default_factory=list)
     calls: int = 0
     crowded_calls: int = 0
-    """With six positional arguments or more."""
+    """Calls with at least six positional arguments."""
     keyword_only: int = 0
     """Functions that have keyword-only arguments."""
     crowded_functions: int = 0
-    """That take four positional arguments or more, beyond self."""
+    """Functions with at least four positional parameters besides self."""
     comments: int = 0
     comprehensions: int = 0
     ternaries: int = 0
     imports: dict[str, set[str]] = field(default_factory=dict)
-    """Modules by the module that imports them, as it is imported itself."""
+    """Modules that each module imports when it is imported itself."""
 
 
 def measure(directory: Path) -> Metrics:
-    """Count over all Python files under a directory, by whose name its modules import each other."""
+    """Count over all Python files under a directory, whose name is that of the package."""
     metrics = Metrics()
     files = sorted(directory.rglob("*.py"))
     modules = {_module_name(directory, file) for file in files}
@@ -84,7 +84,7 @@ def _package_of(directory: Path, file: Path) -> list[str]:
 
 
 def _imported(tree: ast.Module, package: Sequence[str]) -> Iterator[str]:
-    """Full names that a module imports when it is imported: not in functions, nor for type checkers alone."""
+    """Yield the full names that a module imports at import time: not in functions, nor only for type checkers."""
     statements: list[ast.stmt] = list(tree.body)
     while statements:
         statement = statements.pop()
@@ -101,21 +101,21 @@ def _imported(tree: ast.Module, package: Sequence[str]) -> Iterator[str]:
 
 
 def _nearest(name: str, modules: set[str]) -> str:
-    """The module that a name is in: the name of a function or class is not a module."""
+    """Return the module that contains a name, which may be that of a function or class."""
     while name and name not in modules:
         name = name.rpartition(".")[0]
     return name
 
 
 def import_cycles(imports: dict[str, set[str]]) -> int:
-    """Count cycles that must be cut, one import after another, until none is left."""
+    """Count the imports that must be removed, one after another, until there is no cycle."""
     graph = {module: imported - {module} for module, imported in imports.items()}
     cycles = 0
     while True:
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
-            # each is a predecessor of the next: the last one imports the one before
+            # each is a predecessor of the next: the last one imports the previous one
             before, after = error.args[1][:2]
             graph[after].discard(before)
             cycles += 1
@@ -129,7 +129,7 @@ def _spread(values: Sequence[int]) -> str:
 
 
 def rows(metrics: Metrics) -> dict[str, str]:
-    """The measures of a directory, by their names."""
+    """Return the measures of a directory by name."""
     lines = sum(metrics.file_lines)
     functions = len(metrics.function_lines)
     hundreds = lines / 100

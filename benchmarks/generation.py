@@ -1,10 +1,10 @@
-"""How long decoding a token takes, against reading the model's weights once: python benchmarks/generation.py
+"""Time to decode a token, against reading the model's weights once: python benchmarks/generation.py
 
-The model has the shape of the published 150M one, and random weights; one text of 32 tokens goes on token by token.
-Reading is torch.sum over the weights' own bytes as fp32 (memory a process gets elsewhere was up to 1.4 times as fast or
-slow), by the same threads. Both are taken in turns: the times are the fastest, and the ratio is given of these and as
-the median of all turns, which is steadier where others use the memory. It is the processor's time with one thread,
-which leaves out when others have the processor, and else the clock's.
+The model has the shape of the published 150M model, and random weights; a prompt of 32 tokens is continued token by
+token. Reading is torch.sum over the weights' own bytes as fp32 (other memory was up to 1.4 times as fast or slow), with
+the same threads. The two alternate: times are the fastest, and the ratio is given both of these and as the median over
+all turns, which varies less on a shared machine. With one thread it is CPU time, which excludes other processes,
+otherwise wall-clock time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def random_150m(dtype: torch.dtype) -> LanguageModel:
-    """The shape of the published model."""
+    """Return the configuration of the published model."""
     tokens = {"qkv_tokens": 768, "proj_tokens": 768, "ffn_tokens": 3072}
     config = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50277, **tokens)
     transformer = TokenFormer(config, dtype=dtype).to(dtype)
@@ -39,7 +39,7 @@ def random_150m(dtype: torch.dtype) -> LanguageModel:
 
 
 def seconds(act: Callable[[], object]) -> float:
-    """Time of one call."""
+    """Measure one call, in seconds."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     act()
@@ -47,7 +47,7 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def measure(precision: str) -> None:
-    """In a process of its own: print a line of the table."""
+    """Print a line of the table, in a separate process."""
     model = random_150m(DTYPES[precision])
     model.arrange_for_decoding()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -68,7 +68,7 @@ def measure(precision: str) -> None:
 
 
 def main() -> None:
-    """Print a table."""
+    """Run each precision in a separate process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--run", choices=DTYPES, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""A Pattention against the MLP of the same shape, forward and backward, by the same means in the same run.
+"""A Pattention against the MLP of the same shape, forward and backward, with the same backend in the same run.
 
-Eager against eager and compiled against compiled, in fp32 and bf16: ratios of the fastest of some turns.
-The bare products are the limit. On a GPU, Triton's kernels too: python benchmarks/pattention.py
+Eager against eager and compiled against compiled, in fp32 and bf16: ratios of the fastest of several runs. The matrix
+products alone are the lower bound. On a GPU, Triton kernels are measured too: python benchmarks/pattention.py
 """
 
 import argparse
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.layers.pattention import Pattention
-from megatron_tf.tokenformer.normalisation import NORMALISATIONS
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {"cpu": [(4096, 768, 3072)], "cuda": [(16384, 768, 3072), (16384, 1536, 6144), (8192, 4096, 16384)]}
@@ -22,12 +22,12 @@ SHAPES = {"cpu": [(4096, 768, 3072)], "cuda": [(16384, 768, 3072), (16384, 1536,
 
 
 def mlp(width: int, hidden: int) -> nn.Module:
-    """Linear, GELU, Linear, without biases."""
+    """Build Linear, GELU, Linear, without biases."""
     return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
 
 
 def pattention(width: int, tokens: int, norm: str) -> Pattention:
-    """With values of ordinary size."""
+    """Build a Pattention with parameters of typical magnitude."""
     layer = Pattention(width, width, num_tokens=tokens, norm_activation=norm)
     nn.init.normal_(layer.key_tokens, std=0.02)
     nn.init.normal_(layer.value_tokens, std=0.02)
@@ -35,7 +35,7 @@ def pattention(width: int, tokens: int, norm: str) -> Pattention:
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Time of one call, until the device is done."""
+    """Measure one call in seconds, including synchronization with the device."""
     start = time.perf_counter()
     work()
     if DEVICE.type == "cuda":
@@ -44,7 +44,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def training(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward and backward."""
+    """Run forward and backward."""
 
     def work() -> None:
         x.grad = None
@@ -55,7 +55,7 @@ def training(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def products(width: int, tokens: int, x: Tensor) -> Callable[[], None]:
-    """The six matrix products of a Pattention, with nothing between."""
+    """Run the six matrix products of a Pattention without anything in between."""
     keys, values = (torch.randn(tokens, width, device=DEVICE).to(x.dtype) for _ in range(2))
     rows, scores = x.detach(), torch.randn(len(x), tokens, device=DEVICE).to(x.dtype)
 
@@ -70,24 +70,24 @@ def products(width: int, tokens: int, x: Tensor) -> Callable[[], None]:
     return work
 
 
-def candidates(width: int, tokens: int, dtype: torch.dtype, means: str) -> dict[str, nn.Module]:
-    """Name -> module, the MLP first."""
-    modules = {"mlp": mlp(width, tokens)} | {norm: pattention(width, tokens, norm) for norm in NORMALISATIONS}
+def candidates(width: int, tokens: int, dtype: torch.dtype, backend: str) -> dict[str, nn.Module]:
+    """Return the modules by name, the MLP first."""
+    modules = {"mlp": mlp(width, tokens)} | {norm: pattention(width, tokens, norm) for norm in NORMALIZATIONS}
     for name, module in modules.items():
         module.to(DEVICE, dtype)
         if isinstance(module, Pattention):
-            module.kernels = EagerKernels() if means == "eager" else CompiledKernels()
-            if means == "triton":
+            module.kernels = EagerKernels() if backend == "eager" else CompiledKernels()
+            if backend == "triton":
                 from megatron_tf.kernels.triton_kernels import TritonKernels
 
                 module.kernels = TritonKernels()
-        elif means != "eager":
+        elif backend != "eager":
             modules[name] = torch.compile(module)
     return modules
 
 
 def main() -> None:
-    """Print a line for each shape, type and means."""
+    """Print a line for each shape, dtype and backend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=12)
     args = parser.parse_args()
@@ -95,11 +95,11 @@ def main() -> None:
     for shape in SHAPES[DEVICE.type]:
         rows, width, tokens = shape
         for dtype in (torch.float32, torch.bfloat16):
-            for means in ["eager", "compiled"] + (["triton"] if DEVICE.type == "cuda" else []):
+            for backend in ["eager", "compiled"] + (["triton"] if DEVICE.type == "cuda" else []):
                 torch.compiler.reset()
                 x = torch.randn(rows, width, device=DEVICE, dtype=dtype, requires_grad=True)
                 dy = torch.randn(rows, width, device=DEVICE, dtype=dtype)
-                modules = candidates(width, tokens, dtype, means)
+                modules = candidates(width, tokens, dtype, backend)
                 works = {name: training(module, x, dy) for name, module in modules.items()}
                 works["bare products"] = products(width, tokens, x)
                 for work in works.values():
@@ -109,7 +109,8 @@ def main() -> None:
                 ratios = "  ".join(f"{name} {best[name] / best['mlp']:.3f}" for name in best if name != "mlp")
                 kind = str(dtype).removeprefix("torch.")
                 print(
-                    f"{rows} x {width} x {tokens} {kind:<9}{means:<9}{best['mlp'] * 1e3:8.1f} ms  {ratios}", flush=True
+                    f"{rows} x {width} x {tokens} {kind:<9}{backend:<9}{best['mlp'] * 1e3:8.1f} ms  {ratios}",
+                    flush=True,
                 )
 
 

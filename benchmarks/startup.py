@@ -1,8 +1,8 @@
-"""From launch to the first step: a small model on two data-parallel ranks under torchrun, from data that is ready.
+"""Time from launch to the first step of a small model on two data-parallel ranks under torchrun, with cached data.
 
     python benchmarks/startup.py [--repeat N]
 
-Ends with code 1 where the median is beyond LIMIT_SECONDS.
+Exits with code 1 if the median exceeds LIMIT_SECONDS.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def prepare(folder: Path) -> Path:
-    """Data of random bytes, and the configuration."""
+    """Write random data and the configuration."""
     prefix = folder / "data"
     np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint16).tofile(f"{prefix}.bin")
     lengths = np.full(1 << 10, 1 << 10, dtype=np.int32)
@@ -65,10 +65,10 @@ def prepare(folder: Path) -> Path:
 
 
 def first_run(config: Path) -> float:
-    """Seconds until the first step is in the metrics."""
+    """Return the seconds until the metrics contain the first step."""
     metrics = config.with_name("metrics.jsonl")
     metrics.unlink(missing_ok=True)
-    began = time.perf_counter()
+    start = time.perf_counter()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     job = subprocess.Popen(
         [*launcher, "-m", "megatron_tf.pretrain", str(config)],
@@ -79,7 +79,7 @@ def first_run(config: Path) -> float:
         if job.poll() not in (None, 0):
             raise SystemExit(f"the run failed with code {job.returncode}")
         time.sleep(0.02)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     job.wait()
     return seconds
 
@@ -91,9 +91,9 @@ def has_step(metrics: Path) -> bool:
 
 
 def timed(command: list[str]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     subprocess.run(command, check=True)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

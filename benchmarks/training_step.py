@@ -1,7 +1,7 @@
-"""Tokens a second and memory of a training step: this model, the published layer without fusion, a plain transformer.
+"""Tokens/s and memory of a training step: this model, the published layer without fusion, and a plain transformer.
 
-Twelve layers of width 512 with as many parameters in each case; one process, the same micro-batch, the fastest of some
-steps, taken in turns in processes of their own: python benchmarks/training_step.py
+Twelve layers of width 512 with the same number of parameters in each case; the same micro-batch, the fastest of several
+steps, alternating between separate processes: python benchmarks/training_step.py
 """
 
 import argparse
@@ -28,13 +28,13 @@ TRUNK = {"num_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 8, "
 MODELS = {
     "tokenformer": TOKENS,
     "published": TOKENS,
-    # four linear projections have the parameters of 2 D tokens: the MLP gets the rest
+    # four linear projections have as many parameters as 2 D tokens; the MLP gets the rest
     "transformer": {"layer": "transformer", "ffn_tokens": 3 * WIDTH + WIDTH + 4 * WIDTH - 2 * WIDTH},
 }
 
 
 def published_pattend(x: Tensor, projections: list, group: None) -> Tensor:
-    """Each Pattention as its formula is written, through autograd."""
+    """Replace each Pattention by its plain formula under autograd."""
     outputs = []
     for projection in projections:
         scores = x @ projection.key_tokens.to(x.dtype).t()
@@ -44,7 +44,7 @@ def published_pattend(x: Tensor, projections: list, group: None) -> Tensor:
 
 
 def run(name: str, precision: str, recompute: str, kernels: str, *, steps: int) -> None:
-    """In a process of its own: print the fastest step, its last loss and the peak memory as JSON."""
+    """Print the fastest step, the last loss and the peak memory as JSON, in a separate process."""
     if name == "published":
         from megatron_tf.layers import attention, pattention
 
@@ -80,13 +80,13 @@ def run(name: str, precision: str, recompute: str, kernels: str, *, steps: int) 
 
 
 def resident_mib(field: str) -> float:
-    """Memory of this process."""
+    """Return `field` of this process's memory status, in MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 def main() -> None:
-    """Print a table."""
+    """Run each case in a separate process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--turns", type=int, default=2)

@@ -1,7 +1,7 @@
-"""What exact growth costs: the product of weights and values summed in fixed blocks of tokens, against one `torch.mm`.
+"""Cost of exact growth: the product of weights and values summed in fixed blocks of tokens, against one `torch.mm`.
 
-Both run in turns in this process; the figures are ratios of the fastest of 30 turns, and how far the result moves when
-tokens of weight zero are appended. Run on an idle machine: python benchmarks/value_product.py
+The two alternate in this process; the figures are the ratio of the fastest of 30 runs, and the change of the result
+when tokens of weight zero are appended. Run on an idle machine: python benchmarks/value_product.py
 """
 
 import time
@@ -17,19 +17,19 @@ TURNS = 30
 
 
 def plain(weights: Tensor, values: Tensor, out: Tensor) -> None:
-    """The product as the BLAS orders its sums."""
+    """Compute the product with the BLAS's order of summation."""
     torch.mm(weights, values, out=out)
 
 
 def seconds(product: Callable[[Tensor, Tensor, Tensor], None], *tensors: Tensor) -> float:
-    """Time of one call."""
+    """Measure one call, in seconds."""
     start = time.perf_counter()
     product(*tensors)
     return time.perf_counter() - start
 
 
 def moved_by_growth(product: Callable[[Tensor, Tensor, Tensor], None], weights: Tensor, values: Tensor) -> float:
-    """Largest change of the result when tokens of weight zero follow, relative to the largest entry."""
+    """Return the largest relative change of the result when tokens of weight zero are appended."""
     outs = [torch.empty(len(weights), values.shape[1]) for _ in range(2)]
     product(weights, values, outs[0])
     grown = torch.cat([weights, torch.zeros_like(weights)], 1), torch.cat([values, torch.randn_like(values)])

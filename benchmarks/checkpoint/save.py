@@ -1,7 +1,7 @@
-"""What saving costs: the stall of a save in the background, the rate on the disk, the share of the checksums.
+"""Cost of saving: the stall of a background save, the write rate, and the share of the checksums.
 
-One process trains a model of about 38 M parameters (450 MB of checkpoint); the same steps are timed without a save,
-with one in the background and with one that training waits for.
+One process trains a model of about 38 M parameters (a checkpoint of 450 MB); the same steps are timed without a save,
+with a background save, and with a synchronous save.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def steps(state: TrainState, batch: Batch) -> float:
-    """Seconds of some steps."""
+    """Measure several steps, in seconds."""
     start = time.perf_counter()
     for _ in range(STEPS):
         train_step(state, batch, 1e-3)
@@ -92,7 +92,7 @@ def steps(state: TrainState, batch: Batch) -> float:
 def in_background(
     state: TrainState, config: RunConfig, batch: torch.Tensor, *, record: RunRecord, root: Path
 ) -> tuple[float, float, float]:
-    """Seconds of (the call, the steps that follow, all until the checkpoint is there)."""
+    """Measure, in seconds, the call, the following steps, and the total until the checkpoint is complete."""
     with BackgroundSaver(None, lambda path: None, print) as saver:
         start = time.perf_counter()
         save_state(state, config, record, root=root, saver=saver)
@@ -103,7 +103,7 @@ def in_background(
 
 
 def hashing(root: Path) -> float:
-    """Seconds to hash what is in the files, from memory."""
+    """Measure hashing the content of the files from memory, in seconds."""
     total = 0.0
     for path in root.rglob("*.safetensors"):
         data = path.read_bytes()

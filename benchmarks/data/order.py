@@ -1,7 +1,7 @@
-"""The order of samples, blends and index files, against Megatron-LM's in the same run.
+"""Time and memory of sample orders, blends and index files, against Megatron-LM in the same run.
 
-Needs `pip install --no-deps megatron-core` (its wheel holds the compiled helpers). Each job runs in a process of its
-own, which reports seconds and the growth of its peak memory. Run: python benchmarks/data/order.py [--turns K]
+Needs `pip install --no-deps megatron-core` (its wheel holds the compiled helpers). Each job runs in a separate process,
+which reports seconds and the growth of its peak memory. Run: python benchmarks/data/order.py [--turns K]
 """
 
 import argparse
@@ -20,23 +20,23 @@ from numpy.typing import NDArray
 
 SEQ_LENGTH, MEAN_TOKENS = 2048, 500
 BLENDED, DATA_SETS = 100_000_000, 22
-BLOCK = 1024  # steps of a blend that are computed at a time
+BLOCK = 1024  # steps of a blend computed at a time
 
 
 def document_lengths(count: int) -> NDArray[np.int32]:
-    """Lengths as a Pile-like text has them: many short documents, some long; their mean is MEAN_TOKENS."""
+    """Draw document lengths like those of the Pile: many short, some long, with a mean of MEAN_TOKENS."""
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(0.0, 1.2, count)
     return np.maximum(1, lengths * (MEAN_TOKENS / lengths.mean())).astype(np.int32)
 
 
 def weights() -> NDArray[np.float64]:
-    """Of the Pile's sets, roughly."""
+    """Return weights roughly like those of the Pile's sets."""
     return np.random.default_rng(1).lognormal(0.0, 1.0, DATA_SETS)
 
 
 def ours_order(lengths: NDArray[np.int32], epochs: int) -> None:
-    """Everything from an open data set to mapped arrays of each epoch, cached on disk."""
+    """Build the order, from an open dataset to memory-mapped arrays of each epoch, cached on disk."""
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.data.order import SampleOrder
 
@@ -54,7 +54,7 @@ def ours_order(lengths: NDArray[np.int32], epochs: int) -> None:
 
 
 def megatron_order(lengths: NDArray[np.int32], epochs: int) -> None:
-    """The same by Megatron-LM's GPTDataset."""
+    """Do the same with Megatron-LM's GPTDataset."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -72,7 +72,7 @@ def megatron_order(lengths: NDArray[np.int32], epochs: int) -> None:
 
 
 class NoTokenizer:
-    """What Megatron-LM's dataset asks a tokenizer for."""
+    """The attributes of a tokenizer that Megatron-LM's dataset requires."""
 
     unique_identifiers: ClassVar[dict[str, str]] = {}
     eod = pad = 0
@@ -81,7 +81,7 @@ class NoTokenizer:
 
 @contextmanager
 def data_set(lengths: NDArray[np.int32]) -> Iterator[str]:
-    """A data set of documents of these lengths on disk; its tokens are a hole in the file."""
+    """Write a dataset of documents of these lengths; its token file is sparse."""
     from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
 
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def data_set(lengths: NDArray[np.int32]) -> Iterator[str]:
 
 
 def ours_samples(lengths: NDArray[np.int32], _: int) -> None:
-    """The sample index alone, of documents in a random order."""
+    """Build only the sample index, of documents in a random order."""
     from megatron_tf.data._index import sample_index
 
     documents = np.random.default_rng(2).permutation(len(lengths)).astype(np.uint32)
@@ -101,7 +101,7 @@ def ours_samples(lengths: NDArray[np.int32], _: int) -> None:
 
 
 def megatron_samples(lengths: NDArray[np.int32], _: int) -> None:
-    """The same by the compiled helper."""
+    """Do the same with Megatron-LM's compiled helper."""
     from megatron.core.datasets import helpers_cpp
 
     tokens = int(lengths.sum(dtype=np.int64))
@@ -110,7 +110,7 @@ def megatron_samples(lengths: NDArray[np.int32], _: int) -> None:
 
 
 def ours_blend(_: NDArray[np.int32], __: int) -> None:
-    """100 M samples of 22 data sets, a block of steps at a time."""
+    """Blend 100 M samples of 22 datasets, a block of steps at a time."""
     from megatron_tf.data.blend import SpacedBlend
 
     blend = SpacedBlend(weights().tolist())
@@ -123,21 +123,21 @@ def ours_blend(_: NDArray[np.int32], __: int) -> None:
 
 
 def ours_resumed_blend(_: NDArray[np.int32], __: int) -> None:
-    """The last of them alone, as a run that is resumed there needs it."""
+    """Compute only the last of them, as a resumed run needs."""
     from megatron_tf.data.blend import SpacedBlend
 
     timed(lambda: SpacedBlend(weights().tolist()).locate(BLENDED - 1))
 
 
 def ours_greedy_blend(_: NDArray[np.int32], __: int) -> None:
-    """100 M samples in the order of version 0.1 and of Megatron-LM."""
+    """Blend 100 M samples in the order of version 0.1 and of Megatron-LM."""
     from megatron_tf.data._index import greedy_blend
 
     timed(lambda: greedy_blend(weights(), BLENDED))
 
 
 def megatron_blend(_: NDArray[np.int32], __: int) -> None:
-    """The same by the compiled helper."""
+    """Do the same with Megatron-LM's compiled helper."""
     from megatron.core.datasets import helpers_cpp
 
     shares = weights() / weights().sum()
@@ -146,7 +146,7 @@ def megatron_blend(_: NDArray[np.int32], __: int) -> None:
 
 
 def ours_index(lengths: NDArray[np.int32], _: int) -> None:
-    """Writing the .idx."""
+    """Write the .idx."""
     from megatron_tf.data.indexed_dataset import blocks_of_documents, write_index
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def ours_index(lengths: NDArray[np.int32], _: int) -> None:
 
 
 def megatron_index(lengths: NDArray[np.int32], _: int) -> None:
-    """The same by Megatron-LM's writer, which takes lists."""
+    """Do the same with Megatron-LM's writer, which takes lists."""
     from megatron.core.datasets.indexed_dataset import _IndexWriter
 
     sequence_lengths, bounds = lengths.tolist(), list(range(len(lengths) + 1))
@@ -178,28 +178,28 @@ JOBS: list[tuple[str, Callable[..., None], Callable[..., None], int]] = [
 
 
 def timed(job: Callable[[], None]) -> None:
-    """Run, and print what it took as JSON; only what is within counts."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    """Print time and memory of the context's body as JSON."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = private_mib("VmRSS"), time.perf_counter()
     job()
     print(json.dumps({"seconds": time.perf_counter() - start, "mib": private_mib("VmHWM") - before}))
 
 
 def private_mib(field: str) -> float:
-    """Memory of this process; mapped files count while they are looked at."""
+    """Return `field` of this process's memory, in MiB; mapped files count while they are resident."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
 
 
 def run_job(number: int, side: int, documents: int) -> None:
-    """In a process of its own."""
+    """Run one side of a job, in a separate process."""
     _, *sides, epochs = JOBS[number]
     job, lengths = sides[side], document_lengths(documents)
     job(lengths, epochs)
 
 
 def measure(number: int, side: int, documents: int) -> dict[str, float]:
-    """The report of a job's process."""
+    """Return the report of a job's process."""
     command = [sys.executable, __file__, "--job", str(number), str(side), "--documents", str(documents)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(out.splitlines()[-1])
@@ -207,7 +207,7 @@ def measure(number: int, side: int, documents: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table: the best of some turns, each turn running both sides."""
+    """Print a table of the best of several turns, each of which runs both sides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=20_000_000)
     parser.add_argument("--turns", type=int, default=3)

@@ -1,8 +1,8 @@
-"""The speed of tools/preprocess_data.py, the whole process, against its engine alone and against plain means.
+"""Speed of tools/preprocess_data.py, as a whole process, against its engine alone and against a plain implementation.
 
-Give a tokenizer.json and shards: python benchmarks/data/preprocess.py TOKENIZER SHARD.jsonl.zst ... The plain means
-are json, the tokenizers library and numpy over a first part of the text, as Megatron-LM's standard tool does it, on all
-cores; the bytes of both must be the same. Input made by repetition flatters an engine that remembers words.
+Pass a tokenizer.json and shards: python benchmarks/data/preprocess.py TOKENIZER SHARD.jsonl.zst ... The plain
+implementation is json, the tokenizers library and numpy over the first part of the text, as in Megatron-LM's tool, on
+all cores; both must give the same bytes. Repetitive input favors an engine that caches words.
 """
 
 import argparse
@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def batches(shards: list[Path]) -> Iterator[list[str]]:
-    """Texts of all shards."""
+    """Yield the texts of all shards."""
     for shard in shards:
         for batch in read_batches(shard, ["text"]):
             yield [document["text"] for document in batch.documents]
 
 
 def whole_process(tokenizer: Path, shards: list[Path], prefix: str) -> float:
-    """Seconds of the tool, start to end."""
+    """Run the whole tool; return the seconds."""
     command = [sys.executable, "tools/preprocess_data.py", "--input", *shards, "--output-prefix", prefix,
                "--tokenizer-type", "HFTokenizer", "--tokenizer-model", tokenizer, "--append-eod"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -44,8 +44,8 @@ def whole_process(tokenizer: Path, shards: list[Path], prefix: str) -> float:
     return time.perf_counter() - start
 
 
-def plain_means(tokenizer: Path, texts: list[list[str]], eod: int, prefix: str) -> tuple[float, bool]:
-    """(bytes of text a second of the plain means, whether the data begins with the same bytes)."""
+def plain_rate(tokenizer: Path, texts: list[list[str]], eod: int, prefix: str) -> tuple[float, bool]:
+    """Return bytes of text per second of the plain implementation, and whether its output matches the tool's."""
     reference = tokenizers.Tokenizer.from_file(str(tokenizer))
     digest, size, done, start = hashlib.sha256(), 0, 0, time.perf_counter()
     for batch in texts:
@@ -63,7 +63,7 @@ def plain_means(tokenizer: Path, texts: list[list[str]], eod: int, prefix: str) 
 
 
 def main() -> None:
-    """Print the rates in MB of text a second."""
+    """Print the rates in MB of text per second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("shards", nargs="+", type=Path)
@@ -79,12 +79,12 @@ def main() -> None:
         for batch in texts:
             engine.encode_batch(batch)
         engine_rate = report["text_bytes"] / (time.perf_counter() - start)
-        plain, is_same = plain_means(tokenizer, texts, engine.eod, f"{folder}/0")
+        plain, is_same = plain_rate(tokenizer, texts, engine.eod, f"{folder}/0")
     rate = report["text_bytes"] / seconds
     print(f"{report['documents']:,} documents, {report['text_bytes'] / 1e6:,.0f} MB of text, {os.cpu_count()} cores")
     print(f"whole process      {rate / 1e6:8.1f} MB/s, peak {peak:,.0f} MiB")
     print(f"the engine alone   {engine_rate / 1e6:8.1f} MB/s ({rate / engine_rate:.0%} of it is reached)")
-    print(f"plain means        {plain / 1e6:8.1f} MB/s ({rate / plain:.0f} times slower); same bytes: {is_same}")
+    print(f"plain code         {plain / 1e6:8.1f} MB/s ({rate / plain:.0f} times slower); same bytes: {is_same}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Samples of 2048 tokens a second from a mapped data set, against Megatron-LM's GPTDataset in the same run.
+"""Samples of 2048 tokens per second from a memory-mapped dataset, against Megatron-LM's GPTDataset in the same run.
 
-Needs `pip install --no-deps megatron-core`. Give the prefix of a data set that tools/preprocess_data.py wrote, best one
+Needs `pip install --no-deps megatron-core`. Pass the prefix of a dataset written by tools/preprocess_data.py, ideally
 of 1 GB: python benchmarks/data/samples.py PREFIX
 """
 
@@ -24,12 +24,12 @@ SEQ_LENGTH, SAMPLES, BATCH, TURNS = 2048, 8192, 256, 5
 
 
 def order_of(data: IndexedDataset, cache: str) -> SampleOrder:
-    """The order of all its documents."""
+    """Return the sample order of all its documents."""
     return SampleOrder(data.document_lengths, seq_length=SEQ_LENGTH, seed=1, name="train", cache=Path(cache))
 
 
 def rate(read: Callable[[], None], turns: int = TURNS) -> float:
-    """Samples a second of the fastest turn."""
+    """Return the samples per second of the fastest turn."""
     times = []
     for _ in range(turns):
         start = time.perf_counter()
@@ -38,33 +38,33 @@ def rate(read: Callable[[], None], turns: int = TURNS) -> float:
     return SAMPLES / min(times)
 
 
-def cold_rate(prefix: str, cache: str, ask_ahead: int) -> float:
-    """Of a file that is not in memory, with `ask_ahead` samples asked for before they are read."""
+def cold_rate(prefix: str, cache: str, prefetch: int) -> float:
+    """Return the samples per second of a file outside the page cache, with `prefetch` samples prefetched."""
     data = IndexedDataset(prefix)
     dataset = GPTDataset(data, range(len(data)), order_of(data, cache))
     dataset[0]
 
     def read() -> None:
         for first in range(0, SAMPLES, BATCH):
-            for i in range(first, first + ask_ahead):
+            for i in range(first, first + prefetch):
                 dataset.prefetch(i)
             for i in range(first, first + BATCH):
                 dataset[i]
 
     with Path(f"{prefix}.bin").open("rb") as file:
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what nothing maps at the time is forgotten
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drops pages that are not mapped
     return rate(read, 1)
 
 
 def our_dataset(prefix: str, cache: str) -> GPTDataset:
-    """All documents, in our order."""
+    """Read all documents in our order."""
     data = IndexedDataset(prefix)
     return GPTDataset(data, range(len(data)), order_of(data, cache))
 
 
 def megatron_dataset(prefix: str, cache: str) -> Any:
-    """Megatron-LM's data set over all documents."""
+    """Build Megatron-LM's dataset over all documents."""
     from megatron.core.datasets import gpt_dataset, indexed_dataset
     from megatron.core.datasets.utils import Split
 
@@ -84,16 +84,16 @@ def megatron_dataset(prefix: str, cache: str) -> Any:
 
 
 def main() -> None:
-    """Print a line for each way to read."""
+    """Print a line for each access pattern."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix")
     prefix = parser.parse_args().prefix
     with tempfile.TemporaryDirectory() as cache:
-        for name, ask_ahead in [
+        for name, prefetch in [
             ("ours, cold file, as it comes", 0),
-            ("ours, cold file, a batch asked for ahead", BATCH),
+            ("ours, cold file, a batch prefetched", BATCH),
         ]:
-            print(f"{name:<44}{cold_rate(prefix, cache, ask_ahead):>10,.0f} samples/s", flush=True)
+            print(f"{name:<44}{cold_rate(prefix, cache, prefetch):>10,.0f} samples/s", flush=True)
         data = IndexedDataset(prefix)
         dataset = GPTDataset(data, range(len(data)), order_of(data, cache))
         theirs = megatron_dataset(prefix, cache)

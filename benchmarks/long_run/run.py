@@ -1,8 +1,8 @@
-"""A run to be left alone: 3,000 steps under torchrun on two data-parallel ranks, grown once, and killed twice.
+"""An unattended run of 3,000 steps under torchrun on two data-parallel ranks, grown once and killed twice.
 
-Prepares the data, starts one job of torchrun, and kills one of its ranks (SIGKILL) after the steps of --kill-after.
-torchrun starts the ranks again, and they go on from the newest checkpoint. The log and the curve are what
-docs/long_run.md shows. Run it from the root of the repository, in the environment that tests/run.sh makes.
+Prepares the data, starts one torchrun job, and kills one of its ranks (SIGKILL) after the steps of --kill-after.
+torchrun restarts the ranks, which resume from the newest checkpoint. docs/long_run.md shows the log and the loss curve.
+Run it from the root of the repository, in the environment that tests/run.sh creates.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """Tokenizer and data sets, where they are missing."""
+    """Prepare the tokenizer and the datasets if they are missing."""
     DATA.mkdir(parents=True, exist_ok=True)
     model = DATA / "tokenizer.model"
     text = Path("examples/data")
@@ -74,7 +74,7 @@ def wait_for(step: int, job: subprocess.Popen) -> None:
 
 
 def last_step() -> int:
-    """Of the lines written so far."""
+    """Return the last step in the metrics file, or 0."""
     if not METRICS.exists():
         return 0
     lines = METRICS.read_bytes()[-4000:].splitlines()[1:]
@@ -82,7 +82,7 @@ def last_step() -> int:
 
 
 def ranks_of(agent: int) -> list[int]:
-    """Processes of torchrun's ranks."""
+    """Return the process ids of torchrun's ranks."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return [int(child) for child in children if b"pretrain" in Path(f"/proc/{child}/cmdline").read_bytes()]
 

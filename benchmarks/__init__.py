@@ -1,0 +1,1 @@
+"""Speed, memory and correctness against the alternatives; each script says how to run it."""
