@@ -1,0 +1,144 @@
+"""The study as study.yaml states it: models, budgets and arms."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tf.config import ModelConfig
+from megatron_tf.errors import UserError
+from megatron_tf.tokenformer.sizes import parameter_count, training_flops
+
+SCHEDULES = ("restart", "one_cosine", "wsd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What each run uses."""
+
+    ranks: int = 1
+    """Processes of the trainer, started by torchrun if there are several."""
+    device: str = "cpu"
+    """Device of the evaluation on the held-out text; the trainer uses a GPU where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to arrive at a model: from scratch, or grown.
+
+    A budget is in tokens per non-embedding parameter. That of an arm says what its last model would cost from scratch;
+    a grown arm spends the same FLOPs in total, those of its small run included.
+    """
+
+    name: str
+    family: str
+    size: str
+    """The last model."""
+    budgets: Sequence[float]
+    seeds: int
+    """Number of seeds, which start at 1."""
+    topic: str
+    """The table of the report that shows it."""
+    grow_from: Mapping[str, Any] | None = None
+    """`size` and `budget_ratio` of the small run; None for an arm from scratch."""
+    stages: Sequence[Mapping[str, Any]] = ()
+    """One growth each: `to`, the size that it results in; `budget_ratio`, except for the last; keys of `growth:`."""
+    schedule: str = "restart"
+    main: bool = False
+    rate_of: str | None = None
+    """The arm whose chosen learning rate this one uses; by default it has its own sweep."""
+    baseline: str | None = None
+    """The arm that it is compared with; by default the same size from scratch."""
+
+    @property
+    def tuned_by(self) -> str:
+        """Name of the arm whose sweep sets the learning rate."""
+        return self.rate_of or self.name
+
+    @property
+    def starts_from(self) -> str | None:
+        """Name of the arm from scratch whose model it grows from."""
+        return f"{self.family}_{self.grow_from['size']}" if self.grow_from else None
+
+    @property
+    def compared_with(self) -> str:
+        """Name of the baseline."""
+        return self.baseline or f"{self.family}_{self.size}"
+
+
+class Study:
+    """The contents of study.yaml, whose comments describe its keys. Raises UserError if it is not valid."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        try:
+            self.base: Mapping[str, Any] = values["base"]
+            self.families: Mapping[str, Any] = values["families"]
+            self.rates: Mapping[str, list[float]] = values["rates"]
+            self.chosen_rates: Mapping[str, float] = values["chosen_rates"] or {}
+            self.schedule: Mapping[str, float] = values["schedule"]
+            self.save_interval: int = values["save_interval"]
+            self.seeds: Mapping[str, int] = values["seeds"]
+            self.machine = Machine(**values.get("machine", {}))
+            self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
+        except KeyError as error:
+            raise UserError(f"study: the key {error} is missing") from None
+        except TypeError as error:
+            raise UserError(f"study: machine: {error}") from None
+        names = {
+            name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
+        }
+        if unknown := sorted({*names, *self.chosen_rates} - {*self.arms}):
+            raise UserError(
+                f"study: grow_from, rate_of, baseline or chosen_rates need arms that do not exist: {unknown}"
+            )
+
+    @classmethod
+    def read(cls, path: Path) -> "Study":
+        """Read the study from a file."""
+        return cls(yaml.safe_load(path.read_text()))
+
+    def _arm(self, values: Mapping[str, Any]) -> Arm:
+        known = {field.name for field in fields(Arm)}
+        if unknown := sorted(set(values) - known):
+            raise UserError(f"study: arm {values.get('name')}: unknown keys {unknown}; known are {sorted(known)}")
+        name = values.get("name") or f"{values['family']}_{values['size']}"
+        seeds = self.seeds["main" if values.get("main") else "other"]
+        arm = Arm(**{"seeds": seeds, "topic": "scratch", **values, "name": name})
+        if bool(arm.grow_from) != bool(arm.stages) or arm.schedule not in SCHEDULES:
+            raise UserError(
+                f"study: arm {name}: grow_from and stages belong together, and schedule is one of {SCHEDULES}"
+            )
+        return arm
+
+    def model(self, family: str, size: str) -> dict[str, Any]:
+        """Return the `model` section of a size."""
+        try:
+            return {**self.base["model"], **self.families[family]["model"], **self.families[family]["sizes"][size]}
+        except KeyError as error:
+            raise UserError(f"study: unknown family or size: {error} of {family} {size}") from None
+
+    def steps(self, family: str, size: str, budget: float) -> int:
+        """Return the number of steps that a budget pays for."""
+        return max(1, round(budget * non_embedding(self.model_config(family, size)) / self.step_tokens))
+
+    def model_config(self, family: str, size: str) -> ModelConfig:
+        """Return the model of a size. Raises ConfigError if it is not valid."""
+        return ModelConfig(**self.model(family, size))
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one step."""
+        return int(self.base["training"]["global_batch_size"] * self.base["training"]["seq_length"])
+
+    def step_flops(self, family: str, size: str) -> float:
+        """Return the FLOPs of one step."""
+        per_token = training_flops(self.model_config(family, size), self.base["training"]["seq_length"])
+        return float(per_token * self.step_tokens)
+
+
+def non_embedding(model: ModelConfig) -> int:
+    """Count the parameters without the embedding and an untied output layer."""
+    copies = 2 if model.untie_embeddings_and_output_weights else 1
+    return parameter_count(model) - copies * model.padded_vocab_size * model.hidden_size
