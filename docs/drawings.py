@@ -1,6 +1,7 @@
 """Draw the pictures of architecture.md and of the README: `python docs/drawings.py [DIRECTORY]`.
 
-They are SVG with text as text, the same bytes at each run with the same matplotlib.
+They are SVG with text as text, and the same bytes in each run with the same matplotlib. The README shows `growth.svg`
+at half the width of a page, so its letters are larger than those of the other two.
 """
 
 import sys
@@ -13,10 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 RANK_COLORS = ("#4c78a8", "#f58518")
+PALE_RANK_COLORS = ("#c5d5e6", "#fcd9b4")
+"""The same colors behind dark text."""
 NEW_COLOR = "#54a24b"
 PLAIN_COLOR = "#dddddd"
 INK = "#333333"
-SMALL, NORMAL, LARGE = 8, 9.5, 11
+NORMAL, LARGE, HALF_WIDTH = 10.5, 12, 14
+"""Font sizes in points; HALF_WIDTH is for a drawing that is shown at half the width of a page."""
 STRIPE = 0.42
 """Height of a row, width of a column."""
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "megatron_tf", "font.family": "sans-serif"})
@@ -49,7 +53,7 @@ def box(
     """Draw a rounded box around words; `corner` is the upper left one."""
     (x, y), (width, height) = corner, size
     shape = FancyBboxPatch(
-        corner, width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=color, edgecolor=INK, alpha=0.85
+        corner, width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=color, edgecolor=INK
     )
     axes.add_patch(shape)
     text(axes, x + width / 2, y + height / 2, words)
@@ -73,114 +77,107 @@ def stripe(axes: Axes, corner: tuple[float, float], size: tuple[float, float], *
 
 
 def draw_pattention() -> Figure:
-    """A Pattention on two tensor-parallel ranks."""
+    """Draw a Pattention on two tensor-parallel ranks."""
     figure, axes = canvas(22, 8.2)
     first, second = RANK_COLORS
     tokens = [first] * 4 + [second] * 4
-    text(axes, 1.6, 0.6, "input", fontsize=LARGE)
-    rows(axes, 0.7, 2.6, 1.8, colors=[PLAIN_COLOR] * 5)
-    text(axes, 1.6, 5.2, "x  [T, D]")
-    text(axes, 5.0, 0.6, "key tokens", fontsize=LARGE)
-    rows(axes, 4.1, 2.0, 1.8, colors=tokens)
-    text(axes, 5.0, 5.9, "K  [N, D]")
-    text(axes, 9.3, 0.6, "scores", fontsize=LARGE)
-    columns(axes, 7.6, 2.6, 2.1, colors=tokens)
-    text(axes, 9.3, 5.2, "A = x Kᵀ  [T, N]")
-    text(axes, 14.1, 0.6, "weights", fontsize=LARGE)
-    columns(axes, 12.4, 2.6, 2.1, colors=tokens)
-    text(axes, 14.1, 5.2, "P = gelu(τ A / ‖A‖)  [T, N]")
-    text(axes, 17.6, 0.6, "value tokens", fontsize=LARGE)
-    rows(axes, 16.7, 2.0, 1.8, colors=tokens)
-    text(axes, 17.6, 5.9, "V  [N, E]")
-    text(axes, 20.6, 0.6, "output", fontsize=LARGE)
-    rows(axes, 19.7, 2.6, 1.8, colors=[PLAIN_COLOR] * 5)
-    text(axes, 20.6, 5.2, "y = P V  [T, E]")
-    for start, end in ((2.6, 4.0), (6.0, 7.5), (11.1, 12.3), (15.9, 16.6), (18.6, 19.6)):
-        arrow(axes, (start, 3.65), (end, 3.65))
-    text(axes, 11.7, 6.5, "all-reduce of ‖A‖²:\none number per token", fontsize=SMALL)
-    arrow(axes, (11.7, 5.95), (11.7, 3.8))
-    text(axes, 19.1, 6.9, "reduce of partial sums:\nE numbers per token", fontsize=SMALL)
-    arrow(axes, (19.1, 6.35), (19.1, 3.8))
+    text(axes, 1.6, 0.7, "input", fontsize=LARGE)
+    rows(axes, 0.7, 2.1, 1.8, colors=[PLAIN_COLOR] * 5)
+    text(axes, 1.6, 4.7, "x  [T, D]")
+    text(axes, 5.0, 0.7, "key tokens", fontsize=LARGE)
+    rows(axes, 4.1, 1.5, 1.8, colors=tokens)
+    text(axes, 5.0, 5.4, "K  [N, D]")
+    text(axes, 9.0, 0.7, "scores", fontsize=LARGE)
+    columns(axes, 7.3, 2.1, 2.1, colors=tokens)
+    text(axes, 9.0, 4.7, "A = x Kᵀ  [T, N]")
+    text(axes, 14.0, 0.7, "weights", fontsize=LARGE)
+    columns(axes, 12.3, 2.1, 2.1, colors=tokens)
+    text(axes, 14.0, 4.45, "P = gelu(τ A / ‖A‖)\n[T, N]", va="top")
+    text(axes, 17.5, 0.7, "value tokens", fontsize=LARGE)
+    rows(axes, 16.6, 1.5, 1.8, colors=tokens)
+    text(axes, 17.5, 5.4, "V  [N, E]")
+    text(axes, 20.6, 0.7, "output", fontsize=LARGE)
+    rows(axes, 19.7, 2.1, 1.8, colors=[PLAIN_COLOR] * 5)
+    text(axes, 20.6, 4.45, "y = P V\n[T, E]", va="top")
+    for start, end in ((2.6, 4.0), (6.0, 7.2), (10.8, 12.2), (15.8, 16.5), (18.5, 19.6)):
+        arrow(axes, (start, 3.15), (end, 3.15))
+    text(axes, 11.5, 6.5, "all-reduce of ‖A‖²:\none number per input token")
+    arrow(axes, (11.5, 5.9), (11.5, 3.3))
+    text(axes, 19.0, 6.5, "reduction of partial sums:\nE numbers per input token")
+    arrow(axes, (19.0, 5.9), (19.0, 3.3))
     for number, color in enumerate(RANK_COLORS):
-        axes.add_patch(Rectangle((0.7 + 5.4 * number, 7.25), 0.5, 0.42, facecolor=color))
-        text(axes, 1.4 + 5.4 * number, 7.47, f"on tensor-parallel rank {number}", ha="left")
+        axes.add_patch(Rectangle((0.7, 6.4 + 0.75 * number), 0.5, 0.42, facecolor=color))
+        text(axes, 1.4, 6.62 + 0.75 * number, f"on tensor-parallel rank {number}", ha="left")
     return figure
 
 
 def draw_mesh() -> Figure:
-    """Eight ranks: two pipeline stages, two data-parallel replicas, two tensor-parallel ranks."""
+    """Draw eight ranks: two pipeline stages, two data-parallel replicas, two tensor-parallel ranks."""
     figure, axes = canvas(22, 11)
     text(axes, 6.3, 0.6, "pipeline stage 0: embedding, layers 0-5", fontsize=LARGE)
     text(axes, 17.1, 0.6, "pipeline stage 1: layers 6-11, norm, head", fontsize=LARGE)
     for stage, left in enumerate((2.6, 13.4)):
         for replica, top in enumerate((1.4, 6.0)):
-            axes.add_patch(
-                Rectangle((left - 0.3, top - 0.25), 7.9, 3.0, facecolor="none", edgecolor="#999999", linestyle="--")
-            )
-            for tensor in range(2):
-                rank = 4 * stage + 2 * replica + tensor
-                half = "first" if tensor == 0 else "second"
-                box(
-                    axes,
-                    (left + 3.9 * tensor, top),
-                    (3.4, 2.5),
-                    words=f"rank {rank}\n{half} half of\nthe tokens",
-                    color=RANK_COLORS[tensor],
-                )
-            arrow(axes, (left + 3.4, top + 1.25), (left + 3.9, top + 1.25), style="<|-|>")
+            draw_tensor_parallel_pair(axes, (left, top), first_rank=4 * stage + 2 * replica)
         for tensor in range(2):
             x = left + 1.7 + 3.9 * tensor
-            arrow(axes, (x, 4.0), (x, 5.95), color="#e45756", style="<|-|>")
+            arrow(axes, (x, 4.2), (x, 5.7), color="#e45756", style="<|-|>")
     for top in (1.4, 6.0):
-        arrow(axes, (10.25, top + 1.25), (13.05, top + 1.25), color="#72b7b2", style="<|-|>")
-    text(axes, 0.15, 2.65, "data-parallel\nreplica 0", ha="left", fontsize=SMALL)
-    text(axes, 0.15, 7.25, "data-parallel\nreplica 1", ha="left", fontsize=SMALL)
+        arrow(axes, (10.25, top + 1.25), (13.05, top + 1.25), color="#3b8f89", style="<|-|>")
+    text(axes, 0.15, 2.65, "data-parallel\nreplica 0", ha="left")
+    text(axes, 0.15, 7.25, "data-parallel\nreplica 1", ha="left")
     legend = (
         (INK, "tensor parallel, in every layer: activations, never parameters; independent of N"),
-        ("#72b7b2", "pipeline parallel, per micro-batch: hidden states forward, their gradients back"),
-        ("#e45756", "data parallel, once a step: gradients"),
+        ("#3b8f89", "pipeline parallel, per micro-batch: hidden states forward, their gradients back"),
+        ("#e45756", "data parallel, once per step: parameters gathered, gradients reduced"),
     )
     for number, (color, words) in enumerate(legend):
-        y = 9.35 + 0.55 * number
+        y = 9.35 + 0.6 * number
         arrow(axes, (2.6, y), (3.6, y), color=color, style="<|-|>")
         text(axes, 3.9, y, words, ha="left")
     return figure
 
 
+def draw_tensor_parallel_pair(axes: Axes, corner: tuple[float, float], *, first_rank: int) -> None:
+    """Draw two ranks that share one pipeline stage of one replica; `corner` is their upper left one."""
+    left, top = corner
+    frame = Rectangle((left - 0.3, top - 0.25), 7.9, 3.0, facecolor="none", edgecolor="#999999", linestyle="--")
+    axes.add_patch(frame)
+    for tensor, half in enumerate(("first", "second")):
+        box(
+            axes,
+            (left + 3.9 * tensor, top),
+            (3.4, 2.5),
+            words=f"rank {first_rank + tensor}\n{half} half of\nthe tokens",
+            color=PALE_RANK_COLORS[tensor],
+        )
+    arrow(axes, (left + 3.4, top + 1.25), (left + 3.9, top + 1.25), style="<|-|>")
+
+
 def draw_growth() -> Figure:
-    """A Pattention before and after growing by zero keys."""
-    figure, axes = canvas(22, 9.2)
+    """Draw a Pattention before and after growing by zero keys."""
+    figure, axes = canvas(15, 10)
     old, new = RANK_COLORS[0], NEW_COLOR
-    text(axes, 4.3, 0.6, "before: N tokens", fontsize=LARGE)
-    rows(axes, 1.2, 1.6, 2.4, colors=[old] * 5)
-    rows(axes, 5.0, 1.6, 2.4, colors=[old] * 5)
-    text(axes, 2.4, 1.2, "K")
-    text(axes, 6.2, 1.2, "V")
-    text(axes, 4.3, 5.3, "τ = √N")
-    arrow(axes, (8.3, 2.65), (10.6, 2.65))
-    text(axes, 9.45, 2.25, "grow")
-    text(axes, 14.2, 0.6, "after: N + M tokens", fontsize=LARGE)
-    for left, label in ((11.1, "K"), (14.9, "V")):
-        rows(axes, left, 1.6, 2.4, colors=[old] * 5)
-        text(axes, left + 1.2, 1.2, label)
-    rows(axes, 11.1, 3.7, 2.4, colors=["#ffffff"] * 3)
-    axes.add_patch(Rectangle((11.1, 3.7), 2.4, 1.26, facecolor="none", edgecolor=new, linewidth=1.6))
-    text(axes, 12.3, 4.33, "0", fontsize=LARGE, color=new)
-    rows(axes, 14.9, 3.7, 2.4, colors=[new] * 3)
-    text(axes, 14.2, 5.3, "τ = √N, kept")
-    text(axes, 17.8, 2.65, "old rows, their Adam moments\nand tau: not touched", ha="left", fontsize=SMALL)
-    text(axes, 17.8, 4.33, "new rows: moments 0;\nvalues as at initialization", ha="left", fontsize=SMALL)
-    box(
-        axes,
-        (1.2, 6.2),
-        (19.6, 2.4),
-        words=(
-            "new scores are x·0 = 0: they add nothing to ‖A‖, and gelu(0) = 0 gives the new values weight 0\n"
-            "→ every logit stays the same at the step of the growth\n"
-            "gelu′(0) = ½ gives the new keys a gradient, so the new tokens train from the next step on"
-        ),
-        color="#eef3ea",
+    for left, words in ((0.8, "before: N tokens"), (8.4, "after: N + M tokens")):
+        text(axes, left + 2.9, 0.6, words, fontsize=HALF_WIDTH + 1)
+        for offset, label in ((0, "K"), (3.2, "V")):
+            text(axes, left + offset + 1.3, 1.4, label, fontsize=HALF_WIDTH)
+            rows(axes, left + offset, 1.8, 2.6, colors=[old] * 5)
+    text(axes, 3.7, 4.5, "τ = √N", fontsize=HALF_WIDTH)
+    arrow(axes, (6.8, 2.85), (8.2, 2.85))
+    text(axes, 7.5, 2.4, "grow", fontsize=HALF_WIDTH)
+    axes.add_patch(Rectangle((8.4, 3.9), 2.6, 1.26, facecolor="none", edgecolor=new, linewidth=2))
+    text(axes, 9.7, 4.53, "0", fontsize=HALF_WIDTH, color=new)
+    rows(axes, 11.6, 3.9, 2.6, colors=[new] * 3)
+    text(axes, 11.3, 5.75, "τ = √N, kept", fontsize=HALF_WIDTH)
+    axes.add_patch(Rectangle((0.4, 6.4), 14.2, 3.3, facecolor="#eef3ea", edgecolor="#b9c7b0"))
+    words = (
+        "New keys are 0, so new scores are 0: ‖A‖ is unchanged,\n"
+        "and gelu(0) = 0 gives the new values no weight.\n"
+        "Every logit stays the same; old Adam moments are kept.\n"
+        "gelu′(0) = ½, so the new keys train from the next step on."
     )
+    text(axes, 7.5, 8.05, words, fontsize=HALF_WIDTH, linespacing=1.4)
     return figure
 
 
