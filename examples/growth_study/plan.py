@@ -30,7 +30,7 @@ class Plan:
         """
         for arm in self.study.arms.values():
             if arm.rate_of is None and self._small_rate(arm, 1.0) is not None:
-                for rate in self.study.rates[arm.family]:
+                for rate in arm.rates:
                     yield self.run(arm, min(arm.budgets), rate=rate, seed=SWEEP_SEED, kind="sweep")
 
     def final(self) -> Iterator[Run]:

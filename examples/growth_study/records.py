@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ class Results:
         lines = "".join(json.dumps(known, separators=(",", ":")) + "\n" for known in of_arm)
         replace_durably(self.directory / f"{result['arm']}.jsonl", lines)
 
-    def check_data(self, data: str) -> None:
-        """Raise UserError if a result was trained or evaluated on other data."""
-        if other := sorted({result["data"] for result in self.by_id.values()} - {data}):
+    def check_data(self, data: str, *, sweeping: Collection[str]) -> None:
+        """Raise UserError if results on other data would be compared with those of new runs.
+
+        A sweep is compared only with itself: that of an arm not in `sweeping` is complete and may be on other data.
+        """
+        compared = [run for run in self.by_id.values() if run["kind"] != "sweep" or run["arm"] in sweeping]
+        if other := sorted({f"{result['data']} in {result['arm']}" for result in compared if result["data"] != data}):
             raise UserError(
                 f"{self.directory} holds results on other data ({', '.join(other)}) than these ({data}): prepare the "
-                f"same text again, or choose another --results"
+                f"same text again, choose another --results, or remove their lines to repeat the runs"
             )
 
 

@@ -49,6 +49,8 @@ class Arm:
     main: bool = False
     rate_of: str | None = None
     """The arm whose chosen learning rate this one uses; by default it has its own sweep."""
+    rates: Sequence[float] = ()
+    """The learning rates of its sweep; by default those of its family."""
     baseline: str | None = None
     """The arm that it is compared with; by default the same size from scratch."""
 
@@ -105,7 +107,8 @@ class Study:
             raise UserError(f"study: arm {values.get('name')}: unknown keys {unknown}; known are {sorted(known)}")
         name = values.get("name") or f"{values['family']}_{values['size']}"
         seeds = self.seeds["main" if values.get("main") else "other"]
-        arm = Arm(**{"seeds": seeds, "topic": "scratch", **values, "name": name})
+        rates = self.rates[values["family"]]
+        arm = Arm(**{"seeds": seeds, "topic": "scratch", "rates": rates, **values, "name": name})
         if bool(arm.grow_from) != bool(arm.stages) or arm.schedule not in SCHEDULES:
             raise UserError(
                 f"study: arm {name}: grow_from and stages belong together, and schedule is one of {SCHEDULES}"

@@ -18,7 +18,7 @@ class Choice(NamedTuple):
 
 def choose(study: Study, results: Results, arm: str) -> Choice | None:
     """Return the choice for an arm; None unless its sweep is complete."""
-    grid = sorted(study.rates[study.arms[arm].family])
+    grid = sorted(study.arms[arm].rates)
     sweep = [result for result in results.by_id.values() if (result["arm"], result["kind"]) == (arm, "sweep")]
     losses = {result["rate"]: result["loss"] for result in sweep if result["rate"] in grid}
     if len(losses) < len(grid):
