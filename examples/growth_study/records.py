@@ -37,12 +37,12 @@ class Results:
         lines = "".join(json.dumps(known, separators=(",", ":")) + "\n" for known in of_arm)
         replace_durably(self.directory / f"{result['arm']}.jsonl", lines)
 
-    def check_data(self, data: str, *, sweeping: Collection[str]) -> None:
+    def check_data(self, data: str, *, chosen: Collection[str]) -> None:
         """Raise UserError if results on other data would be compared with those of new runs.
 
-        A sweep is compared only with itself: that of an arm not in `sweeping` is complete and may be on other data.
+        A sweep has done its work once a rate is chosen: that of an arm in `chosen` may be on other data.
         """
-        compared = [run for run in self.by_id.values() if run["kind"] != "sweep" or run["arm"] in sweeping]
+        compared = [run for run in self.by_id.values() if run["kind"] != "sweep" or run["arm"] not in chosen]
         if other := sorted({f"{result['data']} in {result['arm']}" for result in compared if result["data"] != data}):
             raise UserError(
                 f"{self.directory} holds results on other data ({', '.join(other)}) than these ({data}): prepare the "

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"  {run.id}  {run.label}  steps {run.steps[0]:,} to {run.steps[1]:,}  {run.flops:.3g} FLOPs")
         return 0
     data = Data(options.data)
-    results.check_data(data.hash, sweeping={run.arm for run in runner.todo.values() if run.kind == "sweep"})
+    results.check_data(data.hash, chosen=study.chosen_rates)
     options.runs.mkdir(parents=True, exist_ok=True)
     lock = os.open(options.runs / "lock", os.O_CREAT | os.O_RDWR)  # its runs hold it too
     if not take_lock(lock, _LOCK_SECONDS):

@@ -149,13 +149,13 @@ def test_the_rate_with_the_lowest_loss_is_chosen_once_its_sweep_is_complete(tmp_
 def test_results_on_other_data_are_not_continued(tmp_path):
     results = Results(tmp_path)
     results.add(sweep_result(1e-3, 3.0))
-    results.check_data("d", sweeping=["tokenformer_small"])
-    results.check_data("e", sweeping=[])
+    results.check_data("d", chosen=[])
+    results.check_data("e", chosen=["tokenformer_small"])
     with pytest.raises(UserError, match=r"holds results on other data \(d in tokenformer_small\)"):
-        results.check_data("e", sweeping=["tokenformer_small"])
+        results.check_data("e", chosen=[])
     results.add(sweep_result(1e-3, 3.0) | {"id": "f", "kind": "final"})
     with pytest.raises(UserError, match="holds results on other data"):
-        results.check_data("e", sweeping=[])
+        results.check_data("e", chosen=["tokenformer_small"])
     (tmp_path / "tokenformer_small.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"tokenformer_small\.jsonl:1: not a result"):
         Results(tmp_path)
