@@ -52,6 +52,9 @@ class ParallelConfig:
     """Number of data-parallel ranks that parameters, gradients and optimizer state are sharded over. By default all of
     them (fully sharded); 1 replicates them on every rank; a size in between shards within groups of that many ranks
     and replicates across groups (hybrid sharding)."""
+    reshard_after_forward: bool = False
+    """Free the gathered parameters of each layer after its forward and its backward (ZeRO-3), and reduce its gradients
+    in every micro-batch: less memory, more communication. By default both are done once per step."""
     sequence_parallel: bool = False
     """Shard the activations between layers along the sequence over the tensor-parallel ranks."""
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.collectives import sum_backward
 from megatron_tf.parallel.sharding import local_tensor
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 
 class BlockNorm(nn.Module):
@@ -62,5 +63,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., size] over its last dimension."""
-        weight = sum_backward(local_tensor(self.weight), self.split_group)
+        rows = local_tensor(self.weight)
+        weight = sum_backward(rows.to(wide_dtype(rows.dtype)), self.split_group)  # data-parallel ranks gather 16 bits
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.epsilon)

@@ -28,17 +28,25 @@ def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[
 
 
 def build_stage(
-    config: ModelConfig, mesh: Mesh, *, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    seq_length: int,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    reshard_after_forward: bool = False,
 ) -> TokenFormer:
     """Build this rank's stage for activations of `dtype`, with its parameters placed on the mesh but not initialized.
 
-    Parameters are in fp64 for fp64, otherwise in fp32.
+    Parameters are in fp64 for fp64, otherwise in fp32. With `reshard_after_forward`, those of blocks are gathered for
+    each forward and backward, rather than once per step.
     """
     layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
     with torch.device("meta"):  # the whole parameters may not fit on one rank
         model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
     _place_parameters(model, mesh)
-    shard_over_replicas(model, model.layers.values(), mesh)
+    blocks = model.layers.values()
+    shard_over_replicas(model, blocks, mesh, dtype=dtype, reshard_after_forward=reshard_after_forward)
     return model
 
 

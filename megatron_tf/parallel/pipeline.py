@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from megatron_tf.parallel.data_parallel import set_gradient_sync
+from megatron_tf.parallel.data_parallel import EachMicroBatch, set_gradient_sync
 from megatron_tf.parallel.mesh import LayoutError, Mesh
 from megatron_tf.tokenformer.dtypes import wide_dtype
 
@@ -101,15 +101,16 @@ class Runner(Protocol):
 class LocalRunner:
     """Runs micro-batches one after the other through a model without pipeline stages."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, reshard: bool) -> None:
         self.module = module
+        self.reshard = reshard
 
     def train(self, batches: MicroBatches, divisor: float) -> Tensor:
         losses = []
         last = len(batches.inputs) - 1
         for i in range(len(batches.inputs)):
-            # gradients accumulate on each replica and are reduced once
-            set_gradient_sync(self.module, i == last)
+            # gradients accumulate on each replica and are reduced once, unless that takes too much memory
+            set_gradient_sync(self.module, self.reshard or i == last)
             loss = self._loss(batches, i, divisor)
             loss.backward()
             losses.append(loss.detach())
@@ -135,8 +136,9 @@ class PipelineRunner:
         shapes: MicroBatchShapes,
         mesh: Mesh,
         schedule: Literal["1f1b", "gpipe"],
+        reshard: bool,
     ) -> None:
-        self.module = module
+        self.module = EachMicroBatch(module) if reshard else module
         self.shapes = shapes
         self.mesh = mesh
         self.schedule_class: type[Schedule] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
@@ -195,8 +197,12 @@ def make_runner(
     shapes: MicroBatchShapes,
     mesh: Mesh,
     schedule: Literal["1f1b", "gpipe"],
+    reshard: bool,
 ) -> Runner:
-    """Make the runner for this mesh; 1f1b requires at least as many micro-batches as stages."""
+    """Make the runner for this mesh; 1f1b requires at least as many micro-batches as stages.
+
+    With `reshard`, parameters are freed and gradients reduced within each micro-batch.
+    """
     if mesh.size("pp") == 1:
-        return LocalRunner(module)
-    return PipelineRunner(module, shapes=shapes, mesh=mesh, schedule=schedule)
+        return LocalRunner(module, reshard=reshard)
+    return PipelineRunner(module, shapes=shapes, mesh=mesh, schedule=schedule, reshard=reshard)

@@ -1,6 +1,7 @@
 """Replicas that share copies in groups: one curve, each row written once, one exchange a step, bytes by formula."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,43 +62,88 @@ COLLECTIVES = {
 
 
 def exchanges(mesh, config):
-    """{collective: (calls, elements)} of forward and backward of a step, on a layout without tensor parallelism."""
-    state, seen = build_state(config, mesh), Counter()
+    """(calls, elements by dtype) of forward and backward of a step without tensor parallelism, and what it consists of:
+    blocks, their parameters and all parameters of the stage."""
+    state, calls, elements = build_state(config, mesh), Counter(), Counter()
     batch = random_batch(config, 0, mesh)
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in COLLECTIVES.items():
             if hasattr(dist, name):
-                patch.setattr(dist, name, counting(getattr(dist, name), kind, seen))
+                patch.setattr(dist, name, counting(getattr(dist, name), kind, calls, elements))
         forward_backward(state, batch)
-    return dict(seen), len(state.model.layers) + 1, sum(p.numel() for p in state.model.parameters())
+    layers = state.model.layers
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (layers, state.model)]
+    return dict(calls), dict(elements), len(layers), *sizes
 
 
-def counting(collective, kind, seen):
-    """`collective`, counted with the elements of its larger side; what is exchanged must be fp32."""
+def counting(collective, kind, calls, elements):
+    """`collective`, counted with the elements of its larger side."""
 
     def counted(*args, **kwargs):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        assert all(tensor.dtype == torch.float32 for tensor in tensors)
-        seen[kind, "calls"] += 1
-        seen[kind, "elements"] += max(tensor.numel() for tensor in tensors)
+        (dtype,) = {tensor.dtype for tensor in tensors}
+        calls[kind] += 1
+        elements[kind, dtype] += max(tensor.numel() for tensor in tensors)
         return collective(*args, **kwargs)
 
     return counted
 
 
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
 @pytest.mark.parametrize(("layout", "shard_size"), [((1, 1, 2), 2), ((1, 1, 2), 1), ((1, 1, 4), 2), ((1, 2, 2), 2)])
 def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
-    """And parameters are gathered once, however many micro-batches there are; in fp32, whatever activations are."""
+    """And parameters are gathered once, however many micro-batches there are: blocks in 16 bits, gradients in fp32."""
     for micro_batches in (2, 4):
         training = {"micro_batch_size": 1, "global_batch_size": micro_batches * layout[2], "precision": "bf16"}
         config = layout_config(layout, training=training)
-        for seen, units, parameters in rank_pool.run(exchanges, *layout, config, shard_size=shard_size):
-            expected = {}
-            for name in ("all-gather", "reduce-scatter") if shard_size > 1 else ():
-                expected |= {(name, "calls"): units, (name, "elements"): parameters}
+        for calls, elements, blocks, of_blocks, whole in rank_pool.run(
+            exchanges, *layout, config, shard_size=shard_size
+        ):
+            units, expected = Counter(), {}
+            if shard_size > 1:
+                units.update({"all-gather": blocks + 1, "reduce-scatter": blocks + 1})
+                expected |= {("all-gather", BF16): of_blocks, ("all-gather", FP32): whole - of_blocks}
+                expected["reduce-scatter", FP32] = whole
             if shard_size < layout[2]:
-                expected |= {("all-reduce", "calls"): units, ("all-reduce", "elements"): parameters // shard_size}
-            assert seen == expected
+                units["all-reduce"] = blocks + 1
+                expected["all-reduce", FP32] = whole // shard_size
+            assert calls == units
+            assert elements == expected
+
+
+RESHARDED = [((1, 1, 2), 2), ((1, 1, 4), 2), ((1, 2, 2), 2), ((2, 1, 2), 2)]
+RESHARD = {"reshard_after_forward": True}
+
+
+def with_parallel(config, **keys):
+    return replace(config, parallel=replace(config.parallel, **keys))
+
+
+@pytest.mark.parametrize(("layout", "shard_size"), RESHARDED, ids=str)
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_resharding_trains_the_same(rank_pool, layout, shard_size, schedule):
+    reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1)), 6)[0]
+    config = with_parallel(layout_config(layout, layout[0] > 1, schedule=schedule), **RESHARD)
+    answers = rank_pool.run(training_run, *layout, config, 6, shard_size=shard_size)
+    assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree"
+    np.testing.assert_allclose(answers[0][0], reference, rtol=1e-5)
+    for name, gradient in whole_model(layout, False, [gradients for _, gradients in answers]).items():
+        assert np.linalg.norm(gradient - expected[name]) < 1e-5 * np.linalg.norm(expected[name]), name
+
+
+@pytest.mark.parametrize(("layout", "shard_size"), RESHARDED[:3], ids=str)
+def test_resharding_exchanges_in_every_micro_batch(rank_pool, layout, shard_size):
+    """Blocks are gathered for each forward and each backward, the other parameters once in a micro-batch."""
+    training = {"micro_batch_size": 1, "global_batch_size": 4 * layout[2], "precision": "bf16"}
+    config = with_parallel(layout_config(layout, training=training), **RESHARD)
+    for calls, elements, blocks, of_blocks, whole in rank_pool.run(exchanges, *layout, config, shard_size=shard_size):
+        assert calls["reduce-scatter"] == 4 * (blocks + 1)
+        assert elements["reduce-scatter", FP32] == 4 * whole
+        assert elements["all-gather", BF16] == 2 * 4 * of_blocks
+        assert elements["all-gather", FP32] == 4 * (whole - of_blocks)
+        assert calls["all-gather"] == 4 * (2 * blocks + 1)
 
 
 def measured_bytes(mesh, config):
@@ -124,36 +170,73 @@ def storage_bytes(tensors):
 
 
 def formula(config, layout, shard_size, stage):
-    """H and P of docs/parallelism.md: parameters that a rank of the stage holds, and those that it computes with."""
+    """H, P and B of docs/parallelism.md: parameters that a rank of the stage holds, those that it computes with, and
+    those of these that are in blocks."""
     tensor, pipeline, _ = layout
     layers = stage_layers(config.model, pipeline, config.training.seq_length)[stage]
     with torch.device("meta"):
         shapes = [(name, p.shape) for name, p in TokenFormer(config.model, layers).named_parameters()]
     sharded = {name: parameter.is_sharded for name, parameter in model_parameters(config.model).items()}
-    whole = [(shape[0] // tensor if sharded[name] else shape[0], shape[1:].numel()) for name, shape in shapes]
-    return sum(-(-rows // shard_size) * columns for rows, columns in whole), sum(rows * c for rows, c in whole)
+    whole = [
+        (name.startswith("layers."), shape[0] // tensor if sharded[name] else shape[0], shape[1:].numel())
+        for name, shape in shapes
+    ]
+    held = sum(-(-rows // shard_size) * columns for _, rows, columns in whole)
+    computes = sum(rows * columns for _, rows, columns in whole)
+    return held, computes, sum(rows * columns for in_block, rows, columns in whole if in_block)
 
 
 @pytest.mark.parametrize(
-    ("layout", "shard_size"),
+    ("layout", "shard_size", "precision"),
     [
-        ((1, 1, 1), 1),
-        ((2, 1, 1), 1),
-        ((1, 2, 1), 1),
-        ((1, 1, 2), 2),
-        ((1, 1, 2), 1),
-        ((1, 1, 4), 2),
-        ((2, 1, 2), 2),
-        ((1, 2, 2), 2),
+        ((1, 1, 1), 1, "fp32"),
+        ((2, 1, 1), 1, "fp32"),
+        ((1, 2, 1), 1, "fp32"),
+        ((1, 1, 2), 2, "fp32"),
+        ((1, 1, 2), 1, "fp32"),
+        ((1, 1, 4), 2, "fp32"),
+        ((2, 1, 2), 2, "fp32"),
+        ((1, 2, 2), 2, "fp32"),
+        ((1, 1, 2), 2, "bf16"),
+        ((1, 1, 2), 1, "bf16"),
+        ((2, 1, 2), 2, "fp16"),
     ],
 )
-def test_memory_is_what_the_formula_says(rank_pool, layout, shard_size):
-    config = layout_config(layout, layout[0] > 1)
+def test_memory_is_what_the_formula_says(rank_pool, layout, shard_size, precision):
+    config = layout_config(layout, layout[0] > 1, training={"precision": precision})
     per_stage = layout[0] * layout[2]
     answers = rank_pool.run(measured_bytes, *layout, config, shard_size=shard_size)
     for rank, (held, gathered, gradients) in enumerate(answers):
-        holds, computes = formula(config, layout, shard_size, rank // per_stage)
+        holds, computes, in_blocks = formula(config, layout, shard_size, rank // per_stage)
         assert held == 16 * holds
         if layout[2] > 1:
-            assert gathered == 4 * computes
+            each = 4 if precision == "fp32" else 2
+            assert gathered == each * in_blocks + 4 * (computes - in_blocks)
+        if layout[2] > 1 and precision == "fp32":  # FSDP keeps gradients that it has cast to fp32 in a place of its own
             assert gradients in (0, 4 * computes)  # 1f1b's last forward on the first stage is before a backward
+
+
+def block_bytes(mesh, config):
+    """(parameters of blocks, their gradients): bytes of storage of all blocks as each of them ends a forward."""
+    state, seen = build_state(config, mesh), []
+
+    def look(module, args, output):
+        parameters = [p for layer in state.model.layers.values() for p in layer.parameters()]
+        seen.append((storage_bytes(parameters), storage_bytes([p.grad for p in parameters if p.grad is not None])))
+
+    for layer in state.model.layers.values():
+        layer.register_forward_hook(look)
+    forward_backward(state, random_batch(config, 0, mesh))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in state.model.layers.values()]
+    return seen, sizes
+
+
+@pytest.mark.parametrize(("layout", "shard_size"), [((1, 1, 2), 2), ((1, 2, 2), 2)], ids=str)
+def test_resharding_holds_one_block_at_a_time(rank_pool, layout, shard_size):
+    """A block's own hook runs while it is gathered still; the rows of its gradients stay with their ranks."""
+    config = with_parallel(layout_config(layout, training={"micro_batch_size": 1}), **RESHARD)
+    for seen, sizes in rank_pool.run(block_bytes, *layout, config, shard_size=shard_size):
+        held = 4 * sum(sizes) // shard_size
+        for parameters, gradients in seen:
+            assert parameters <= held + 4 * max(sizes)
+            assert gradients <= held

@@ -89,6 +89,7 @@ def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenForm
         seq_length=training.seq_length,
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
+        reshard_after_forward=parallel.reshard_after_forward,
     )
     if training.hidden_dropout or training.attention_dropout:
         model.dropout = Dropout(
@@ -107,7 +108,13 @@ def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: t
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
     )
-    return make_runner(model, shapes=shapes, mesh=mesh, schedule=parallel.pipeline_schedule)
+    return make_runner(
+        model,
+        shapes=shapes,
+        mesh=mesh,
+        schedule=parallel.pipeline_schedule,
+        reshard=parallel.reshard_after_forward,
+    )
 
 
 def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
