@@ -7,7 +7,7 @@ from megatron_tf.config import ConfigError, load_config
 from megatron_tf.config.load import to_dict
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.mesh import LayoutError, data_parallel_size
-from megatron_tf.parallel.pipeline import partition_layers
+from megatron_tf.parallel.stages import partition_layers
 from tests.support.training import small_run
 
 
