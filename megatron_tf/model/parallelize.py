@@ -10,7 +10,7 @@ from megatron_tf.config import ModelConfig, ParallelConfig
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up, warm_up_loss
-from megatron_tf.layers.pattention import Pattention
+from megatron_tf.layers.pattention import BackwardSplit, Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
@@ -61,12 +61,20 @@ def _build_stage(
     return model
 
 
-def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granularity: str) -> None:
-    """Set the kernels and the activation checkpointing of the stage; neither changes results beyond rounding."""
+def choose_computation(
+    model: TokenFormer, kernels: Kernels, recompute_granularity: str, *, splits_backward: bool = False
+) -> None:
+    """Set the kernels, the activation checkpointing and the split of backward of the stage.
+
+    None of them changes results beyond rounding. A run that recomputes activations lacks memory, so it keeps less
+    between the halves of a split backward.
+    """
     model.use(kernels)
     model.recompute_blocks = recompute_granularity == "full"
+    split: BackwardSplit = "2:2" if recompute_granularity == "none" else "3:1"
     for pattention in model.pattentions().values():
         pattention.recompute_scores = recompute_granularity == "selective"
+        pattention.backward_split = split if splits_backward else None
 
 
 def pattentions(stages: Iterable[TokenFormer]) -> dict[str, Pattention]:

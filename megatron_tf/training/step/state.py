@@ -134,9 +134,10 @@ def _install_kernels(
 ) -> str | None:
     """Install kernels, and compile them if needed; return the first reason why a rank can't. Collective."""
     training = config.training
+    splits_backward = mesh.size("pp") > 1 and SCHEDULES[config.parallel.pipeline_schedule].splits_backward
     failures = []
     for stage in stages:
-        choose_computation(stage, kernels, training.recompute_granularity)
+        choose_computation(stage, kernels, training.recompute_granularity, splits_backward=splits_backward)
         rows = training.micro_batch_size * training.seq_length
         failures.append(warm_up_kernels(stage, mesh, rows=rows, dtype=dtype))
     return next(filter(None, failures), None)
