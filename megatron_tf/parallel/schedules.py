@@ -52,7 +52,7 @@ def needed_micro_batches(schedule: PipelineSchedule, count: int, ranks: int) -> 
     if schedule == "dualpipev" and count < 2 * ranks:
         return f"at least {2 * ranks}"
     if schedule.startswith("interleaved") and count % rounds:
-        return f"a multiple of {rounds}, or fewer than {2 * ranks}"
+        return f"a multiple of {ranks}"
     return None
 
 

@@ -120,7 +120,7 @@ class Observed(TorchDispatchMode):
     ("split", "recompute", "kept"), [("2:2", False, 1), ("3:1", False, 0), ("2:2", True, 2), ("3:1", True, 1)]
 )
 def test_what_a_pattention_keeps_between_the_passes(split, recompute, kept):
-    """In tensors of the size of the scores, more than before backward; 2:2 also keeps dy, and 3:1 the gradient of the values."""
+    """In tensors of the size of the scores, more than before backward; also dy (2:2), or the gradient of V (3:1)."""
     tokens, width, count = 64, 8, 128
     layer = Pattention(width, width, num_tokens=count)
     layer.backward_split, layer.recompute_scores = split, recompute
