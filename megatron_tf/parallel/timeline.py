@@ -120,7 +120,7 @@ def timeline(pipeline: Pipeline, costs: Costs) -> list[Slot]:
     following = [next(order, None) for order in waiting]
     free = [0] * pipeline.ranks
     done: dict[Action, int] = {}
-    slots = []
+    slots: list[Slot] = []
     while any(following):
         before = len(slots)
         for rank, order in enumerate(waiting):

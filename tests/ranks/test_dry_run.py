@@ -164,12 +164,13 @@ def test_a_dry_run_exchanges_the_messages_of_every_schedule(rank_pool, schedule)
 
 @SCHEDULES
 def test_the_peak_of_every_schedule_is_that_of_real_ranks(rank_pool, schedule):
-    """Also what a split backward keeps between its halves."""
+    """Also what a split backward keeps between its halves; but not what was sent, which torch keeps to the end."""
     config = config_of((1, 2, 1), False, data={}, model={"num_layers": 4}, schedule=schedule)
     config = with_training(config, seq_length=64)
     real = rank_pool.run(measured_peak, 1, 2, 1, config)
-    dry = {kind.stage: kind.peak_bytes for kind in dry_run(config, 2).kinds}
-    assert dry == pytest.approx(dict(enumerate(real)), rel=0.01)
+    for kind, peak in zip(dry_run(config, 2).kinds, real, strict=True):
+        sent = sum(each.bytes for each in kind.traffic if (each.axis, each.kind) == ("pp", "send"))
+        assert 0.99 * peak - sent <= kind.peak_bytes <= 1.01 * peak
 
 
 def with_training(config, **keys):
