@@ -108,7 +108,7 @@ def report(result: "DryRun", seconds: float) -> list[str]:
 
 
 def _describe(kind: "KindOfRank") -> str:
-    layers = f"{kind.layers[0]}-{kind.layers[1] - 1}"
+    layers = ",".join(f"{first}-{stop - 1}" for first, stop in kind.layers)
     return (
         f"{kind.stage:>5} {layers:>9} {kind.count:>6} {kind.parameters:>14,} {kind.parameter_bytes / _GIB:>10.3f} "
         f"{kind.optimizer_bytes / _GIB:>9.3f} {kind.peak_bytes / _GIB:>9.3f}"

@@ -2,10 +2,11 @@
 
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import LayerSource, grown_model, keeps_outputs, layer_sources, widened_model
-from megatron_tf.config.growth import UNEVEN_MULTIPLE, GrowthStage, parse_token_option
+from megatron_tf.config.growth import LAYOUT_KEYS, UNEVEN_MULTIPLE, GrowthStage, parse_token_option
 from megatron_tf.config.load import load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig, ScheduleConfig
+from megatron_tf.config.parallel import ParallelConfig, PipelineSchedule
 from megatron_tf.config.schema import (
     ANY_DATA,
     DATA_CONTENT,
@@ -13,7 +14,6 @@ from megatron_tf.config.schema import (
     DataConfig,
     KernelsConfig,
     LoggingConfig,
-    ParallelConfig,
     RunConfig,
 )
 from megatron_tf.config.training import TrainingConfig
@@ -22,6 +22,7 @@ from megatron_tf.config.types import ParameterKind
 __all__ = [
     "ANY_DATA",
     "DATA_CONTENT",
+    "LAYOUT_KEYS",
     "TOKEN_KINDS",
     "UNEVEN_MULTIPLE",
     "CheckpointConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ParameterKind",
+    "PipelineSchedule",
     "RunConfig",
     "ScheduleConfig",
     "TrainingConfig",

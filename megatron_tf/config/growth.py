@@ -12,6 +12,8 @@ from megatron_tf.config.optimizer import ScheduleConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Prefix, Size
 
 LayerTokens = Size | dict[str, Size]
+LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout")
+"""Keys of a stage that replace those of `parallel`."""
 UNEVEN_MULTIPLE = 1.5
 """The only multiple of the width that is not an integer."""
 
@@ -96,6 +98,9 @@ class GrowthStage:
     enough ranks."""
     pipeline_model_parallel_size: Count | None = None
     """New pipeline-parallel size from this growth on; it works as tensor_model_parallel_size does."""
+    pipeline_model_parallel_layout: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Number of layers of each pipeline stage from this growth on; needed if `parallel` gives it and the number of
+    layers or stages changes."""
 
     def is_due(self, step: int, tokens: int) -> bool:
         """Return whether a run has reached this stage after `step` optimizer steps and `tokens` tokens."""

@@ -11,9 +11,10 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import grown_model
-from megatron_tf.config.growth import GrowthStage
+from megatron_tf.config.growth import LAYOUT_KEYS, GrowthStage
 from megatron_tf.config.model import ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
+from megatron_tf.config.parallel import ParallelConfig
 from megatron_tf.config.schedules import check_schedules, schedule_after
 from megatron_tf.config.training import TrainingConfig
 from megatron_tf.config.types import STRICT, Count, FilePath, Name, NonNegative, Number, Prefix
@@ -36,35 +37,6 @@ def check_weights(key: str, entries: Sequence[str]) -> None:
         raise ConfigError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
     if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
         raise ConfigError(f"{key}: weights must be finite and non-negative, and at least one positive, got {weights}")
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
-class ParallelConfig:
-    """How the model and the batch are distributed over ranks."""
-
-    tensor_model_parallel_size: Count = 1
-    """Number of ranks that each layer's parameter tokens are split over."""
-    pipeline_model_parallel_size: Count = 1
-    """Number of pipeline stages that the layers are split into."""
-    data_parallel_size: Count | None = None
-    """Number of data-parallel ranks that split the batch; by default the world size divided by the other sizes."""
-    data_parallel_shard_size: Count | None = None
-    """Number of data-parallel ranks that parameters, gradients and optimizer state are sharded over. By default all of
-    them (fully sharded); 1 replicates them on every rank; a size in between shards within groups of that many ranks
-    and replicates across groups (hybrid sharding)."""
-    reshard_after_forward: bool = False
-    """Free the gathered parameters of each layer after its forward and its backward (ZeRO-3), and reduce its gradients
-    in every micro-batch: less memory, more communication. By default both are done once per step."""
-    sequence_parallel: bool = False
-    """Shard the activations between layers along the sequence over the tensor-parallel ranks."""
-    pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order in which the pipeline stages run forward and backward micro-batches."""
-    distributed_timeout_seconds: Annotated[Count, Field(le=10**8)] = 600
-    """Timeout after which a rank that waits for another one fails with an error."""
-
-    def __post_init__(self) -> None:
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -202,9 +174,9 @@ class RunConfig:
         layout = {}
         for stage in self.growth[:number]:
             model = grown_model(model, stage)
-            for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-                if (size := getattr(stage, key)) is not None:
-                    layout[key] = size
+            for key in LAYOUT_KEYS:
+                if (value := getattr(stage, key)) is not None:
+                    layout[key] = value
         parallel = dataclasses.replace(self.parallel, **layout)
         schedule = schedule_after(self.growth, number)
         optimizer = self.optimizer.with_schedule(schedule) if schedule else self.optimizer
@@ -226,12 +198,7 @@ class RunConfig:
             raise ConfigError(
                 "training.recompute_granularity=selective needs model.layer=tokenformer: choose full or none"
             )
-        parallel = self.parallel
-        if parallel.pipeline_model_parallel_size > self.model.num_layers:
-            raise ConfigError(
-                f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}) is more "
-                f"than model.num_layers ({self.model.num_layers}): every stage needs a layer"
-            )
+        self._check_stages()
 
     def _check_tensor_parallel(self) -> None:
         size = self.parallel.tensor_model_parallel_size
@@ -240,6 +207,21 @@ class RunConfig:
             raise ConfigError(
                 f"training.seq_length ({self.training.seq_length}) must be divisible by "
                 f"parallel.tensor_model_parallel_size ({size}) under sequence_parallel"
+            )
+
+    def _check_stages(self) -> None:
+        parallel, layers = self.parallel, self.model.num_layers
+        if parallel.num_stages > layers:
+            raise ConfigError(
+                f"parallel.pipeline_model_parallel_size ({parallel.pipeline_model_parallel_size}), with "
+                f"{parallel.stages_per_rank} stage(s) on each rank, is more than model.num_layers ({layers}): every "
+                f"stage needs a layer"
+            )
+        layout = parallel.pipeline_model_parallel_layout
+        if layout is not None and sum(layout) != layers:
+            raise ConfigError(
+                f"parallel.pipeline_model_parallel_layout places {sum(layout)} layers ({layout}), but model.num_layers "
+                f"is {layers}"
             )
 
     def _check_growth(self) -> None:

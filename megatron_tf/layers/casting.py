@@ -30,12 +30,12 @@ class CastingModule(nn.Module):
 
 
 @contextmanager
-def keeping_casts(model: nn.Module) -> Iterator[None]:
-    """Cast each parameter of `model` at its first use in the context, and reuse the result until its end.
+def keeping_casts(*models: nn.Module) -> Iterator[None]:
+    """Cast each parameter of the models at its first use in the context, and reuse the result until its end.
 
     Parameters must not change within the context.
     """
-    modules = [module for module in model.modules() if isinstance(module, CastingModule)]
+    modules = [module for model in models for module in model.modules() if isinstance(module, CastingModule)]
     for module in modules:
         module._kept = {}
     try:

@@ -49,7 +49,9 @@ def head_loss(
     """
     product_weight = weight.detach().to(hidden.dtype) if cast_weight is None else cast_weight
     if torch.is_grad_enabled():
-        loss: Tensor = _HeadLoss.apply(hidden, weight, product_weight, targets, divisor, group, kernels)
+        gradient = _SumOfProducts()
+        edge = _WeightGradient.apply(weight, gradient)
+        loss: Tensor = _HeadLoss.apply(hidden, edge, product_weight, targets, divisor, group, kernels, gradient)
         return loss
     local_targets = _local_targets(targets, len(weight), group)
     statistics = hidden.new_empty(2, len(hidden), dtype=accumulation_type(hidden))
@@ -69,25 +71,28 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Computes the gradients in forward, since saving or recomputing the logits costs more; backward scales them."""
+    """Computes the gradients in forward, since saving or recomputing the logits costs more; backward scales them.
+
+    That of the weight is scaled by `_WeightGradient`, to which `edge` leads, so that autograd can run it later.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        edge: Tensor,
         product_weight: Tensor,
         targets: Tensor,
         divisor: float,
         group: ProcessGroup | None,
         kernels: LossKernels,
+        grad_weight: "_SumOfProducts",
     ) -> Tensor:
-        local_targets = _local_targets(targets, len(weight), group)
+        local_targets = _local_targets(targets, len(product_weight), group)
         losses = hidden.new_empty(len(hidden), dtype=accumulation_type(hidden))
         # divided before the products: in fp16 the gradient of a sum over many tokens would overflow
         scale = (targets != IGNORE_INDEX).to(losses.dtype) / divisor
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = _SumOfProducts()
         for rows, logits in _logit_chunks(hidden, product_weight):
             local = torch.stack(kernels.statistics(logits, local_targets[rows]))
             log_total, chosen = _over_vocabulary(local, group)
@@ -95,15 +100,26 @@ class _HeadLoss(torch.autograd.Function):
             kernels.gradient(logits, local_targets[rows], log_total=log_total, scale=scale[rows])
             torch.mm(logits, product_weight, out=grad_hidden[rows])
             grad_weight.add(logits.t(), hidden[rows])
-        ctx.save_for_backward(grad_hidden, grad_weight.total)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden)
         return _divided_sum(losses, targets, divisor)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_hidden.mul_(grads[0])
-        return grad_hidden, grad_weight.mul_(grads[0]).to(ctx.weight_dtype), None, None, None, None, None
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grads[0], grads[0], None, None, None, None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """Returns the gradient of the weight, scaled; its output, a scalar, only connects it to `_HeadLoss`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gradient: "_SumOfProducts") -> Tensor:
+        ctx.gradient, ctx.dtype = gradient, weight.dtype
+        return weight.new_empty((), dtype=accumulation_type(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.take().mul_(grads[0]).to(ctx.dtype), None
 
 
 def _logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -144,6 +160,13 @@ class _SumOfProducts:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self._product: Tensor | None = None  # buffer for a product in 16 bits
+
+    def take(self) -> Tensor:
+        """Return the sum, which is then no longer kept. Raises RuntimeError the second time."""
+        if self.total is None:
+            raise RuntimeError("backward of the loss can run only once")
+        total, self.total = self.total, None
+        return total
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add the product of one chunk."""

@@ -6,15 +6,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from megatron_tf.config import ModelConfig
+from megatron_tf.config import ModelConfig, ParallelConfig
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up, warm_up_loss
+from megatron_tf.layers.pattention import BackwardSplit, Pattention
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.parallel.pipeline import MicroBatchShapes, partition_layers
+from megatron_tf.parallel.pipeline import MicroBatchShapes
+from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.parallel.sharding import RowShard, copy_rows, local_tensor, row_shard
+from megatron_tf.parallel.stages import consecutive_ranges, partition_layers, stages_of_rank
 from megatron_tf.tokenformer.dtypes import wide_dtype
 from megatron_tf.tokenformer.parameters import Module, key_tokens, model_parameters
 from megatron_tf.tokenformer.sizes import head_flops, layer_flops
@@ -27,35 +30,54 @@ def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[
     return partition_layers(costs, num_stages)
 
 
-def build_stage(
-    config: ModelConfig,
-    mesh: Mesh,
-    *,
-    seq_length: int,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-    reshard_after_forward: bool = False,
-) -> TokenFormer:
-    """Build this rank's stage for activations of `dtype`, with its parameters placed on the mesh but not initialized.
+def build_stages(
+    config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, *, seq_length: int, dtype: torch.dtype
+) -> list[TokenFormer]:
+    """Build this rank's stages for activations of `dtype`, with parameters placed on the mesh but not initialized.
 
-    Parameters are in fp64 for fp64, otherwise in fp32. With `reshard_after_forward`, those of blocks are gathered for
-    each forward and backward, rather than once per step.
+    Parameters are in fp64 for fp64, otherwise in fp32. The stages are in the order of the model.
     """
-    layers = stage_layers(config, mesh.size("pp"), seq_length)[mesh.rank("pp")]
+    given = parallel.pipeline_model_parallel_layout
+    layers = consecutive_ranges(given) if given else stage_layers(config, parallel.num_stages, seq_length)
+    mine = stages_of_rank(
+        mesh.rank("pp"),
+        ranks=mesh.size("pp"),
+        per_rank=parallel.stages_per_rank,
+        is_v=SCHEDULES[parallel.pipeline_schedule].is_v,
+    )
+    return [_build_stage(config, layers[stage], parallel, mesh, dtype=dtype) for stage in mine]
+
+
+def _build_stage(
+    config: ModelConfig, layers: range, parallel: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype
+) -> TokenFormer:
+    sequence_parallel, reshard = parallel.sequence_parallel, parallel.reshard_after_forward
     with torch.device("meta"):  # the whole parameters may not fit on one rank
         model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
     _place_parameters(model, mesh)
-    blocks = model.layers.values()
-    shard_over_replicas(model, blocks, mesh, dtype=dtype, reshard_after_forward=reshard_after_forward)
+    shard_over_replicas(model, model.layers.values(), mesh, dtype=dtype, reshard_after_forward=reshard)
     return model
 
 
-def choose_computation(model: TokenFormer, kernels: Kernels, recompute_granularity: str) -> None:
-    """Set the kernels and the activation checkpointing of the stage; neither changes results beyond rounding."""
+def choose_computation(
+    model: TokenFormer, kernels: Kernels, recompute_granularity: str, *, splits_backward: bool = False
+) -> None:
+    """Set the kernels, the activation checkpointing and the split of backward of the stage.
+
+    None of them changes results beyond rounding. A run that recomputes activations lacks memory, so it keeps less
+    between the halves of a split backward.
+    """
     model.use(kernels)
     model.recompute_blocks = recompute_granularity == "full"
+    split: BackwardSplit = "2:2" if recompute_granularity == "none" else "3:1"
     for pattention in model.pattentions().values():
         pattention.recompute_scores = recompute_granularity == "selective"
+        pattention.backward_split = split if splits_backward else None
+
+
+def pattentions(stages: Iterable[TokenFormer]) -> dict[str, Pattention]:
+    """Return every Pattention of the stages by module name."""
+    return {name: module for stage in stages for name, module in stage.pattentions().items()}
 
 
 def product_sizes(config: ModelConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, int]]:
@@ -94,13 +116,19 @@ def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.d
     return mesh.first_on_host_first(run)
 
 
-def parameter_shards(model: TokenFormer) -> list[RowShard]:
-    """Return the rows that this rank holds of every parameter of its stage."""
-    declared = model_parameters(model.config)
+def parameters_of(stages: Iterable[TokenFormer]) -> list[nn.Parameter]:
+    """Return the parameters of the stages, in the order of `parameter_shards`."""
+    return [parameter for stage in stages for parameter in stage.parameters()]
+
+
+def parameter_shards(*stages: TokenFormer) -> list[RowShard]:
+    """Return the rows that this rank holds of every parameter of its stages."""
+    declared = model_parameters(stages[0].config)
     shards = []
-    for name, parameter in model.named_parameters():
-        is_copy = declared[name].module is Module.EMBEDDING and not model.is_first  # tied: the first stage owns it
-        shards.append(row_shard(name, parameter, is_copy))
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            is_copy = declared[name].module is Module.EMBEDDING and not stage.is_first  # tied: the first stage owns it
+            shards.append(row_shard(name, parameter, is_copy))
     return shards
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.config import GrowthStage, layer_sources, parse_config
+from megatron_tf.config import LAYOUT_KEYS, GrowthStage, layer_sources, parse_config
 from megatron_tf.errors import UserError
 from megatron_tf.growth.grow import grow as grow_checkpoint
 from megatron_tf.growth.parts import MODEL
@@ -19,7 +19,7 @@ from megatron_tf.modules.in_memory import of_module
 from megatron_tf.modules.tokenformer import TokenFormer
 from megatron_tf.tokenformer.parameters import Parameter, model_parameters
 
-_OF_RUNS = ("optimizer", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+_OF_RUNS = ("optimizer", *LAYOUT_KEYS)
 """Keys of a stage that only a run can apply."""
 
 

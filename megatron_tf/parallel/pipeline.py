@@ -1,46 +1,22 @@
-"""Pipeline parallelism: the partition of layers into stages, and the runners of micro-batches through them.
+"""Runners of the micro-batches of a step, through the whole model or through the stages of a pipeline.
 
 The schedules are those of torch.distributed.pipelining.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage
 
+from megatron_tf.config import PipelineSchedule
 from megatron_tf.parallel.data_parallel import EachMicroBatch, set_gradient_sync
-from megatron_tf.parallel.mesh import LayoutError, Mesh
+from megatron_tf.parallel.mesh import Mesh
+from megatron_tf.parallel.schedules import SCHEDULES, Schedule, make_evaluation, make_schedule
+from megatron_tf.parallel.stages import stages_of_rank
 from megatron_tf.tokenformer.dtypes import wide_dtype
-
-Schedule = Schedule1F1B | ScheduleGPipe
-
-
-def partition_layers(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Partition layers into contiguous, non-empty stages that minimize the cost of the most expensive stage.
-
-    Raises LayoutError if there are more stages than layers.
-    """
-    layers = len(costs)
-    if num_stages > layers:
-        raise LayoutError(f"{num_stages} pipeline stages for {layers} layer(s): every stage needs a layer")
-    # best[i] = (cost of the most expensive stage, cuts) of layers [0, i) in as many stages as iterations so far
-    best = {0: (0.0, [0])}
-    for stage in range(num_stages):
-        following = {}
-        for stop in range(stage + 1, layers + 1):
-            cuts = [
-                (max(highest, sum(costs[start:stop])), [*starts, stop])
-                for start, (highest, starts) in best.items()
-                if start < stop
-            ]
-            # by cost, then by cuts: every rank has to break ties in the same way
-            following[stop] = min(cuts)
-        best = following
-    return [range(start, stop) for start, stop in itertools.pairwise(best[layers][1])]
 
 
 @dataclass(frozen=True)
@@ -57,7 +33,7 @@ class MicroBatchShapes:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The `count` micro-batches of one step, each of B samples of S tokens; every stage receives all of it."""
+    """The `count` micro-batches of one step, each of B samples of S tokens; every rank receives all of it."""
 
     inputs: Tensor
     """Input ids, on the device: [count, B, S]."""
@@ -82,7 +58,7 @@ class MicroBatches:
 
 
 class Runner(Protocol):
-    """Runs the micro-batches of one step through this rank's stage.
+    """Runs the micro-batches of one step through this rank's stages.
 
     The module of the last stage takes `targets` [B, S] and `divisor`, and returns the summed loss over the divisor.
     """
@@ -90,8 +66,8 @@ class Runner(Protocol):
     def train(self, batches: MicroBatches, divisor: float) -> Tensor | None:
         """Run forward and backward, and return the summed loss of all targets over `divisor`.
 
-        Returns None on all but the last stage. Gradients are those of that loss, averaged over the data-parallel
-        replicas.
+        Returns None on all ranks but that of the last stage. Gradients are those of that loss, averaged over the
+        data-parallel replicas.
         """
 
     def evaluate(self, batches: MicroBatches, divisor: float) -> Tensor | None:
@@ -127,82 +103,86 @@ class LocalRunner:
 
 
 class PipelineRunner:
-    """Runs one of several stages under a schedule of torch.distributed.pipelining; evaluation always uses GPipe."""
+    """Runs this rank's stages of a pipeline under a schedule of torch.distributed.pipelining."""
 
     def __init__(
         self,
-        module: nn.Module,
+        modules: Sequence[nn.Module],
         *,
         shapes: MicroBatchShapes,
         mesh: Mesh,
-        schedule: Literal["1f1b", "gpipe"],
+        schedule: PipelineSchedule,
         reshard: bool,
     ) -> None:
-        self.module = EachMicroBatch(module) if reshard else module
         self.shapes = shapes
         self.mesh = mesh
-        self.schedule_class: type[Schedule] = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
-        self.is_first = mesh.rank("pp") == 0
-        self.is_last = mesh.rank("pp") == mesh.size("pp") - 1
+        self.schedule: PipelineSchedule = schedule
+        ranks = mesh.size("pp")
+        self.num_stages = ranks * len(modules)
+        stages = stages_of_rank(mesh.rank("pp"), ranks=ranks, per_rank=len(modules), is_v=SCHEDULES[schedule].is_v)
+        run = [EachMicroBatch(module) for module in modules] if reshard else modules
+        self.modules: dict[int, nn.Module] = dict(zip(stages, run, strict=True))
+        self.has_first = 0 in self.modules
+        self.has_last = self.num_stages - 1 in self.modules
         self._made: dict[str, tuple[int, Schedule]] = {}
 
     def train(self, batches: MicroBatches, divisor: float) -> Tensor | None:
-        return self._run(self._schedule("train", self.schedule_class, len(batches.inputs)).step, batches, divisor)
+        return self._run(self._schedule("train", make_schedule, len(batches.inputs)).step, batches, divisor)
 
     @torch.no_grad()
     def evaluate(self, batches: MicroBatches, divisor: float) -> Tensor | None:
-        return self._run(self._schedule("evaluate", ScheduleGPipe, len(batches.inputs)).eval, batches, divisor)
+        return self._run(self._schedule("evaluate", make_evaluation, len(batches.inputs)).eval, batches, divisor)
 
     def _run(self, run: Callable[..., Any], batches: MicroBatches, divisor: float) -> Tensor | None:
         losses: list[Tensor] = []
         # the schedule takes whole batches and splits dimension 0 into `count` equal parts itself
-        inputs = (batches.inputs.flatten(0, 1),) if self.is_first else ()
+        inputs = (batches.inputs.flatten(0, 1),) if self.has_first else ()
         options: dict[str, Any] = {name: option.flatten(0, 1) for name, option in batches.options().items()}
-        target = batches.targets.flatten(0, 1) if self.is_last else None
-        if self.is_last:
+        target = batches.targets.flatten(0, 1) if self.has_last else None
+        if self.has_last:  # other stages of this rank ignore them
             options |= {"targets": target, "divisor": divisor}
         run(*inputs, target=target, losses=losses, return_outputs=False, **options)
-        return torch.stack([loss.detach() for loss in losses]).sum() if self.is_last else None
+        return torch.stack([loss.detach() for loss in losses]).sum() if self.has_last else None
 
-    def _schedule(self, purpose: str, schedule_class: type[Schedule], count: int) -> Schedule:
+    def _schedule(self, purpose: str, make: Callable[..., Schedule], count: int) -> Schedule:
         """Return the schedule of `count` micro-batches; only the latest is cached, because of its buffers."""
         # the count changes while the batch size ramps up; training and evaluation alternate, so each keeps its own
         if purpose not in self._made or self._made[purpose][0] != count:
-            self._made[purpose] = count, self._make(schedule_class, count)
+            self._made[purpose] = count, make(self.schedule, self._torch_stages(), count)
         return self._made[purpose][1]
 
-    def _make(self, schedule_class: type[Schedule], count: int) -> Schedule:
-        rank, stages = self.mesh.rank("pp"), self.mesh.size("pp")
-        shapes = self.shapes
+    def _torch_stages(self) -> list[PipelineStage]:
+        shapes, last = self.shapes, self.num_stages - 1
         # no data: given the shapes, stages need not exchange them before the first step
         hidden = torch.empty(shapes.hidden, dtype=shapes.dtype, device="meta", requires_grad=True)
         ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")
         loss = torch.empty((), dtype=wide_dtype(shapes.dtype), device="meta", requires_grad=True)
-        stage = PipelineStage(
-            self.module,
-            rank,
-            stages,
-            self.mesh.device,
-            input_args=(ids if rank == 0 else hidden,),
-            output_args=(loss if rank == stages - 1 else hidden,),
-            group=self.mesh.group("pp"),
-        )
-        # the loss is divided already, so the schedule must not divide gradients by `count`
-        return schedule_class(stage, count, loss_fn=lambda loss, _: loss, scale_grads=False)
+        return [
+            PipelineStage(
+                module,
+                stage,
+                self.num_stages,
+                self.mesh.device,
+                input_args=(ids if stage == 0 else hidden,),
+                output_args=(loss if stage == last else hidden,),
+                group=self.mesh.group("pp"),
+            )
+            for stage, module in self.modules.items()
+        ]
 
 
 def make_runner(
-    module: nn.Module,
+    modules: Sequence[nn.Module],
     *,
     shapes: MicroBatchShapes,
     mesh: Mesh,
-    schedule: Literal["1f1b", "gpipe"],
+    schedule: PipelineSchedule,
     reshard: bool,
 ) -> Runner:
-    """Make the runner for this mesh; 1f1b requires at least as many micro-batches as stages.
+    """Make the runner of this rank's stages for this mesh.
 
     With `reshard`, parameters are freed and gradients reduced within each micro-batch.
     """
     if mesh.size("pp") == 1:
-        return LocalRunner(module, reshard=reshard)
-    return PipelineRunner(module, shapes=shapes, mesh=mesh, schedule=schedule, reshard=reshard)
+        return LocalRunner(modules[0], reshard=reshard)
+    return PipelineRunner(modules, shapes=shapes, mesh=mesh, schedule=schedule, reshard=reshard)

@@ -71,8 +71,9 @@ def exchanges(mesh, config):
             if hasattr(dist, name):
                 patch.setattr(dist, name, counting(getattr(dist, name), kind, calls, elements))
         forward_backward(state, batch)
-    layers = state.model.layers
-    sizes = [sum(p.numel() for p in module.parameters()) for module in (layers, state.model)]
+    (model,) = state.stages
+    layers = model.layers
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (layers, model)]
     return dict(calls), dict(elements), len(layers), *sizes
 
 
@@ -122,10 +123,11 @@ def with_parallel(config, **keys):
 
 
 @pytest.mark.parametrize(("layout", "shard_size"), RESHARDED, ids=str)
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b"])
 def test_resharding_trains_the_same(rank_pool, layout, shard_size, schedule):
-    reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1)), 6)[0]
-    config = with_parallel(layout_config(layout, layout[0] > 1, schedule=schedule), **RESHARD)
+    four_layers = {"model": {"num_layers": 4}}
+    reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), **four_layers), 6)[0]
+    config = with_parallel(layout_config(layout, layout[0] > 1, schedule=schedule, **four_layers), **RESHARD)
     answers = rank_pool.run(training_run, *layout, config, 6, shard_size=shard_size)
     assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree"
     np.testing.assert_allclose(answers[0][0], reference, rtol=1e-5)
@@ -155,9 +157,10 @@ def measured_bytes(mesh, config):
         during["gathered"] = storage_bytes(parameters)
         during["gradients"] = storage_bytes([p.grad for p in parameters if p.grad is not None])
 
-    state.model.register_forward_hook(look)
+    (model,) = state.stages
+    model.register_forward_hook(look)
     forward_backward(state, random_batch(config, 0, mesh))
-    parameters = list(state.model.parameters())
+    parameters = list(model.parameters())
     held = parameters + [p.grad for p in parameters]
     held += [shard.tensor for moment in MOMENTS for shard in state.optimizer.moments(moment)]
     return storage_bytes(held), during["gathered"], during["gradients"]
@@ -219,16 +222,16 @@ def test_memory_is_what_the_formula_says(rank_pool, layout, shard_size, precisio
 def block_bytes(mesh, config):
     """(parameters of blocks, their gradients): bytes of storage of all blocks as each of them ends a forward."""
     state, seen = build_state(config, mesh), []
+    layers = [layer for stage in state.stages for layer in stage.layers.values()]
 
     def look(module, args, output):
-        parameters = [p for layer in state.model.layers.values() for p in layer.parameters()]
+        parameters = [p for layer in layers for p in layer.parameters()]
         seen.append((storage_bytes(parameters), storage_bytes([p.grad for p in parameters if p.grad is not None])))
 
-    for layer in state.model.layers.values():
+    for layer in layers:
         layer.register_forward_hook(look)
     forward_backward(state, random_batch(config, 0, mesh))
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in state.model.layers.values()]
-    return seen, sizes
+    return seen, [sum(p.numel() for p in layer.parameters()) for layer in layers]
 
 
 @pytest.mark.parametrize(("layout", "shard_size"), [((1, 1, 2), 2), ((1, 2, 2), 2)], ids=str)

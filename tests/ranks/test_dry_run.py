@@ -36,6 +36,7 @@ LAYOUTS = [
     ((2, 1, 4), 2, True),
 ]
 """(tensor, pipeline, data), replicas that share a copy, whether activations are sharded along the sequence."""
+SCHEDULES = pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
 COLLECTIVES = {
     "all_gather_single": "all-gather",
     "all_gather_into_tensor": "all-gather",
@@ -153,6 +154,25 @@ def test_a_dry_run_exchanges_the_messages_of_real_ranks_in_16_bits(rank_pool):
     assert [dry_messages(layout, None, rank, config) for rank in range(4)] == real
 
 
+@SCHEDULES
+def test_a_dry_run_exchanges_the_messages_of_every_schedule(rank_pool, schedule):
+    layout = (1, 2, 2)
+    config = config_of(layout, False, model={"num_layers": 4}, schedule=schedule)
+    real = rank_pool.run(real_messages, *layout, config)
+    assert [dry_messages(layout, None, rank, config) for rank in range(4)] == real
+
+
+@SCHEDULES
+def test_the_peak_of_every_schedule_is_that_of_real_ranks(rank_pool, schedule):
+    """Also what a split backward keeps between its halves; but not what was sent, which torch keeps to the end."""
+    config = config_of((1, 2, 1), False, data={}, model={"num_layers": 4}, schedule=schedule)
+    config = with_training(config, seq_length=64)
+    real = rank_pool.run(measured_peak, 1, 2, 1, config)
+    for kind, peak in zip(dry_run(config, 2).kinds, real, strict=True):
+        sent = sum(each.bytes for each in kind.traffic if (each.axis, each.kind) == ("pp", "send"))
+        assert 0.99 * peak - sent <= kind.peak_bytes <= 1.01 * peak
+
+
 def with_training(config, **keys):
     return replace(config, training=replace(config.training, **keys))
 
@@ -168,8 +188,18 @@ def held_and_saved(mesh, config, root):
 
 @pytest.mark.parametrize(("layout", "shard_size", "sequence_parallel"), LAYOUTS, ids=str)
 def test_a_dry_run_holds_and_saves_what_real_ranks_do(rank_pool, tmp_path, layout, shard_size, sequence_parallel):
+    assert_holds_and_saves(rank_pool, tmp_path, layout, shard_size, config_of(layout, sequence_parallel))
+
+
+def test_a_dry_run_holds_and_saves_what_the_ranks_of_a_v_do(rank_pool, tmp_path):
+    """The first rank has both copies of the tied embedding, and saves one."""
+    config = config_of((1, 2, 2), False, model={"num_layers": 4}, schedule="zbv")
+    assert_holds_and_saves(rank_pool, tmp_path, (1, 2, 2), None, config)
+    assert dry_run(config, 4).kinds[0].layers == [(0, 1), (3, 4)]
+
+
+def assert_holds_and_saves(rank_pool, tmp_path, layout, shard_size, config):
     parallel = {"data_parallel_shard_size": shard_size}
-    config = config_of(layout, sequence_parallel)
     config = replace(config, parallel=replace(config.parallel, **parallel))
     real = rank_pool.run(held_and_saved, *layout, config, tmp_path, shard_size=shard_size)
     found = dry_run(config, len(real))

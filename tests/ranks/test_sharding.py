@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tf.model.parallelize import build_stage
+from megatron_tf.model.parallelize import build_stages
 from megatron_tf.parallel import collectives
 from tests.support.layouts import layout_config
 from tests.support.training import training_run
@@ -13,8 +13,7 @@ HIDDEN, TOKENS_PER_RANK_CALL = 32, 16
 
 def stage_of(mesh, config):
     """This rank's stage for samples of 16 tokens."""
-    is_sequence_parallel = config.parallel.sequence_parallel
-    return build_stage(config.model, mesh, seq_length=16, sequence_parallel=is_sequence_parallel, dtype=torch.float32)
+    return build_stages(config.model, config.parallel, mesh, seq_length=16, dtype=torch.float32)[0]
 
 
 def held_bytes(mesh, config):

@@ -17,7 +17,7 @@ def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b"
         "data_parallel_size": data,
         "sequence_parallel": sequence_parallel,
         "pipeline_schedule": schedule,
-    }
+    } | sections.pop("parallel", {})
     model = {"untie_embeddings_and_output_weights": untied} | sections.pop("model", {})
     training = {"micro_batch_size": max(1, 4 // data)} | sections.pop("training", {})
     return small_run(model=model, training=training, parallel=parallel, **sections)

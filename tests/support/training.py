@@ -4,6 +4,7 @@ import torch
 
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.data.batch import Batch, DocumentMasking, make_batch
+from megatron_tf.model.parallelize import parameters_of
 from megatron_tf.parallel.collectives import all_gather_copy
 from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.parameters import model_parameters
@@ -64,17 +65,18 @@ def shard_group(mesh):
 
 
 def whole_gradients(state):
-    """Return name -> gradient of the logical tensor for this rank's stage, before the optimizer step.
+    """Return name -> gradient of the logical tensor for this rank's stages, before the optimizer step.
 
-    A tied embedding on two stages has part of its gradient on each.
+    A tied embedding on two ranks has part of its gradient on each.
     """
-    gradients, declared = {}, model_parameters(state.model.config)
-    for shard, parameter in zip(state.shards, state.model.parameters(), strict=True):
+    gradients, declared = {}, model_parameters(state.stages[0].config)
+    for shard, parameter in zip(state.shards, parameters_of(state.stages), strict=True):
         local = local_tensor(parameter.grad).detach()
         gathered = all_gather_copy(local, 0, shard_group(state.mesh))
         if declared[shard.name].is_sharded:
             gathered = all_gather_copy(gathered, 0, state.mesh.group("tp"))
-        gradients[shard.name] = gathered.numpy().copy()
+        whole = gathered.numpy().copy()
+        gradients[shard.name] = gradients[shard.name] + whole if shard.name in gradients else whole
     return gradients
 
 

@@ -106,13 +106,13 @@ def test_a_ramp_that_cannot_be_is_explained(values, message):
             [8, 1, 100],
             r"a batch of training.rampup_batch_size \(9\) must be divisible by .* x data-parallel size \(2\)",
         ),
-        ([4, 2, 100], r"as many micro-batches, a batch of training.rampup_batch_size \(4\) gives 2 on each of 2"),
+        ([4, 2, 100], r"at least 3 micro-batches, a batch of training.rampup_batch_size \(4\) gives 2 on each of 2"),
     ],
 )
 def test_every_size_must_fit_the_layout(ramp, message):
     config = small_run(training={"rampup_batch_size": ramp, "global_batch_size": 12})
     if message is None:
-        check_batch_sizes(config, stages=3, replicas=2)
+        check_batch_sizes(config, ranks=3, replicas=2)
     else:
         with pytest.raises(ValueError, match=message):
-            check_batch_sizes(config, stages=3, replicas=2)
+            check_batch_sizes(config, ranks=3, replicas=2)

@@ -7,7 +7,7 @@ from megatron_tf.config import ConfigError, load_config
 from megatron_tf.config.load import to_dict
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.mesh import LayoutError, data_parallel_size
-from megatron_tf.parallel.pipeline import partition_layers
+from megatron_tf.parallel.stages import partition_layers
 from tests.support.training import small_run
 
 
@@ -29,6 +29,7 @@ def path(tmp_path):
         (["--model.num_attention_heads=5"], "hidden_size (32) must be divisible by num_attention_heads (5)"),
         (["--training.train_iters=x"], "training.train_iters"),
         (["--parallel.sequence_parallel=true"], "sequence_parallel needs tensor_model_parallel_size > 1"),
+        (["--parallel.reshard_after_forward=true", "--parallel.pipeline_schedule=zbv"], "choose 1f1b or interleaved"),
         (["training.seed"], "overrides are written --section.key=value"),
     ],
 )

@@ -13,6 +13,7 @@ from megatron_tf.commands import (
     plot_run,
     preprocess_data,
     reshard_checkpoint,
+    schedule,
     train_tokenizer,
 )
 from tests.support.conversion import save_small_model
@@ -58,7 +59,17 @@ PATHS = [
     (convert_checkpoint, ["--from", "hf", "--to", "megatron_tf", "--load", "a", "--save", "b"], ["--tokenizer-model"]),
     (generate, ["run", "--prompt", "a"], ["--output", "--tokenizer-model"]),
 ]
-POSITIONS = [pretrain, generate, evaluate, inspect_checkpoint, inspect_dataset, build_index, plot_run, dry_run]
+POSITIONS = [
+    pretrain,
+    generate,
+    evaluate,
+    inspect_checkpoint,
+    inspect_dataset,
+    build_index,
+    plot_run,
+    dry_run,
+    schedule,
+]
 
 
 @pytest.mark.parametrize("tool, arguments, option", [(t, a, o) for t, a, options in PATHS for o in options])

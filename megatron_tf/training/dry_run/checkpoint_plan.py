@@ -11,6 +11,7 @@ from megatron_tf.checkpoint.commit import metadata_and_manifest
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.save import plan_rank
 from megatron_tf.checkpoint.shard_files import Written
+from megatron_tf.model.parallelize import parameters_of
 from megatron_tf.parallel.sharding import RowShard, held_rows
 from megatron_tf.training.run.checkpointing import writer_label
 from megatron_tf.training.step.optimizer import MOMENTS
@@ -62,7 +63,7 @@ def placements(state: TrainState) -> Iterator[Placement]:
             coordinates = {"tp": tensor, "dp": data, "dp_replicate": data // shard_size, "dp_shard": data % shard_size}
             shards = [
                 _rows_at(shard, parameter, coordinates)
-                for shard, parameter in zip(state.shards, state.model.parameters(), strict=True)
+                for shard, parameter in zip(state.shards, parameters_of(state.stages), strict=True)
             ]
             yield Placement(tensor, data, shards)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_tf.checkpoint.shard_files import Written
 from megatron_tf.config import KernelsConfig, RunConfig
+from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, data_parallel_size
 from megatron_tf.training.dry_run.checkpoint_plan import (
     CheckpointPlan,
@@ -45,8 +46,8 @@ class KindOfRank:
     """Number of ranks of this kind."""
     example: tuple[int, int]
     """Tensor-parallel and data-parallel rank of the one that was run."""
-    layers: tuple[int, int]
-    """First layer, and the one after the last."""
+    layers: Sequence[tuple[int, int]]
+    """Of each of its stages: the first layer, and the one after the last."""
     parameters: int
     """Parameters that the rank holds and updates."""
     parameter_bytes: int
@@ -141,16 +142,20 @@ def _run(state: TrainState, config: RunConfig, count: int) -> KindOfRank:
     parameter_bytes = sum(shard.tensor.nbytes for shard in state.shards)
     held = sum(tensor.nbytes for tensor in held_tensors(state))
     parameters = sum(shard.tensor.numel() for shard in state.shards)
-    layers = [int(layer) for layer in state.model.layers]
     observation = observe_step(state, config)
     return KindOfRank(
         stage=mesh.rank("pp"),
         count=count,
         example=(mesh.rank("tp"), mesh.rank("dp")),
-        layers=(layers[0], layers[-1] + 1),
+        layers=[_layers(stage) for stage in state.stages],
         parameters=parameters,
         parameter_bytes=parameter_bytes,
         optimizer_bytes=held - parameter_bytes,
         peak_bytes=observation.meter.peak,
         traffic=observation.counter.traffic(),
     )
+
+
+def _layers(stage: TokenFormer) -> tuple[int, int]:
+    layers = [int(layer) for layer in stage.layers]
+    return layers[0], layers[-1] + 1

@@ -17,6 +17,7 @@ from megatron_tf.data.blend import GREEDY, SPACED
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.utility import needs_utility
 from megatron_tf.kernels.dropout import GENERATOR
+from megatron_tf.model.parallelize import pattentions
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.parameters import initial_taus, model_parameters
 from megatron_tf.training.run.resumable import Resumable, starts_over
@@ -47,7 +48,7 @@ def save_state(
     the checkpoint's directory.
     """
     mesh = state.mesh
-    for name, module in state.model.pattentions().items():  # tau is part of the model; the record has a copy
+    for name, module in pattentions(state.stages).items():  # tau is part of the model; the record has a copy
         assert module.tau == record.tau[name], (
             f"{name} computes with tau {module.tau}, the record says {record.tau[name]}"
         )
@@ -95,7 +96,7 @@ def restore_state(
     start_of_schedule = partial(restored_start, config, stage=resumable.stage, source=source)
     names = model_parameters(staged.model).keys()
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
-    for name, module in state.model.pattentions().items():
+    for name, module in pattentions(state.stages).items():
         module.tau = record.tau[name]
     restored = RunRecord(
         model=staged.model,

@@ -60,8 +60,8 @@ class Optimizer:
 
     It works on plain local tensors, so that all layouts share one code path: the update is elementwise. `shards` are
     the rows behind `parameters`, in the same order; `declared` holds all parameters of the whole model, in the order in
-    which their norms are summed. `tied_group` connects the two stages that hold a copy of the embedding, if any.
-    `implementation` is a choice of `megatron_tf.training.step.adam.adamw`.
+    which their norms are summed. `tied_group` connects the two ranks that hold a copy of the embedding, if any; one
+    rank may also hold both. `implementation` is a choice of `megatron_tf.training.step.adam.adamw`.
     """
 
     def __init__(
@@ -223,15 +223,26 @@ class Optimizer:
             gradient = parameter.grad
             if gradient is None:
                 raise AssertionError(f"{shard.name} has no gradient")
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if self.tied_group is not None and self.declared[shard.name].module is Module.EMBEDDING:
-                # the first stage has the gradient of the lookup, the last stage that of the logits
-                dist.all_reduce(local, group=self.tied_group)
-            gradients.append(local)
+            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
             parameter.grad = None
+        self._sum_tied(gradients)
         for i, rows in self._frozen:
             gradients[i][rows].zero_()  # so that clipping does not depend on frozen rows
         return gradients
+
+    def _sum_tied(self, gradients: Sequence[Tensor]) -> None:
+        """Sum the gradients of both copies of a tied embedding: that of the lookup, in the first stage, and that of
+        the logits, in the last one."""
+        copies = [
+            gradient
+            for shard, gradient in zip(self.shards, gradients, strict=True)
+            if self.declared[shard.name].module is Module.EMBEDDING
+        ]
+        if len(copies) == 2:
+            copies[0].add_(copies[1])
+            copies[1].copy_(copies[0])
+        elif copies and self.tied_group is not None:
+            dist.all_reduce(copies[0], group=self.tied_group)
 
     def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the squared norm of each parameter of the whole model in canonical order: float64, [parameters].

@@ -1,4 +1,4 @@
-"""The training state of a rank: its stage of the model, its optimizer, and the runner of micro-batches."""
+"""The training state of a rank: its stages of the model, its optimizer, and the runner of micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from megatron_tf.kernels.dispatch import (
 )
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import (
-    build_stage,
+    build_stages,
     choose_computation,
     initialize,
     micro_batch_shapes,
     parameter_shards,
+    parameters_of,
     product_sizes,
     warm_up_kernels,
 )
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import Runner, make_runner
+from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.parallel.sharding import RowShard
 from megatron_tf.tokenformer.dtypes import activation_dtype
 from megatron_tf.tokenformer.parameters import model_parameters
@@ -37,14 +39,15 @@ from megatron_tf.training.step.optimizer import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """This rank's stage of the model and everything needed to train it.
+    """This rank's stages of the model and everything needed to train them.
 
-    A step changes the model's parameters (whose storage `shards` are), the optimizer and the scaler; the other fields
+    A step changes the stages' parameters (whose storage `shards` are), the optimizer and the scaler; the other fields
     do not change until the next growth.
     """
 
     mesh: Mesh
-    model: TokenFormer
+    stages: Sequence[TokenFormer]
+    """One stage of the pipeline, or several virtual ones, in the order of the model."""
     shards: Sequence[RowShard]
     """The rows of the parameters that this rank holds."""
     optimizer: Optimizer
@@ -55,6 +58,12 @@ class TrainState:
     timer: StepTimer
     """Measures the phases of each step."""
 
+    @property
+    def model(self) -> TokenFormer:
+        """Return the only stage of this rank: the whole model without pipeline parallelism."""
+        (stage,) = self.stages
+        return stage
+
 
 def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None) -> TrainState:
     """Build this rank's part of a new run, with initial values.
@@ -64,41 +73,35 @@ def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None
     check_batch_sizes(config, mesh.size("pp"), mesh.size("dp"))
     precision = config.training.precision
     dtype = activation_dtype(precision)
-    model = _build_model(config, mesh, dtype)
-    kernels = _build_kernels(model, config, mesh=mesh, dtype=dtype)
-    shards = parameter_shards(model)
+    stages = _build_stages(config, mesh, dtype)
+    kernels = _build_kernels(stages, config, mesh=mesh, dtype=dtype)
+    shards = parameter_shards(*stages)
     initialize(shards, config.model, config.training.seed)
     return TrainState(
         mesh=mesh,
-        model=model,
+        stages=stages,
         shards=shards,
-        optimizer=_build_optimizer(model, config, mesh=mesh, shards=shards, implementation=kernels.optimizer),
+        optimizer=_build_optimizer(stages, config, mesh=mesh, shards=shards, implementation=kernels.optimizer),
         scaler=LossScaler(config.loss_scale, precision == "fp16"),
-        runner=_build_runner(model, config, mesh=mesh, dtype=dtype),
+        runner=_build_runner(stages, config, mesh=mesh, dtype=dtype),
         kernels=kernels,
         timer=timer or StepTimer(),
     )
 
 
-def _build_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> TokenFormer:
-    """Build this rank's stage, uninitialized."""
-    training, parallel = config.training, config.parallel
-    model = build_stage(
-        config.model,
-        mesh,
-        seq_length=training.seq_length,
-        sequence_parallel=parallel.sequence_parallel,
-        dtype=dtype,
-        reshard_after_forward=parallel.reshard_after_forward,
-    )
+def _build_stages(config: RunConfig, mesh: Mesh, dtype: torch.dtype) -> list[TokenFormer]:
+    """Build this rank's stages, uninitialized."""
+    training = config.training
+    stages = build_stages(config.model, config.parallel, mesh, seq_length=training.seq_length, dtype=dtype)
     if training.hidden_dropout or training.attention_dropout:
-        model.dropout = Dropout(
-            hidden_rate=training.hidden_dropout, attention_rate=training.attention_dropout, seed=training.seed
-        )
-    return model
+        for stage in stages:
+            stage.dropout = Dropout(
+                hidden_rate=training.hidden_dropout, attention_rate=training.attention_dropout, seed=training.seed
+            )
+    return stages
 
 
-def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Runner:
+def _build_runner(stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Runner:
     training, parallel = config.training, config.parallel
     shapes = micro_batch_shapes(
         config.model,
@@ -108,29 +111,37 @@ def _build_runner(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: t
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
     )
-    return make_runner(
-        model,
-        shapes=shapes,
-        mesh=mesh,
-        schedule=parallel.pipeline_schedule,
-        reshard=parallel.reshard_after_forward,
-    )
+    schedule, reshard = parallel.pipeline_schedule, parallel.reshard_after_forward
+    return make_runner(stages, shapes=shapes, mesh=mesh, schedule=schedule, reshard=reshard)
 
 
-def _build_kernels(model: TokenFormer, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
-    """Choose the kernels, the same on every rank, and install them in the model. Collective."""
+def _build_kernels(stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
+    """Choose the kernels, the same on every rank, and install them in the stages. Collective."""
     training = config.training
     rows = training.micro_batch_size * training.seq_length
     kernels = choose_kernels(_requested_kernels(config), mesh.device, dtype)
     if training.precision == "fp8":
         sizes = product_sizes(config.model, mesh, rows)
         kernels = with_fp8_products(kernels, training.fp8_scaling, device=mesh.device, sizes=sizes)
-    choose_computation(model, kernels, training.recompute_granularity)
-    failure = warm_up_kernels(model, mesh, rows=rows, dtype=dtype)
+    failure = _install_kernels(stages, kernels, config, mesh=mesh, dtype=dtype)
     if failure is not None:
         kernels = without_pattention_kernels(kernels, failure)
-        choose_computation(model, kernels, training.recompute_granularity)
+        _install_kernels(stages, kernels, config, mesh=mesh, dtype=dtype)
     return kernels
+
+
+def _install_kernels(
+    stages: Sequence[TokenFormer], kernels: Kernels, config: RunConfig, *, mesh: Mesh, dtype: torch.dtype
+) -> str | None:
+    """Install kernels, and compile them if needed; return the first reason why a rank can't. Collective."""
+    training = config.training
+    splits_backward = mesh.size("pp") > 1 and SCHEDULES[config.parallel.pipeline_schedule].splits_backward
+    failures = []
+    for stage in stages:
+        choose_computation(stage, kernels, training.recompute_granularity, splits_backward=splits_backward)
+        rows = training.micro_batch_size * training.seq_length
+        failures.append(warm_up_kernels(stage, mesh, rows=rows, dtype=dtype))
+    return next(filter(None, failures), None)
 
 
 def _requested_kernels(config: RunConfig) -> dict[str, Any]:
@@ -141,15 +152,17 @@ def _requested_kernels(config: RunConfig) -> dict[str, Any]:
 
 
 def _build_optimizer(
-    model: TokenFormer, config: RunConfig, *, mesh: Mesh, shards: Sequence[RowShard], implementation: str
+    stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Mesh, shards: Sequence[RowShard], implementation: str
 ) -> Optimizer:
     is_tied = not config.model.untie_embeddings_and_output_weights
+    # in a V, one rank has both copies
+    is_on_two_ranks = is_tied and not SCHEDULES[config.parallel.pipeline_schedule].is_v
     return Optimizer(
-        parameters=list(model.parameters()),
+        parameters=parameters_of(stages),
         shards=shards,
         declared=model_parameters(config.model),
         config=config.optimizer,
         mesh=mesh,
-        tied_group=mesh.end_stages if is_tied else None,
+        tied_group=mesh.end_stages if is_on_two_ranks else None,
         implementation=implementation,
     )

@@ -45,7 +45,7 @@ def train_step(state: TrainState, batch: Batch, lr: float, inspector: RowInspect
     An `inspector` measures the rows, which changes no bit of the training and waits for the device once more.
     """
     loss_scale = state.scaler.scale
-    with probe_rows(state.model, enabled=inspector is not None) as probes:
+    with probe_rows(*state.stages, enabled=inspector is not None) as probes:
         loss = forward_backward(state, batch)
     # queued before the loss is read, which waits for the device: by then the norms are computed, too
     gradients = state.optimizer.take_gradients(1 / loss_scale)
@@ -72,10 +72,10 @@ def train_step(state: TrainState, batch: Batch, lr: float, inspector: RowInspect
 def forward_backward(state: TrainState, batch: Batch) -> Tensor | None:
     """Compute gradients and this replica's loss, both times the loss scale; the loss is None before the last stage."""
     divisor = _loss_divisor(batch, state.mesh) / state.scaler.scale
-    sample_numbers = None if state.model.dropout is None else batch.sample_numbers
+    sample_numbers = None if state.stages[0].dropout is None else batch.sample_numbers
     is_bad = has_bad_ids(state, batch)
     batches = micro_batches(state, batch, is_bad=is_bad, sample_numbers=sample_numbers)
-    with keeping_casts(state.model):  # gradients of micro-batches still add up in the parameters' own type
+    with keeping_casts(*state.stages):  # gradients of micro-batches still add up in the parameters' own type
         loss = state.runner.train(batches, divisor)
     return _nan(state.mesh) if is_bad else loss
 
@@ -87,7 +87,7 @@ def evaluation_loss(state: TrainState, batch: Batch) -> float:
     """
     is_bad = has_bad_ids(state, batch)
     batches = micro_batches(state, batch, is_bad=is_bad)
-    with keeping_casts(state.model):
+    with keeping_casts(*state.stages):
         loss = state.runner.evaluate(batches, _loss_divisor(batch, state.mesh))
     return mean_over_replicas(_nan(state.mesh) if is_bad else loss, state.mesh)
 
@@ -126,7 +126,7 @@ def _to_device(tensor: Tensor, mesh: Mesh) -> Tensor:
 def has_bad_ids(state: TrainState, batch: Batch) -> bool:
     """Return whether this replica's part of a batch has an id outside the vocabulary."""
     lowest, highest = torch.aminmax(batch.ids)
-    return int(lowest) < 0 or int(highest) >= state.model.config.vocab_size
+    return int(lowest) < 0 or int(highest) >= state.stages[0].config.vocab_size
 
 
 def _nan(mesh: Mesh) -> Tensor:
