@@ -136,10 +136,10 @@ def timeline(pipeline: Pipeline, costs: Costs) -> list[Slot]:
 def _ready(action: Action, done: Mapping[Action, int], last: int) -> int | None:
     """Return when what an action needs is there; None if that has not been computed yet."""
     kind, stage, micro_batch = action.kind, action.stage, action.micro_batch
+    if kind == "W" or (kind == "F" and stage == 0):  # the rank's order puts W after its I
+        return 0
     if kind == "F":
-        return 0 if stage == 0 else done.get(Action("F", stage - 1, micro_batch))
-    if kind == "W":
-        return done.get(Action("I", stage, micro_batch))
+        return done.get(Action("F", stage - 1, micro_batch))
     if stage == last:
         return done.get(Action("F", stage, micro_batch))
     return done.get(Action("I", stage + 1, micro_batch), done.get(Action("B", stage + 1, micro_batch)))

@@ -1,5 +1,7 @@
 """Backward of a Pattention in two passes: the same bits, every product once, and what is kept between the passes."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
@@ -73,7 +75,6 @@ def model_config(layer="l2_norm_gelu"):
 @pytest.mark.parametrize("layers", [range(1, 2), range(1, 3)], ids=["inner", "last"])
 @pytest.mark.parametrize("layer", ["l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer", "strong"])
 def test_two_passes_change_no_bit(layer, layers, recompute, dtype):
-    """With a scale of the loss, which must be applied once."""
     config = model_config(layer)
     if recompute == "selective" and config.layer == "transformer":
         return
@@ -82,6 +83,13 @@ def test_two_passes_change_no_bit(layer, layers, recompute, dtype):
     halves, _ = run(stage_of(config, layers, recompute, dtype, splits_backward=True), x, in_two_passes=True, scale=4)
     for a, b in zip(whole, halves, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_scale_of_the_loss_is_applied_once():
+    x = torch.randn(12, 2, 16)
+    stage = partial(stage_of, model_config(), range(2, 3), splits_backward=True)
+    once, scaled = (run(stage(), x, in_two_passes=True, scale=scale)[0] for scale in (1.0, 4.0))
+    assert all(torch.equal(4 * a, b) for a, b in zip(once, scaled, strict=True))
 
 
 @pytest.mark.parametrize(("recompute", "first", "second"), [("none", 2, 2), ("selective", 4, 1), ("full", 5, 1)])
