@@ -18,11 +18,12 @@ def data_event(report: DataReport) -> dict[str, Any]:
         "micro_batch_size": training.micro_batch_size,
         "global_batch_size": training.global_batch_size,
         "weights": dict(report.phase.weights),
-        "sets": {name: _counts(state) for name, state in report.sets.items()},
+        "sets": {name: counts_of(state) for name, state in report.sets.items()},
     }
 
 
-def _counts(state: SetState) -> dict[str, int]:
+def counts_of(state: SetState) -> dict[str, int]:
+    """Return what has been read and left out of a set, in tokens."""
     return {
         "epoch": state.position.epoch,
         "epoch_tokens": state.ring.tokens,
