@@ -173,10 +173,10 @@ def show_data(reader: "CheckpointReader") -> None:
     states = phase.states_at(record.training.samples)
     print(f"\n{'data':<32}{'epoch':>6}{'read':>18}{'of this epoch':>18}{'in tails':>12}{'skipped':>12}{'rewound':>12}")
     for name, state in states.items():
-        position = state.position
+        position, left_out = state.position, (state.position.left_out, state.skipped, state.rewound)
         print(
-            f"  {name:<30}{position.epoch + 1:>6}{state.read:>18,}{position.read_of_epoch():>18,}{position.left_out:>12,}"
-            f"{state.skipped:>12,}{state.rewound:>12,}"
+            f"  {name:<30}{position.epoch + 1:>6}{state.read:>18,}{position.read_of_epoch():>18,}"
+            + "".join(f"{count:>12,}" for count in left_out)
         )
     weights = ", ".join(f"{weight:g} {name}" for name, weight in phase.weights.items())
     print(f"  since sample {phase.first:,}: {weights}; seq_length {phase.seq_length:,}")

@@ -204,8 +204,14 @@ class RunConfig:
         """Return the configuration after the first `number` growth stages and the first `phase` phases of the data,
         with the learning-rate schedule in force.
 
-        Raises ConfigError for an invalid growth, ValidationError for a configuration that is invalid after it.
+        Raises ConfigError for an invalid growth, and for a configuration that is invalid after these changes.
         """
+        try:
+            return self._at_stage(number, phase)
+        except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
+            raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _at_stage(self, number: int, phase: int) -> "RunConfig":
         model, training, data_path = self.model, self.training, self.data.data_path
         for change in self.data.phases[:phase]:
             training = change.training_after(training)
@@ -279,14 +285,10 @@ class RunConfig:
 
     def _check_stage(self, stage: int, phase: int) -> None:
         """Raise ConfigError, naming the change that leads there, if a stage is invalid."""
-        key = name_of_stage(stage, phase)
         try:
             self.at_stage(stage, phase)
         except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"{key}: {message}") from None
+            raise ConfigError(f"{name_of_stage(stage, phase)}: {error}") from None
 
     def _check_kernels(self) -> None:
         for key in ("attention_dropout", "deterministic"):

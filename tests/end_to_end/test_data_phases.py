@@ -10,6 +10,7 @@ import yaml
 from megatron_tf import pretrain
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
+from megatron_tf.commands import inspect_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.data.phases import Phase
 from megatron_tf.tokenformer.sizes import training_flops
@@ -171,7 +172,7 @@ def test_a_resume_in_the_middle_of_a_phase_is_the_same_bit_for_bit(folder):
     assert left.record.training == right.record.training
 
 
-def test_what_is_left_out_is_counted_and_reported_by_set(folder):
+def test_what_is_left_out_is_counted_and_reported_by_set(folder, capsys):
     phases = [{"at_step": 4, "data_path": ["1 b"], "seq_length": 16, "global_batch_size": 4}]
     configure(folder, "skipped", growth=(), phases=phases, training={"train_iters": 20})
     done = record(folder, "skipped", SKIP="16")
@@ -187,6 +188,10 @@ def test_what_is_left_out_is_counted_and_reported_by_set(folder):
     assert final["sets"]["b"]["tail"] > 0
     record_ = CheckpointReader(folder / "skipped").record
     assert data_states(record_) == final["sets"]
+    assert inspect_checkpoint.main([str(folder / "skipped")]) == 0
+    b, counts = final["sets"]["b"], ("read", "read_of_epoch", "tail", "skipped", "rewound")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  b "))
+    assert line.split() == ["b", str(b["epoch"] + 1), *(f"{b[key]:,}" for key in counts)]
     check_exactly_once(targets, record_)
     (fault,) = [line for line in lines_of(folder, "skipped") if line.get("event") == "skipped"]
     assert (fault["first_sample"], fault["samples"]) == (16, 24)

@@ -104,6 +104,7 @@ def test_only_combinations_that_a_run_can_reach_are_checked():
     """The length 18 comes after the growth to 3 ranks, for which the first length of 16 would be wrong."""
     growth = [{"at_step": 4, "ffn_tokens": 96, "qkv_tokens": 48, "tensor_model_parallel_size": 3}]
     model = {"num_attention_heads": 6, "hidden_size": 48, "qkv_tokens": 36}
+    model |= {"vocab_size": 90, "make_vocab_size_divisible_by": 6}
     configured([{"at_step": 4, "seq_length": 18}], growth=growth, model=model)
     with pytest.raises(ConfigError, match=r"growth\[0\]: training.seq_length \(16\) must be divisible"):
         configured([{"at_step": 5, "seq_length": 18}], growth=growth, model=model)
