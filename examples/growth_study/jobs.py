@@ -33,10 +33,11 @@ class Data:
         """The `data` section of a configuration, with paths relative to the directory."""
 
     def section(self) -> dict[str, Any]:
-        """Return the `data` section with absolute paths."""
+        """Return the `data` section with absolute paths, and the order of samples that the committed results had."""
         home = self.directory.resolve()
         paths = {key: [str(home / name) for name in self.keys[key]] for key in ("data_path", "valid_data_path")}
-        return {**self.keys, **paths, "tokenizer_model": str(home / self.keys["tokenizer_model"])}
+        tokenizer_model = str(home / self.keys["tokenizer_model"])
+        return {"order": "counter", **self.keys, **paths, "tokenizer_model": tokenizer_model}
 
 
 class Job:

@@ -105,6 +105,8 @@ class RunDetails:
     """Name of the generator of dropout masks; None if they were drawn by torch's generators."""
     phase: Mapping[str, Any] | None = None
     """Phase of the data under data.order lanes; created in `data`. None under another order."""
+    phases: int = 0
+    """Number of phases of the run's `data.phases` that are done."""
 
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
@@ -117,12 +119,13 @@ class RunDetails:
             blend=values.text("blend") if values.has("blend") else None,
             dropout=values.text("dropout") if values.has("dropout") else None,
             phase=values.section("phase").values if values.has("phase") else None,
+            phases=values.count("phases", 0),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the value of the key `run`."""
         spikes = self.spikes
-        phase = {} if self.phase is None else {"phase": dict(self.phase)}
+        phase = {} if self.phase is None else {"phase": dict(self.phase), "phases": self.phases}
         return {
             "data": None if self.data is None else [dict(identity) for identity in self.data],
             "spikes": None if spikes is None else {"losses": list(spikes.losses), "in_a_row": spikes.in_a_row},

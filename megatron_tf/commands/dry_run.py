@@ -43,6 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="GB",
         help="gigabytes per second that all ranks together write to the checkpoint's disk",
     )
+    add(
+        "--phase",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use the sequence length and batch size after this many of data.phases",
+    )
     add("--json", action="store_true", help="print JSON instead of tables")
     options, overrides = parser.parse_known_args(arguments)
     if options.world_size < 1:
@@ -50,10 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 < options.disk_rate < math.inf:
         parser.error(f"--disk-rate is {options.disk_rate}: it must be positive and finite")
     config = _load(options.config, overrides)
+    if not 0 <= options.phase <= len(config.data.phases):
+        parser.error(f"--phase is {options.phase}, but data.phases has {len(config.data.phases)} entries")
     import_late("megatron_tf.training.dry_run.dry_run")
     from megatron_tf.training.dry_run.dry_run import dry_run
 
-    result = dry_run(config, options.world_size, lambda stage, stages: say(f"pipeline stage {stage} of {stages}"))
+    def on_stage(stage: int, stages: int) -> None:
+        say(f"pipeline stage {stage} of {stages}")
+
+    result = dry_run(config, options.world_size, on_stage, phase=options.phase)
     seconds = result.checkpoint.bytes / (options.disk_rate * _GB)
     if options.json:
         print(json.dumps(to_json(result, seconds), indent=1))

@@ -99,6 +99,7 @@ def show(reader: "CheckpointReader") -> int:
         show_tensors(reader, group)
     show_tau(reader)
     show_lineage(reader)
+    show_data(reader)
     return 0
 
 
@@ -159,6 +160,26 @@ def show_lineage(reader: "CheckpointReader") -> None:
         print(f"  the learning-rate schedule counts from step {start.step:,} ({start.tokens:,} tokens)")
     for generation in record.generations.table if record.generations else ():
         print(f"  {_described(generation)}")
+
+
+def show_data(reader: "CheckpointReader") -> None:
+    """Print what has been read and left out of each training set, in tokens, under data.order lanes."""
+    from megatron_tf.data.phases import Phase
+
+    record = reader.record
+    if record.details.phase is None:
+        return
+    phase = Phase.from_json(record.details.phase)
+    states = phase.states_at(record.training.samples)
+    print(f"\n{'data':<32}{'epoch':>6}{'read':>18}{'of this epoch':>18}{'in tails':>12}{'skipped':>12}{'rewound':>12}")
+    for name, state in states.items():
+        position, left_out = state.position, (state.position.left_out, state.skipped, state.rewound)
+        print(
+            f"  {name:<30}{position.epoch + 1:>6}{state.read:>18,}{position.read_of_epoch():>18,}"
+            + "".join(f"{count:>12,}" for count in left_out)
+        )
+    weights = ", ".join(f"{weight:g} {name}" for name, weight in phase.weights.items())
+    print(f"  since sample {phase.first:,}: {weights}; seq_length {phase.seq_length:,}")
 
 
 def _described(generation: "Generation") -> str:

@@ -62,6 +62,7 @@ def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer
     make_compiler_cache()  # the imports below raise a bare OSError without it
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.training.run.identity import check_same_run, data_identities
+    from megatron_tf.training.run.resumable import in_order_of
     from megatron_tf.training.run.resume import open_newest
     from megatron_tf.training.run.trainer import train
     from megatron_tf.training.step.determinism import use_deterministic_algorithms
@@ -70,7 +71,8 @@ def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer
         use_deterministic_algorithms()
     data = data_identities(config)
     resumable = open_newest(config)
-    parallel = config.at_stage(resumable.stage if resumable else 0).parallel
+    config = in_order_of(resumable, config)
+    parallel = (resumable.config_from_here(config) if resumable else config.at_stage(0)).parallel
     limit = timedelta(seconds=parallel.distributed_timeout_seconds)
     mesh = init_mesh(
         tensor=parallel.tensor_model_parallel_size,

@@ -1,5 +1,6 @@
 """Typed configuration of a run, validated before anything starts."""
 
+from megatron_tf.config.data_phases import DataPhase
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import LayerSource, grown_model, keeps_outputs, layer_sources, widened_model
 from megatron_tf.config.growth import LAYOUT_KEYS, UNEVEN_MULTIPLE, GrowthStage, parse_token_option
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DataPhase",
     "GrowthStage",
     "KernelsConfig",
     "LayerSource",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,18 @@ def describe_keys() -> str:
         prefix = "" if of_list else f"--{section.name}."
         lines.append(f"\n{section.name}: {'a list of: ' if of_list else ''}{(kind.__doc__ or '').strip()}")
         lines += layout(_items(kind, prefix))
+        for name, item in _lists_of_sections(kind):
+            lines.append(f"\n{section.name}.{name}: a list of: {(item.__doc__ or '').strip()}")
+            lines += layout(_items(item, ""))
     return "\n".join(lines)
+
+
+def _lists_of_sections(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a section that are lists of sections, with the dataclass of an item."""
+    for name, hint in typing.get_type_hints(kind).items():
+        arguments = typing.get_args(hint)
+        if typing.get_origin(hint) is list and dataclasses.is_dataclass(arguments[0]):
+            yield name, arguments[0]
 
 
 def _items(kind: Any, prefix: str) -> list[Item]:

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.model import TOKEN_KINDS
+from megatron_tf.config.moment import Moment
 from megatron_tf.config.optimizer import ScheduleConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Prefix, Size
 
@@ -28,13 +29,9 @@ HiddenMultiple = Annotated[Number, AfterValidator(_check_multiple)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class GrowthStage:
+class GrowthStage(Moment):
     """One growth of the model: more width, parameter tokens or layers, and how training continues afterwards."""
 
-    at_step: Count | None = None
-    """Grow during the run after this many optimizer steps."""
-    at_tokens: Count | None = None
-    """Grow during the run once this many tokens have been trained on; an alternative to at_step."""
     qkv_tokens: LayerTokens | None = None
     """New number of parameter tokens of each query, key and value Pattention. A mapping sets it for some layers only,
     numbered as after the growth: {"0-5": 384, "7": 512}."""
@@ -101,11 +98,6 @@ class GrowthStage:
     pipeline_model_parallel_layout: Annotated[list[Count], Field(min_length=1)] | None = None
     """Number of layers of each pipeline stage from this growth on; needed if `parallel` gives it and the number of
     layers or stages changes."""
-
-    def is_due(self, step: int, tokens: int) -> bool:
-        """Return whether a run has reached this stage after `step` optimizer steps and `tokens` tokens."""
-        reached = step if self.at_step is not None else tokens
-        return reached >= (self.at_step or self.at_tokens or 0)
 
     def __post_init__(self) -> None:
         if self.num_layers is not None and self.insert_layers:

@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.data_phases import DataPhase
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import grown_model
 from megatron_tf.config.growth import LAYOUT_KEYS, GrowthStage
 from megatron_tf.config.model import ModelConfig
+from megatron_tf.config.moment import check_moments, name_of_stage, reachable
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig
 from megatron_tf.config.parallel import ParallelConfig
 from megatron_tf.config.schedules import check_schedules, schedule_after
@@ -56,15 +58,23 @@ class DataConfig:
     """The end-of-document token; by default the one named in the tokenizer's files."""
     split: str = "969,30,1"
     """Relative shares of the documents for training, validation and test."""
-    order: Literal["counter", "lanes", "megatron"] = "counter"
-    """Order of the samples: counter, independent of train_iters; lanes, in which every token of an epoch is read once
-    through any change of the data; megatron, Megatron-LM's order, bit for bit."""
+    order: Literal["lanes", "counter", "megatron"] | None = None
+    """Order of the samples: lanes, in which every token of an epoch is read once through any change of the data;
+    counter, samples in random order; megatron, Megatron-LM's order, bit for bit. By default a resumed run keeps its
+    order, and a new one has lanes."""
+    phases: list[DataPhase] = Field(default_factory=list)
+    """Changes of the sets, their weights, seq_length and batch sizes during the run, in order; needs order lanes."""
     eod_mask_loss: bool = False
     """Exclude the token after each end of document from the loss."""
     reset_attention_mask: bool = False
     """Mask attention across the documents within a sample and restart position ids at each (intra-document masking)."""
     data_cache_path: FilePath | None = None
     """Directory for cached index files; by default next to the first data prefix."""
+
+    @property
+    def order_of_new_run(self) -> Literal["lanes", "counter", "megatron"]:
+        """Return the order of samples in a run that does not resume from a checkpoint."""
+        return self.order or "lanes"
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -165,12 +175,22 @@ class RunConfig:
     growth: list[GrowthStage] = Field(default_factory=list)
     """Growth stages during the run, in order; `model` describes the model before the first one."""
 
-    def at_stage(self, number: int) -> "RunConfig":
-        """Return the configuration after the first `number` growth stages, with the learning-rate schedule in force.
+    def at_stage(self, number: int, phase: int = 0) -> "RunConfig":
+        """Return the configuration after the first `number` growth stages and the first `phase` phases of the data,
+        with the learning-rate schedule in force.
 
-        Raises ConfigError for an invalid growth.
+        Raises ConfigError for an invalid growth, and for a configuration that is invalid after these changes.
         """
-        model = self.model
+        try:
+            return self._at_stage(number, phase)
+        except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
+            raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+    def _at_stage(self, number: int, phase: int) -> "RunConfig":
+        model, training, data_path = self.model, self.training, self.data.data_path
+        for change in self.data.phases[:phase]:
+            training = change.training_after(training)
+            data_path = change.data_path or data_path
         layout = {}
         for stage in self.growth[:number]:
             model = grown_model(model, stage)
@@ -180,11 +200,15 @@ class RunConfig:
         parallel = dataclasses.replace(self.parallel, **layout)
         schedule = schedule_after(self.growth, number)
         optimizer = self.optimizer.with_schedule(schedule) if schedule else self.optimizer
-        return dataclasses.replace(self, model=model, parallel=parallel, optimizer=optimizer, growth=[])
+        data = dataclasses.replace(self.data, data_path=data_path, phases=[])
+        return dataclasses.replace(
+            self, model=model, training=training, data=data, parallel=parallel, optimizer=optimizer, growth=[]
+        )
 
     def __post_init__(self) -> None:
         # each section has validated itself: only constraints across sections are left
         self._check_tensor_parallel()
+        self._check_phases()
         self._check_growth()
         self.model.check_rotary()
         self._check_saving()
@@ -224,27 +248,32 @@ class RunConfig:
                 f"is {layers}"
             )
 
+    def _check_phases(self) -> None:
+        phases = self.data.phases
+        check_moments("data.phases", phases)
+        for number, phase in enumerate(phases):
+            check_weights(f"data.phases[{number}].data_path", phase.data_path or [])
+        if phases and self.data.order_of_new_run != "lanes":
+            raise ConfigError(f"data.phases needs data.order lanes, but it is {self.data.order}")
+        if phases and self.checkpoint.save is None:
+            raise ConfigError("data.phases needs checkpoint.save: the run is saved before its data change")
+
     def _check_growth(self) -> None:
-        for number, stage in enumerate(self.growth):
-            if (stage.at_step is None) == (stage.at_tokens is None):
-                raise ConfigError(f"growth[{number}]: give either at_step or at_tokens")
-        for key in ("at_step", "at_tokens"):
-            # each key on its own: only the run itself knows how steps and tokens compare
-            times = [time for stage in self.growth if (time := getattr(stage, key)) is not None]
-            if times != sorted(set(times)):
-                raise ConfigError(f"growth: {key} must increase from stage to stage, got {times}")
+        check_moments("growth", self.growth)
         check_schedules(self.growth, self.training.train_iters)
         # build all stages now: otherwise a run would only fail when it reaches the impossible one
-        for number in range(len(self.growth)):
-            try:
-                self.at_stage(number + 1)
-            except ConfigError as error:
-                raise ConfigError(f"growth[{number}]: {error}") from None
-            except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
-                message = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ConfigError(f"growth[{number}]: {message}") from None
+        for stage, phase in reachable(self.growth, self.data.phases):
+            if stage or phase:
+                self._check_stage(stage, phase)
         if self.growth and self.checkpoint.save is None:
             raise ConfigError("growth needs checkpoint.save: the model is saved before it grows")
+
+    def _check_stage(self, stage: int, phase: int) -> None:
+        """Raise ConfigError, naming the change that leads there, if a stage is invalid."""
+        try:
+            self.at_stage(stage, phase)
+        except ConfigError as error:
+            raise ConfigError(f"{name_of_stage(stage, phase)}: {error}") from None
 
     def _check_kernels(self) -> None:
         for key in ("attention_dropout", "deterministic"):

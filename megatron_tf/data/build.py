@@ -1,11 +1,11 @@
 """Builds the configured datasets and the loaders of their batches for a data-parallel rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tf.config import ConfigError, RunConfig, TrainingConfig
+from megatron_tf.config import ConfigError, DataConfig, RunConfig, TrainingConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
@@ -59,7 +59,7 @@ def build_dataset(config: RunConfig, blend: str = SPACED, phase: Mapping[str, An
     entries = config.data.data_path
     weights, prefixes = parse_data_path(entries)
     _check_positive(weights, prefixes)
-    if config.data.order == "lanes":
+    if config.data.order_of_new_run == "lanes":
         return _build_lanes(config, sample=0, saved=phase)
     cache, requested = _cache(config, prefixes), samples_of_run(config.training, "train")
     datasets = [
@@ -68,7 +68,7 @@ def build_dataset(config: RunConfig, blend: str = SPACED, phase: Mapping[str, An
     ]
     if len(datasets) == 1:
         return datasets[0]
-    if config.data.order != "megatron":
+    if config.data.order_of_new_run != "megatron":
         return BlendedDataset(datasets, _blend(blend, weights))
     weights = normalized(weights) if _has_weights(entries) else _sizes(config, datasets, requested)
     return BlendedDataset(datasets, GreedyBlend(normalized(weights), are_shares=True))
@@ -80,7 +80,8 @@ def open_phase(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | Non
 
     It is the `saved` one of a checkpoint if the configuration still reads the same data. Raises like `build_dataset`.
     """
-    return _build_lanes(config, sample=sample, saved=saved).phase.to_json() if config.data.order == "lanes" else None
+    is_lanes = config.data.order_of_new_run == "lanes"
+    return _build_lanes(config, sample=sample, saved=saved).phase.to_json() if is_lanes else None
 
 
 def _build_lanes(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | None) -> LaneSamples:
@@ -185,7 +186,7 @@ def _open(config: RunConfig, prefix: str, split: Split, *, requested: int | None
 
 def _indexed(config: RunConfig, prefix: str, key: str) -> IndexedDataset:
     try:
-        return IndexedDataset(prefix, by_sequence=config.data.order == "megatron")
+        return IndexedDataset(prefix, by_sequence=config.data.order_of_new_run == "megatron")
     except DataError as error:
         raise DataError(f"data.{key}: {error}") from error
 
@@ -193,7 +194,7 @@ def _indexed(config: RunConfig, prefix: str, key: str) -> IndexedDataset:
 def _ordered(
     config: RunConfig, indexed: IndexedDataset, split: Split, *, requested: int | None, cache: Path
 ) -> GPTDataset:
-    training, is_megatron = config.training, config.data.order == "megatron"
+    training, is_megatron = config.training, config.data.order_of_new_run == "megatron"
     divide = split_sequences if is_megatron else split_documents
     if split == "validation" and config.data.valid_data_path is not None:
         documents = range(len(indexed))
@@ -232,6 +233,18 @@ def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:
         ) from None
 
 
+def training_prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:
+    """Yield (the key that names it, prefix) of each training set of a run, over all phases of its data."""
+    lists = {"data.data_path": data.data_path}
+    lists |= {f"data.phases[{i}].data_path": phase.data_path or [] for i, phase in enumerate(data.phases)}
+    seen: set[str] = set()
+    for key, entries in lists.items():
+        for prefix in parse_data_path(entries)[1]:
+            if prefix not in seen:
+                seen.add(prefix)
+                yield key, prefix
+
+
 def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raise ConfigError unless the vocabulary size matches, DataError unless the data's report names this tokenizer."""
     if config.model.vocab_size != tokenizer.vocab_size:
@@ -240,7 +253,7 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"{tokenizer.vocab_size} ids: set model.vocab_size to that"
         )
     validation = parse_data_path(config.data.valid_data_path or [])[1]
-    for prefix in [*parse_data_path(config.data.data_path)[1], *validation]:
+    for prefix in [*(prefix for _, prefix in training_prefixes(config.data)), *validation]:
         if config.data.eod_mask_loss or config.data.reset_attention_mask:
             _check_ends(IndexedDataset(prefix), tokenizer.eod)
         report = report_of(prefix)

@@ -30,6 +30,12 @@ class SetState:
 
     ring: Ring
     position: LanePosition = START
+    read: int = 0
+    """Targets of all its samples so far, in all epochs."""
+    skipped: int = 0
+    """Those of batches that were skipped."""
+    rewound: int = 0
+    """Those of steps that a rewind took back."""
 
     def continued(self, ring: Ring) -> Self:
         """Return the state of a set whose epochs are now `ring`: if they differ, it starts its next epoch with them."""
@@ -40,11 +46,16 @@ class SetState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_json` returned."""
-        return cls(Ring(int(values["tokens"]), str(values["key"])), LanePosition.from_json(values))
+        counts = (int(values[key]) for key in _COUNTS)
+        return cls(Ring(int(values["tokens"]), str(values["key"])), LanePosition.from_json(values), *counts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the state as JSON values, smaller than 1 KB."""
-        return {**self.ring._asdict(), **self.position.to_json()}
+        counts = {key: getattr(self, key) for key in _COUNTS}
+        return {**self.ring._asdict(), **self.position.to_json(), **counts}
+
+
+_COUNTS = ("read", "skipped", "rewound")
 
 
 class Reading(NamedTuple):
@@ -90,11 +101,36 @@ class Phase:
 
     def states_at(self, sample: int) -> dict[str, SetState]:
         """Return the state of every set when all samples before this one have been read."""
-        counts = dict(zip(self._names, self._blend.counts(sample - self.first).tolist(), strict=True))
-        return {
-            name: replace(state, position=self._orders[name].after(counts[name])) if name in counts else state
-            for name, state in self.sets.items()
-        }
+        states = dict(self.sets)
+        for name, samples in zip(self._names, self._blend.counts(sample - self.first).tolist(), strict=True):
+            state = states[name]
+            read = state.read + samples * self.seq_length
+            states[name] = replace(state, position=self._orders[name].after(samples), read=read)
+        return states
+
+    def after_skip(self, first: int, stop: int) -> Self:
+        """Return this phase with the samples [first, stop) counted as skipped."""
+        before, after = self.states_at(first), self.states_at(stop)
+        return replace(
+            self,
+            sets={
+                name: replace(state, skipped=state.skipped + after[name].read - before[name].read)
+                for name, state in self.sets.items()
+            },
+        )
+
+    def after_rewind(self, stop: int, *, saved: Self, sample: int) -> Self:
+        """Return this phase with all samples before `stop` that the model has not seen counted as skipped or rewound.
+
+        The model is that of a checkpoint at `sample`, in the phase `saved`.
+        """
+        before, after = saved.states_at(sample), self.states_at(stop)
+        sets = {}
+        for name, state in self.sets.items():
+            old = before.get(name, SetState(state.ring))
+            rewound = old.rewound + after[name].read - old.read - (state.skipped - old.skipped)
+            sets[name] = replace(state, rewound=rewound)
+        return replace(self, sets=sets)
 
     def change(self, sample: int, *, seq_length: int, weights: Mapping[str, float], rings: Mapping[str, Ring]) -> Self:
         """Return the phase that starts at a sample with another length, or other sets, weights or rings.

@@ -24,7 +24,8 @@ def folder(tmp_path_factory):
     for name in "abc":
         for suffix in (".bin", ".idx", ".json"):
             shutil.copy(folder / f"data_text_document{suffix}", folder / f"{name}{suffix}")
-    base = derive_run(folder, "base", data={"data_path": blend(folder, "0.75 a", "0.25 b")})
+    data = {"data_path": blend(folder, "0.75 a", "0.25 b"), "order": "counter"}
+    base = derive_run(folder, "base", data=data)
     assert pretrain.main([str(base)]) == 0
     return folder
 

@@ -120,7 +120,7 @@ def test_inspection_shows_the_samples_of_a_run_that_version_0_1_began(tmp_path, 
     for name in ("data", "blended"):
         shutil.copytree(runs / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    config = load_config(Path("blended/run.yaml"), [])
+    config = load_config(Path("blended/run.yaml"), ["--data.order=counter"])
     greedy, spaced = build_dataset(config, "greedy"), build_dataset(config)
     sample = next(i for i in range(100) if greedy[i].tolist() != spaced[i].tolist())
     found = shown(capsys, "data/first_text_document", "--config", "blended/run.yaml", "--samples", sample)

@@ -124,6 +124,9 @@ def test_a_rewind_to_a_checkpoint_of_an_earlier_phase_repeats_no_token(folder, t
     assert len(targets) == 2 * 4 * 8 + 5 * 2 * 16 + 4 * 4
     assert len(set(targets)) == len(targets)
     record = CheckpointReader(folder / "rewound").record
+    states = record.details.phase["sets"].values()
+    # the checkpoint was at sample 4, in the first phase: another 4 samples of it and 4 of the second are rewound
+    assert sum(state["rewound"] for state in states) == 4 * 8 + 4 * 16
     assert (record.training.samples, record.training.skipped) == (8 + 10 + 4, 3)
 
 

@@ -39,7 +39,7 @@ def make_run(folder, **sections):
     done = run("tools/preprocess_data.py", "--input", folder / "text.jsonl", "--output-prefix", prefix, *options)
     assert done.returncode == 0, done.stderr
     training = {"train_iters": 4, **sections.pop("training", {})}
-    data = {"data_path": [f"{prefix}_text_document"], "split": "80,20,0"}
+    data = {"data_path": [f"{prefix}_text_document"], "split": "80,20,0", "order": None}
     config = to_dict(small_run(model={"vocab_size": 257}, training=training, data=data, **sections))
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder

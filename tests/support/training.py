@@ -33,7 +33,8 @@ def small_run(**sections) -> RunConfig:
         },
         "training": {"seq_length": 16, "micro_batch_size": 1, "global_batch_size": 8, "train_iters": 20},
         "optimizer": {"lr": 1e-3, "clip_grad": 0.5},
-        "data": {"data_path": ["unused"], "tokenizer_type": "NullTokenizer"},
+        # lanes, the default order, would read the files of the data when a run is restored
+        "data": {"data_path": ["unused"], "tokenizer_type": "NullTokenizer", "order": "counter"},
         "parallel": {},
     }
     for section, keys in sections.items():

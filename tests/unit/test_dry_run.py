@@ -153,6 +153,22 @@ def test_the_command_prints_what_the_ranks_hold_and_exchange(tmp_path, capsys):
     assert printed.err == "pipeline stage 0 of 1\n"
 
 
+def test_the_command_uses_the_length_and_batch_size_of_a_phase(tmp_path, capsys):
+    phases = [{"at_step": 5, "seq_length": 64}, {"at_step": 9, "global_batch_size": 4}]
+    sections = {"data": {"phases": phases, "order": None}, "checkpoint": {"save": "run"}}
+    arguments = [str(write_config(tmp_path, **sections)), "--world-size", "2", "--json", "--phase"]
+    found = []
+    for phase in "012":
+        assert command.main([*arguments, phase]) == 0
+        values = json.loads(capsys.readouterr().out)
+        found.append((values["micro_batches"], values["kinds"][0]["peak_bytes"]))
+    assert [count for count, _ in found] == [4, 4, 2]
+    assert found[0][1] < found[1][1]
+    with pytest.raises(SystemExit):
+        command.main([*arguments, "3"])
+    assert "--phase is 3, but data.phases has 2 entries" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ import torch
 
 from megatron_tf.config import ConfigError, RunConfig, parse_config, to_dict
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.run.trainer import _check_stages
+from megatron_tf.training.run.stages import check_stages
 from tests.support.training import small_run
 
 ALONE = Mesh(torch.device("cpu"))
@@ -21,7 +21,7 @@ def run_with(*stages, **sections):
 
 def restored(mesh, stage):
     """A run on these ranks that has reached a stage."""
-    return SimpleNamespace(state=SimpleNamespace(mesh=mesh), stage=stage, record=None)
+    return SimpleNamespace(state=SimpleNamespace(mesh=mesh), stage=stage, phases=0, record=None)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def restored(mesh, stage):
 )
 def test_a_layout_that_needs_other_ranks_is_named_with_its_stage(stages, message):
     with pytest.raises(ConfigError, match=message):
-        _check_stages(run_with(*stages), restored(ALONE, 0))
+        check_stages(run_with(*stages), restored(ALONE, 0))
 
 
 def test_a_batch_too_small_for_the_replicas_of_a_stage_is_named(rank_pool):
@@ -53,11 +53,11 @@ def check(mesh):
         training=training,
     )
     try:
-        _check_stages(config, restored(mesh, 0))
+        check_stages(config, restored(mesh, 0))
     except ConfigError as error:
         return str(error)
     return "nothing"
 
 
 def test_stages_that_are_behind_the_run_are_not_looked_at():
-    _check_stages(run_with({"ffn_tokens": 96, "tensor_model_parallel_size": 2}), restored(ALONE, 1))
+    check_stages(run_with({"ffn_tokens": 96, "tensor_model_parallel_size": 2}), restored(ALONE, 1))

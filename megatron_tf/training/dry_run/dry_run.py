@@ -70,13 +70,16 @@ class DryRun:
     checkpoint: CheckpointPlan
 
 
-def dry_run(config: RunConfig, world_size: int, on_stage: Callable[[int, int], None] | None = None) -> DryRun:
+def dry_run(
+    config: RunConfig, world_size: int, on_stage: Callable[[int, int], None] | None = None, *, phase: int = 0
+) -> DryRun:
     """Run a step of one rank of each kind on a world of `world_size` ranks, and plan the checkpoint after it.
 
-    Uses the model and the layout of the run's first stage of growth. `on_stage` is called with the index of each
-    pipeline stage, and their number, before it is run. Raises UserError if the configuration does not fit the ranks.
+    Uses the model and the layout of the run's first stage of growth, and the sequence length and batch size after the
+    first `phase` phases of its data. `on_stage` is called with the index of each pipeline stage, and their number,
+    before it is run. Raises UserError if the configuration does not fit the ranks.
     """
-    run = config.at_stage(0)
+    run = config.at_stage(0, phase)
     config = dataclasses.replace(run, kernels=_RUNS_ON_META)
     layout = layout_of(config, world_size)
     kinds: list[KindOfRank] = []

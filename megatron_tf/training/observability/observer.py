@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_tf.checkpoint.record import RunRecord, TrainingCounters, Usage
-from megatron_tf.config import RunConfig
+from megatron_tf.config import RunConfig, TrainingConfig
+from megatron_tf.data.phases import Phase, SetState
 from megatron_tf.training.observability.row_metrics import RowMetrics
 
 
@@ -66,7 +67,31 @@ class Fault:
     message: str
     """Human-readable description."""
     values: Mapping[str, Any]
-    """Machine-readable details: `samples`, the position in the data, and values specific to the kind."""
+    """Machine-readable details: the samples from `first_sample` to `samples`, the position in the data, are those of
+    the failed step, or of the steps that a rewind took back; and values specific to the kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What the run has read of its training sets, and left out; only under `data.order: lanes`."""
+
+    reason: Literal["phase", "epoch", "end"]
+    """A phase of the data has started, a set has started an epoch, or the run is complete."""
+    step: int
+    """Steps of the run so far."""
+    samples: int
+    """Samples that the run has read so far."""
+    phase: Phase
+    """The phase of the data."""
+    training: TrainingConfig
+    """The section `training` that is in force, with the sequence length and batch sizes."""
+    new_epochs: Sequence[str] = ()
+    """The sets that have started an epoch."""
+
+    @property
+    def sets(self) -> Mapping[str, SetState]:
+        """Return the state of every set that the run has read, by name."""
+        return self.phase.states_at(self.samples)
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,9 @@ class Observer:
         It runs in the thread that writes checkpoints, while training continues: it must not use collectives, and the
         next save waits for it.
         """
+
+    def on_data(self, report: DataReport) -> None:
+        """Called when a phase of the data starts, when a set starts an epoch, and when the run is complete."""
 
     def on_growth(self, stage: Stage) -> None:
         """Called after a growth within the job, before the first step of the larger model."""

@@ -9,8 +9,9 @@ from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.sizes import parameter_count
+from megatron_tf.training.observability.data_lines import data_event, describe_data
 from megatron_tf.training.observability.metrics import MetricsLog
-from megatron_tf.training.observability.observer import Evaluation, Fault, Observer, Stage, StepReport
+from megatron_tf.training.observability.observer import DataReport, Evaluation, Fault, Observer, Stage, StepReport
 from megatron_tf.training.observability.profiling import StepProfile
 from megatron_tf.training.observability.row_metrics import describe
 from megatron_tf.training.observability.step_timer import StepTimer
@@ -47,6 +48,10 @@ class Reporter(Observer):
         self.stragglers.reset()
         self._report_stage("growth", stage)
         self._say(stage.record.training.step, f"grown to {parameter_count(stage.config.model):,} parameters")
+
+    def on_data(self, report: DataReport) -> None:
+        self.log.event(data_event(report))
+        self._say(report.step, describe_data(report))
 
     def on_profile(self, profile: StepProfile) -> None:
         """Report the path of a trace, and keep the communication time for the metrics of the step."""

@@ -13,12 +13,20 @@ from megatron_tf.data.content import describe_difference
 from megatron_tf.kernels.dropout import GENERATOR
 from megatron_tf.tokenformer.dtypes import parameter_dtype
 from megatron_tf.training.run.identity import flatten
+from megatron_tf.training.run.resumable import OLDEST_ORDER
 
-_NOT_COMPARED = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.allow_changes", "growth")
+_NOT_COMPARED = (
+    "checkpoint.save",
+    "checkpoint.load",
+    "checkpoint.finetune",
+    "checkpoint.allow_changes",
+    "growth",
+    "data.phases",
+)
 _DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order")
 _BATCH_KEYS = ("training.global_batch_size", "training.rampup_batch_size")
 _ANY_DATA_KEYS = {*_DATA_KEYS, *_BATCH_KEYS, DATA_CONTENT}
-_IN_OLDER_VERSIONS = {"data.order": "counter"}
+_IN_OLDER_VERSIONS = {"data.order": OLDEST_ORDER}
 
 
 def check_changes(config: RunConfig, *, data: Sequence[Identity], record: RunRecord, source: Path) -> str:

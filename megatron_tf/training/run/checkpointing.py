@@ -85,15 +85,15 @@ def restore_state(
 ) -> RunRecord:
     """Load a checkpoint into the state, grown if a stage of `growth` is due, and return the record to continue with.
 
-    With `checkpoint.finetune`, only the weights of `checkpoint.load` are loaded. `state` is built for
-    `resumable.stage`; `config` is the run's before any growth. Raises CheckpointError if the checkpoint belongs to
-    another tokenizer or does not fit the schedules of `growth`, DamagedCheckpointError if it is corrupted.
+    With `checkpoint.finetune`, only the weights of `checkpoint.load` are loaded. `config` is the run's before any
+    growth, `state` is built for `resumable.config_from_here(config)`. Raises CheckpointError if the checkpoint belongs
+    to another tokenizer or does not fit the schedules of `growth`, DamagedCheckpointError if it is corrupted.
     """
     source, checkpoint = resumable.source, _grown(resumable, config, state.mesh)
     record = checkpoint.record
     _check_same_tokenizer(record, tokenizer, source)
-    staged = config.at_stage(resumable.stage)
-    start_of_schedule = partial(restored_start, config, stage=resumable.stage, source=source)
+    staged = resumable.config_from_here(config)
+    start_of_schedule = partial(restored_start, config, stage=resumable.stage, phases=resumable.phases, source=source)
     names = model_parameters(staged.model).keys()
     load_shards(checkpoint, "model", list(state.shards), expected_names=names)
     for name, module in pattentions(state.stages).items():
@@ -124,6 +124,7 @@ def restore_state(
         blend=blend_of(record),
         dropout=GENERATOR,
         phase=record.details.phase,
+        phases=resumable.phases,
     )
     return replace(
         restored,

@@ -12,19 +12,21 @@ import torch.distributed as dist
 
 import megatron_tf
 from megatron_tf.config import ConfigError, RunConfig, to_dict
-from megatron_tf.data.build import parse_data_path
+from megatron_tf.data.build import parse_data_path, training_prefixes
 from megatron_tf.data.content import Content, content_of
 from megatron_tf.parallel.launch import job_name
 
 _LISTED = 3  # keys listed in a message
 
 
-def data_identities(config: RunConfig) -> list[Content]:
-    """Identify the content of each training set; the identity of a missing set is empty."""
-    return [content_of(prefix) for prefix in parse_data_path(config.data.data_path)[1]]
+def data_identities(config: RunConfig) -> dict[str, Content]:
+    """Identify the content of each training set of any phase by its prefix; the identity of a missing set is empty."""
+    return {prefix: content_of(prefix) for _, prefix in training_prefixes(config.data)}
 
 
-def check_same_run(store: dist.Store, rank: int, num_ranks: int, *, config: RunConfig, data: Sequence[Content]) -> None:
+def check_same_run(
+    store: dist.Store, rank: int, num_ranks: int, *, config: RunConfig, data: Mapping[str, Content]
+) -> None:
     """Check that every rank has the job, configuration, code and data of rank 0. Collective.
 
     Raises ConfigError on every rank otherwise, naming ranks, keys and both values.
@@ -57,20 +59,19 @@ def _wait_for_readers(store: dist.Store, num_ranks: int) -> None:
         time.sleep(0.05)
 
 
-def _facts(config: RunConfig, data: Sequence[Content]) -> dict[str, Any]:
-    sets = dict(zip(config.data.data_path, data, strict=True))
-    facts = {"job": job_name(), "code": _code_version(), "config": flatten(to_dict(config)), "data": sets}
+def _facts(config: RunConfig, data: Mapping[str, Content]) -> dict[str, Any]:
+    facts = {"job": job_name(), "code": _code_version(), "config": flatten(to_dict(config)), "data": data}
     return {**facts, "missing": list(_missing_files(config))}
 
 
 def _missing_files(config: RunConfig) -> Iterator[str]:
     """Yield the data and tokenizer files, with their keys, that do not exist for this rank."""
     data = config.data
-    for key in ("data_path", "valid_data_path"):
-        for prefix in parse_data_path(getattr(data, key) or [])[1]:
-            for path in (f"{prefix}.idx", f"{prefix}.bin"):
-                if not Path(path).is_file():
-                    yield f"data.{key}: {path}"
+    validation = [("data.valid_data_path", prefix) for prefix in parse_data_path(data.valid_data_path or [])[1]]
+    for key, prefix in [*training_prefixes(data), *validation]:
+        for path in (f"{prefix}.idx", f"{prefix}.bin"):
+            if not Path(path).is_file():
+                yield f"{key}: {path}"
     if data.tokenizer_model is not None and not data.tokenizer_model.is_file():
         yield f"data.tokenizer_model: {data.tokenizer_model}"
 

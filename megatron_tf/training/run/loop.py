@@ -1,4 +1,4 @@
-"""The training loop of one growth stage: step, notify observers, evaluate, save."""
+"""The training loop of one stage of growth and phase of the data: step, notify observers, evaluate, save."""
 
 import dataclasses
 import math
@@ -18,6 +18,7 @@ from megatron_tf.tokenformer.sizes import training_flops
 from megatron_tf.training.observability.observer import Evaluation, StepReport
 from megatron_tf.training.run.checkpointing import save_state
 from megatron_tf.training.run.context import RunContext
+from megatron_tf.training.run.left_out import EpochWatch, count_skipped, report_data
 from megatron_tf.training.run.recovery import DivergedError, Recovery
 from megatron_tf.training.run.resume import RestoredRun
 from megatron_tf.training.step.batch_ids import bad_id_of_batch
@@ -29,7 +30,7 @@ from megatron_tf.training.supervision.stop_signal import Stop
 
 
 class Loop:
-    """Trains until the run completes, is stopped, or reaches the next growth stage, and then saves a checkpoint.
+    """Trains until the run completes, is stopped, or grows or changes its data, and then saves a checkpoint.
 
     `reload` restores the newest checkpoint into the state.
     """
@@ -37,15 +38,17 @@ class Loop:
     def __init__(
         self, config: RunConfig, run: RestoredRun, *, context: RunContext, reload: Callable[[TrainState], RestoredRun]
     ) -> None:
-        self.config = config.at_stage(run.stage)
-        self.following = config.growth[run.stage : run.stage + 1]
+        self.config = run.config_in_force(config)
+        self.next_growth = config.growth[run.stage : run.stage + 1]
+        self.next_phase = config.data.phases[run.phases : run.phases + 1]
         self.state = run.state
         self.record = run.record
         self.context = context
         self.recovery = Recovery(self.config, run, context=context, reload=reload)
         inspector = RowInspector(self.state.optimizer)
         self.inspector = inspector if inspector.groups.are_new else None
-        self.flops_per_token = float(training_flops(self.config.model, config.training.seq_length))
+        self.flops_per_token = float(training_flops(self.config.model, self.config.training.seq_length))
+        self.epochs = EpochWatch(run.record)
         self.world_size = group_size(self.state.mesh.world)
         self._is_trace_requested = False  # kept for the next step, as an evaluation can come first
 
@@ -57,17 +60,19 @@ class Loop:
     def run(self) -> tuple[RunRecord, Stop | None]:
         """Train, and return the record of the run and why it stops.
 
-        The reason is None if the run is complete or the next growth stage is due.
+        The reason is None if the run is complete, or the next growth stage or phase of the data is due.
         """
         # the time limit allows one step, or a run could restart forever without progress
         self._note_evaluation_after_growth()
         stop = self._agree(by_time=False) or self._finish_evaluation()
         is_last = stop is not None
         while self.done.step < self.config.training.train_iters and not is_last:
+            first = self.done.samples
             result, reason = self._step()
             # once per step on every rank, whatever the result: a collective on one rank only would hang
             stop = self._agree(reason)
-            if not self._recover(result):
+            self._report_epochs()
+            if not self._recover(result, first=first):
                 stop, is_last = self._finish_step(stop)
             elif stop is not None:
                 self._save(waits=True)
@@ -114,11 +119,14 @@ class Loop:
         training, step = self.config.training, self.done.step
         save_interval = self.config.checkpoint.save_interval
         is_done = step == training.train_iters
-        is_due = any(growth.is_due(step, self.done.tokens) for growth in self.following)
-        if self.context.validation and (is_done or self._is_evaluation_due(is_growth_due=is_due)):
+        is_growth_due, is_phase_due = (
+            any(moment.is_due(step, self.done.tokens) for moment in moments)
+            for moments in (self.next_growth, self.next_phase)
+        )
+        if self.context.validation and (is_done or self._is_evaluation_due(is_growth_due=is_growth_due)):
             self._set_details(evaluation_due=True)  # noted first: a stop saves in the middle of an evaluation
             stop = stop or self._evaluate()
-        is_last = is_done or is_due or stop is not None
+        is_last = is_done or is_growth_due or is_phase_due or stop is not None
         if is_last or (save_interval and step % save_interval == 0):
             self._save(waits=is_last)
             self.recovery.on_saved()
@@ -128,7 +136,7 @@ class Loop:
         """Train on the next batch; return the result, and why observers want to stop, if they do."""
         timer, observers = self.context.timer, self.context.observers
         start = time.perf_counter()  # a step includes its wait for data
-        number, training = self.done.step + 1, self.config.training
+        number, training, first = self.done.step + 1, self.config.training, self.done.samples
         samples = training.batch_size_at(self.done.samples)
         tokens = samples * training.seq_length
         timer.detail = f"of step {number}"
@@ -147,10 +155,10 @@ class Loop:
         timer.enter("report")
         self._account()
         if result.is_overflow:
-            self.record = self.record.after_overflow(samples)
+            self.record = count_skipped(self.record.after_overflow(samples), first)
             return result, None
         if result.nonfinite:
-            self.record = self.record.after_skip(samples)
+            self.record = count_skipped(self.record.after_skip(samples), first)
             return result, None
         flops = tokens * self.flops_per_token
         self.record = self.record.after_step(samples, tokens, flops)
@@ -188,9 +196,14 @@ class Loop:
             step_tokens=step_tokens,
         )
 
-    def _recover(self, result: StepResult) -> bool:
+    def _report_epochs(self) -> None:
+        if started := self.epochs.started(self.done.samples):
+            training = self.config.training
+            report_data(self.context.observers, self.record, training, reason="epoch", new_epochs=started)
+
+    def _recover(self, result: StepResult, *, first: int) -> bool:
         """Recover from a failed step; return whether it failed. Raises DivergedError if recovery is exhausted."""
-        recovered = self.recovery.recover(result, self.record)
+        recovered = self.recovery.recover(result, self.record, first=first)
         if recovered is None:
             return False
         self.record = recovered.record

@@ -9,6 +9,7 @@ from megatron_tf.config import RunConfig
 from megatron_tf.errors import UserError
 from megatron_tf.training.observability.observer import Fault
 from megatron_tf.training.run.context import RunContext
+from megatron_tf.training.run.left_out import count_rewound
 from megatron_tf.training.run.resume import RestoredRun
 from megatron_tf.training.run.spikes import SpikeDetector
 from megatron_tf.training.step.state import TrainState
@@ -55,33 +56,37 @@ class Recovery:
         """Reset the count of rewinds after a save, since the next rewind returns to a new checkpoint."""
         self.rewinds_in_a_row = 0
 
-    def recover(self, result: StepResult, record: RunRecord) -> Recovered | None:
+    def recover(self, result: StepResult, record: RunRecord, *, first: int) -> Recovered | None:
         """Report a failed step and return how the run continues; None if the step needs no recovery.
 
-        `record` already counts the step, or that it was skipped.
+        `record` already counts the step, or that it was skipped; `first` is the first sample of its batch.
         """
         if result.is_overflow:
             scale = self.state.scaler.scale
-            cause = f"gradients overflow in fp16, the loss scale is now {scale:g}"
-            self._report("overflow", record, f"{cause}; {_end_of_batch(record)} is skipped", loss_scale=scale)
+            message = f"gradients overflow in fp16, the loss scale is now {scale:g}; {_end_of_batch(record)} is skipped"
+            self._report("overflow", record, message, first=first, loss_scale=scale)
             return Recovered(record)
         if result.nonfinite:
-            return self._skip(result.nonfinite, record)
+            return self._skip(result.nonfinite, record, first=first)
         self.skipped_in_a_row = 0
         if not self.spikes.is_spike(result.loss):
             return None
         cause = f"warning: the loss jumped to {result.loss:.4f}, {self.spikes.in_a_row} consecutive step(s)"
         self._report(
-            "spike", record, f"{cause}; the batch ends at sample {record.training.samples:,}", loss=result.loss
+            "spike",
+            record,
+            f"{cause}; the batch ends at sample {record.training.samples:,}",
+            first=first,
+            loss=result.loss,
         )
         # not >=: without a checkpoint the count continues, and every later spike would try again
         is_due = self.spikes.in_a_row == self.training.rewind_after_spikes
         return self._rewind(record) if is_due else None
 
-    def _skip(self, nonfinite: Mapping[str, int], record: RunRecord) -> Recovered:
+    def _skip(self, nonfinite: Mapping[str, int], record: RunRecord, *, first: int) -> Recovered:
         culprits, skipped = name_nonfinite(nonfinite), record.training.skipped
         message = f"warning: non-finite: {culprits}; {_end_of_batch(record)} is skipped, {skipped} so far"
-        self._report("skipped", record, message, nonfinite=dict(nonfinite))
+        self._report("skipped", record, message, first=first, nonfinite=dict(nonfinite))
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row < self.training.max_skipped_steps:
             return Recovered(record)
@@ -106,15 +111,17 @@ class Recovery:
             overflows=spent.overflows,
         )
         # the loader continues in its phase of the data, which the checkpoint may not have known yet
-        details = replace(restored.record.details, phase=record.details.phase)
+        details = replace(restored.record.details, phase=record.details.phase, phases=record.details.phases)
         rewound = replace(restored.record, training=training, usage=record.usage, details=details)
-        self._report("rewind", rewound, f"rewound to {restored.origin}; skipping data up to sample {spent.samples:,}")
+        rewound = count_rewound(rewound, restored.record)
+        message = f"rewound to {restored.origin}; skipping data up to sample {spent.samples:,}"
+        self._report("rewind", rewound, message, first=restored.record.training.samples)
         if self.rewinds_in_a_row < _REWINDS_IN_A_ROW:
             return Recovered(rewound)
         return Recovered(rewound, f"the loss jumped again after {_REWINDS_IN_A_ROW} rewinds to the same checkpoint")
 
-    def _report(self, kind: str, record: RunRecord, message: str, **values: Any) -> None:
-        values["samples"] = record.training.samples
+    def _report(self, kind: str, record: RunRecord, message: str, *, first: int, **values: Any) -> None:
+        values |= {"first_sample": first, "samples": record.training.samples}
         fault = Fault(kind=kind, step=record.training.step, message=message, values=values)
         self.context.observers.tell(lambda observer: observer.on_fault(fault))
 

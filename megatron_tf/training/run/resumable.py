@@ -1,12 +1,16 @@
-"""A checkpoint to resume from, opened once, with the growth stages it has completed and those that are due."""
+"""A checkpoint to resume from, opened once, with the stages and phases it has completed and those that are due."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import RunRecord
-from megatron_tf.config import ModelConfig, RunConfig, to_dict
+from megatron_tf.config import ConfigError, ModelConfig, RunConfig, to_dict
+from megatron_tf.config.moment import count_due
+
+OLDEST_ORDER = "counter"
+"""data.order of runs whose checkpoints name none."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,24 @@ class Resumable:
     """The number of stages of `config.growth` that the checkpoint has completed."""
     stage: int
     """The same plus the stages that are due: the stage at which a run resumes from it."""
+    _: KW_ONLY
+    saved_phases: int
+    """The number of phases of `config.data.phases` that the checkpoint has completed."""
+    phases: int
+    """The same plus the phases that are due."""
 
     @property
     def record(self) -> RunRecord:
         """Return the checkpoint's record of its run."""
         return self.reader.record
+
+    def config_at_save(self, config: RunConfig) -> RunConfig:
+        """Return the configuration that was in force when the checkpoint was saved, if `config` is the run's."""
+        return config.at_stage(self.saved_stage, self.saved_phases)
+
+    def config_from_here(self, config: RunConfig) -> RunConfig:
+        """Return the configuration with which the run `config` resumes."""
+        return config.at_stage(self.stage, self.phases)
 
 
 def open_resumable(config: RunConfig, source: Path) -> Resumable:
@@ -34,12 +51,40 @@ def open_resumable(config: RunConfig, source: Path) -> Resumable:
     is corrupted.
     """
     reader = CheckpointReader(source).complete()
-    saved = due = _saved_stage(reader.record, config, source)
-    training = reader.record.training
-    if not starts_over(config, source):
-        while due < len(config.growth) and config.growth[due].is_due(training.step, training.tokens):
-            due += 1
-    return Resumable(source, reader, saved, due)
+    record = reader.record
+    saved = _saved_stage(record, config, source)
+    if starts_over(config, source):
+        return Resumable(source, reader, saved, saved, saved_phases=0, phases=0)
+    step, tokens = record.training.step, record.training.tokens
+    phases = count_due(config.data.phases, step=step, tokens=tokens)
+    return Resumable(
+        source,
+        reader,
+        saved,
+        count_due(config.growth, step=step, tokens=tokens, done=saved),
+        # fewer are due than are done if the configuration was rewritten, or is that of another run
+        saved_phases=min(record.details.phases, phases),
+        phases=phases,
+    )
+
+
+def in_order_of(resumable: Resumable | None, config: RunConfig) -> RunConfig:
+    """Return the configuration of a run with the order of its samples: a run keeps it if `data.order` is not given.
+
+    Raises ConfigError if `data.phases` needs another order than the one that the run keeps.
+    """
+    if config.data.order is not None:
+        return config
+    order = config.data.order_of_new_run
+    if resumable is not None and resumable.record.training.samples and not starts_over(config, resumable.source):
+        order = resumable.record.data.get("order", OLDEST_ORDER) or order
+    if config.data.phases and order != "lanes":
+        raise ConfigError(
+            f"data.phases needs data.order lanes, but {resumable and resumable.source} was begun with {order}: set "
+            f"data.order: lanes and checkpoint.allow_changes: [data.order], which may read tokens of the current epoch "
+            f"again"
+        )
+    return replace(config, data=replace(config.data, order=order))
 
 
 def starts_over(config: RunConfig, source: Path) -> bool:

@@ -1,21 +1,20 @@
 """Resume a run from its newest valid checkpoint, at the growth stage that is due."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
-from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.data.blend import Samples
-from megatron_tf.data.build import build_dataset, open_phase
+from megatron_tf.data.build import build_dataset, open_phase, parse_data_path
 from megatron_tf.growth.advice import advise
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.run.changes import check_changes, warn_of_dropout, warn_of_rounding
 from megatron_tf.training.run.checkpointing import blend_of, new_record, restore_state
-from megatron_tf.training.run.resumable import Resumable, open_resumable, starts_over
+from megatron_tf.training.run.resumable import Resumable, in_order_of, open_resumable, starts_over
 from megatron_tf.training.step.state import TrainState
 
 
@@ -37,6 +36,14 @@ class RestoredRun:
     """What the run computes otherwise than the run, or the version, that saved the checkpoint; empty for nothing."""
     advice: tuple[str, ...] = ()
     """Lines on the growth by the stages that have just become due, if any."""
+    phases: int = 0
+    """The number of `data.phases` completed."""
+    has_new_data: bool = False
+    """Whether a phase of the data has just started: the record's is not the one of the checkpoint."""
+
+    def config_in_force(self, config: RunConfig) -> RunConfig:
+        """Return the configuration that is in force from here to the next stage of the run `config`."""
+        return config.at_stage(self.stage, self.phases)
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,14 @@ class Resume:
     """
 
     config: RunConfig
-    """The run's configuration before any growth."""
+    """The run's configuration before any growth and phase of the data."""
     mesh: Mesh
     _: KW_ONLY
     tokenizer: Identity
     build: Callable[[RunConfig], TrainState]
     """Builds the state for the configuration of a growth stage."""
-    data: Sequence[Identity] = ()
-    """Identity of each training set."""
+    data: Mapping[str, Identity] = field(default_factory=dict)
+    """Identity of each training set of any phase, by its prefix."""
 
     def restore(self, opened: Resumable | None = None) -> RestoredRun:
         """Restore the newest checkpoint that is valid on every rank into a new state, or start a new run.
@@ -87,15 +94,16 @@ class Resume:
             return replace(restored, damaged=tuple(damaged))
         if damaged:
             raise CheckpointError(f"no valid checkpoint is left: {'; '.join(damaged)}")
-        record = self._in_phase(new_record(self.config, self.tokenizer, self.data))
-        return RestoredRun(0, state or self.build(self.config.at_stage(0)), record, None)
+        first = self.config.at_stage(0)
+        record = in_phase(new_record(self.config, self.tokenizer, self._identities(first)), first)
+        return RestoredRun(0, state or self.build(first), record, None)
 
     def _read(self, resumable: Resumable, state: TrainState | None) -> RestoredRun:
         """Restore the run of a checkpoint and close it. Raises like `restore`, and DamagedCheckpointError."""
         config, source = self.config, resumable.source
         changes = ""
         advice: list[str] = []
-        staged = config.at_stage(resumable.stage)
+        staged, at_save = resumable.config_from_here(config), resumable.config_at_save(config)
         warnings = [warn_of_rounding(staged, resumable.record, source)]
         if not has_layout(staged.parallel, self.mesh):
             raise CheckpointError(
@@ -103,26 +111,46 @@ class Resume:
                 f"damaged checkpoint next to it and restart"
             )
         if not starts_over(config, source):  # the other run's configuration does not matter then
-            at_save = config.at_stage(resumable.saved_stage)
-            changes = check_changes(at_save, data=self.data, record=resumable.record, source=source)
+            data = self._identities(at_save)
+            changes = check_changes(at_save, data=data, record=resumable.record, source=source)
             warnings.append(warn_of_dropout(staged, resumable.record, source))
         if resumable.stage > resumable.saved_stage:
             advice = advise(resumable.record, staged.model)
         state = state or self.build(staged)
         try:
-            record = restore_state(state, config=config, tokenizer=self.tokenizer, resumable=resumable, data=self.data)
+            restored = restore_state(
+                state, config=config, tokenizer=self.tokenizer, resumable=resumable, data=self._identities(staged)
+            )
         finally:
             resumable.reader.close()
-        record = self._in_phase(record)
-        warning = "; ".join(filter(None, warnings))
+        record = in_phase(restored, staged)
         return RestoredRun(
-            resumable.stage, state, record, source, changes=changes, warning=warning, advice=tuple(advice)
+            resumable.stage,
+            state,
+            record,
+            source,
+            changes=changes,
+            warning="; ".join(filter(None, warnings)),
+            advice=tuple(advice),
+            phases=resumable.phases,
+            has_new_data=restored.details.phase not in (None, record.details.phase),
         )
 
-    def _in_phase(self, record: RunRecord) -> RunRecord:
-        """Return the record with the phase of the data that starts or continues at its position."""
-        phase = open_phase(self.config, sample=record.training.samples, saved=record.details.phase)
-        return replace(record, details=replace(record.details, phase=phase))
+    def _identities(self, staged: RunConfig) -> tuple[Identity, ...]:
+        """Return the identity of each training set of a stage, in the order of its `data.data_path`."""
+        prefixes = parse_data_path(staged.data.data_path)[1]
+        return tuple(self.data[prefix] for prefix in prefixes if prefix in self.data)
+
+
+def in_phase(record: RunRecord, staged: RunConfig) -> RunRecord:
+    """Return a record with the phase of the data of `staged` that starts or continues at its position."""
+    saved = record.details.phase
+    phase = open_phase(staged, sample=record.training.samples, saved=saved)
+    if phase == saved:
+        return record
+    # the losses on other data say nothing about spikes
+    spikes = record.details.spikes if saved is None else None
+    return replace(record, details=replace(record.details, phase=phase, spikes=spikes))
 
 
 def sources(config: RunConfig) -> list[Path]:
@@ -142,16 +170,14 @@ def sources(config: RunConfig) -> list[Path]:
 
 def dataset_of_run(config: RunConfig) -> Samples:
     """Build the training data that a run of this configuration reads from its newest checkpoint on, or as a new run."""
-    for source in sources(config):
-        if starts_over(config, source):
-            break
-        try:
-            record = CheckpointReader(source).record
-        except DamagedCheckpointError:
-            continue
-        phase = open_phase(config, sample=record.training.samples, saved=record.details.phase)
-        return build_dataset(config, blend_of(record), phase)
-    return build_dataset(config)
+    resumable = open_newest(config)
+    config = in_order_of(resumable, config)
+    if resumable is None or starts_over(config, resumable.source):
+        return build_dataset(config.at_stage(0))
+    resumable.reader.close()
+    staged = resumable.config_from_here(config)
+    record = in_phase(resumable.record, staged)
+    return build_dataset(staged, blend_of(record), record.details.phase)
 
 
 def open_newest(config: RunConfig) -> Resumable | None:

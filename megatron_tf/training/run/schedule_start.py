@@ -9,11 +9,14 @@ from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.config.schedules import stage_of_schedule
 
 
-def restored_start(config: RunConfig, record: RunRecord, *, stage: int, source: Path) -> ScheduleStart | None:
+def restored_start(
+    config: RunConfig, record: RunRecord, *, stage: int, phases: int = 0, source: Path
+) -> ScheduleStart | None:
     """Return the start of the schedule in force after `stage` stages, for a run that resumes with `record`.
 
-    `config` is the run's before any growth. Raises CheckpointError if a stage that the checkpoint `source` has
-    completed has got a schedule since then, ConfigError if too few steps are left for the warm-up or the decay.
+    `config` is the run's before any growth and the first `phases` phases of its data. Raises CheckpointError if a stage
+    that the checkpoint `source` has completed has got a schedule since then, ConfigError if too few steps are left for
+    the warm-up or the decay.
     """
     start, index = record.schedule_start, stage_of_schedule(config.growth, stage)
     if start is None and index is not None:
@@ -24,7 +27,7 @@ def restored_start(config: RunConfig, record: RunRecord, *, stage: int, source: 
             )
         start = ScheduleStart()
     if start is not None and record.training.step < config.training.train_iters:
-        _check_end(config.at_stage(stage), start)
+        _check_end(config.at_stage(stage, phases), start)
     return start
 
 

@@ -1,7 +1,8 @@
-"""A training run from start to end: restore, train one growth stage after another, stop."""
+"""A training run from start to end: restore, train one stage after another, stop."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,14 @@ from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.checkpoint.record import Identity, RunRecord
 from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.data.batch import DocumentMasking
-from megatron_tf.data.build import build_dataset, build_loader, build_validation, check_tokenizer
+from megatron_tf.data.build import ValidationSet, build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.failures import one_line_out_of_memory
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.collectives import group_rank, group_size
-from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
+from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.observability.metrics import MetricsLog
 from megatron_tf.training.observability.observer import Observer, Observers, Stage
 from megatron_tf.training.observability.profiling import Profiler
@@ -27,11 +28,11 @@ from megatron_tf.training.observability.reporter import Reporter
 from megatron_tf.training.observability.step_timer import StepTimer
 from megatron_tf.training.run.checkpointing import blend_of
 from megatron_tf.training.run.context import RunContext
+from megatron_tf.training.run.left_out import report_data
 from megatron_tf.training.run.loop import Loop
 from megatron_tf.training.run.resumable import Resumable, open_resumable
 from megatron_tf.training.run.resume import RestoredRun, Resume, has_layout
-from megatron_tf.training.run.utility import check_utility_data
-from megatron_tf.training.step.batch_sizes import check_batch_sizes
+from megatron_tf.training.run.stages import check_stages
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.supervision.preflight import preflight
 from megatron_tf.training.supervision.signals import EXIT_START_AGAIN, SignalCatcher, exit_code
@@ -49,16 +50,17 @@ def train(
     mesh: Mesh,
     *,
     signals: SignalCatcher,
-    data: Sequence[Identity],
+    data: Mapping[str, Identity],
     end: Callable[[str | None], None],
     resumable: Resumable | None,
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Train for `train_iters` steps, growing the model as configured, and return the exit code. Collective.
+    """Train for `train_iters` steps, through all stages of growth and phases of the data, and return the exit code.
+    Collective.
 
     Stops early, after a save, on a signal, at the time limit, before a growth stage with another layout, or when one of
-    `observers` requests it. `data` are the identities of the training sets; `resumable` is the checkpoint that
-    determined the layout; `end` exits the process, with a reason, when ranks wait for each other too long. Raises
+    `observers` requests it. `data` are the identities of the training sets by prefix; `resumable` is the checkpoint
+    that determined the layout; `end` exits the process, with a reason, when ranks wait for each other too long. Raises
     UserError for what a user can fix: LostRankError if a rank is lost, DivergedError if training has diverged.
     """
     timer = StepTimer()
@@ -73,16 +75,17 @@ def train(
         build = partial(build_state, mesh=mesh, timer=timer)
         resume = Resume(config, mesh, tokenizer=tokenizer.identity, build=build, data=data)
         run = resume.restore(resumable)
-        _check_stages(config, run)
-        validation = build_validation(config) if config.training.eval_interval else []
-        warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(config.at_stage(run.stage), mesh)]
+        check_stages(config, run)
+        staged = run.config_in_force(config)
+        validation = _open_validation(staged)
+        warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(staged, mesh)]
         log = stack.enter_context(_open_log(config, mesh, run.record.training.step))
         _say_warnings(warnings, run.changes, log)
         reporter = Reporter(log, config=config, mesh=mesh, timer=timer)
         everyone = Observers([reporter, Profiler(config.logging, mesh, reporter.on_profile), *observers])
         context = RunContext(
             saver=stack.enter_context(_saver(config, mesh, log=log, observers=everyone)),
-            loader=stack.enter_context(_open_loader(config, mesh, record=run.record, tokenizer=tokenizer)),
+            loader=_open_loader(staged, mesh, record=run.record, tokenizer=tokenizer),
             validation=validation,
             stop_signal=stop_signal,
             timer=timer,
@@ -92,17 +95,35 @@ def train(
         )
         _report_start(config, run, reporter)
         while True:
-            record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
+            with context.loader:
+                _report_new_data(config, run, everyone)
+                record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
             if _is_done(record, config):
+                report_data(everyone, record, run.config_in_force(config).training, reason="end")
                 return 0
             if stop is not None:
                 return _stopped(config, record, stop=stop, log=log)
-            del run  # the larger model needs its memory
+            before = run.stage
+            del run  # the next model needs its memory
             resumable = _open_next_stage(config, mesh, log)
             if resumable is None:
                 return EXIT_START_AGAIN
             run = resume.restore(resumable)
-            _report_growth(config, run, context)
+            context = _in_stage(context, run.config_in_force(config), run.record, mesh=mesh, tokenizer=tokenizer)
+            if run.stage > before:
+                _report_growth(config, run, context)
+
+
+def _in_stage(
+    context: RunContext, staged: RunConfig, record: RunRecord, *, mesh: Mesh, tokenizer: Tokenizer
+) -> RunContext:
+    """Return the context of the next stage, which may have other data, sequence lengths and batch sizes."""
+    loader = _open_loader(staged, mesh, record=record, tokenizer=tokenizer)
+    return replace(context, loader=loader, validation=_open_validation(staged))
+
+
+def _open_validation(staged: RunConfig) -> Sequence[ValidationSet]:
+    return build_validation(staged) if staged.training.eval_interval else []
 
 
 def _watchdog(config: RunConfig, mesh: Mesh, *, timer: StepTimer, end: Callable[[str | None], None]) -> Watchdog:
@@ -124,7 +145,7 @@ def _open_next_stage(config: RunConfig, mesh: Mesh, log: MetricsLog) -> Resumabl
     """Open the checkpoint that the previous stage has just written; None if the next stage has another layout."""
     assert config.checkpoint.save is not None
     resumable = open_resumable(config, newest_checkpoint(config.checkpoint.save))
-    if has_layout(config.at_stage(resumable.stage).parallel, mesh):
+    if has_layout(resumable.config_from_here(config).parallel, mesh):
         return resumable
     step = resumable.record.training.step
     log.say(f"step {step:>6}  the next stage has another layout: start the same command again")
@@ -154,6 +175,11 @@ def _report_growth(config: RunConfig, run: RestoredRun, context: RunContext) -> 
     _say_advice(run, context.say)
 
 
+def _report_new_data(config: RunConfig, run: RestoredRun, observers: Observers) -> None:
+    if run.has_new_data:
+        report_data(observers, run.record, run.config_in_force(config).training, reason="phase")
+
+
 def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
     for line in run.advice:
         say(line)
@@ -161,7 +187,7 @@ def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
 
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
     layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
-    return Stage(config.at_stage(run.stage), run.record, layout)
+    return Stage(run.config_in_force(config), run.record, layout)
 
 
 def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observers) -> BackgroundSaver:
@@ -234,34 +260,6 @@ def _hold_lock(config: RunConfig, mesh: Mesh, stack: ExitStack, *, end: Callable
             pass  # the preflight reports on the directory for every rank
     if reason := mesh.first_failure(refusal):
         raise ConfigError(reason)
-
-
-def _check_stages(config: RunConfig, run: RestoredRun) -> None:
-    """Check what the stages that `run` has not reached need: ranks, batch sizes, data. Collective.
-
-    Raises ConfigError on every rank for what doesn't fit.
-    """
-    mesh = run.state.mesh
-    for number in range(run.stage, len(config.growth)):
-        try:
-            _check_layout(config.at_stage(number + 1), mesh)
-        except (ConfigError, LayoutError) as error:
-            raise ConfigError(f"growth[{number}]: {error}") from None
-    check_utility_data(config, mesh, record=run.record, first=run.stage)
-
-
-def _check_layout(config: RunConfig, mesh: Mesh) -> None:
-    """Raise ConfigError or LayoutError if the layout or the batch size of a stage does not fit these ranks."""
-    parallel = config.parallel
-    pipeline = parallel.pipeline_model_parallel_size
-    replicas = data_parallel_size(
-        group_size(mesh.world),
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=pipeline,
-        requested=parallel.data_parallel_size,
-        shard_size=parallel.data_parallel_shard_size,
-    )
-    check_batch_sizes(config, pipeline, replicas)
 
 
 def _stopped(config: RunConfig, record: RunRecord, *, stop: Stop, log: MetricsLog) -> int:

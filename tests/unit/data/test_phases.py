@@ -43,6 +43,7 @@ class Checkpoint:
     samples: int
     read: list
     skipped: list
+    rewound: list
     rings: dict
     sizes: dict
 
@@ -57,6 +58,7 @@ class Run:
     samples: int = 0
     read: list = field(default_factory=list)
     skipped: list = field(default_factory=list)
+    rewound: list = field(default_factory=list)
     rings: dict = field(default_factory=lambda: RINGS)
     sizes: dict = field(default_factory=dict)
     """Tokens of each epoch of which something was read."""
@@ -88,26 +90,35 @@ class Run:
             self.read += self.next_batch()
 
     def skip(self):
+        first = self.samples
         self.skipped += self.next_batch()
+        self.phase = self.phase.after_skip(first, self.samples)
 
     def save(self):
         phase = json.dumps(self.phase.to_json())
         self.saved = Checkpoint(
-            phase, self.samples, [*self.read], [*self.skipped], rings=self.rings, sizes={**self.sizes}
+            phase,
+            self.samples,
+            read=[*self.read],
+            skipped=[*self.skipped],
+            rewound=[*self.rewound],
+            rings=self.rings,
+            sizes={**self.sizes},
         )
 
     def kill(self):
         """Resume from the checkpoint: what was read since does not count, as the model has not seen it either."""
         saved = self.saved
         self.phase, self.samples = Phase.from_json(json.loads(saved.phase)), saved.samples
-        self.read, self.skipped = [*saved.read], [*saved.skipped]
+        self.read, self.skipped, self.rewound = [*saved.read], [*saved.skipped], [*saved.rewound]
         self.rings, self.sizes = saved.rings, {**saved.sizes}
 
     def rewind(self):
         """Take back the model but not the data: what was read since the checkpoint is skipped."""
-        self.skipped += self.read[len(self.saved.read) :]
+        self.rewound += self.read[len(self.saved.read) :]
         self.read = [*self.saved.read]
-        self.save()
+        saved = Phase.from_json(json.loads(self.saved.phase))
+        self.phase = self.phase.after_rewind(self.samples, saved=saved, sample=self.saved.samples)
 
     def grow(self):
         """Save and restart with a larger model."""
@@ -139,7 +150,7 @@ def test_every_token_of_an_epoch_is_read_skipped_or_counted_as_left_out_exactly_
     run = start(length, weights)
     for event, value in events:
         run.do(event, value)
-    handed_out = Counter(run.read + run.skipped)
+    handed_out = Counter(run.read + run.skipped + run.rewound)
     assert max(handed_out.values(), default=1) == 1
     for name, state in run.phase.states_at(run.samples).items():
         position = state.position
@@ -148,6 +159,9 @@ def test_every_token_of_an_epoch_is_read_skipped_or_counted_as_left_out_exactly_
         assert epochs.count(position.epoch) == position.read_of_epoch()
         left_out = sum(run.sizes[name, epoch] - epochs.count(epoch) for epoch in range(position.epoch))
         assert left_out == position.left_out
+        kinds = run.read + run.skipped + run.rewound, run.skipped, run.rewound
+        counts = [sum(set_ == name for set_, _, _ in kind) for kind in kinds]
+        assert counts == [state.read, state.skipped, state.rewound]
         assert all(0 <= token < run.sizes[name, epoch] for set_, epoch, token in handed_out if set_ == name)
 
 
@@ -216,5 +230,6 @@ def test_the_record_of_a_phase_takes_less_than_1_kb_for_each_set():
 
 
 def test_states_are_written_as_they_are_read():
-    state = SetState.from_json({"tokens": 9, "key": "f", "epoch": 2, "cuts": [[4, 1]], "left_out": 2})
-    assert state.to_json() == {"tokens": 9, "key": "f", "epoch": 2, "cuts": [[4, 1]], "left_out": 2}
+    values = {"tokens": 9, "key": "f", "epoch": 2, "cuts": [[4, 1]], "left_out": 2}
+    values |= {"read": 20, "skipped": 4, "rewound": 8}
+    assert SetState.from_json(values).to_json() == values
