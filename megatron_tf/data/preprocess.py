@@ -104,9 +104,7 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
         texts = [document[key] for document in batch.documents]
         if not texts:
             continue
-        encoded = _encoded(texts, part.dtype, tokenizer)
-        if settings.eod is not None:
-            encoded = _with_end(encoded, settings.eod)
+        encoded = _encoded(texts, part.dtype, tokenizer=tokenizer, eod=settings.eod)
         for output, which in _outputs(key, sets, settings).items():
             # in the usual case of one set per batch, nothing is copied
             chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
@@ -121,19 +119,12 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
     part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
 
 
-def _encoded(texts: list[str], dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
+def _encoded(texts: list[str], dtype: np.dtype, *, tokenizer: Tokenizer, eod: int | None) -> Encoded:
     encoded = tokenizer.encode_batch(texts)
     highest = int(encoded.ids.max(initial=0))
     if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
         raise DataError(f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this")
-    return Encoded(encoded.ids.astype(dtype), encoded.lengths)
-
-
-def _with_end(encoded: Encoded, eod: int) -> Encoded:
-    """Append the end of document to each text. An empty text stays empty, as in Megatron-LM's preprocessing."""
-    has_tokens = encoded.lengths > 0
-    ends = np.cumsum(encoded.lengths)[has_tokens]
-    return Encoded(np.insert(encoded.ids, ends, eod), encoded.lengths + has_tokens)
+    return encoded.finished(dtype, eod)
 
 
 def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, list[int]]:
