@@ -5,7 +5,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ _UNSETTLED = re.compile(
 )
 _ASCII = bytes(range(128))
 _PIECE = 1 << 16  # characters
+FEW_CHARACTERS = 16 << 20  # about as many as are encoded in the time that importing awkward takes
 PROBES = [
     "",
     " ",
@@ -45,9 +45,7 @@ PROBES = [
 """Texts that tokenizers easily encode wrongly."""
 
 
-def fast_engine(
-    path: Path, content: TextToIds, reference: Callable[[], "tokenizers.Tokenizer"], threads: int = 1
-) -> "Engine | None":
+def fast_engine(path: Path, content: TextToIds, reference: Callable[[], "tokenizers.Tokenizer"]) -> "Engine | None":
     """Return a gigatoken encoder for the contents of a tokenizer.json if it reproduces `reference` on PROBES.
 
     Otherwise log the reason and return None. `reference` loads Hugging Face's tokenizer; a check that passed before is
@@ -56,7 +54,7 @@ def fast_engine(
     try:
         import gigatoken
 
-        engine = Engine(gigatoken.Tokenizer.from_json(content.json), threads)
+        engine = Engine(gigatoken.Tokenizer.from_json(content.json))
         if is_known_good(content.json, PROBES):
             return engine
         reason = _difference(engine, content, reference())
@@ -96,11 +94,15 @@ def _is_settled_character(character: str) -> bool:
 
 
 class Engine:
-    """A gigatoken tokenizer that encodes without a Python object per id, on a number of threads."""
+    """A gigatoken tokenizer that encodes without a Python object per id.
 
-    def __init__(self, tokenizer: "gigatoken.Tokenizer", threads: int = 1) -> None:
+    It uses all threads of the engine once it has to encode more than `few_characters`.
+    """
+
+    def __init__(self, tokenizer: "gigatoken.Tokenizer", few_characters: int = FEW_CHARACTERS) -> None:
         self._tokenizer = tokenizer
-        self._threads = threads
+        self._few_characters = few_characters
+        self._characters = 0
 
     @property
     def vocab_size(self) -> int:
@@ -109,25 +111,16 @@ class Engine:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode each text."""
-        if self._threads == 1:
-            return self._encode_on_one_thread(texts)
+        self._characters += sum(map(len, texts))
+        # encode_batch imports awkward, which takes longer than to encode a few texts one by one
+        if self._characters <= self._few_characters:
+            return joined([self._tokenizer.encode(text) for text in texts])
         layout: Any = self._tokenizer.encode_batch(list(texts)).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text."""
         return self._tokenizer.decode(np.asarray(ids, dtype=np.uint32)).decode(errors="replace")
-
-    def _encode_on_one_thread(self, texts: Sequence[str]) -> Encoded:
-        """Encode into padded matrices: encode_batch would import awkward, which takes a quarter of a second."""
-        rows: dict[int, np.ndarray] = {}
-        # texts of similar length, so that there is little padding
-        by_size = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for _, group in groupby(by_size, key=lambda i: len(texts[i]).bit_length()):
-            which = list(group)
-            padded, lengths = self._tokenizer.encode_batch_padded([texts[i] for i in which], pad_id=0, parallel=False)
-            rows |= {i: row[:length] for i, row, length in zip(which, padded, lengths.tolist(), strict=True)}
-        return joined([rows[i] for i in range(len(texts))])
 
 
 def vocab_size_of(tokenizer: "tokenizers.Tokenizer") -> int:

@@ -43,11 +43,11 @@ class HFTokenizer:
     """A Hugging Face tokenizer.json, or GPT-2's vocab.json with merges.txt. Byte-level BPE uses a faster engine if it
     gives the same ids."""
 
-    def __init__(self, path: Path, eod_token: str | None = None, threads: int = 1) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         self._path = path
         self._eod_token = eod_token
         self._content = text_to_ids_only(path)
-        self._engine = fast_engine(path, self._content, lambda: self._reference, threads)
+        self._engine = fast_engine(path, self._content, lambda: self._reference)
         self.vocab_size = self._engine.vocab_size if self._engine else vocab_size_of(self._reference)
         self.identity = _identity("HFTokenizer", self.vocab_size, path)
 
@@ -123,11 +123,11 @@ class SentencePieceTokenizer:
 class TikTokenizer:
     """A file of tiktoken ranks, named after its encoding (r50k_base.tiktoken), which determines how text is split."""
 
-    def __init__(self, path: Path, eod_token: str | None = None, threads: int = 1) -> None:
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
         import gigatoken
 
         self._path = path
-        self._engine = Engine(gigatoken.Tokenizer.from_tiktoken(path), threads)
+        self._engine = Engine(gigatoken.Tokenizer.from_tiktoken(path))
         self._special_tokens: dict[str, int] = SPECIAL_TOKENS[path.name.removesuffix(".tiktoken")]
         token = "<|endoftext|>" if eod_token is None else eod_token
         if token not in self._special_tokens:
@@ -195,8 +195,8 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Build a tokenizer of a type in TYPES. Raises DataError for other types, and for a missing or malformed file.
 
-    `threads` is the number of threads that encode a batch; if there are several, byte-level BPE uses RAYON_NUM_THREADS.
-    `eod_token` replaces the end-of-document token named in the tokenizer's files.
+    `threads` is the number of threads that encode a batch; byte-level BPE uses RAYON_NUM_THREADS instead. `eod_token`
+    replaces the end-of-document token named in the tokenizer's files.
     """
     if tokenizer_type not in TYPES:
         near = difflib.get_close_matches(tokenizer_type, TYPES, n=1, cutoff=0.85)
@@ -214,18 +214,18 @@ def build_tokenizer(
         if tokenizer_type == "SentencePieceTokenizer":
             return SentencePieceTokenizer(path, threads, eod_token)
         if tokenizer_type == "HFTokenizer":
-            return HFTokenizer(path, eod_token, threads)
-        return _of_ranks(path, eod_token, threads)
+            return HFTokenizer(path, eod_token)
+        return _of_ranks(path, eod_token)
     except (DataError, OSError):
         raise
     except Exception as error:  # these libraries raise Exception or RuntimeError for a file that they can't parse
         raise DataError(f"{path} is not a {tokenizer_type} file: {error}") from error
 
 
-def _of_ranks(path: Path, eod_token: str | None, threads: int) -> Tokenizer:
+def _of_ranks(path: Path, eod_token: str | None) -> Tokenizer:
     """Build a tokenizer with the fast engine if it knows the encoding by the file's name, else with tiktoken."""
     if path.name.removesuffix(".tiktoken") in PATTERNS and not description_file(path).is_file():
-        return TikTokenizer(path, eod_token, threads)
+        return TikTokenizer(path, eod_token)
     description = read_description(path)
     if description is None:
         raise DataError(
