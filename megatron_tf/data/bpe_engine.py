@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 # Characters outside ranges on which all engines agree: a text without any needs no closer look.
 _UNSETTLED = re.compile(
     "[^\x00-\u0220\u0250-\u02ad\u02b0-\u034f\u0400-\u0486\u05d0-\u05ea"
+    "\u038e-\u03a1\u03a3-\u03ce\u0621-\u063a\u0640-\u0655\u093c-\u094d\ufe00-\ufe0f"
     "\u0660-\u06ed\u0901-\u0903\u0905-\u0939\u0e01-\u0e3a"
     "\u1e00-\u1e9b\u1ea0-\u1ef9\u2000-\u2063\u20a0-\u20b1\u2100-\u213a\u2190-\u2426\u2460-\u24fe\u2500-\u2b73\u3000-\u303f"
     "\u3041-\u3096\u3099-\u30ff\u3250-\u4db5\u4dc0-\u9fa5\uac00-\ud7a3\ufe0f\uff01-\uffbe\ufffd\U0001f300-\U0001f6d7]"
