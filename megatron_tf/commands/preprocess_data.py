@@ -235,7 +235,7 @@ def progress_of(sources: Sequence[Source], log_interval: int) -> Iterator[Report
         from tqdm import tqdm  # takes a while to import
 
         with tqdm(total=total if is_known else None, unit="B", unit_scale=True) as bar:
-            yield lambda more_bytes, _: bar.update(more_bytes)
+            yield lambda more_bytes, _: _advance(bar, more_bytes)
         return
     started = time.perf_counter()
     done = 0
@@ -251,6 +251,10 @@ def progress_of(sources: Sequence[Source], log_interval: int) -> Iterator[Report
             print(f"{documents:>12,} documents, {share}{seconds:,.0f} s", flush=True)
 
     yield progress
+
+
+def _advance(bar: Any, more_bytes: int) -> None:
+    bar.update(more_bytes)
 
 
 def is_alone() -> bool:
