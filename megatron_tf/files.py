@@ -23,8 +23,8 @@ _WITHOUT_LOCKS = (
     errno.EOPNOTSUPP,
     errno.ENOTSUP,
     errno.ENOLCK,
-    errno.EIO,
-)  # EIO: NFS without its lock daemon
+    errno.EIO,  # NFS without its lock daemon
+)
 
 
 def sync_file(file: IO[Any]) -> None:
