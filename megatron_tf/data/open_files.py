@@ -5,16 +5,21 @@ message. So tokens are read by system calls, which report errors, and indices ar
 """
 
 import errno
+import mmap
 import os
 import resource
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.errors import UserError
+
+T = TypeVar("T")
 
 NO_MAPS = (errno.ENODEV, errno.EINVAL, errno.EACCES)  # what mmap returns on file systems without maps
 
@@ -69,7 +74,9 @@ class OpenFile:
             return np.empty(0, np.uint8)
         try:
             # a plain array: each slice of an np.memmap would take a microsecond
-            return np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+            return np.frombuffer(
+                _with_more_files(lambda: mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)), np.uint8
+            )
         except OSError as error:
             if error.errno not in NO_MAPS:
                 raise _not_opened(self.path, error) from error
@@ -80,17 +87,21 @@ class OpenFile:
 
 
 def _opened(path: Path) -> int:
-    flags = os.O_RDONLY | os.O_CLOEXEC
     try:
-        return os.open(path, flags)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise _not_opened(path, error) from error
-    _allow_more_files()
-    try:
-        return os.open(path, flags)
+        return _with_more_files(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise _not_opened(path, error) from error
+
+
+def _with_more_files(open_one: Callable[[], T]) -> T:
+    """Call a function that opens a file; if too many are open, raise the limit and call it again."""
+    try:
+        return open_one()
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    _allow_more_files()
+    return open_one()
 
 
 def _not_opened(path: Path, error: OSError) -> DataError:
