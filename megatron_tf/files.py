@@ -18,7 +18,13 @@ log = logging.getLogger(__name__)
 _COPY_BYTES = 16 << 20
 _SILENT_SECONDS = 1.0
 _POLL_SECONDS = 0.02
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+_WITHOUT_LOCKS = (
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.ENOLCK,
+    errno.EIO,  # NFS without its lock daemon
+)
 
 
 def sync_file(file: IO[Any]) -> None:

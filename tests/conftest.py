@@ -23,6 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # code of exported models goes here instead of the user's cache; transformers reads it once, when it is imported
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+# and our own caches too
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -33,9 +35,10 @@ def pytest_runtest_setup():
 
 @pytest.fixture(scope="session", autouse=True)
 def _modules_cache():
-    """Remove the cache directory at the end."""
+    """Remove the cache directories at the end."""
     yield
-    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+    for name in ("HF_MODULES_CACHE", "XDG_CACHE_HOME"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

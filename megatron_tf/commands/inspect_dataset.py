@@ -96,7 +96,7 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
 def show_counts(dataset: IndexedDataset) -> None:
     """Print the numbers of documents and tokens, length quantiles, and the report next to the data."""
     lengths = dataset.document_lengths
-    print(f"{dataset.prefix}: {len(dataset):,} documents, {len(dataset.tokens):,} tokens of type {dataset.dtype}")
+    print(f"{dataset.prefix}: {len(dataset):,} documents, {dataset.num_tokens:,} tokens of type {dataset.dtype}")
     if len(lengths):
         marks = np.percentile(lengths, [0, 25, 50, 75, 99, 100]).astype(np.int64)
         names = ("shortest", "25 %", "median", "75 %", "99 %", "longest")
@@ -112,9 +112,11 @@ def show_counts(dataset: IndexedDataset) -> None:
 
 def check_id_range(dataset: IndexedDataset, tokenizer: Tokenizer | None) -> None:
     """Raise DataError if an id is outside the vocabulary."""
-    blocks = [dataset.tokens[i : i + BLOCK_TOKENS] for i in range(0, len(dataset.tokens), BLOCK_TOKENS)]
-    highest = max((int(block.max()) for block in blocks), default=0)
-    lowest = min((int(block.min()) for block in blocks), default=0)
+    total = dataset.num_tokens
+    blocks = (dataset.ids(start, min(start + BLOCK_TOKENS, total)) for start in range(0, total, BLOCK_TOKENS))
+    extremes = [(int(block.min()), int(block.max())) for block in blocks]
+    lowest = min((low for low, _ in extremes), default=0)
+    highest = max((high for _, high in extremes), default=0)
     print(f"  ids from {lowest:,} to {highest:,}")
     size = highest + 1 if tokenizer is None else tokenizer.vocab_size
     if lowest < 0 or highest >= size:

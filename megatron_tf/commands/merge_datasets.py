@@ -68,7 +68,7 @@ def merge(prefixes: list[str], output: str) -> None:
     index.replace(f"{output}.idx")
     sync_directory(index.parent)
     merged = IndexedDataset(output)
-    print(f"{output}: {len(merged):,} documents, {len(merged.tokens):,} tokens")
+    print(f"{output}: {len(merged):,} documents, {merged.num_tokens:,} tokens")
 
 
 def merge_sets(datasets: list[IndexedDataset], output: str) -> None:

@@ -24,8 +24,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
 from megatron_tf.data.documents import Input, Source
@@ -233,22 +231,30 @@ def progress_of(sources: Sequence[Source], log_interval: int) -> Iterator[Report
     """Return a progress callback: a bar on a terminal, lines in a log. Both count bytes of the input files on disk."""
     total = sum(source.size for source in sources)
     is_known = all(source.size for source in sources)
-    documents = 0
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # takes a while to import
+
+        with tqdm(total=total if is_known else None, unit="B", unit_scale=True) as bar:
+            yield lambda more_bytes, _: _advance(bar, more_bytes)
+        return
     started = time.perf_counter()
-    with tqdm(total=total if is_known else None, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        done = 0
+    done = 0
+    documents = 0
 
-        def progress(more_bytes: int, more_documents: int) -> None:
-            nonlocal done, documents
-            done, before = done + more_bytes, documents // log_interval
-            documents += more_documents
-            bar.update(more_bytes)
-            if bar.disable and documents // log_interval > before:
-                seconds = time.perf_counter() - started
-                share = f"{done / total:6.1%} of the input, " if is_known else ""
-                print(f"{documents:>12,} documents, {share}{seconds:,.0f} s", flush=True)
+    def progress(more_bytes: int, more_documents: int) -> None:
+        nonlocal done, documents
+        done, before = done + more_bytes, documents // log_interval
+        documents += more_documents
+        if documents // log_interval > before:
+            seconds = time.perf_counter() - started
+            share = f"{done / total:6.1%} of the input, " if is_known else ""
+            print(f"{documents:>12,} documents, {share}{seconds:,.0f} s", flush=True)
 
-        yield progress
+    yield progress
+
+
+def _advance(bar: Any, more_bytes: int) -> None:
+    bar.update(more_bytes)
 
 
 def is_alone() -> bool:

@@ -42,8 +42,9 @@ def check_first_ends(prefix: str, report: Mapping[str, Any], eod: int | None) ->
         return
     for recorded in report["data_sets"]:
         dataset = IndexedDataset(Path(prefix).parent / Path(recorded).name)
-        if len(dataset.tokens) and int(dataset.tokens[-1].item()) != eod:
-            _refuse(prefix, f"whose documents end with id {int(dataset.tokens[-1].item())}, and not with {eod}")
+        last = dataset.ids(max(0, dataset.num_tokens - 1), dataset.num_tokens).tolist()
+        if last not in ([], [eod]):
+            _refuse(prefix, f"whose documents end with id {last[0]}, and not with {eod}")
 
 
 def _refuse(prefix: str, why: str) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
 
 from megatron_tf.data.gpt2_files import read_pair
 from megatron_tf.data.indexed_dataset import DataError
@@ -36,50 +39,58 @@ def is_pair(path: Path) -> bool:
     return not (isinstance(content, dict) and isinstance(content.get("model"), dict))
 
 
-def text_to_ids_only(path: Path) -> str:
-    """Remove from a tokenizer.json what changes ids after encoding: truncation, padding, dropout, post-processor.
+class TextToIds(NamedTuple):
+    """What of a tokenizer.json maps text to ids."""
 
-    Raises DataError if it is not a JSON object.
-    """
-    content: Any = json.loads(tokenizer_json(path))
+    json: bytes
+    """The file without truncation, padding, dropout and post-processor, which change ids after encoding."""
+    special_tokens: dict[str, int]
+
+
+def text_to_ids_only(path: Path) -> TextToIds:
+    """Read what maps text to ids. Raises DataError if the file is not a JSON object."""
+    content: Any = orjson.loads(tokenizer_json(path))
     if not isinstance(content, dict):
         raise DataError(f"{path} is not a tokenizer.json: it is not a JSON object")
     content |= {"truncation": None, "padding": None, "post_processor": None}
     if isinstance(content.get("model"), dict):
         content["model"].pop("dropout", None)
-    return json.dumps(content, ensure_ascii=False)
+    added = content.get("added_tokens") or []
+    return TextToIds(orjson.dumps(content), {token["content"]: token["id"] for token in added if token.get("special")})
 
 
-def end_of_document(path: Path, tokenizer: "tokenizers.Tokenizer", eod_token: str | None) -> int:
+def special_tokens_of(tokenizer: "tokenizers.Tokenizer") -> dict[str, int]:
+    """Return the special tokens of a loaded tokenizer with their ids."""
+    return {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def end_of_document(
+    path: Path, special_tokens: Mapping[str, int], id_of: Callable[[str], int | None], eod_token: str | None
+) -> int:
     """Return the end-of-document id: that of `eod_token`, of the token named next to tokenizer.json, or of a
-    well-known special token, in this order.
+    well-known special token, in this order. `id_of` returns the id of any token.
 
     Raises DataError if there is none. An ordinary entry of the vocabulary is never used.
     """
     if eod_token is not None:
-        return _id_of(path, tokenizer, eod_token)
+        found = id_of(eod_token)
+        if found is None:
+            raise DataError(f"{path} has no token {eod_token!r}: give another as --eod-token (data.eod_token of a run)")
+        return found
     named = _named_end(path.parent)
     if named is not None:
         file, token = named
-        found = tokenizer.token_to_id(token)
+        found = id_of(token)
         if found is not None:
-            return int(found)
+            return found
         log.warning("%s names %r as the end of a document, which is not in %s", file, token, path)
-    special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-    known = [special[token] for token in END_OF_DOCUMENT if token in special]
+    known = [special_tokens[token] for token in END_OF_DOCUMENT if token in special_tokens]
     if not known:
         raise DataError(
             f"{path} does not say which token ends a document: name it with --eod-token (data.eod_token of a run), "
-            f"such as one of its special tokens: {', '.join(list(special)[:20]) or 'none'}"
+            f"such as one of its special tokens: {', '.join(list(special_tokens)[:20]) or 'none'}"
         )
     return known[0]
-
-
-def _id_of(path: Path, tokenizer: "tokenizers.Tokenizer", token: str) -> int:
-    found = tokenizer.token_to_id(token)
-    if found is None:
-        raise DataError(f"{path} has no token {token!r}: give another as --eod-token (data.eod_token of a run)")
-    return int(found)
 
 
 def _named_end(directory: Path) -> tuple[Path, str] | None:

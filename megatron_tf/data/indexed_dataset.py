@@ -1,11 +1,7 @@
 """Megatron-LM's indexed dataset: PREFIX.bin holds token ids, PREFIX.idx the sequence and document boundaries."""
 
-import errno
-import os
-import resource
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data._index import check_index
-from megatron_tf.errors import UserError
+from megatron_tf.data.open_files import DataError, OpenFile
 from megatron_tf.files import sync_file
+
+__all__ = ["DataError", "IndexedDataset"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -34,17 +32,13 @@ INDEX_BLOCK = 1 << 20  # documents written at a time
 _CODES = {np.dtype(dtype): code for code, dtype in _TYPES_BY_CODE.items()}
 
 
-class DataError(UserError):
-    """Raised for data that is missing, damaged or in another format; the message names the file and the cause."""
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the type Megatron-LM stores ids of a vocabulary of this size in."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedDataset:
-    """A memory-mapped PREFIX.bin/.idx pair. Raises DataError if either is invalid or they don't match.
+    """A PREFIX.bin/.idx pair. Raises DataError if either is invalid, if they don't match, and if they change later.
 
     `lengths`, int32 [S], holds the number of tokens of each sequence; document d consists of sequences [documents[d],
     documents[d + 1]). With `by_sequence` each sequence is a document, as in Megatron-LM's GPT datasets.
@@ -57,19 +51,19 @@ class IndexedDataset:
         for path in (index_path, data_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing: give the prefix that megatron-tf preprocess-data wrote")
-        index = _read_index(index_path)
+        self._index_file = OpenFile(index_path)
+        index = _read_index(self._index_file)
         self.dtype = index.dtype
         self.lengths = index.lengths
         self.offsets = index.offsets
         self.documents = index.bounds
         self._one_sequence_each = index.one_sequence_each or by_sequence
         self._bounds = range(len(self.lengths) + 1) if by_sequence else self.documents
-        found = data_path.stat().st_size
-        size = index.data_bytes
+        self._data_file = OpenFile(data_path)
+        found, size = self._data_file.size, index.data_bytes
         if found != size:
             raise DataError(f"{data_path} has {found:,} bytes, its index says {size:,}: it is truncated or of another")
-        self.tokens = _mapped(data_path, self.dtype)
-        self._data_path = data_path
+        self.num_tokens = size // self.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -84,9 +78,16 @@ class IndexedDataset:
         return np.diff(ends[self.documents])
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
-        """Return tokens [start, stop) of a document, as a view; its sequences are contiguous."""
-        first, last = self._extent(index, start, stop)
-        return self.tokens[first:last]
+        """Return tokens [start, stop) of a document, which can't be written to; its sequences are contiguous.
+
+        Raises DataError naming the file if it was truncated meanwhile or can't be read.
+        """
+        return self.ids(*self._extent(index, start, stop))
+
+    def ids(self, first: int, last: int) -> NDArray[np.generic]:
+        """Return tokens [first, last) of the whole file, as `document` does."""
+        size = self.dtype.itemsize
+        return np.frombuffer(self._data_file.read(first * size, (last - first) * size), self.dtype)
 
     def place(self, index: int, offset: int) -> tuple[int, int]:
         """Return (document, offset in it) of a token, by the file's own documents even with `by_sequence`."""
@@ -100,12 +101,10 @@ class IndexedDataset:
         """Ask the operating system to read ahead what `document` would return, without waiting for it."""
         first, last = self._extent(index, start, stop)
         size = self.dtype.itemsize
-        if not hasattr(os, "posix_fadvise"):  # macOS
-            return
-        with self._data_path.open("rb") as data:  # not kept open: a blend may have thousands of files
-            os.posix_fadvise(data.fileno(), first * size, (last - first) * size, os.POSIX_FADV_WILLNEED)
+        self._data_file.prefetch(first * size, (last - first) * size)
 
     def _extent(self, index: int, start: int, stop: int | None) -> tuple[int, int]:
+        self._index_file.check()  # it is mapped: reading a part that is gone would end the process with SIGBUS
         first, last = int(self._bounds[index]), int(self._bounds[index + 1])
         # a document without a sequence has no offset
         if first == last:
@@ -114,31 +113,6 @@ class IndexedDataset:
         begin = int(self.offsets[first]) // size
         end = int(self.offsets[last - 1]) // size + int(self.lengths[last - 1])
         return min(end, begin + start), end if stop is None else min(end, begin + stop)
-
-
-def _mapped(path: Path, dtype: np.dtype) -> NDArray[np.generic]:
-    """Map a file as a plain array: each slice of an np.memmap would take a microsecond."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-    _allow_more_files()
-    try:
-        return np.asarray(np.memmap(path, dtype, mode="r"))
-    except OSError as error:
-        raise DataError(
-            f"{path} can't be opened ({error.strerror}): raise the limit of open files (ulimit -n), or merge datasets"
-        ) from None
-
-
-def _allow_more_files() -> None:
-    """Raise the limit on open files as far as allowed: each map holds a descriptor, and a blend may need thousands."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):  # macOS allows less than it reports
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Index(NamedTuple):
@@ -150,9 +124,9 @@ class _Index(NamedTuple):
     one_sequence_each: bool
 
 
-def _read_index(path: Path) -> _Index:
+def _read_index(file: OpenFile) -> _Index:
     """Validate an index file completely, and return views of it."""
-    mapped = _mapped(path, np.dtype(np.uint8))
+    path, mapped = file.path, file.mapped()
     try:
         code, sequences, bounds, data_bytes, one_sequence_each = check_index(mapped, _TYPE_SIZES)
     except ValueError as error:

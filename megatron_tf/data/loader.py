@@ -71,11 +71,11 @@ class BatchLoader(Iterator[Batch]):
         numbers = self._sample_numbers(first)
         samples = numbers.ravel().tolist()
         is_probe = self._reads % PROBE_INTERVAL == 0
-        # a probe reads without read-ahead, so that its page faults show whether data comes from the disk
+        # a probe reads without read-ahead, so that it shows whether data comes from the disk
         if self._is_cold and not is_probe:
             for sample in samples:
                 self.dataset.prefetch(sample)
-        faults = _major_faults()
+        waits = _disk_waits()
         # a single sample, for its length
         first_row = self.dataset[samples[0]]
         rows = np.empty((len(samples), len(first_row)), dtype=np.int64)
@@ -83,7 +83,7 @@ class BatchLoader(Iterator[Batch]):
         for row, sample in zip(rows[1:], samples[1:], strict=True):
             row[:] = self.dataset[sample]
         if is_probe:
-            self._is_cold = _major_faults() > faults
+            self._is_cold = _disk_waits() > waits
         self._reads += 1
         batch = make_batch(rows.reshape(*numbers.shape, -1), numbers, self.masking)
         return pin(batch) if self._pins else batch
@@ -97,7 +97,8 @@ class BatchLoader(Iterator[Batch]):
         return numbers.reshape(-1, self.replicas, self.micro_batch_size)[:, self.replica]
 
 
-def _major_faults() -> int:
-    """Return how many major page faults (waits for the disk) this thread has had."""
+def _disk_waits() -> int:
+    """Return a number that grows whenever this thread waits for the disk: blocks read and major page faults."""
     # other systems than Linux count all threads: then data is considered cold too often, which only costs time
-    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
+    usage = resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF))
+    return usage.ru_inblock + usage.ru_majflt

@@ -1,10 +1,15 @@
 """Cache of order arrays on disk: built once by the first process, verified and memory-mapped by all."""
 
+import errno
+import functools
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,10 +17,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.open_files import NO_MAPS, DataError
 from megatron_tf.files import locked
 
+log = logging.getLogger(__name__)
+
 LOCK_TIMEOUT_SECONDS = 600.0
+_LEFTOVER_SECONDS = 3600.0
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class OrderArrays(NamedTuple):
@@ -46,42 +55,84 @@ class Order(Protocol):
 def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> OrderArrays:
     """Map the arrays for `key`, which must contain everything they depend on; build them if missing or damaged.
 
-    Raises DataError if another process takes too long to build them, or if `cache` can't be created.
+    If `cache` is read-only, the arrays are built in memory, with one warning for each process and directory. Raises
+    DataError if another process takes too long to build them, or if `cache` can't be created.
     """
     name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
     directory = cache / f"order-{name}"
     arrays = _open(directory)
-    if arrays is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
-            ) from error
-        busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
-        # only taken to build: most starts find the arrays, and a cache may be read-only
-        with locked(cache / f"order-{name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
-            # another process may have built them while this one waited for the lock
-            arrays = _open(directory)
-            if arrays is None:
-                # map the files instead of using the built arrays, since all ranks of a host share mapped pages
-                _write(directory, build())
-                arrays = _open(directory)
+    if arrays is not None:
+        return arrays
+    try:
+        arrays = _build_once(directory, build)
+    except OSError as error:
+        if error.errno in _READ_ONLY:
+            _warn_of_memory(cache, error.strerror)
+            return build()
+        raise DataError(
+            f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
+        ) from error
     if arrays is None:
         raise DataError(f"{directory} can't be read back after writing: check the disk")
     return arrays
+
+
+def _build_once(directory: Path, build: Callable[[], OrderArrays]) -> OrderArrays | None:
+    """Build and map the arrays, or map those of another process that was faster. Raises OSError if the directory can't
+    be written."""
+    cache = directory.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    busy = f"another process held the lock for {LOCK_TIMEOUT_SECONDS:.0f} s"
+    # only taken to build: most starts find the arrays, and a cache may be read-only
+    with locked(cache / f"{directory.name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
+        # another process may have built them while this one waited for the lock
+        arrays = _open(directory)
+        if arrays is None:
+            _remove_leftovers(directory)
+            # map the files instead of using the built arrays, since all ranks of a host share mapped pages
+            _write(directory, build())
+            arrays = _open(directory)
+    return arrays
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what processes that were killed while writing left. Without working locks, a young one may be in use."""
+    for leftover in directory.parent.glob(f"{directory.name}.*.tmp"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(leftover)
+
+
+@functools.cache
+def _warn_of_memory(cache: Path, reason: str) -> None:
+    log.warning(
+        "%s can't be written to (%s): every process holds the order of samples in its own memory; to share it, set "
+        "data.data_cache_path to a directory that can be written to",
+        cache,
+        reason,
+    )
 
 
 def _open(directory: Path) -> OrderArrays | None:
     """Map the arrays; None if they are missing or fail their checksum."""
     try:
         checksums = json.loads((directory / "checksums.json").read_text())
-        arrays = [np.asarray(np.load(directory / f"{n}.npy", mmap_mode="r")) for n in OrderArrays._fields]
+        arrays = [_loaded(directory / f"{n}.npy") for n in OrderArrays._fields]
     except (OSError, ValueError):
         return None
     if [_checksum(array) for array in arrays] != checksums:
         return None
     return OrderArrays(*arrays)
+
+
+def _loaded(path: Path) -> NDArray[np.integer]:
+    try:
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except OSError as error:
+        if error.errno not in NO_MAPS:
+            raise
+        loaded: NDArray[np.integer] = np.load(path)
+        return loaded
 
 
 def _write(directory: Path, arrays: OrderArrays) -> None:

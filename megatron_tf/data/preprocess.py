@@ -1,7 +1,7 @@
 """Preprocesses text into datasets: each source becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -85,8 +85,10 @@ def tokenize_source(
             return
         done = 0
         uncommitted = 0
-        for batch in _read_ahead(source.batches(settings.fields, journal.end)):
-            _add(part, batch, settings=settings, tokenizer=tokenizer)
+        batches = _ahead(source.batches(settings.fields, journal.end))
+        # a thread reads, one encodes, and this one writes: the tokenizer, which is the slowest, waits for neither
+        for batch, encoded in _ahead((batch, _encoded(batch, settings.keys, tokenizer)) for batch in batches):
+            _add(part, batch, encoded, settings=settings)
             progress(batch.end_byte - done, len(batch.documents))
             done = batch.end_byte
             uncommitted += batch.line_bytes
@@ -98,22 +100,17 @@ def tokenize_source(
         part.commit(is_complete=True)
 
 
-def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tokenizer) -> None:
-    sets = [_set_name(document, settings.fields.set_key) for document in batch.documents]
-    for key in settings.keys:
-        texts = [document[key] for document in batch.documents]
-        if not texts:
-            continue
-        encoded = _encoded(texts, part.dtype, tokenizer)
-        if settings.eod is not None:
-            encoded = _with_end(encoded, settings.eod)
+def _add(part: Part, batch: DocumentBatch, encoded: Mapping[str, Encoded], *, settings: Settings) -> None:
+    set_key = settings.fields.set_key
+    sets = [_set_name(document, set_key) for document in batch.documents]
+    for key, texts in encoded.items():
+        finished = texts.finished(part.dtype, settings.eod)
+        sizes = [utf8_size(document[key]) for document in batch.documents]
         for output, which in _outputs(key, sets, settings).items():
             # in the usual case of one set per batch, nothing is copied
-            chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
+            chosen = finished if len(which) == len(sizes) else finished.chosen(which)
             lengths = chosen.lengths.tolist()
-            documents = [
-                (sets[i] or UNKNOWN_SET, length, utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)
-            ]
+            documents = [(sets[i] or UNKNOWN_SET, length, sizes[i]) for i, length in zip(which, lengths, strict=True)]
             part.append(output, chosen.ids, documents)
     part.journal.lines = batch.end_line
     part.journal.digest = batch.digest
@@ -121,19 +118,17 @@ def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tok
     part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
 
 
-def _encoded(texts: list[str], dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
-    encoded = tokenizer.encode_batch(texts)
-    highest = int(encoded.ids.max(initial=0))
-    if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
-        raise DataError(f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this")
-    return Encoded(encoded.ids.astype(dtype), encoded.lengths)
-
-
-def _with_end(encoded: Encoded, eod: int) -> Encoded:
-    """Append the end of document to each text. An empty text stays empty, as in Megatron-LM's preprocessing."""
-    has_tokens = encoded.lengths > 0
-    ends = np.cumsum(encoded.lengths)[has_tokens]
-    return Encoded(np.insert(encoded.ids, ends, eod), encoded.lengths + has_tokens)
+def _encoded(batch: DocumentBatch, keys: Sequence[str], tokenizer: Tokenizer) -> dict[str, Encoded]:
+    """Encode the texts of a batch, by their keys; empty for a batch without documents."""
+    encoded = {}
+    for key in keys if batch.documents else ():
+        encoded[key] = tokenizer.encode_batch([document[key] for document in batch.documents])
+        highest = int(encoded[key].ids.max(initial=0))
+        if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
+            raise DataError(
+                f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this"
+            )
+    return encoded
 
 
 def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, list[int]]:
@@ -151,13 +146,13 @@ def _set_name(document: dict[str, Any], key: str) -> str | None:
     return set_name(meta[key]) if isinstance(meta, dict) and key in meta else None
 
 
-def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
+def _ahead(iterator: Iterator[T]) -> Iterator[T]:
     """Yield the same items, computing the next one in a thread while the caller works on the current one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as worker:
         # None marks the end: no item is None
-        pending = reader.submit(next, iterator, None)
+        pending = worker.submit(next, iterator, None)
         while (item := pending.result()) is not None:
-            pending = reader.submit(next, iterator, None)
+            pending = worker.submit(next, iterator, None)
             yield item
 
 

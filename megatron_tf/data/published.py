@@ -84,9 +84,9 @@ def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
             found = IndexedDataset(dataset)
         except DataError as error:
             raise DataError(f"{error}; {remedy}") from None
-        if (len(found), len(found.tokens)) != (counts["documents"], counts["tokens"]):
+        if (len(found), found.num_tokens) != (counts["documents"], counts["tokens"]):
             raise DataError(
-                f"{dataset} has {len(found):,} documents and {len(found.tokens):,} tokens, {prefix}.json says "
+                f"{dataset} has {len(found):,} documents and {found.num_tokens:,} tokens, {prefix}.json says "
                 f"{counts['documents']:,} and {counts['tokens']:,}: {remedy}"
             )
     return None

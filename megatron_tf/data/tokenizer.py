@@ -4,17 +4,20 @@ import difflib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_tf.data.bpe_engine import encode_flat, fast_engine, is_settled
+from megatron_tf.data.bpe_engine import Engine, fast_engine, is_settled, vocab_size_of
 from megatron_tf.data.encoded import Encoded, end_to_end
-from megatron_tf.data.hf_files import end_of_document, text_to_ids_only
+from megatron_tf.data.hf_files import end_of_document, special_tokens_of, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_files import RanksTokenizer, read_description, tiktoken_encoder
 from megatron_tf.data.tiktoken_reference import PATTERNS, SPECIAL_TOKENS
 from megatron_tf.tokenizer_files import description_file, digest_of
+
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer(Protocol):
@@ -41,32 +44,46 @@ class HFTokenizer:
     gives the same ids."""
 
     def __init__(self, path: Path, eod_token: str | None = None) -> None:
-        import tokenizers
-
-        content = text_to_ids_only(path)
         self._path = path
         self._eod_token = eod_token
-        self._tokenizer = tokenizers.Tokenizer.from_str(content)
-        self._engine = fast_engine(path, content, self._tokenizer)
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._content = text_to_ids_only(path)
+        self._engine = fast_engine(path, self._content, lambda: self._reference)
+        self.vocab_size = self._engine.vocab_size if self._engine else vocab_size_of(self._reference)
         self.identity = _identity("HFTokenizer", self.vocab_size, path)
 
     @cached_property
+    def _reference(self) -> "tokenizers.Tokenizer":
+        """The library's tokenizer. It takes a tenth of a second to load, and few texts need it."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._content.json.decode())
+
+    @cached_property
     def eod(self) -> int:
-        return end_of_document(self._path, self._tokenizer, self._eod_token)
+        return end_of_document(self._path, self._special_tokens, self._id_of, self._eod_token)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        # the engine's check compared them with those of the library
+        return self._content.special_tokens if self._engine else special_tokens_of(self._reference)
+
+    def _id_of(self, token: str) -> int | None:
+        if token in self._special_tokens:
+            return self._special_tokens[token]
+        found: int | None = self._reference.token_to_id(token)
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         texts = list(texts)
         if self._engine is None:
             return self._encode_slowly(texts)
-        return _settled(texts, self._engine(texts), self._encode_slowly)
+        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
-        return end_to_end([e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+        return end_to_end([e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        text: str = self._reference.decode(list(ids), skip_special_tokens=False)
         return text
 
 
@@ -110,19 +127,18 @@ class TikTokenizer:
         import gigatoken
 
         self._path = path
-        self._tokenizer = gigatoken.Tokenizer.from_tiktoken(path)
-        self._encode = encode_flat(self._tokenizer)
+        self._engine = Engine(gigatoken.Tokenizer.from_tiktoken(path))
         self._special_tokens: dict[str, int] = SPECIAL_TOKENS[path.name.removesuffix(".tiktoken")]
         token = "<|endoftext|>" if eod_token is None else eod_token
         if token not in self._special_tokens:
             raise DataError(f"{path} has no special token {token!r}: --eod-token is {', '.join(self._special_tokens)}")
         self.eod = self._special_tokens[token]
-        self.vocab_size = self._tokenizer.vocab_size
+        self.vocab_size = self._engine.vocab_size
         self.identity = _identity("TikTokenizer", self.vocab_size, path)
 
     @cached_property
     def _reference(self) -> Callable[[Sequence[str]], Encoded]:
-        return tiktoken_encoder(self._path, self._special_tokens) or self._encode
+        return tiktoken_encoder(self._path, self._special_tokens) or self._engine.encode
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
         return self._reference(texts)  # built when the first text needs it
@@ -130,10 +146,10 @@ class TikTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode each text; names of special tokens within a text are encoded as these tokens."""
         texts = list(texts)
-        return _settled(texts, self._encode(texts), self._encode_slowly)
+        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(np.asarray(ids, dtype=np.uint32)).decode(errors="replace")
+        return self._engine.decode(ids)
 
 
 def _settled(texts: list[str], encoded: Encoded, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:

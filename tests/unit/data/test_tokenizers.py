@@ -36,6 +36,13 @@ def neox(neox_path):
     return tokenizer, tokenizers.Tokenizer.from_file(str(neox_path))
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Return an empty cache directory of the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 def assert_same_ids(pair, texts):
     tokenizer, reference = pair
     expected = [e.ids for e in reference.encode_batch(texts, add_special_tokens=False)]
@@ -99,23 +106,73 @@ def test_very_long_words_and_runs(neox):
     )
 
 
-def test_an_engine_that_differs_is_not_used_and_that_is_said(neox_path, monkeypatch, caplog):
-    honest = bpe_engine.encode_flat
+def test_an_engine_that_differs_is_not_used_and_that_is_said(neox_path, monkeypatch, caplog, own_cache):
+    honest = bpe_engine.Engine.encode
 
-    def off_by_one(tokenizer):
-        def encode(texts):
-            ids, lengths = honest(tokenizer)(texts)
-            return Encoded(ids + 1, lengths)
+    def off_by_one(self, texts):
+        ids, lengths = honest(self, texts)
+        return Encoded(ids + 1, lengths)
 
-        return encode
-
-    monkeypatch.setattr(bpe_engine, "encode_flat", off_by_one)
+    monkeypatch.setattr(bpe_engine.Engine, "encode", off_by_one)
+    HFTokenizer(neox_path)
     tokenizer = HFTokenizer(neox_path)
+    assert len(caplog.records) == 2, "only good engines are remembered"
     assert "encodes '" in caplog.text
     assert "gigatoken" in caplog.text
     text = "Growth changes nothing.\n"
     reference = tokenizers.Tokenizer.from_file(str(neox_path)).encode(text).ids
     assert tokenizer.encode_batch([text]).ids.tolist() == reference
+
+
+def test_an_engine_is_checked_once(neox_path, monkeypatch, own_cache):
+    checks = []
+    honest = bpe_engine._difference
+    monkeypatch.setattr(bpe_engine, "_difference", lambda *facts: checks.append(1) or honest(*facts))
+    first, second = HFTokenizer(neox_path), HFTokenizer(neox_path)
+    assert len(checks) == 1
+    assert second._engine is not None
+    assert (second.vocab_size, second.eod) == (first.vocab_size, first.eod) == (50277, 0)
+    assert "_reference" not in vars(second), "loading the library's tokenizer takes a tenth of a second"
+    assert HFTokenizer(neox_path, eod_token="Ġthe").eod == first._reference.token_to_id("Ġthe")
+
+
+def test_an_engine_is_checked_again_for_another_tokenizer_or_another_library(
+    neox_path, monkeypatch, tmp_path, own_cache
+):
+    checks = []
+    monkeypatch.setattr(bpe_engine, "_difference", lambda *facts: checks.append(1))
+    HFTokenizer(neox_path)
+    other = tmp_path / "other.json"
+    other.write_text(neox_path.read_text().replace('"<|padding|>"', '"<|filling|>"'))
+    HFTokenizer(other)
+    assert len(checks) == 2
+    monkeypatch.setattr("megatron_tf.data.engine_verdicts._build_of", lambda module: "newer")
+    HFTokenizer(neox_path)
+    monkeypatch.setattr(bpe_engine, "PROBES", [*bpe_engine.PROBES, "one more"])
+    HFTokenizer(neox_path)
+    assert len(checks) == 4
+
+
+def test_without_a_cache_every_process_checks(neox_path, monkeypatch, own_cache):
+    own_cache.write_text("a file where the directory should be")
+    assert HFTokenizer(neox_path)._engine is not None
+
+
+def test_special_tokens_with_other_ids_are_a_difference(neox):
+    tokenizer, reference = neox
+    moved = tokenizer._content._replace(special_tokens={"<|endoftext|>": 5})
+    assert "special tokens" in bpe_engine._difference(tokenizer._engine, moved, reference)
+
+
+def test_a_batch_and_one_text_after_another_give_the_same_ids(neox):
+    """The engine encodes in one of two ways, depending on how much text there is."""
+    tokenizer, _ = neox
+    generator = random.Random(2)
+    texts = ["wörd " * generator.randrange(300) + "x" * generator.randrange(5) for _ in range(200)]
+    one_by_one = bpe_engine.Engine(tokenizer._engine._tokenizer).encode(texts)
+    batch = bpe_engine.Engine(tokenizer._engine._tokenizer, few_characters=0).encode(texts)
+    assert one_by_one.ids.tolist() == batch.ids.tolist()
+    assert one_by_one.lengths.tolist() == batch.lengths.tolist()
 
 
 def test_a_model_the_engine_does_not_know(tmp_path, caplog):

@@ -125,7 +125,7 @@ def test_a_pair_is_another_tokenizer_where_only_its_merges_are_others(tmp_path):
 
 def test_a_whole_tokenizer_of_a_vocabularys_name_is_still_one_file(tmp_path):
     path = write_pair(tmp_path)
-    whole = json.loads(build_tokenizer("HFTokenizer", path)._tokenizer.to_str())
+    whole = json.loads(build_tokenizer("HFTokenizer", path)._reference.to_str())
     other = tmp_path / "my-vocab.json"
     other.write_text(json.dumps(whole))
     texts = real_texts()
