@@ -84,6 +84,12 @@ class DataConfig:
     order: Literal["counter", "lanes", "megatron"] = "counter"
     """Order of the samples: counter, independent of train_iters; lanes, in which every token of an epoch is read once
     through any change of the data; megatron, Megatron-LM's order, bit for bit."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become training samples: concatenate, end to end and cut every seq_length tokens; best_fit, whole
+    documents in rows of seq_length tokens, of which only longer documents are cut. Needs order counter."""
+    loss_mask: bool | None = None
+    """Chat data: true counts only the answers in the loss, false every token; it must be set if data_path or
+    valid_data_path has chat data. Datasets of text count every token."""
     eod_mask_loss: bool = False
     """Exclude the token after each end of document from the loss."""
     reset_attention_mask: bool = False
@@ -279,6 +285,11 @@ class RunConfig:
             raise ConfigError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
         if self.data.order == "megatron" and self.training.seed >= _NUMPY_SEEDS:
             raise ConfigError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
+        if self.data.packing == "best_fit" and self.data.order != "counter":
+            raise ConfigError(
+                f"data.packing best_fit packs each epoch anew, but data.order {self.data.order} reads documents end to "
+                f"end: set data.order to counter, or data.packing to concatenate"
+            )
 
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint

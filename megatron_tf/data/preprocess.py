@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 import megatron_tf
+from megatron_tf.data.chat_ids import encode_conversations
+from megatron_tf.data.chat_template import ChatTemplate
 from megatron_tf.data.document_sets import joined_sets, sets_path
 from megatron_tf.data.documents import (
     BadLines,
@@ -20,10 +22,12 @@ from megatron_tf.data.documents import (
     Position,
     Source,
     check_any,
+    text_of,
     utf8_size,
 )
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
+from megatron_tf.data.loss_mask import write_loss_mask
 from megatron_tf.data.output_names import dataset_names, output_of, set_name
 from megatron_tf.data.part import Journal, Part, Tally
 from megatron_tf.data.published import (
@@ -59,16 +63,26 @@ class Settings:
     """Key under `meta`; each of its values gets its own datasets."""
     eod: int | None = None
     """The id appended to each document."""
+    chat: ChatTemplate | None = None
+    """Template of conversations; None for text."""
 
     @property
     def fields(self) -> Fields:
         """What is read of each row."""
-        return Fields(self.keys) if self.split_by_meta is None else Fields(self.keys, self.split_by_meta)
+        fields = Fields(self.keys, chat=self.chat)
+        return fields if self.split_by_meta is None else replace(fields, set_key=self.split_by_meta)
 
     def identity(self, of: Input | Source) -> dict[str, Any]:
         """Return everything that determines the bytes written for an input or a source, as JSON values."""
+        return {"format": FORMAT_VERSION, **of.identity(), **self.to_json()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that identify the settings."""
         # through JSON, which turns tuples into lists: it is compared with a value read from a journal
-        return {"format": FORMAT_VERSION, **of.identity(), **json.loads(json.dumps(asdict(self)))}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.chat is None:  # datasets of text are identified as they were before there was chat
+            del values["chat"]
+        return values
 
 
 def tokenize_source(
@@ -76,7 +90,9 @@ def tokenize_source(
 ) -> None:
     """Tokenize one source into part `number`, or resume that. Raises DataError or OSError; committed work is kept."""
     dtype = token_dtype(tokenizer.vocab_size)
-    with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype) as part:
+    with Part(
+        parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype, settings.chat is not None
+    ) as part:
         journal = part.journal
         if journal.is_complete:
             if isinstance(source, StandardInput):
@@ -98,31 +114,51 @@ def tokenize_source(
         part.commit(is_complete=True)
 
 
+def _part(prefix: str, number: int, source: Source, *, settings: Settings, dtype: np.dtype) -> Part:
+    stem = parts_directory(prefix) / f"{number:05d}"
+    return Part(stem, settings.identity(source), dtype, has_mask=settings.chat is not None)
+
+
 def _add(part: Part, batch: DocumentBatch, *, settings: Settings, tokenizer: Tokenizer) -> None:
     sets = [_set_name(document, settings.fields.set_key) for document in batch.documents]
     for key in settings.keys:
-        texts = [document[key] for document in batch.documents]
-        if not texts:
+        values = [document[key] for document in batch.documents]
+        if not values:
             continue
-        encoded = _encoded(texts, part.dtype, tokenizer)
-        if settings.eod is not None:
-            encoded = _with_end(encoded, settings.eod)
+        encoded, mask = _tokenized(values, part.dtype, tokenizer=tokenizer, settings=settings)
         for output, which in _outputs(key, sets, settings).items():
             # in the usual case of one set per batch, nothing is copied
-            chosen = encoded if len(which) == len(texts) else encoded.chosen(which)
+            is_all = len(which) == len(values)
+            chosen = encoded if is_all else encoded.chosen(which)
+            chosen_mask = mask if mask is None or is_all else mask.chosen(which)
             lengths = chosen.lengths.tolist()
             documents = [
-                (sets[i] or UNKNOWN_SET, length, utf8_size(texts[i])) for i, length in zip(which, lengths, strict=True)
+                (sets[i] or UNKNOWN_SET, length, utf8_size(text_of(values[i])))
+                for i, length in zip(which, lengths, strict=True)
             ]
-            part.append(output, chosen.ids, documents)
+            part.append(output, chosen.ids, documents, mask=None if chosen_mask is None else chosen_mask.ids)
     part.journal.lines = batch.end_line
     part.journal.digest = batch.digest
     part.journal.without_set += sets.count(None)
     part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
 
 
+def _tokenized(
+    values: list[Any], dtype: np.dtype, *, tokenizer: Tokenizer, settings: Settings
+) -> tuple[Encoded, Encoded | None]:
+    """Return the ids of texts or conversations with their ends, and the loss masks of conversations."""
+    if settings.chat is None:
+        encoded = _encoded(values, dtype, tokenizer)
+        return encoded if settings.eod is None else _with_end(encoded, settings.eod), None
+    ids, mask = encode_conversations(values, tokenizer, settings.eod)
+    return _in_type(ids, dtype, tokenizer), mask
+
+
 def _encoded(texts: list[str], dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
-    encoded = tokenizer.encode_batch(texts)
+    return _in_type(tokenizer.encode_batch(texts), dtype, tokenizer)
+
+
+def _in_type(encoded: Encoded, dtype: np.dtype, tokenizer: Tokenizer) -> Encoded:
     highest = int(encoded.ids.max(initial=0))
     if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
         raise DataError(f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this")
@@ -175,7 +211,7 @@ def assemble(
     Raises DataError if a part is incomplete, too many lines are bad, or an input has no document.
     """
     parts = [
-        Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype)
+        _part(prefix, number, source, settings=settings, dtype=dtype)
         for number, source in enumerate(chain.from_iterable(sources))
     ]
     remaining = iter(parts)
@@ -192,7 +228,7 @@ def assemble(
     claim(prefix, names.values())
     report = {
         "version": megatron_tf.__version__,
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": settings.to_json(),
         "inputs": [
             {**settings.identity(each), **_end_of_stream(each, group)}
             for each, group in zip(inputs, groups, strict=True)
@@ -268,12 +304,14 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
     """Write one dataset from its parts; the index appears last."""
     journals = [part.journal for part in parts]
     identity = journals[0].identity
-    report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
+    report: dict[str, Any] = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
     data = Path(f"{dataset}.bin.tmp")
     index = Path(f"{dataset}.idx.tmp")
     concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
+    if parts[0].has_mask:
+        report["targets"] = write_loss_mask(dataset, [part.paths(output)[3] for part in parts], lengths)
     sets = Path(f"{sets_path(dataset)}.tmp")
     joined_sets([part.document_sets(output) for part in parts]).write(sets)
     write_json(Path(f"{dataset}.json"), report)

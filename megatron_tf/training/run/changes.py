@@ -15,10 +15,10 @@ from megatron_tf.tokenformer.dtypes import parameter_dtype
 from megatron_tf.training.run.identity import flatten
 
 _NOT_COMPARED = ("checkpoint.save", "checkpoint.load", "checkpoint.finetune", "checkpoint.allow_changes", "growth")
-_DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order")
+_DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order", "data.packing")
 _BATCH_KEYS = ("training.global_batch_size", "training.rampup_batch_size")
 _ANY_DATA_KEYS = {*_DATA_KEYS, *_BATCH_KEYS, DATA_CONTENT}
-_IN_OLDER_VERSIONS = {"data.order": "counter"}
+_IN_OLDER_VERSIONS = {"data.order": "counter", "data.packing": "concatenate"}
 
 
 def check_changes(config: RunConfig, *, data: Sequence[Identity], record: RunRecord, source: Path) -> str:
