@@ -226,7 +226,7 @@ def assemble(
     outputs = sorted(set().union(*(part.journal.counts for part in parts)))
     names = dataset_names(prefix, outputs, is_split=settings.split_by_meta is not None)
     claim(prefix, names.values())
-    report = {
+    report: dict[str, Any] = {
         "version": megatron_tf.__version__,
         "settings": settings.to_json(),
         "inputs": [
