@@ -15,20 +15,15 @@ from tests.support.data import write_data_set
 from tests.support.training import small_run
 
 VOCAB = 309  # of the tokenizer
-COLORS = ("red", "green", "blue", "grey")
-STEPS = 30
+STEPS = 40
 
 
 def talks():
-    """The answer is a function of the question, but the question is random."""
+    """Random questions, and always the same answer."""
     generator = np.random.default_rng(1)
-    for i in range(120):
-        color = COLORS[i % len(COLORS)]
-        noise = "".join(generator.choice(list("abcdefgh"), 5))
-        yield [
-            {"role": "user", "content": f"{noise} {color}?"},
-            {"role": "assistant", "content": f"{color}."},
-        ]
+    for _ in range(120):
+        question = "".join(generator.choice(list("abcdefgh"), int(generator.integers(2, 9))))
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": "It is four."}]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +66,7 @@ def fine_tuning(folder, name, **data):
     data = {"data_path": [str(folder / "chat_messages_document")], "loss_mask": True, **data}
     checkpoint = {"save": str(folder / name), "load": str(folder / "grown"), "finetune": True}
     model = {"ffn_tokens": 96, "qkv_tokens": 48}
-    optimizer = {"lr": 1e-2, "lr_decay_style": "constant"}
+    optimizer = {"lr": 8e-3, "lr_decay_style": "constant"}
     return configure(
         folder, name, training=training, data=data, checkpoint=checkpoint, model=model, optimizer=optimizer
     )
@@ -82,32 +77,29 @@ def losses(folder, name):
     return [line["loss"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
-@pytest.mark.parametrize("order", ["counter", "lanes"])
-def test_the_loss_on_answers_falls_below_what_the_questions_allow(folder, packing, order, capsys):
-    """Questions have 3 random bits a letter, which no model predicts: over all tokens the loss could not get there."""
-    if (packing, order) == ("best_fit", "lanes"):
-        pytest.skip("is refused")
-    name = f"{packing}-{order}"
-    path = fine_tuning(folder, name, packing=packing, order=order, reset_attention_mask=True)
+@pytest.mark.parametrize(("packing", "order"), [("concatenate", "lanes"), ("best_fit", "counter")])
+def test_the_loss_on_answers_falls(folder, packing, order, capsys):
+    path = fine_tuning(folder, packing, packing=packing, order=order, reset_attention_mask=True)
     assert pretrain.main([str(path)]) == 0
-    curve = losses(folder, name)
-    assert curve[0] > 4
-    assert curve[-1] < 0.5
-    everything = fine_tuning(folder, f"all-{name}", packing=packing, order=order, loss_mask=False)
-    assert pretrain.main([str(everything)]) == 0
-    assert losses(folder, f"all-{name}")[-1] > 0.9
+    curve = losses(folder, packing)
+    assert curve[0] > 5
+    assert curve[-1] < 0.6
     said = capsys.readouterr().out
     assert ("packing: chat_messages_document:train: 120 documents in" in said) == (packing == "best_fit")
 
 
-@pytest.mark.parametrize("options", [[], ["--parallel.tensor_model_parallel_size=2"]], ids=["dp", "tp"])
-def test_two_ranks_train_as_one_does(folder, options):
-    keys = {"packing": "best_fit", "reset_attention_mask": True}
-    for name, ranks, more in (("one", 1, []), (f"two{len(options)}", 2, options)):
-        done = run("megatron_tf.pretrain", fine_tuning(folder, name, **keys), *more, ranks=ranks)
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+def test_two_ranks_train_as_one_does(folder, axis):
+    tensor = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true"}
+    options = [f"--{key}={value}" for key, value in tensor.items()] if axis == "tensor" else []
+    curves = []
+    for ranks, more in ((1, []), (2, options)):
+        path = fine_tuning(folder, f"{axis}-{ranks}", packing="best_fit", reset_attention_mask=True)
+        done = run("megatron_tf.pretrain", path, "--training.train_iters=10", *more, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(folder, f"two{len(options)}") == pytest.approx(losses(folder, "one"), rel=1e-4)
+        curves.append(losses(folder, path.stem))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert len(curves[0]) == 10
 
 
 def write_rows(folder, last):
