@@ -15,6 +15,7 @@ from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import ValidationSet, build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.packed_dataset import packing_reports
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.failures import one_line_out_of_memory
@@ -94,6 +95,8 @@ def train(
             is_logged=log.is_interval,
         )
         _report_start(config, run, reporter)
+        if mesh.is_first_rank:
+            _say_packing(context)
         while True:
             with context.loader:
                 _report_new_data(config, run, everyone)
@@ -188,6 +191,11 @@ def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
     layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
     return Stage(run.config_in_force(config), run.record, layout)
+
+
+def _say_packing(context: RunContext) -> None:
+    for report in packing_reports(context.loader.dataset):
+        context.say(f"packing: {report}")
 
 
 def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observers) -> BackgroundSaver:
