@@ -61,7 +61,7 @@ def lane_samples(
         if name in by_name:
             raise ConfigError(
                 f"data.data_path: two datasets are called {name}, but data.order lanes knows them by name: rename the "
-                f"files of one"
+                f"files of one, or set data.order: counter"
             )
         by_name[name] = part
     rings = {name: part.ring for name, part in by_name.items()}
