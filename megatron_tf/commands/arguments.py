@@ -58,8 +58,7 @@ def _default_of(action: argparse.Action) -> str:
         return "required"
     if action.nargs == 0 or action.default in (None, [], ""):
         return "optional"
-    value = " ".join(action.default) if isinstance(action.default, list) else action.default
-    return f"default {value}"
+    return f"default {action.default}"
 
 
 def file_path(text: str) -> Path:

@@ -26,10 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     import_late("megatron_tf.data.build")
     from megatron_tf.config import load_config
     from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
+    from megatron_tf.data.packed_dataset import packing_reports
 
     config = load_config(known.config, overrides)
     training = config.training
-    report("train", build_dataset(config), samples_of_run(training, "train"))
+    dataset = build_dataset(config)
+    report("train", dataset, samples_of_run(training, "train"))
+    for packing in packing_reports(dataset):
+        print(packing)
     if training.eval_interval:
         for part in build_validation(config):
             report(f"validation {part.name}", part.samples, training.eval_iters * training.global_batch_size)
@@ -47,13 +51,14 @@ def build(dataset: "Samples", samples: int) -> None:
     """Build the index files of every epoch that the first `samples` samples touch."""
     from megatron_tf.data.blend import BlendedDataset
     from megatron_tf.data.gpt_dataset import GPTDataset
-    from megatron_tf.data.order import SampleOrder
+    from megatron_tf.data.order import EpochOrder
+    from megatron_tf.data.packed_dataset import PackedDataset
 
     if isinstance(dataset, BlendedDataset):
         # after one more step per dataset, no dataset is more than one sample beyond its share
         steps = samples + len(dataset.datasets)
         for part, share in zip(dataset.datasets, dataset.blend.shares.tolist(), strict=True):
             build(part, math.ceil(share * steps) + 1)
-    elif isinstance(dataset, GPTDataset) and isinstance(dataset.order, SampleOrder):
+    elif isinstance(dataset, GPTDataset | PackedDataset) and isinstance(dataset.order, EpochOrder):
         for first in range(0, samples, dataset.order.samples_per_epoch):
             dataset.order.locate(first)

@@ -17,6 +17,8 @@ from megatron_tf.commands.arguments import file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
 from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
+from megatron_tf.data.loss_mask import has_loss_mask
+from megatron_tf.data.output_names import mask_prefix
 from megatron_tf.data.published import report_of
 from megatron_tf.files import concatenate, sync_directory, write_json
 
@@ -44,14 +46,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 def merge(prefixes: list[str], output: str) -> None:
     """Write the new dataset, which appears under its name once it is complete."""
+    masked = [has_loss_mask(prefix) for prefix in prefixes]
+    if any(masked) and not all(masked):
+        raise DataError(
+            f"{prefixes[masked.index(True)]} has a loss mask, {prefixes[masked.index(False)]} has none: name both in "
+            f"data.data_path instead of merging them"
+        )
+    outputs = [output, *([mask_prefix(output)] if all(masked) else [])]
+    for name in outputs:
+        check_free(name)
+    merge_files(prefixes, output, merged_report(prefixes))
+    if all(masked):  # after the ids, which can't be trained on without it
+        merge_files([mask_prefix(prefix) for prefix in prefixes], mask_prefix(output), {})
+    merged = IndexedDataset(output)
+    print(f"{output}: {len(merged):,} documents, {merged.num_tokens:,} tokens")
+
+
+def check_free(output: str) -> None:
+    """Raise DataError if a file of the new dataset exists."""
     for path in (*(Path(f"{output}.{kind}") for kind in ("idx", "bin", "json")), sets_path(output)):
         if os.path.lexists(path):
             raise DataError(f"{path} exists: remove that dataset, or choose another --output-prefix")
+
+
+def merge_files(prefixes: list[str], output: str, report: dict[str, Any]) -> None:
+    """Write the files of a dataset. After an error, nothing appears under its name."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     dtypes = {dataset.dtype for dataset in datasets}
     if len(dtypes) > 1:
         raise DataError(f"the datasets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
-    report = merged_report(prefixes)
     data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
     data.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -67,8 +90,6 @@ def merge(prefixes: list[str], output: str) -> None:
     data.replace(f"{output}.bin")
     index.replace(f"{output}.idx")
     sync_directory(index.parent)
-    merged = IndexedDataset(output)
-    print(f"{output}: {len(merged):,} documents, {merged.num_tokens:,} tokens")
 
 
 def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
@@ -105,7 +126,9 @@ def merged_report(prefixes: list[str]) -> dict[str, Any]:
             sets[name] = add(sets.get(name, {}), counts)
     total: dict[str, int] = {}
     for report in reports:
-        total = add(total, {key: report[key] for key in ("documents", "tokens", "text_bytes")})
+        total = add(
+            total, {key: report[key] for key in ("documents", "tokens", "text_bytes", "targets") if key in report}
+        )
     ends = {"eod": reports[0]["eod"]} if "eod" in reports[0] else {}
     return {"tokenizer": reports[0]["tokenizer"], **ends, **total, "pile_sets": sets}
 

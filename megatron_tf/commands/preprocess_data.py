@@ -9,6 +9,8 @@ Examples:
     mpiexec -n 5 megatron-tf preprocess-data --input ...
     zstdcat pile.tar.zst | tar -xO | megatron-tf preprocess-data --input - ...
     megatron-tf preprocess-data --hf-dataset HuggingFaceFW/fineweb --hf-config sample-10BT --hf-split train ...
+    megatron-tf preprocess-data --sft --input chat.jsonl --output-prefix data/chat \\
+        --tokenizer-type HFTokenizer --tokenizer-model tokenizer.json --append-eod
 """
 
 import argparse
@@ -26,6 +28,8 @@ from typing import Any
 
 from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
+from megatron_tf.data.chat_files import CHATML, read_chat_template
+from megatron_tf.data.chat_template import ChatTemplate
 from megatron_tf.data.documents import Input, Source
 from megatron_tf.data.indexed_dataset import DataError, token_dtype
 from megatron_tf.data.preprocess import (
@@ -61,12 +65,19 @@ class Options:
     tokenizer_type: str
     tokenizer_model: Path | None
     eod_token: str | None
-    json_keys: list[str]
+    json_keys: list[str] | None
+    sft: bool
+    chat_template: str | None
     append_eod: bool
     split_by_meta: str | None
     workers: int
     log_interval: int
     max_bad_lines: float
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that hold text or conversations."""
+        return self.json_keys or ["messages" if self.sft else "text"]
 
 
 @command(interrupted="interrupted: run the same command again to resume")
@@ -96,9 +107,8 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     add(
         "--json-keys",
         nargs="+",
-        default=["text"],
         help="keys of the JSON objects, or columns, that hold text; each gets a dataset; meta.text is text under meta, "
-        "unless there is a key of that whole name",
+        "unless there is a key of that whole name (default: text, or messages with --sft)",
     )
     add("--append-eod", action="store_true", help="append the end-of-document token to each document")
     add(
@@ -110,6 +120,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     add("--log-interval", type=int, default=10000, help="documents between progress lines in a log")
     add("--max-bad-lines", type=float, default=0.001, help="fail if more than this fraction of the lines is invalid")
     _add_tokenizer_options(parser)
+    _add_chat_options(parser)
     options = parse(parser, Options, arguments)
     check_options(parser, options)
     return options
@@ -135,6 +146,21 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add("--eod-token", metavar="TOKEN", help="end-of-document token (default: the one named in the tokenizer's files)")
 
 
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("chat data").add_argument
+    add(
+        "--sft",
+        action="store_true",
+        help="the keys hold conversations, lists of {role, content} or {from, value}: write them in the tokenizer's "
+        "chat template, with a loss mask (PREFIX_messages_document_loss_mask) that selects the assistant's answers",
+    )
+    add(
+        "--chat-template",
+        metavar="FILE",
+        help=f"Jinja template to use instead of the tokenizer's, or {CHATML} for the built-in one (with --sft)",
+    )
+
+
 def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
     """Exit with code 2 for invalid values."""
     if (options.input is None) == (options.hf_dataset is None):
@@ -143,13 +169,15 @@ def check_options(parser: argparse.ArgumentParser, options: Options) -> None:
         parser.error("--hf-dataset and --hf-split go together")
     if options.hf_config is not None and options.hf_dataset is None:
         parser.error("--hf-config needs --hf-dataset")
+    if options.chat_template is not None and not options.sft:
+        parser.error("--chat-template needs --sft")
     for name in ("workers", "log_interval"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 <= options.max_bad_lines <= 1:  # nan too
         parser.error(f"--max-bad-lines is a fraction from 0 to 1, not {options.max_bad_lines}")
-    for key in options.json_keys:
-        if options.json_keys.count(key) > 1:
+    for key in options.keys:
+        if options.keys.count(key) > 1:
             parser.error(f"--json-keys names {key!r} twice")
         if not key or "/" in key or "\0" in key or len(os.fsencode(key)) > MAX_KEY_BYTES:
             parser.error(
@@ -168,7 +196,8 @@ def preprocess(options: Options, ranks: Any | None) -> None:
     eod = tokenizer.eod if options.append_eod else None
     settings = Settings(
         tokenizer=tokenizer.identity,
-        keys=tuple(options.json_keys),
+        keys=tuple(options.keys),
+        chat=chat_template_of(options),
         append_eod=options.append_eod,
         split_by_meta=options.split_by_meta,
         eod=eod,
@@ -180,7 +209,7 @@ def preprocess(options: Options, ranks: Any | None) -> None:
         sources = sources_of(inputs, settings.fields)
         with exclusive(prefix):
             if options.split_by_meta is None:  # otherwise the names are only known after reading everything
-                claim(prefix, [f"{prefix}_{key}_document" for key in options.json_keys])
+                claim(prefix, [f"{prefix}_{key}_document" for key in options.keys])
             work = list(chain.from_iterable(sources))
             if ranks is None:
                 with progress_of(work, options.log_interval) as progress:
@@ -201,6 +230,15 @@ def preprocess(options: Options, ranks: Any | None) -> None:
     tell(report, options.split_by_meta)
 
 
+def chat_template_of(options: Options) -> ChatTemplate | None:
+    """Return the template of conversations; None for text. Raises DataError if there is none."""
+    if not options.sft:
+        return None
+    if options.tokenizer_type != "HFTokenizer" or options.tokenizer_model is None:
+        raise DataError("--sft needs --tokenizer-type HFTokenizer with its tokenizer.json")
+    return read_chat_template(options.tokenizer_model, options.chat_template)
+
+
 def inputs_from(options: Options) -> list[Input]:
     """Return the inputs that the command line names. Raises DataError for those that can't be found."""
     if options.hf_dataset is None:
@@ -213,7 +251,8 @@ def inputs_from(options: Options) -> list[Input]:
 def tell(report: dict[str, Any], split_by_meta: str | None) -> None:
     """Print what the datasets contain, and which lines were skipped."""
     for data_set, counts in report["data_sets"].items():
-        print(f"{data_set}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        targets = f", {counts['targets']:,} of them in answers" if "targets" in counts else ""
+        print(f"{data_set}: {counts['documents']:,} documents, {counts['tokens']:,} tokens{targets}")
     for kind, bad in report["bad_lines"].items():
         lost = f"{bad['bytes']:,} bytes in {bad['shards']:,} shards"
         print(f"skipped {bad['count']:,} bad lines ({lost}): {kind}, the first at {bad['first']}")

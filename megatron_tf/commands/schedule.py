@@ -10,7 +10,6 @@ Example:
         --parallel.pipeline_schedule=zbv
 """
 
-import argparse
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         type=file_path,
         help="YAML configuration of a run, with overrides --section.key=value; data and tokenizer are not read",
     )
-    add("--costs", type=_costs, default=(1, 1, 1), metavar="F:I:W", help="time of each pass through a stage")
+    add("--costs", default="1:1:1", metavar="F:I:W", help="time of each pass through a stage")
     add("--world-size", type=int, metavar="RANKS", help="number of ranks; by default one data-parallel replica")
     add("--plot", type=file_path, help="image file to draw the schedule into, such as schedule.png")
     options, overrides = parser.parse_known_args(arguments)
+    times = options.costs.split(":")
+    if len(times) != 3 or not all(time.isdecimal() and int(time) for time in times):
+        parser.error(f"--costs is {options.costs!r}: write three whole numbers above 0, such as 2:2:2")
     if options.plot is not None:
         with needed_by("megatron-tf schedule --plot"):
             import_late("matplotlib.figure")
@@ -50,19 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     import_late("megatron_tf.parallel.timeline")
     from megatron_tf.parallel.timeline import Costs, timeline
 
-    pipeline, costs = _pipeline(config, options.world_size), Costs(*options.costs)
+    pipeline, costs = _pipeline(config, options.world_size), Costs(*map(int, times))
     slots = timeline(pipeline, costs)
     print("\n".join(report(pipeline, costs, slots)))
     if options.plot is not None:
         draw(pipeline, slots, options.plot)
     return 0
-
-
-def _costs(text: str) -> tuple[int, ...]:
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write three whole numbers above 0, such as 2:2:2")
-    return tuple(map(int, parts))
 
 
 def _pipeline(config: "RunConfig", world_size: int | None) -> "Pipeline":

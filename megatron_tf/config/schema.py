@@ -61,9 +61,15 @@ class DataConfig:
     order: Literal["lanes", "counter", "megatron"] | None = None
     """Order of the samples: lanes, in which every token of an epoch is read once through any change of the data;
     counter, samples in random order; megatron, Megatron-LM's order, bit for bit. By default a resumed run keeps its
-    order, and a new one has lanes."""
+    order, and a new one has lanes, or counter with packing best_fit."""
     phases: list[DataPhase] = Field(default_factory=list)
     """Changes of the sets, their weights, seq_length and batch sizes during the run, in order; needs order lanes."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents become training samples: concatenate, end to end and cut every seq_length tokens; best_fit, whole
+    documents in rows of seq_length tokens, of which only longer documents are cut, in order counter."""
+    loss_mask: bool | None = None
+    """Chat data: true counts only the answers in the loss, false every token; it must be set if data_path or
+    valid_data_path has chat data. Datasets of text count every token."""
     eod_mask_loss: bool = False
     """Exclude the token after each end of document from the loss."""
     reset_attention_mask: bool = False
@@ -74,7 +80,7 @@ class DataConfig:
     @property
     def order_of_new_run(self) -> Literal["lanes", "counter", "megatron"]:
         """Return the order of samples in a run that does not resume from a checkpoint."""
-        return self.order or "lanes"
+        return self.order or ("counter" if self.packing == "best_fit" else "lanes")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -293,6 +299,11 @@ class RunConfig:
             raise ConfigError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
         if self.data.order == "megatron" and self.training.seed >= _NUMPY_SEEDS:
             raise ConfigError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
+        if self.data.packing == "best_fit" and self.data.order_of_new_run != "counter":
+            raise ConfigError(
+                f"data.packing best_fit packs each epoch anew, but data.order {self.data.order} reads documents end to "
+                f"end: set data.order to counter, or data.packing to concatenate"
+            )
 
     def _check_saving(self) -> None:
         checkpoint = self.checkpoint

@@ -1,5 +1,6 @@
 """`Batch`, the input of a training step: token ids, sample numbers, loss mask and document boundaries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from megatron_tf.data.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,62 @@ class Batch:
     masking."""
 
 
-def make_batch(ids: NDArray[np.int64], sample_numbers: NDArray[np.int64], masking: DocumentMasking) -> Batch:
-    """Make a batch from ids [count, B, S + 1] and sample numbers [count, B], without copying them."""
+def make_batch(
+    ids: NDArray[np.int64],
+    sample_numbers: NDArray[np.int64],
+    masking: DocumentMasking,
+    *,
+    counts: NDArray[np.bool_] | None = None,
+    starts: NDArray[np.int64] | None = None,
+) -> Batch:
+    """Make a batch from ids [count, B, S + 1] and sample numbers [count, B], without copying them.
+
+    `counts`, [count, B, S], says which targets count in the loss; by default all do. `starts`, [count, B, S], are the
+    starts of documents; by default they follow the end-of-document ids.
+    """
     inputs = ids[..., :-1]
-    ignored = starts = lengths = None
-    num_targets = inputs.size
+    ignored = None if counts is None else ~counts
     if masking.mask_loss:
         is_end = inputs == masking.eod  # the first token of a document can't be predicted from the previous one
-        num_targets -= int(np.count_nonzero(is_end))
-        ignored = torch.from_numpy(is_end)
-    if masking.reset_attention:
-        found = document_starts(inputs, masking.eod)
-        starts, lengths = torch.from_numpy(found), torch.from_numpy(document_lengths(found))
+        ignored = is_end if ignored is None else ignored | is_end
+    if not masking.reset_attention:
+        starts = None
+    elif starts is None:
+        starts = document_starts(inputs, masking.eod)
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(sample_numbers),
-        num_targets,
-        ignored=ignored,
-        document_starts=starts,
-        document_lengths=lengths,
+        inputs.size - (0 if ignored is None else int(np.count_nonzero(ignored))),
+        ignored=None if ignored is None else torch.from_numpy(ignored),
+        document_starts=None if starts is None else torch.from_numpy(starts),
+        document_lengths=None if starts is None else torch.from_numpy(document_lengths(starts)),
     )
+
+
+def collate(
+    samples: Sequence[Sample], sample_numbers: NDArray[np.int64], masking: DocumentMasking, *, has_loss_mask: bool
+) -> Batch:
+    """Make a batch from the samples with numbers [count, B]; without `has_loss_mask` all of their targets count."""
+    shape = sample_numbers.shape
+    ids = np.stack([sample.ids for sample in samples], dtype=np.int64)
+    counts = np.stack([_counts(sample) for sample in samples]).reshape(*shape, -1) if has_loss_mask else None
+    starts = _starts(samples, ids, masking.eod).reshape(*shape, -1) if masking.reset_attention else None
+    return make_batch(ids.reshape(*shape, -1), sample_numbers, masking, counts=counts, starts=starts)
+
+
+def _counts(sample: Sample) -> NDArray[np.bool_]:
+    """Return whether each target of a sample counts, [S]."""
+    return np.ones(len(sample.ids) - 1, np.bool_) if sample.counts is None else sample.counts[1:]
+
+
+def _starts(samples: Sequence[Sample], ids: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
+    """Return the start of each token's document, [samples, S]: by the samples' own lengths where they have them."""
+    starts = document_starts(ids[:, :-1], eod)
+    for row, sample in zip(starts, samples, strict=True):
+        if sample.document_lengths is not None:
+            lengths = np.array(sample.document_lengths)
+            row[:] = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return starts
 
 
 def pin(batch: Batch) -> Batch:
@@ -74,7 +113,7 @@ def document_starts(inputs: NDArray[np.int64], eod: int) -> NDArray[np.int64]:
     document it ends.
 
     Boundaries come from the ids, not from the dataset's index: one of its documents may contain several of these
-    tokens.
+    tokens. Samples with `document_lengths` don't need this: their documents may end a turn with the same token.
     """
     begins = np.zeros(inputs.shape, dtype=np.int64)
     # a document starts right after an end of document; the running maximum of starts is each token's own

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data._index import BLEND_BLOCK, greedy_blend
+from megatron_tf.data.sample import Sample
 
 SPACED = "spaced"
 """Name of SpacedBlend in checkpoints; new runs use it."""
@@ -23,8 +24,15 @@ _FIRST_STEPS = 1 << 16  # initial capacity of the greedy index, which doubles fr
 class Samples(Protocol):
     """An unbounded sequence of samples: sample i exists for every i >= 0."""
 
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether some targets may be excluded from the loss by the data."""
+
     def __getitem__(self, sample: int) -> NDArray[np.integer]:
         """Return the ids of a sample, [seq_length + 1]."""
+
+    def read(self, sample: int) -> Sample:
+        """Return the ids of a sample, with what the dataset knows about them."""
 
     def prefetch(self, sample: int) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""
@@ -148,10 +156,16 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[Samples], blend: Blend) -> None:
         self.datasets = datasets
         self.blend = blend
+        self.has_loss_mask = any(dataset.has_loss_mask for dataset in datasets)
 
     def __getitem__(self, step: int) -> NDArray[np.integer]:
         dataset, sample = self._locate(step)
         return dataset[sample]
+
+    def read(self, step: int) -> Sample:
+        """Return the sample of a step."""
+        dataset, sample = self._locate(step)
+        return dataset.read(sample)
 
     def prefetch(self, step: int) -> None:
         """Ask the operating system to read the sample of a step ahead."""

@@ -13,14 +13,18 @@ from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.lane_samples import LaneSamples, lane_samples
 from megatron_tf.data.lane_set import LaneSet
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.loss_mask import check_loss_mask, open_loss_mask
 from megatron_tf.data.megatron_order import MegatronOrder, normalized, samples_of_parts, split_sequences
 from megatron_tf.data.order import SampleOrder, samples_in
 from megatron_tf.data.order_cache import Order
+from megatron_tf.data.packed_dataset import PackedDataset
+from megatron_tf.data.packed_order import PackedOrder
 from megatron_tf.data.published import report_of
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.parallel.mesh import Mesh
 
 Split = Literal["train", "validation"]
+_Ordered = GPTDataset | PackedDataset
 
 _LOOKED_AT = 256  # documents
 
@@ -90,7 +94,7 @@ def _build_lanes(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | N
     for prefix in prefixes:
         indexed = _indexed(config, prefix, "data_path")
         documents = split_documents(len(indexed), config.data.split)[0]
-        sets.append(LaneSet(indexed, documents, seed=config.training.seed))
+        sets.append(LaneSet(indexed, documents, seed=config.training.seed, mask=_mask(config, indexed)))
     return lane_samples(sets, weights, seq_length=config.training.seq_length, sample=sample, saved=saved)
 
 
@@ -123,7 +127,7 @@ def _samples_to_prepare(config: RunConfig, entries: Sequence[str], requested: in
     return [*samples_of_parts(requested, weights)] if _has_weights(entries) else [None] * len(prefixes)
 
 
-def _sizes(config: RunConfig, datasets: Sequence[GPTDataset], requested: int) -> list[float]:
+def _sizes(config: RunConfig, datasets: Sequence[_Ordered], requested: int) -> list[float]:
     """Return the samples in an epoch of each dataset, which Megatron-LM uses as weights if none are given.
 
     Raises ConfigError if the run needs more samples than that: Megatron-LM would then run out of data.
@@ -170,7 +174,7 @@ def _cache(config: RunConfig, prefixes: Sequence[str]) -> Path:
     return config.data.data_cache_path or Path(prefixes[0]).parent / "cache"
 
 
-def _open(config: RunConfig, prefix: str, split: Split, *, requested: int | None, cache: Path) -> GPTDataset:
+def _open(config: RunConfig, prefix: str, split: Split, *, requested: int | None, cache: Path) -> _Ordered:
     """Open the documents of a split in their order; `requested` is the number of samples that Megatron-LM would
     prepare, None for one epoch.
 
@@ -193,7 +197,7 @@ def _indexed(config: RunConfig, prefix: str, key: str) -> IndexedDataset:
 
 def _ordered(
     config: RunConfig, indexed: IndexedDataset, split: Split, *, requested: int | None, cache: Path
-) -> GPTDataset:
+) -> _Ordered:
     training, is_megatron = config.training, config.data.order_of_new_run == "megatron"
     divide = split_sequences if is_megatron else split_documents
     if split == "validation" and config.data.valid_data_path is not None:
@@ -201,7 +205,10 @@ def _ordered(
     else:
         documents = divide(len(indexed), config.data.split)[0 if split == "train" else 1]
     lengths = indexed.document_lengths[documents.start : documents.stop]
-    name = f"{indexed.prefix.name}:{split}"
+    name, mask = f"{indexed.prefix.name}:{split}", _mask(config, indexed)
+    if config.data.packing == "best_fit" and split == "train":
+        packed = PackedOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)
+        return PackedDataset(indexed, documents, packed, mask)
     order: Order
     if is_megatron:
         order = MegatronOrder(
@@ -209,7 +216,16 @@ def _ordered(
         )
     else:
         order = SampleOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)
-    return GPTDataset(indexed, documents, order)
+    return GPTDataset(indexed, documents, order, mask)
+
+
+def _mask(config: RunConfig, indexed: IndexedDataset) -> IndexedDataset | None:
+    """Open the loss mask of a dataset, if it has one and the run uses it. Raises DataError for a wrong one."""
+    return (
+        open_loss_mask(indexed, by_sequence=config.data.order_of_new_run == "megatron")
+        if config.data.loss_mask
+        else None
+    )
 
 
 def samples_of_run(training: TrainingConfig, split: Split) -> int:
@@ -253,8 +269,10 @@ def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
             f"{tokenizer.vocab_size} ids: set model.vocab_size to that"
         )
     validation = parse_data_path(config.data.valid_data_path or [])[1]
-    for prefix in [*(prefix for _, prefix in training_prefixes(config.data)), *validation]:
-        if config.data.eod_mask_loss or config.data.reset_attention_mask:
+    prefixes = [*(prefix for _, prefix in training_prefixes(config.data)), *validation]
+    check_loss_mask(config.data.loss_mask, prefixes)
+    for prefix in prefixes:
+        if config.data.eod_mask_loss or config.data.reset_attention_mask or config.data.packing == "best_fit":
             _check_ends(IndexedDataset(prefix), tokenizer.eod)
         report = report_of(prefix)
         if report is not None:
@@ -279,5 +297,5 @@ def _check_ends(dataset: IndexedDataset, eod: int) -> None:
         raise DataError(
             f"{dataset.prefix}: none of its first documents has the end-of-document id {eod}, the first ends with "
             f"{last}: preprocess it with --append-eod, name that token with data.eod_token, or set "
-            f"data.eod_mask_loss and data.reset_attention_mask to false"
+            f"data.eod_mask_loss and data.reset_attention_mask to false and data.packing to concatenate"
         )

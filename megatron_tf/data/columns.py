@@ -1,6 +1,6 @@
 """Documents of the rows of tables: what Parquet and Arrow files have in common."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_tf.data import documents
-from megatron_tf.data.documents import BadLines, DocumentBatch, Fields, check_any
+from megatron_tf.data.chat_template import ChatTemplate
+from megatron_tf.data.documents import BadLines, DocumentBatch, Fields, check_any, naming
 from megatron_tf.data.formats import HEAD_BYTES, check_format
 from megatron_tf.data.indexed_dataset import DataError
 
@@ -42,6 +43,8 @@ class Columns:
     set_path: tuple[str, ...] | None
     """None if documents don't name their sets."""
     set_key: str
+    chat: ChatTemplate | None = None
+    """Set if the columns of `texts` hold conversations."""
 
     @property
     def paths(self) -> list[tuple[str, ...]]:
@@ -69,11 +72,17 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Path) -> Columns:
         if kind is None:
             names = ", ".join(map(str, schema.names)) or "none"
             raise DataError(f"{path} has no column {key!r}, but: {names}: give the column of its text as --json-keys")
-        if not _is_text(kind):
+        if fields.chat is None and not _is_text(kind):
             raise DataError(f"{path}: column {key!r} is {kind}, not text: give the column of its text as --json-keys")
+        if fields.chat is not None and not _is_list(kind):
+            raise DataError(
+                f"{path}: column {key!r} is {kind}, not a list of messages: give the column of the conversations as "
+                f"--json-keys"
+            )
         texts[key] = found
     set_path = ("meta", fields.set_key)
-    return Columns(texts, set_path if _type_at(schema, set_path) is not None else None, fields.set_key)
+    known = set_path if _type_at(schema, set_path) is not None else None
+    return Columns(texts, known, fields.set_key, fields.chat)
 
 
 def _type_at(schema: pa.Schema, path: Sequence[str]) -> pa.DataType | None:
@@ -91,6 +100,10 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def column_at(rows: pa.RecordBatch, path: Sequence[str]) -> pa.Array:
@@ -126,7 +139,10 @@ def batches_of_chunks(
             batch.end_byte = chunk.position
             continue
         skip = max(0, start_row - chunk.first)
-        for row, (document, size) in enumerate(_documents(chunk.rows, columns, skip), skip):
+        read = _reader(chunk.rows, columns)
+        for row in range(skip, chunk.rows.num_rows):
+            with naming(name, place + row):
+                document, size = read(row)
             batch.count(document, path=name, line=place + row, size=size)
             batch.end_line = chunk.first + row + 1
             if batch.line_bytes >= documents.BATCH_BYTES:
@@ -137,15 +153,22 @@ def batches_of_chunks(
     yield batch
 
 
-def _documents(rows: pa.RecordBatch, columns: Columns, skip: int) -> Iterator[tuple[dict[str, Any] | str, int]]:
-    """Yield (document or what is wrong with it, bytes of its text) for each row but the first `skip`."""
+def _reader(rows: pa.RecordBatch, columns: Columns) -> Callable[[int], tuple[dict[str, Any] | str, int]]:
+    """Return a function from the number of a row to (document or what is wrong with it, bytes of its text)."""
     texts = {key: _plain(column_at(rows, path)) for key, path in columns.texts.items()}
     sets = None if columns.set_path is None else column_at(rows, columns.set_path)
-    for row in range(skip, rows.num_rows):
-        document, size = _document({key: column[row].as_buffer() for key, column in texts.items()})
+    chat = columns.chat
+
+    def read(row: int) -> tuple[dict[str, Any] | str, int]:
+        if chat is None:
+            document, size = _document({key: column[row].as_buffer() for key, column in texts.items()})
+        else:
+            document, size = _conversations({key: column[row] for key, column in texts.items()}, chat)
         if sets is not None and isinstance(document, dict) and sets[row].is_valid:
             document["meta"] = {columns.set_key: sets[row].as_py()}
-        yield document, size
+        return document, size
+
+    return read
 
 
 def _plain(column: pa.Array) -> pa.Array:
@@ -166,6 +189,17 @@ def _document(texts: dict[str, pa.Buffer | None]) -> tuple[dict[str, Any] | str,
         except UnicodeDecodeError:
             return "invalid UTF-8", size
     return document, size
+
+
+def _conversations(values: dict[str, pa.Scalar], chat: ChatTemplate) -> tuple[dict[str, Any] | str, int]:
+    """Render a row's conversations; return what is wrong with it otherwise, and the bytes of their text."""
+    try:
+        document = documents.checked({key: value.as_py() for key, value in values.items()}, list(values), chat)
+    except UnicodeDecodeError:
+        return "invalid UTF-8", 0
+    if isinstance(document, str):
+        return document, 0
+    return document, sum(documents.utf8_size(documents.text_of(document[key])) for key in values)
 
 
 def is_damage(error: Exception) -> bool:

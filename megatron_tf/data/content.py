@@ -9,6 +9,7 @@ from typing import Any
 import xxhash
 
 from megatron_tf.data.indexed_dataset import MAGIC
+from megatron_tf.data.output_names import mask_prefix
 
 _WHOLE_BYTES = 64 << 20  # index files up to this size are hashed whole, larger ones by blocks
 _BLOCKS = 64
@@ -33,6 +34,7 @@ def content_of(prefix: str) -> Content:
         "data_bytes": data.stat().st_size,
         "data": _digest(data, _DATA_BLOCK, _BLOCKS * _DATA_BLOCK),
         **_count_documents(index),
+        **_identify_mask(prefix),
     }
 
 
@@ -49,6 +51,8 @@ def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
             return f"{old[key]:,} -> {new[key]:,} {unit}"
     if "data" in different:
         return f"other tokens: hash {old['data'][:8]} -> {new['data'][:8]}"
+    if different == ["loss_mask"]:
+        return "the same tokens, but other targets in the loss"
     return f"the same tokens, but other documents: hash {old.get('index', '')[:8]} -> {new.get('index', '')[:8]}"
 
 
@@ -60,6 +64,12 @@ def _count_documents(index: Path) -> Content:
         return {}
     magic, _, boundaries = _COUNTS.unpack(header)
     return {"documents": boundaries - 1} if magic == MAGIC else {}
+
+
+def _identify_mask(prefix: str) -> Content:
+    """Return {"loss_mask": digest}; empty for a dataset without a loss mask."""
+    mask = Path(f"{mask_prefix(prefix)}.bin")
+    return {"loss_mask": _digest(mask, _DATA_BLOCK, _BLOCKS * _DATA_BLOCK)} if mask.is_file() else {}
 
 
 def _digest(path: Path, block: int, whole: int) -> str:

@@ -3,6 +3,7 @@ reported, in lines and in bytes."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 
+from megatron_tf.data.chat_template import ChatTemplate, Conversation
 from megatron_tf.data.indexed_dataset import DataError
+from megatron_tf.data.messages import BadRowError
 from megatron_tf.data.shards import Line, read_lines
 
 MAX_LINE_BYTES = 128 << 20  # bounds memory: as a str, text that is not all ASCII takes up to four times its bytes
@@ -26,6 +29,8 @@ class Fields:
     """Keys that hold text. A key with dots is that key if the row has it; otherwise it leads through objects."""
     set_key: str = "pile_set_name"
     """Key under `meta` whose value names the document's set."""
+    chat: ChatTemplate | None = None
+    """Makes text of the values under the keys, which are conversations then."""
 
 
 class Position(NamedTuple):
@@ -153,17 +158,24 @@ class Input(Protocol):
         """Return what it consists of, in order. Raises DataError if it can't be read or lacks a column of `fields`."""
 
 
-def read_batches(path: Path, keys: Sequence[str], first_line: int = 0) -> Iterator[DocumentBatch]:
-    """Yield the documents of a file, starting at a line: JSON objects whose `keys` all hold text. Other lines count as
-    bad.
+def read_batches(
+    path: Path, keys: Sequence[str], first_line: int = 0, chat: ChatTemplate | None = None
+) -> Iterator[DocumentBatch]:
+    """Yield the documents of a file, starting at a line: JSON objects whose `keys` all hold text, or conversations for
+    the template `chat`. Other lines count as bad.
 
     Raises DataError for a file that can't be read or whose format does not match its name.
     """
-    yield from batches_of_lines(read_lines(path, MAX_LINE_BYTES), keys, name=path, first_line=first_line)
+    yield from batches_of_lines(read_lines(path, MAX_LINE_BYTES), keys, name=path, first_line=first_line, chat=chat)
 
 
 def batches_of_lines(
-    lines: Iterable[Line], keys: Sequence[str], *, name: Path | str, first_line: int
+    lines: Iterable[Line],
+    keys: Sequence[str],
+    *,
+    name: Path | str,
+    first_line: int,
+    chat: ChatTemplate | None = None,
 ) -> Iterator[DocumentBatch]:
     """Yield the documents of lines, as `read_batches` does; `name` is that of their source in messages."""
     batch = DocumentBatch()
@@ -172,7 +184,8 @@ def batches_of_lines(
         batch.end_byte = position
         if number <= first_line or (isinstance(line, bytes) and not line.strip()):
             continue
-        document = line if isinstance(line, str) else _parse(line, keys)
+        with naming(name, number):
+            document = line if isinstance(line, str) else _parse(line, keys, chat)
         if document == "malformed JSON" and not is_ended:
             document = "truncated last line"
         batch.count(document, path=name, line=number, size=size)
@@ -200,6 +213,15 @@ def documents_of(inputs: Iterable[Input], keys: Sequence[str], bad: BadLines) ->
         check_any(each.name, documents, bad_here)
 
 
+@contextmanager
+def naming(name: Path | str, row: int) -> Iterator[None]:
+    """Put the place of a row before the message of a DataError within the context."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}:{row}: {error}") from error
+
+
 def check_any(name: str, documents: int, bad: BadLines) -> None:
     """Raise DataError if an input has no document, whatever fraction of bad lines is allowed: it must not be lost
     silently."""
@@ -210,7 +232,7 @@ def check_any(name: str, documents: int, bad: BadLines) -> None:
     raise DataError(f"no document in {name}: {found}: remove it from the inputs, fix it, or give the key of its text")
 
 
-def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
+def _parse(line: bytes, keys: Sequence[str], chat: ChatTemplate | None) -> dict[str, Any] | str:
     """Parse a line into its document, or return what is wrong with it."""
     try:
         document = orjson.loads(line)
@@ -223,21 +245,36 @@ def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
             return "malformed JSON"
     if not isinstance(document, dict):
         return "not a JSON object"
-    return checked(document, keys)
+    return checked(document, keys, chat)
 
 
-def checked(row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | str:
-    """Return a row whose `keys` all hold text, or what is wrong with it. Nested text is put under its whole key too."""
+def checked(row: dict[str, Any], keys: Sequence[str], chat: ChatTemplate | None = None) -> dict[str, Any] | str:
+    """Return a row whose `keys` all hold text, or what is wrong with it. Nested text is put under its whole key too.
+
+    With a template the values are conversations, and become `Conversation`s. Raises DataError for a template that does
+    not tell where the answers are.
+    """
     for key in keys:
-        text = row[key] if key in row else _nested(row, key)
-        if text is _ABSENT:
+        value = row[key] if key in row else _nested(row, key)
+        if value is _ABSENT:
             return f"no key {key!r}"
-        if not isinstance(text, str):
+        if chat is not None:
+            try:
+                value = chat.conversation(value)
+            except BadRowError as error:
+                return f"{key!r}: {error}"
+        elif not isinstance(value, str):
             return f"{key!r} is not a text"
+        text = text_of(value)
         if not text.isascii() and not _is_encodable(text):
             return f"{key!r} has a lone surrogate"
-        row[key] = text
+        row[key] = value
     return row
+
+
+def text_of(value: str | Conversation) -> str:
+    """Return the text of a document."""
+    return value if isinstance(value, str) else value.text
 
 
 def _nested(row: dict[str, Any], key: str) -> Any:

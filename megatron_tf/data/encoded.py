@@ -56,4 +56,4 @@ def end_to_end(rows: list[list[int]]) -> Encoded:
     """Concatenate lists of ids, one per text."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     flat = chain.from_iterable(rows)
-    return Encoded(np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())), lengths)
+    return Encoded(np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths)

@@ -8,20 +8,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.loss_mask import counted
 from megatron_tf.data.order_cache import Order
+from megatron_tf.data.sample import Sample, lengths_of_inputs
 
 
 class GPTDataset:
     """A dataset whose sample i is an array of ids [seq_length + 1], in the type of the .bin file, cut from a range of
-    documents in the given order."""
+    documents in the given order; `mask` is the loss mask of the dataset, if any."""
 
-    def __init__(self, dataset: IndexedDataset, documents: range, order: Order) -> None:
+    def __init__(
+        self, dataset: IndexedDataset, documents: range, order: Order, mask: IndexedDataset | None = None
+    ) -> None:
         self.dataset = dataset
         self.documents = documents
         self.order = order
+        self.mask = mask
+        self.has_loss_mask = mask is not None
 
     def __getitem__(self, sample: int) -> NDArray[np.integer]:
         return np.concatenate([self.dataset.document(*extent) for extent in self._extents(sample)])
+
+    def read(self, sample: int) -> Sample:
+        """Return a sample, with its loss mask and the lengths of its conversations if it is chat data."""
+        if self.mask is None:
+            return Sample(self[sample])
+        extents = list(self._extents(sample))
+        return Sample(self[sample], counted(self.mask, extents), lengths_of_inputs(extents))
 
     def prefetch(self, sample: int) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""

@@ -12,7 +12,7 @@ import xxhash
 from datasets.distributed import split_dataset_by_node
 
 from megatron_tf.data import documents
-from megatron_tf.data.documents import BEGINNING, DocumentBatch, Fields, Position, checked, utf8_size
+from megatron_tf.data.documents import BEGINNING, DocumentBatch, Fields, Position, checked, naming, text_of, utf8_size
 from megatron_tf.data.indexed_dataset import DataError
 
 
@@ -89,8 +89,9 @@ class HubShard:
             batch.end_line = number
             if number <= start.rows:
                 continue
-            document = checked(dict(row), fields.keys)
-            size = 0 if isinstance(document, str) else sum(utf8_size(document[key]) for key in fields.keys)
+            with naming(self.name, number):
+                document = checked(dict(row), fields.keys, fields.chat)
+            size = 0 if isinstance(document, str) else sum(utf8_size(text_of(document[key])) for key in fields.keys)
             if size > documents.MAX_LINE_BYTES:
                 document = f"longer than {documents.MAX_LINE_BYTES >> 20} MiB"
             batch.count(document, path=self.name, line=number, size=size)

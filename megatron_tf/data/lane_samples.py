@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megatron_tf.config import ConfigError
 from megatron_tf.data.lane_set import LaneSet
 from megatron_tf.data.phases import Phase
+from megatron_tf.data.sample import Sample
 
 
 class LaneSamples:
@@ -18,10 +19,16 @@ class LaneSamples:
     def __init__(self, phase: Phase, sets: Mapping[str, LaneSet]) -> None:
         self.phase = phase
         self.sets = sets
+        self.has_loss_mask = any(part.mask is not None for part in sets.values())
 
     def __getitem__(self, sample: int) -> NDArray[np.integer]:
         reading = self.phase.locate(sample)
         return self.sets[reading.name].ids(reading)
+
+    def read(self, sample: int) -> Sample:
+        """Return the ids of a sample, with its loss mask if its set has one."""
+        reading = self.phase.locate(sample)
+        return self.sets[reading.name].read(reading)
 
     def prefetch(self, sample: int) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""
@@ -54,7 +61,7 @@ def lane_samples(
         if name in by_name:
             raise ConfigError(
                 f"data.data_path: two datasets are called {name}, but data.order lanes knows them by name: rename the "
-                f"files of one"
+                f"files of one, or set data.order: counter"
             )
         by_name[name] = part
     rings = {name: part.ring for name, part in by_name.items()}

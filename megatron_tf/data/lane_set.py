@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from megatron_tf.data._index import permutation
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.lanes import Span
+from megatron_tf.data.loss_mask import counted
 from megatron_tf.data.order import aligned
 from megatron_tf.data.phases import Reading, Ring
+from megatron_tf.data.sample import Sample, lengths_of_inputs
 
 _LANES_VERSION = 1
 
@@ -31,8 +33,11 @@ class LaneSet:
     Holds the order of one epoch in memory, 12 to 16 bytes for each document.
     """
 
-    def __init__(self, dataset: IndexedDataset, documents: range, *, seed: int) -> None:
+    def __init__(
+        self, dataset: IndexedDataset, documents: range, *, seed: int, mask: IndexedDataset | None = None
+    ) -> None:
         self.dataset = dataset
+        self.mask = mask
         self.documents = documents
         self._lengths = aligned(dataset.document_lengths[documents.start : documents.stop])
         content = xxhash.xxh3_128_hexdigest(self._lengths.data)
@@ -45,6 +50,13 @@ class LaneSet:
         """Return the ids of a sample, [seq_length + 1]: the token before its first target, then its targets."""
         pieces = [self.dataset.document(*extent) for extent in self.extents(reading)]
         return np.concatenate(pieces)
+
+    def read(self, reading: Reading) -> Sample:
+        """Return a sample, with its loss mask and the lengths of its conversations if it is chat data."""
+        if self.mask is None:
+            return Sample(self.ids(reading))
+        extents = list(self.extents(reading))
+        return Sample(self.ids(reading), counted(self.mask, extents), lengths_of_inputs(extents))
 
     def prefetch(self, reading: Reading) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tf.data.batch import Batch, DocumentMasking, make_batch, pin
+from megatron_tf.data.batch import Batch, DocumentMasking, collate, pin
 from megatron_tf.data.blend import Samples
 
 PROBE_INTERVAL = 16  # batches; a read-ahead request costs more than reading data that is already in memory
@@ -76,16 +76,11 @@ class BatchLoader(Iterator[Batch]):
             for sample in samples:
                 self.dataset.prefetch(sample)
         waits = _disk_waits()
-        # a single sample, for its length
-        first_row = self.dataset[samples[0]]
-        rows = np.empty((len(samples), len(first_row)), dtype=np.int64)
-        rows[0] = first_row
-        for row, sample in zip(rows[1:], samples[1:], strict=True):
-            row[:] = self.dataset[sample]
+        rows = [self.dataset.read(sample) for sample in samples]
         if is_probe:
             self._is_cold = _disk_waits() > waits
         self._reads += 1
-        batch = make_batch(rows.reshape(*numbers.shape, -1), numbers, self.masking)
+        batch = collate(rows, numbers, self.masking, has_loss_mask=self.dataset.has_loss_mask)
         return pin(batch) if self._pins else batch
 
     def _sample_numbers(self, first: int) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ Each epoch shuffles the documents, concatenates them, cuts them into samples, an
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -20,24 +21,42 @@ _GROUP_ENTRIES = 1 << 18
 _MAX_GROUP = 256  # epochs
 
 
-class SampleOrder:
-    """An unbounded order of samples of `seq_length` + 1 tokens over documents of the given lengths.
+class EpochOrder(ABC):
+    """An unbounded order of samples of `seq_length` + 1 tokens over documents of the given lengths, epoch by epoch.
 
-    Raises DataError if there are too few tokens for one sample.
+    `key` distinguishes the files of a kind of order in the cache.
     """
 
-    def __init__(self, lengths: NDArray[np.integer], *, seq_length: int, seed: int, name: str, cache: Path) -> None:
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        *,
+        seq_length: int,
+        seed: int,
+        name: str,
+        cache: Path,
+        key: tuple[object, ...],
+    ) -> None:
         self.lengths = aligned(lengths)
         self.seq_length = seq_length
         self.seed = seed
         self.name = name
         self.cache = cache
-        self.samples_per_epoch = samples_in(self.lengths, seq_length, name)
+        self.samples_per_epoch = self._count()
         self.content = xxhash.xxh3_128_hexdigest(self.lengths.data)
+        self._key = key
         entries = max(len(self.lengths), self.samples_per_epoch, 1)
         self._epochs_of_file = max(1, min(_MAX_GROUP, _GROUP_ENTRIES // entries))
         self._epoch: tuple[int, OrderArrays] | None = None
         self._group: tuple[int, OrderArrays] | None = None
+
+    @abstractmethod
+    def _count(self) -> int:
+        """Return the number of samples in an epoch. Raises DataError if there is none."""
+
+    @abstractmethod
+    def _build(self, epoch: int) -> OrderArrays:
+        """Compute the order of an epoch; its arrays have the same shapes in each."""
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
         """Return (arrays of the sample's epoch, index of the sample in them)."""
@@ -51,7 +70,7 @@ class SampleOrder:
     def _arrays_of(self, epoch: int) -> OrderArrays:
         group, row = divmod(epoch, self._epochs_of_file)
         if self._group is None or self._group[0] != group:
-            key: tuple[object, ...] = (ORDER_VERSION, self.content, self.seq_length, self.seed, self.name, group)
+            key: tuple[object, ...] = (*self._key, self.content, self.seq_length, self.seed, self.name, group)
             # not part of the key for large datasets, so that their existing caches keep their names
             if self._epochs_of_file > 1:
                 key = (*key, self._epochs_of_file)
@@ -65,18 +84,32 @@ class SampleOrder:
         epochs = [self._build(first + i) for i in range(self._epochs_of_file)]
         return OrderArrays(*map(np.stack, zip(*epochs, strict=True))) if len(epochs) > 1 else epochs[0]
 
+    def _permutation(self, n: int, epoch: int, what: str) -> NDArray[np.integer]:
+        # keyed by the name too, so that datasets of equal size are shuffled differently
+        digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
+        return permutation(n, int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
+
+
+class SampleOrder(EpochOrder):
+    """The order of samples that are cut from the documents end to end.
+
+    Raises DataError if there are too few tokens for one sample.
+    """
+
+    def __init__(self, lengths: NDArray[np.integer], *, seq_length: int, seed: int, name: str, cache: Path) -> None:
+        key = (ORDER_VERSION,)
+        super().__init__(lengths, seq_length=seq_length, seed=seed, name=name, cache=cache, key=key)
+
+    def _count(self) -> int:
+        return samples_in(self.lengths, self.seq_length, self.name)
+
     def _build(self, epoch: int) -> OrderArrays:
         # shuffle documents first, so that each epoch cuts samples at different places; then samples, so that the
         # pieces of a long document are not consecutive
-        documents = permutation(len(self.lengths), *self._keys(epoch, "documents"))
+        documents = self._permutation(len(self.lengths), epoch, "documents")
         position, offset = sample_index(documents, self.lengths, self.seq_length)
-        shuffle = permutation(self.samples_per_epoch, *self._keys(epoch, "samples"))
+        shuffle = self._permutation(self.samples_per_epoch, epoch, "samples")
         return OrderArrays(documents, position, offset, shuffle)
-
-    def _keys(self, epoch: int, what: str) -> tuple[int, int]:
-        # includes the name, so that datasets of equal size are shuffled differently
-        digest = hashlib.blake2b(repr((self.seed, self.name, epoch, what)).encode(), digest_size=16).digest()
-        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
 def aligned(lengths: NDArray[np.integer]) -> NDArray[np.integer]:

@@ -33,6 +33,9 @@ class OrderArrays(NamedTuple):
     `documents` [d] is the order of the documents. Sample i before shuffling starts in document
     `documents[position[i]]` at `offset[i]`; both are [n + 1]. `shuffle` [n] is the order in which samples are read.
     Integers have 32 bits if that is enough for all of them.
+
+    Under best-fit packing, sample i consists of the pieces [position[i], position[i + 1]): piece p is of document
+    `documents[p]` and begins at `offset[p]`.
     """
 
     documents: NDArray[np.integer]

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_tf.data.indexed_dataset import DataError
 
@@ -19,6 +20,11 @@ def set_name(value: object) -> str:
     if len(name) <= MAX_NAME and "\0" not in name:
         return name
     return f"{name[:200].replace(chr(0), ' ')} #{_digest(name)}"
+
+
+def mask_prefix(prefix: str | Path) -> str:
+    """Return the prefix of the loss mask of a dataset."""
+    return f"{prefix}_loss_mask"
 
 
 def output_of(key: str, set_name: str | None) -> str:

@@ -96,14 +96,15 @@ class Journal:
 
 class Part:
     """The files `stem`-OUTPUT.bin, .lengths (int32 a document) and .sets (ROW a document) and their journal, open for
-    appending.
+    appending; with `has_mask` also .mask (uint8 an id).
 
     A part with another identity, or without all the data in its journal, starts from scratch.
     """
 
-    def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype) -> None:
+    def __init__(self, stem: Path, identity: dict[str, Any], dtype: np.dtype, has_mask: bool = False) -> None:
         self.stem = stem
         self.dtype = dtype
+        self.has_mask = has_mask
         self._path = stem.with_name(stem.name + ".json")
         journal = Journal.read(self._path)
         is_usable = journal is not None and journal.identity == identity and self._holds(journal)
@@ -111,10 +112,17 @@ class Part:
         self._files: OrderedDict[str, list[BinaryIO]] = OrderedDict()
         self._written: set[str] = set()  # outputs written to since the last commit
 
-    def append(self, output: str, ids: NDArray[np.generic], documents: Sequence[tuple[str, int, int]]) -> None:
+    def append(
+        self,
+        output: str,
+        ids: NDArray[np.generic],
+        documents: Sequence[tuple[str, int, int]],
+        mask: NDArray[np.integer] | None = None,
+    ) -> None:
         """Append documents to an output and count them in the journal.
 
-        `ids` are concatenated; each document has a row (set, number of ids, bytes of text).
+        `ids` are concatenated; each document has a row (set, number of ids, bytes of text). `mask`, which a part that
+        `has_mask` needs, is that of the ids.
         """
         # open before counting, since this truncates the files to what the journal counts
         files = self._opened(output)
@@ -124,7 +132,8 @@ class Part:
         places = {name: place for place, name in enumerate(self.journal.counts[output])}
         rows = np.array([(places[name], text_bytes) for name, _, text_bytes in documents], ROW)
         lengths = np.array([length for _, length, _ in documents], "<i4")
-        for file, values in zip(files, (ids.astype(self.dtype, copy=False), lengths, rows), strict=True):
+        columns = [ids.astype(self.dtype, copy=False), lengths, rows, *([] if mask is None else [mask])]
+        for file, values in zip(files, columns, strict=True):
             file.write(values.tobytes())
 
     def document_sets(self, output: str) -> DocumentSets:
@@ -142,10 +151,9 @@ class Part:
         self.journal.write(self._path)
 
     def paths(self, output: str) -> tuple[Path, ...]:
-        """Return the paths of the .bin, .lengths and .sets files of an output."""
-        return tuple(
-            self.stem.with_name(f"{self.stem.name}-{file_stem(output)}.{kind}") for kind in ("bin", "lengths", "sets")
-        )
+        """Return the paths of the .bin, .lengths and .sets files of an output, and of its .mask, if any."""
+        kinds = ("bin", "lengths", "sets", "mask") if self.has_mask else ("bin", "lengths", "sets")
+        return tuple(self.stem.with_name(f"{self.stem.name}-{file_stem(output)}.{kind}") for kind in kinds)
 
     def __enter__(self) -> Self:
         return self
@@ -157,9 +165,10 @@ class Part:
             for file in files:
                 file.close()
 
-    def _sizes(self, journal: Journal, output: str) -> tuple[int, int, int]:
+    def _sizes(self, journal: Journal, output: str) -> tuple[int, ...]:
         total = journal.total(output)
-        return total.tokens * self.dtype.itemsize, 4 * total.documents, ROW.itemsize * total.documents
+        sizes = total.tokens * self.dtype.itemsize, 4 * total.documents, ROW.itemsize * total.documents
+        return (*sizes, total.tokens) if self.has_mask else sizes
 
     def _holds(self, journal: Journal) -> bool:
         for output in journal.counts:

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 import megatron_tf
+from megatron_tf.data.chat_ids import encode_conversations
+from megatron_tf.data.chat_template import ChatTemplate
 from megatron_tf.data.document_sets import joined_sets, sets_path
 from megatron_tf.data.documents import (
     BadLines,
@@ -20,10 +22,12 @@ from megatron_tf.data.documents import (
     Position,
     Source,
     check_any,
+    text_of,
     utf8_size,
 )
 from megatron_tf.data.first_format import check_first_ends, check_first_format, is_of_first_format
 from megatron_tf.data.indexed_dataset import DataError, blocks_of_documents, token_dtype, write_index
+from megatron_tf.data.loss_mask import write_loss_mask
 from megatron_tf.data.output_names import dataset_names, output_of, set_name
 from megatron_tf.data.part import Journal, Part, Tally
 from megatron_tf.data.published import (
@@ -59,16 +63,34 @@ class Settings:
     """Key under `meta`; each of its values gets its own datasets."""
     eod: int | None = None
     """The id appended to each document."""
+    chat: ChatTemplate | None = None
+    """Template of conversations; None for text."""
 
     @property
     def fields(self) -> Fields:
         """What is read of each row."""
-        return Fields(self.keys) if self.split_by_meta is None else Fields(self.keys, self.split_by_meta)
+        fields = Fields(self.keys, chat=self.chat)
+        return fields if self.split_by_meta is None else replace(fields, set_key=self.split_by_meta)
 
     def identity(self, of: Input | Source) -> dict[str, Any]:
         """Return everything that determines the bytes written for an input or a source, as JSON values."""
+        return {"format": FORMAT_VERSION, **of.identity(), **self.to_json()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values that identify the settings."""
         # through JSON, which turns tuples into lists: it is compared with a value read from a journal
-        return {"format": FORMAT_VERSION, **of.identity(), **json.loads(json.dumps(asdict(self)))}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.chat is None:  # datasets of text are identified as they were before there was chat
+            del values["chat"]
+        return values
+
+
+class Tokenized(NamedTuple):
+    """The texts, or conversations, of a batch."""
+
+    ids: Encoded
+    loss_mask: Encoded | None
+    """1 for ids that are targets; None for texts."""
 
 
 def tokenize_source(
@@ -76,7 +98,7 @@ def tokenize_source(
 ) -> None:
     """Tokenize one source into part `number`, or resume that. Raises DataError or OSError; committed work is kept."""
     dtype = token_dtype(tokenizer.vocab_size)
-    with Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype) as part:
+    with _part(prefix, number, source, settings=settings, dtype=dtype) as part:
         journal = part.journal
         if journal.is_complete:
             if isinstance(source, StandardInput):
@@ -87,8 +109,8 @@ def tokenize_source(
         uncommitted = 0
         batches = _ahead(source.batches(settings.fields, journal.end))
         # a thread reads, one encodes, and this one writes: the tokenizer, which is the slowest, waits for neither
-        for batch, encoded in _ahead((batch, _encoded(batch, settings.keys, tokenizer)) for batch in batches):
-            _add(part, batch, encoded, settings=settings)
+        for batch, tokenized in _ahead((batch, _tokenized(batch, settings, tokenizer)) for batch in batches):
+            _add(part, batch, tokenized, settings=settings)
             progress(batch.end_byte - done, len(batch.documents))
             done = batch.end_byte
             uncommitted += batch.line_bytes
@@ -100,35 +122,47 @@ def tokenize_source(
         part.commit(is_complete=True)
 
 
-def _add(part: Part, batch: DocumentBatch, encoded: Mapping[str, Encoded], *, settings: Settings) -> None:
+def _part(prefix: str, number: int, source: Source, *, settings: Settings, dtype: np.dtype) -> Part:
+    stem = parts_directory(prefix) / f"{number:05d}"
+    return Part(stem, settings.identity(source), dtype, has_mask=settings.chat is not None)
+
+
+def _add(part: Part, batch: DocumentBatch, tokenized: Mapping[str, Tokenized], *, settings: Settings) -> None:
     set_key = settings.fields.set_key
     sets = [_set_name(document, set_key) for document in batch.documents]
-    for key, texts in encoded.items():
-        finished = texts.finished(part.dtype, settings.eod)
-        sizes = [utf8_size(document[key]) for document in batch.documents]
+    end = settings.eod if settings.chat is None else None  # conversations have theirs
+    for key, (texts, mask) in tokenized.items():
+        finished = texts.finished(part.dtype, end)
+        sizes = [utf8_size(text_of(document[key])) for document in batch.documents]
         for output, which in _outputs(key, sets, settings).items():
             # in the usual case of one set per batch, nothing is copied
-            chosen = finished if len(which) == len(sizes) else finished.chosen(which)
+            is_all = len(which) == len(sizes)
+            chosen = finished if is_all else finished.chosen(which)
+            chosen_mask = mask if mask is None or is_all else mask.chosen(which)
             lengths = chosen.lengths.tolist()
             documents = [(sets[i] or UNKNOWN_SET, length, sizes[i]) for i, length in zip(which, lengths, strict=True)]
-            part.append(output, chosen.ids, documents)
+            part.append(output, chosen.ids, documents, mask=None if chosen_mask is None else chosen_mask.ids)
     part.journal.lines = batch.end_line
     part.journal.digest = batch.digest
     part.journal.without_set += sets.count(None)
     part.journal.bad.merge(batch.bad, set(part.journal.bad.counts))
 
 
-def _encoded(batch: DocumentBatch, keys: Sequence[str], tokenizer: Tokenizer) -> dict[str, Encoded]:
-    """Encode the texts of a batch, by their keys; empty for a batch without documents."""
-    encoded = {}
-    for key in keys if batch.documents else ():
-        encoded[key] = tokenizer.encode_batch([document[key] for document in batch.documents])
-        highest = int(encoded[key].ids.max(initial=0))
+def _tokenized(batch: DocumentBatch, settings: Settings, tokenizer: Tokenizer) -> dict[str, Tokenized]:
+    """Encode the texts or conversations of a batch, by their keys; empty for a batch without documents."""
+    tokenized = {}
+    for key in settings.keys if batch.documents else ():
+        values = [document[key] for document in batch.documents]
+        if settings.chat is None:
+            tokenized[key] = Tokenized(tokenizer.encode_batch(values), None)
+        else:
+            tokenized[key] = Tokenized(*encode_conversations(values, tokenizer, settings.eod))
+        highest = int(tokenized[key].ids.ids.max(initial=0))
         if highest >= tokenizer.vocab_size:  # it would wrap around in the type of the file
             raise DataError(
                 f"the tokenizer gave id {highest:,}, its vocabulary has {tokenizer.vocab_size:,}: report this"
             )
-    return encoded
+    return tokenized
 
 
 def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, list[int]]:
@@ -170,7 +204,7 @@ def assemble(
     Raises DataError if a part is incomplete, too many lines are bad, or an input has no document.
     """
     parts = [
-        Part(parts_directory(prefix) / f"{number:05d}", settings.identity(source), dtype)
+        _part(prefix, number, source, settings=settings, dtype=dtype)
         for number, source in enumerate(chain.from_iterable(sources))
     ]
     remaining = iter(parts)
@@ -185,9 +219,9 @@ def assemble(
     outputs = sorted(set().union(*(part.journal.counts for part in parts)))
     names = dataset_names(prefix, outputs, is_split=settings.split_by_meta is not None)
     claim(prefix, names.values())
-    report = {
+    report: dict[str, Any] = {
         "version": megatron_tf.__version__,
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": settings.to_json(),
         "inputs": [
             {**settings.identity(each), **_end_of_stream(each, group)}
             for each, group in zip(inputs, groups, strict=True)
@@ -263,12 +297,14 @@ def _publish(dataset: str, parts: list[Part], output: str) -> dict[str, Any]:
     """Write one dataset from its parts; the index appears last."""
     journals = [part.journal for part in parts]
     identity = journals[0].identity
-    report = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
+    report: dict[str, Any] = {"tokenizer": identity["tokenizer"], "eod": identity["eod"], **_counts(journals, output)}
     data = Path(f"{dataset}.bin.tmp")
     index = Path(f"{dataset}.idx.tmp")
     concatenate([part.paths(output)[0] for part in parts], data, may_link=True)
     lengths = np.concatenate([np.fromfile(part.paths(output)[1], dtype="<i4") for part in parts])
     write_index(index, parts[0].dtype, blocks_of_documents(lengths))
+    if parts[0].has_mask:
+        report["targets"] = write_loss_mask(dataset, [part.paths(output)[3] for part in parts], lengths)
     sets = Path(f"{sets_path(dataset)}.tmp")
     joined_sets([part.document_sets(output) for part in parts]).write(sets)
     write_json(Path(f"{dataset}.json"), report)

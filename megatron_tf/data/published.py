@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_tf.data.document_sets import sets_path
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.output_names import mask_prefix
 from megatron_tf.files import locked, write_json
 
-_OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|json|json\.tmp|tmp)")
+_OWN = re.compile(r"lock|data_sets(\.tmp)?|\d{5,}(-.+)?\.(bin|lengths|sets|mask|json|json\.tmp|tmp)")
 
 
 def parts_directory(prefix: str) -> Path:
@@ -76,7 +77,8 @@ def missing_file(prefix: str, report: dict[str, Any]) -> Path | None:
     """
     for recorded, counts in report["data_sets"].items():
         dataset = Path(prefix).parent / Path(recorded).name  # the report may have been moved with its datasets
-        for path in (Path(f"{dataset}.idx"), Path(f"{dataset}.bin"), sets_path(dataset)):
+        mask = [Path(f"{mask_prefix(dataset)}.{kind}") for kind in ("idx", "bin")] if "targets" in counts else []
+        for path in (Path(f"{dataset}.idx"), Path(f"{dataset}.bin"), sets_path(dataset), *mask):
             if not os.path.lexists(path):
                 return path
         remedy = f"remove {prefix}.json and the datasets it names, and run the same command again"
@@ -109,7 +111,8 @@ def claim(prefix: str, datasets: Iterable[str], are_ours: bool = False) -> None:
 
 
 def _files(dataset: Path) -> Sequence[Path]:
-    return [*(Path(f"{dataset}.{kind}") for kind in ("idx", "bin", "json")), sets_path(dataset)]
+    masks = (Path(f"{mask_prefix(dataset)}.{kind}") for kind in ("idx", "bin"))
+    return [*(Path(f"{dataset}.{kind}") for kind in ("idx", "bin", "json")), sets_path(dataset), *masks]
 
 
 def remove_parts(prefix: str) -> None:

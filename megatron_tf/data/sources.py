@@ -82,4 +82,4 @@ class LinesInput:
 
     def batches(self, fields: Fields, start: Position = BEGINNING) -> Iterator[DocumentBatch]:
         """Yield the documents of the lines after a position, as `read_batches` does."""
-        return read_batches(self.path, fields.keys, start.rows)
+        return read_batches(self.path, fields.keys, start.rows, fields.chat)

@@ -38,7 +38,8 @@ class StandardInput:
         Raises DataError if it can't be read, or if its lines up to `start` differ from those that were read before.
         """
         lines = _Digested(_lines(), start)
-        for batch in batches_of_lines(lines, fields.keys, name=self.name, first_line=start.rows):
+        batches = batches_of_lines(lines, fields.keys, name=self.name, first_line=start.rows, chat=fields.chat)
+        for batch in batches:
             batch.digest = lines.digest()
             yield batch
 

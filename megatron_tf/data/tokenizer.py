@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_tf.data.bpe_engine import Engine, fast_engine, is_settled, vocab_size_of
 from megatron_tf.data.encoded import Encoded, end_to_end
@@ -78,6 +79,11 @@ class HFTokenizer:
         if self._engine is None:
             return self._encode_slowly(texts)
         return _settled(texts, self._engine.encode(texts), self._encode_slowly)
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Encode each text into its ids [n] and the (start, stop) characters of each of them [n, 2]."""
+        encoded = self._reference.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
         return end_to_end([e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)])

@@ -1,6 +1,7 @@
 """kill -9 in the middle of a step's micro-batches or of an evaluation: when restarted, the run resumes bit for bit."""
 
 import json
+import shutil
 import signal
 import sys
 
@@ -37,6 +38,8 @@ OPTIONS = ["--training.eval_interval=2", "--training.eval_iters=2", "--checkpoin
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("resume"), training={"train_iters": 4})
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"data_text_document{suffix}", folder / f"other{suffix}")
     (folder / "victim.py").write_text(VICTIM)
     return folder
 
@@ -50,8 +53,7 @@ def straight(folder):
 
 
 def options_of(folder, name):
-    prefix = folder / "data_text_document"
-    blend = f"--data.data_path=['0.7 {prefix}', '0.3 {prefix}']"
+    blend = f"--data.data_path=['0.7 {folder / 'data_text_document'}', '0.3 {folder / 'other'}']"
     return [*OPTIONS, blend, f"--checkpoint.save={folder / name}", f"--logging.metrics_file={folder / name}.jsonl"]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_tf.config import ConfigError, TrainingConfig
 from megatron_tf.data.build import samples_of_run
+from megatron_tf.data.sample import Sample
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
 from tests.support.data import loader_of
 from tests.support.training import small_run
@@ -63,8 +64,10 @@ def test_any_ramp_rises_from_its_start_to_the_whole_size(values):
 class Numbers:
     """Sample i is the number i."""
 
-    def __getitem__(self, sample):
-        return np.array([sample])
+    has_loss_mask = False
+
+    def read(self, sample):
+        return Sample(np.array([sample]))
 
     def prefetch(self, sample):
         """Called where memory is short: then the loader finds that it had to wait for the disk."""

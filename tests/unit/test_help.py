@@ -70,7 +70,7 @@ def test_an_option_shows_its_choices_and_default(capsys):
     assert found["--num-samples"][:2] == ("int", "default 1")
     assert found["--stop"][:2] == ("text, repeatable", "optional")
     assert found["checkpoint"][:2] == ("path", "required")
-    assert options_in(help_of("preprocess_data", capsys))["--json-keys"][:2] == ("text ...", "default text")
+    assert options_in(help_of("preprocess_data", capsys))["--json-keys"][:2] == ("text ...", "optional")
 
 
 def test_each_key_of_the_configuration_has_type_default_and_meaning():

@@ -72,7 +72,11 @@ def blank_batch(config: RunConfig, mesh: Mesh) -> Batch:
     count = training.global_batch_size // (training.micro_batch_size * mesh.size("dp"))
     ids = np.zeros((count, training.micro_batch_size, training.seq_length + 1), dtype=np.int64)
     numbers = np.arange(count * training.micro_batch_size).reshape(count, training.micro_batch_size)
-    return make_batch(ids, numbers, DocumentMasking(_NO_ID, data.eod_mask_loss, data.reset_attention_mask))
+    # without the data: a run has a mask of the loss for chat data, and for the padding of packed rows
+    has_mask = data.loss_mask or data.packing == "best_fit"
+    counts = np.ones((*numbers.shape, training.seq_length), dtype=np.bool_) if has_mask else None
+    masking = DocumentMasking(_NO_ID, data.eod_mask_loss, data.reset_attention_mask)
+    return make_batch(ids, numbers, masking, counts=counts)
 
 
 def _is_host(device: torch.device | str | None) -> bool:

@@ -23,10 +23,10 @@ _NOT_COMPARED = (
     "growth",
     "data.phases",
 )
-_DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order")
+_DATA_KEYS = ("training.seq_length", "training.seed", "data.split", "data.data_path", "data.order", "data.packing")
 _BATCH_KEYS = ("training.global_batch_size", "training.rampup_batch_size")
 _ANY_DATA_KEYS = {*_DATA_KEYS, *_BATCH_KEYS, DATA_CONTENT}
-_IN_OLDER_VERSIONS = {"data.order": OLDEST_ORDER}
+_IN_OLDER_VERSIONS = {"data.order": OLDEST_ORDER, "data.packing": "concatenate"}
 
 
 def check_changes(config: RunConfig, *, data: Sequence[Identity], record: RunRecord, source: Path) -> str:

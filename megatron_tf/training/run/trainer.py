@@ -15,6 +15,7 @@ from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import ValidationSet, build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.packed_dataset import packing_reports
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
 from megatron_tf.failures import one_line_out_of_memory
@@ -55,13 +56,12 @@ def train(
     resumable: Resumable | None,
     observers: Sequence[Observer] = (),
 ) -> int:
-    """Train for `train_iters` steps, through all stages of growth and phases of the data, and return the exit code.
-    Collective.
+    """Train for `train_iters` steps, through all stages of growth and of data; return the exit code. Collective.
 
     Stops early, after a save, on a signal, at the time limit, before a growth stage with another layout, or when one of
-    `observers` requests it. `data` are the identities of the training sets by prefix; `resumable` is the checkpoint
-    that determined the layout; `end` exits the process, with a reason, when ranks wait for each other too long. Raises
-    UserError for what a user can fix: LostRankError if a rank is lost, DivergedError if training has diverged.
+    `observers` requests it. `data` are the identities of the training sets, `resumable` is the checkpoint that
+    determined the layout; `end` exits the process when ranks wait for each other too long. Raises UserError for what a
+    user can fix: LostRankError if a rank is lost, DivergedError if training has diverged.
     """
     timer = StepTimer()
     with ExitStack() as stack:
@@ -94,24 +94,36 @@ def train(
             is_logged=log.is_interval,
         )
         _report_start(config, run, reporter)
+        if mesh.is_first_rank:
+            _say_packing(context)
         while True:
-            with context.loader:
-                _report_new_data(config, run, everyone)
-                record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
+            record, stop = _run_stage(config, run, context=context, resume=resume)
             if _is_done(record, config):
-                report_data(everyone, record, run.config_in_force(config).training, reason="end")
                 return 0
             if stop is not None:
                 return _stopped(config, record, stop=stop, log=log)
-            before = run.stage
             del run  # the next model needs its memory
             resumable = _open_next_stage(config, mesh, log)
             if resumable is None:
                 return EXIT_START_AGAIN
             run = resume.restore(resumable)
             context = _in_stage(context, run.config_in_force(config), run.record, mesh=mesh, tokenizer=tokenizer)
-            if run.stage > before:
+            if resumable.stage > resumable.saved_stage:
                 _report_growth(config, run, context)
+
+
+def _run_stage(
+    config: RunConfig, run: RestoredRun, *, context: RunContext, resume: Resume
+) -> tuple[RunRecord, Stop | None]:
+    """Train to the end of a stage or of the run; return its record, and why the run stops, if it does."""
+    training = run.config_in_force(config).training
+    with context.loader:
+        if run.has_new_data:
+            report_data(context.observers, run.record, training, reason="phase")
+        record, stop = Loop(config, run, context=context, reload=resume.reload_into).run()
+    if _is_done(record, config):
+        report_data(context.observers, record, training, reason="end")
+    return record, stop
 
 
 def _in_stage(
@@ -175,11 +187,6 @@ def _report_growth(config: RunConfig, run: RestoredRun, context: RunContext) -> 
     _say_advice(run, context.say)
 
 
-def _report_new_data(config: RunConfig, run: RestoredRun, observers: Observers) -> None:
-    if run.has_new_data:
-        report_data(observers, run.record, run.config_in_force(config).training, reason="phase")
-
-
 def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
     for line in run.advice:
         say(line)
@@ -188,6 +195,11 @@ def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
     layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
     return Stage(run.config_in_force(config), run.record, layout)
+
+
+def _say_packing(context: RunContext) -> None:
+    for report in packing_reports(context.loader.dataset):
+        context.say(f"packing: {report}")
 
 
 def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observers) -> BackgroundSaver:

@@ -8,13 +8,16 @@ import torch
 
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.loader import BatchLoader
+from megatron_tf.data.sample import Sample
 
 
 class Samples:
     """Sample i is i, i + 1, i + 2."""
 
-    def __getitem__(self, sample):
-        return np.arange(sample, sample + 3)
+    has_loss_mask = False
+
+    def read(self, sample):
+        return Sample(np.arange(sample, sample + 3))
 
     def prefetch(self, sample):
         pass
