@@ -77,7 +77,6 @@ def train(
         run = resume.restore(resumable)
         check_stages(config, run)
         staged = run.config_in_force(config)
-        validation = _open_validation(staged)
         warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(staged, mesh)]
         log = stack.enter_context(_open_log(config, mesh, run.record.training.step))
         _say_warnings(warnings, run.changes, log)
@@ -86,16 +85,14 @@ def train(
         context = RunContext(
             saver=stack.enter_context(_saver(config, mesh, log=log, observers=everyone)),
             loader=_open_loader(staged, mesh, record=run.record, tokenizer=tokenizer),
-            validation=validation,
+            validation=_open_validation(staged),
             stop_signal=stop_signal,
             timer=timer,
             observers=everyone,
             say=log.say,
             is_logged=log.is_interval,
         )
-        _report_start(config, run, reporter)
-        if mesh.is_first_rank:
-            _say_packing(context)
+        _report_start(config, run, reporter, context=context)
         while True:
             record, stop = _run_stage(config, run, context=context, resume=resume)
             if _is_done(record, config):
@@ -171,10 +168,13 @@ def _say_warnings(warnings: Iterable[str], changes: str, log: MetricsLog) -> Non
         log.say(changes)
 
 
-def _report_start(config: RunConfig, run: RestoredRun, reporter: Reporter) -> None:
+def _report_start(config: RunConfig, run: RestoredRun, reporter: Reporter, *, context: RunContext) -> None:
     _say_kernels(run.state.kernels, reporter.log.say)
     reporter.on_start(_stage(config, run), run.origin)
     _say_advice(run, reporter.log.say)
+    if run.state.mesh.is_first_rank:
+        for report in packing_reports(context.loader.dataset):
+            reporter.log.say(f"packing: {report}")
     if _is_done(run.record, config):
         steps = config.training.train_iters
         reporter.log.say(f"nothing is left to do: {run.origin} is at the last of {steps} steps (train_iters)")
@@ -195,11 +195,6 @@ def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
     layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
     return Stage(run.config_in_force(config), run.record, layout)
-
-
-def _say_packing(context: RunContext) -> None:
-    for report in packing_reports(context.loader.dataset):
-        context.say(f"packing: {report}")
 
 
 def _saver(config: RunConfig, mesh: Mesh, *, log: MetricsLog, observers: Observers) -> BackgroundSaver:
