@@ -16,6 +16,7 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1
 RUN python -m pip install --no-cache-dir \
     "backports.zstd>=1.0; python_version < '3.14'" \
     "gigatoken>=0.10" \
+    "jinja2>=3.1.6" \
     "numpy>=1.26.4" \
     "orjson>=3.10" \
     "pydantic>=2.7,<3" \
