@@ -97,7 +97,8 @@ class Runner:
             self.failed.append(job)
             return False
         result = job.result()
-        self.results.add(result)
+        if result["id"] not in self.results.by_id:  # otherwise only its checkpoint was missing
+            self.results.add(result)
         self.todo.pop(job.run.id)
         self.overheads.append(max(0.0, time.monotonic() - job.started - result["seconds"]))
         say(f"done    {job.run.id}  {job.run.label}: loss {result['loss']:.4f} in {result['seconds']:.0f} s")
