@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf.config import ConfigError
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, blocks_of_documents, write_index
 from megatron_tf.data.output_names import mask_prefix
 from megatron_tf.data.published import report_of
@@ -39,6 +38,8 @@ def open_loss_mask(dataset: IndexedDataset, *, by_sequence: bool) -> IndexedData
 
 def check_loss_mask(setting: bool | None, prefixes: Sequence[str]) -> None:
     """Raise ConfigError for `data.loss_mask` without chat data, and for chat data without a decision."""
+    from megatron_tf.config import ConfigError  # preprocessing starts without pydantic
+
     masked = [prefix for prefix in prefixes if has_loss_mask(prefix)]
     if setting and not masked:
         raise ConfigError(

@@ -19,9 +19,9 @@ VICTIM = """
 import os, signal, sys, time
 import torch
 from megatron_tf import pretrain
-from megatron_tf.data.gpt_dataset import GPTDataset
+from megatron_tf.data.lane_samples import LaneSamples
 
-read, count, deed = GPTDataset.__getitem__, 0, sys.argv[1]
+read, count, deed = LaneSamples.read, 0, sys.argv[1]
 
 def harm(self, sample):
     global count
@@ -47,7 +47,7 @@ def harm(self, sample):
             )
     return read(self, sample)
 
-GPTDataset.__getitem__ = harm
+LaneSamples.read = harm
 sys.exit(pretrain.main(sys.argv[2:]))
 """
 

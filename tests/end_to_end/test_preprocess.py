@@ -170,13 +170,13 @@ def test_stopped_anywhere_it_resumes_to_the_same_bytes(shards, tmp_path, monkeyp
     assert run(inputs, tmp_path / "whole") == 0
     append, room = preprocess.Part.append, 0
 
-    def append_while_there_is_room(part, *batch):
+    def append_while_there_is_room(part, *batch, mask):
         nonlocal room
         room -= 1
         if room < 0:
             part._files.setdefault("text", part._open("text"))[0].write(b"half written")
             raise OSError(errno.ENOSPC, "No space left on device")
-        append(part, *batch)
+        append(part, *batch, mask=mask)
 
     monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
     attempts, code = 0, 1

@@ -68,12 +68,12 @@ def test_stopped_anywhere_it_resumes_to_the_same_bytes(folder, tmp_path, monkeyp
     monkeypatch.setattr(documents, "BATCH_BYTES", 2_000)
     append, room = preprocess.Part.append, 0
 
-    def append_while_there_is_room(part, *batch):
+    def append_while_there_is_room(part, *batch, mask):
         nonlocal room
         room -= 1
         if room < 0:
             raise OSError(28, "No space left on device")
-        append(part, *batch)
+        append(part, *batch, mask=mask)
 
     monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
     attempts, code = 0, 1

@@ -76,12 +76,12 @@ def test_tables_stopped_anywhere_resume_to_the_same_bytes(tmp_path, monkeypatch)
     inputs = write_inputs(tmp_path)
     append, room = preprocess.Part.append, 0
 
-    def append_while_there_is_room(part, *batch):
+    def append_while_there_is_room(part, *batch, mask):
         nonlocal room
         room -= 1
         if room < 0:
             raise OSError(28, "No space left on device")
-        append(part, *batch)
+        append(part, *batch, mask=mask)
 
     monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
     attempts, code = 0, 1
