@@ -202,11 +202,11 @@ def test_standard_input_that_ended_early_resumes_only_with_the_same_lines(tmp_pa
 DIE_IN_THE_FOURTH_BATCH = """
 import os
 append, left = preprocess.Part.append, [3]
-def die(part, *batch):
+def die(part, *batch, mask):
     left[0] -= 1
     if left[0] < 0:
         os._exit(9)
-    append(part, *batch)
+    append(part, *batch, mask=mask)
 preprocess.Part.append = die
 """
 
