@@ -9,6 +9,7 @@ import lzma
 import random
 import tarfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ DOCUMENTS = [f"document {i} " + "lorem ipsum " * (i % 7) for i in range(3000)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS).encode()
 CHECKED = {zstd.CompressionParameter.checksum_flag: True}
 COMPRESS = {
-    ".gz": gzip.compress,
+    ".gz": partial(gzip.compress, mtime=0),
     ".zst": lambda data: zstd.compress(data, options=CHECKED),
     ".xz": lzma.compress,
     ".bz2": lambda data: bz2.compress(data, 1),  # in blocks of 100 kB, which are decompressed as a whole
@@ -137,14 +138,14 @@ OTHERS = [
     ("a.jsonl.bz2", COMPRESSED[".bz2"][:3000], "no document in .*damaged or truncated"),
     ("a.jsonl.bz2", b"", "no document in .*it is empty"),
     ("a.jsonl", COMPRESSED[".zst"], "is zstd, not JSON lines"),
-    ("a.jsonl.gz", gzip.compress(COMPRESSED[".gz"]), "is gzip, not JSON lines"),
+    ("a.jsonl.gz", COMPRESS[".gz"](COMPRESSED[".gz"]), "is gzip, not JSON lines"),
     ("a.jsonl.zst", b"\xfd7zXZ\x00" + bytes(40), "is xz, not zstd"),
     ("a.jsonl", b"PK\x03\x04" + bytes(40), "is zip"),
     ("a.jsonl", b"PAR1" + bytes(40), "is Parquet"),
     ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-    ("a.jsonl.gz", gzip.compress(tar_of(LINES)), "is tar, not JSON lines"),
-    ("a.jsonl.tar.gz", gzip.compress(tar_of(LINES)), "inputs end in"),
+    ("a.jsonl.gz", COMPRESS[".gz"](tar_of(LINES)), "is tar, not JSON lines"),
+    ("a.jsonl.tar.gz", COMPRESS[".gz"](tar_of(LINES)), "inputs end in"),
     ("a.jsonl", tar_of(LINES), "is tar"),
     ("a.jsonl", b"<html><body>404 not found</body></html>\n", "no document in .*1 x malformed JSON"),
     ("a.jsonl", b'{\n  "text": "pretty"\n}\n', "no document in"),
