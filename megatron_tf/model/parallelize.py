@@ -10,7 +10,8 @@ from megatron_tf.config import ModelConfig, ParallelConfig
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up, warm_up_loss
-from megatron_tf.layers.pattention import BackwardSplit, Pattention
+from megatron_tf.layers.pattention import Pattention
+from megatron_tf.layers.pattention_autograd import BackwardSplit
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh

@@ -1,0 +1,245 @@
+"""Forward and backward of Pattention as two nodes in the graph of autograd. Shapes are those of `pattention`.
+
+The first node computes y, and dx in backward; the second one only the gradients of the tokens. Autograd does not tell a
+custom Function which gradients are wanted, but it runs no node whose gradients nobody wants: two nodes let a pipeline
+schedule ask for dx first and for dK and dV later, each computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_tf.kernels.products import Products
+from megatron_tf.parallel.collectives import all_gather_copy, all_reduce, reduce_scatter_copy
+from megatron_tf.tokenformer.normalization import Normalization, Reduce, accumulation_type
+
+if TYPE_CHECKING:
+    from megatron_tf.layers.pattention import Pattention
+
+BackwardSplit = Literal["2:2", "3:1"]
+"""How many of the four products of a backward run in its first half, and how many in its second."""
+
+
+def differentiable_pattention(
+    x: Tensor,
+    projections: Sequence[Pattention],
+    *,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    group: ProcessGroup | None,
+    gather_dim: int | None,
+) -> Tensor:
+    """Compute y [G, T, E] of x [T, D] with gradients of x, keys and values; `keys` and `values` are in the dtype of x.
+
+    With a `gather_dim`, x is this rank's part along it.
+    """
+    handover = _Handover()
+    edge = _TokenGradients.apply(handover, *keys, *values)
+    return _Pattend.apply(x, edge, projections, group, gather_dim, handover, *keys, *values)
+
+
+def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
+    """Return how ranks combine a row's statistics in forward and its inner products in backward."""
+
+    def log_sum_exp(statistic: Tensor) -> Tensor:
+        highest = all_reduce(statistic, group, dist.ReduceOp.MAX)
+        return highest + torch.log(all_reduce(torch.exp(statistic - highest), group))
+
+    def total(values: Tensor) -> Tensor:
+        return all_reduce(values, group)
+
+    if group is None:
+        return None, None
+    return log_sum_exp if norm.is_logarithmic else total, total
+
+
+def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
+    """Return the temperature of every row of scores [G * T]."""
+    if len({projection.tau for projection in projections}) == 1:
+        return x.new_full((len(projections) * x.shape[0],), projections[0].tau, dtype=accumulation_type(x))
+    taus = x.new_empty(len(projections), x.shape[0], dtype=accumulation_type(x))
+    for rows, projection in zip(taus, projections, strict=True):
+        # a scalar is passed as a kernel argument; copying a tensor from the host would wait for the device
+        rows.fill_(projection.tau)
+    return taus.flatten()
+
+
+def _whole(part: Tensor, gather_dim: int | None, group: ProcessGroup | None) -> Tensor:
+    """Gather x [T, D] from the parts of all ranks, if it is sharded."""
+    return part if gather_dim is None else all_gather_copy(part, gather_dim, group)
+
+
+def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
+    """Compute the scores [G, T, n] of x [T, D]."""
+    # one tensor, so that a kernel handles the rows of all projections at once
+    scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
+    for out, key in zip(scores, keys, strict=True):
+        products.mm(x, key.t(), out=out)
+    return scores
+
+
+@dataclass
+class _TokenOperands:
+    """What the gradients of the tokens are computed from; G tensors each, one for each projection."""
+
+    projections: Sequence[Pattention]
+    x: Tensor
+    """The input [T, D], or this rank's part of it if there is a `gather_dim`."""
+    gather_dim: int | None
+    group: ProcessGroup | None
+    d_scores: Tensor
+    """[G, T, n]"""
+    d_values: Sequence[Tensor] | None
+    """[n, E] each if they have been computed; otherwise, `weights` and `dy` are there."""
+    weights: Tensor | None = None
+    """[G, T, n]"""
+    dy: Tensor | None = None
+    """[G, T, E]"""
+
+
+@dataclass
+class _Handover:
+    """Connects the two nodes of a Pattention in the graph of autograd."""
+
+    operands: _TokenOperands | None = None
+    """Set by the first half of backward, taken by the second."""
+
+
+class _Pattend(torch.autograd.Function):
+    """Saves x, the scores and one factor per row for backward, less than an MLP saves; the weights are recomputed.
+
+    Backward computes the gradient of x. Those of the tokens are computed by `_TokenGradients`, a node of its own, so
+    that autograd can run it later or not at all: it does not tell a Function which gradients are wanted. `edge` leads
+    to that node.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Tensor,
+        edge: Tensor,
+        projections: Sequence[Pattention],
+        group: ProcessGroup | None,
+        gather_dim: int | None,
+        handover: _Handover,
+        *tokens: Tensor,
+    ) -> Tensor:
+        keys, values = tokens[: len(projections)], tokens[len(projections) :]
+        first = projections[0]
+        x = _whole(part, gather_dim, group)
+        scores = _score(x, keys, first.products)
+        reduce, _ = _reductions(first.norm, group)
+        factor, weights = first.kernels.forward(
+            first.norm, scores.flatten(0, 1), tau=_row_taus(x, projections), reduce=reduce
+        )
+        y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
+        for projection, out, weight, value in zip(projections, y, weights.view_as(scores), values, strict=True):
+            first.products.mix(weight, value, out=out)
+            if projection.probe is not None:
+                projection.probe.measure(weight, value)
+        ctx.save_for_backward(part, factor, *([] if first.recompute_scores else [scores]), *tokens)
+        ctx.projections, ctx.group, ctx.gather_dim, ctx.handover = projections, group, gather_dim, handover
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        projections, handover, dy = ctx.projections, ctx.handover, grads[0]
+        edge = dy.new_empty(0) if ctx.needs_input_grad[1] else None
+        rest = (None,) * (4 + 2 * len(projections))
+        if handover.operands is not None:  # the second pass of a split backward: the first one has computed dx
+            return None, edge, *rest
+        first = projections[0]
+        part, factor, *saved = ctx.saved_tensors
+        x = _whole(part, ctx.gather_dim, ctx.group)
+        tokens = saved if first.recompute_scores else saved[1:]
+        keys, values = tokens[: len(projections)], tokens[len(projections) :]
+        scores = _score(x, keys, first.products) if first.recompute_scores else saved[0]
+        # one buffer for dP and then dA: the kernels may overwrite it
+        grad = torch.empty_like(scores)
+        for out, dy_g, value in zip(grad, dy, values, strict=True):
+            first.products.mm(dy_g, value.t(), out=out, gradient="left")
+        _, reduce = _reductions(first.norm, ctx.group)
+        weights, d_scores = first.kernels.backward(
+            first.norm,
+            scores.flatten(0, 1),
+            factor=factor,
+            grad=grad.flatten(0, 1),
+            tau=_row_taus(x, projections),
+            reduce=reduce,
+        )
+        operands = _TokenOperands(
+            projections=projections,
+            x=x,
+            gather_dim=None,
+            group=ctx.group,
+            d_scores=d_scores.view_as(scores),
+            d_values=None,
+            weights=weights.view_as(scores),
+            dy=dy,
+        )
+        dx = _input_gradient(operands, keys)
+        # private, but what torch's own register_multi_grad_hook asks
+        if edge is not None and torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            handover.operands = operands
+        elif edge is not None and first.backward_split is not None:
+            handover.operands = _kept_for_later(operands, first.backward_split, part=part, gather_dim=ctx.gather_dim)
+            # autograd holds the scores until the second pass, which does not read them: the weights take their place
+            scores.untyped_storage().resize_(0)
+        if ctx.gather_dim is not None:
+            dx = reduce_scatter_copy(dx, ctx.gather_dim, ctx.group)
+        return dx, edge, *rest
+
+
+class _TokenGradients(torch.autograd.Function):
+    """The second half of a Pattention's backward. Its output is empty: it only connects the two nodes."""
+
+    @staticmethod
+    def forward(ctx: Any, handover: _Handover, *tokens: Tensor) -> Tensor:
+        ctx.handover = handover
+        return tokens[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        operands, ctx.handover.operands = ctx.handover.operands, None
+        assert operands is not None, "the gradients of the tokens have been computed already"
+        return None, *_key_gradients(operands), *(operands.d_values or _value_gradients(operands))
+
+
+def _kept_for_later(
+    operands: _TokenOperands, split: BackwardSplit, *, part: Tensor, gather_dim: int | None
+) -> _TokenOperands:
+    """Return the operands as they are kept between two passes: x is gathered again then, which keeps only a part."""
+    kept = replace(operands, x=part, gather_dim=gather_dim)
+    return kept if split == "2:2" else replace(kept, d_values=_value_gradients(operands), weights=None, dy=None)
+
+
+def _input_gradient(operands: _TokenOperands, keys: Sequence[Tensor]) -> Tensor:
+    """Compute dx [T, D], this rank's partial sum."""
+    products, d_scores = operands.projections[0].products, operands.d_scores
+    # accumulated: the projections share x, and one gradient for each would take G times the memory
+    dx = products.mm(d_scores[0], keys[0], gradient="left")
+    for d_score, key in zip(d_scores[1:], keys[1:], strict=True):
+        products.add_mm(dx, d_score, key, gradient="left")
+    return dx
+
+
+def _key_gradients(operands: _TokenOperands) -> list[Tensor]:
+    """Compute dK [n, D] of each projection."""
+    mm = operands.projections[0].products.mm
+    x = _whole(operands.x, operands.gather_dim, operands.group)
+    return [mm(d_score.t(), x, gradient="left") for d_score in operands.d_scores]
+
+
+def _value_gradients(operands: _TokenOperands) -> list[Tensor]:
+    """Compute dV [n, E] of each projection."""
+    mm, weights, dy = operands.projections[0].products.mm, operands.weights, operands.dy
+    assert weights is not None
+    assert dy is not None
+    return [mm(weight.t(), dy_g, gradient="right") for weight, dy_g in zip(weights, dy, strict=True)]
