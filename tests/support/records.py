@@ -1,6 +1,7 @@
 """Builds records of hypothetical runs."""
 
-from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import TrainingCounters
 from megatron_tf.config import ModelConfig, to_dict
 from megatron_tf.tokenformer.parameters import initial_taus
 

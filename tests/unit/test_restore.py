@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.record import RunDetails
+from megatron_tf.checkpoint.run_state import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict
 from megatron_tf.parallel.mesh import Mesh

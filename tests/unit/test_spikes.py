@@ -6,7 +6,7 @@ import random
 from dataclasses import asdict
 
 from megatron_tf.checkpoint.json_object import JsonObject
-from megatron_tf.checkpoint.record import SpikeHistory
+from megatron_tf.checkpoint.run_state import SpikeHistory
 from megatron_tf.training.run.spikes import SpikeDetector
 
 

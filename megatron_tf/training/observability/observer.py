@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tf.checkpoint.record import RunRecord, TrainingCounters, Usage
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import TrainingCounters, Usage
 from megatron_tf.config import RunConfig, TrainingConfig
 from megatron_tf.data.phases import Phase, SetState
 from megatron_tf.training.observability.row_metrics import RowMetrics

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_tf.checkpoint.contents import stored_dtype
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.checkpoint.record import Identity, RunRecord
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ANY_DATA, DATA_CONTENT, RunConfig, to_dict
 from megatron_tf.data.build import parse_data_path
 from megatron_tf.data.content import describe_difference

@@ -10,7 +10,8 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import load_shards
-from megatron_tf.checkpoint.record import Identity, RunDetails, RunRecord, is_same_tokenizer
+from megatron_tf.checkpoint.record import RunRecord, is_same_tokenizer
+from megatron_tf.checkpoint.run_state import Identity, RunDetails
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.config import RunConfig, to_dict
 from megatron_tf.data.blend import GREEDY, SPACED

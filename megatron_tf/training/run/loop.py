@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron_tf.checkpoint.record import RunRecord, TrainingCounters
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import TrainingCounters
 from megatron_tf.checkpoint.schedule_start import ScheduleStart
 from megatron_tf.config import RunConfig
 from megatron_tf.data.batch import Batch

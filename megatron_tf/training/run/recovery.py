@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tf.checkpoint.record import RunRecord, SpikeHistory
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import SpikeHistory
 from megatron_tf.config import RunConfig
 from megatron_tf.errors import UserError
 from megatron_tf.training.observability.observer import Fault

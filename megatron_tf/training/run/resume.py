@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
-from megatron_tf.checkpoint.record import Identity, RunRecord
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ParallelConfig, RunConfig
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.build import build_dataset, open_phase, parse_data_path

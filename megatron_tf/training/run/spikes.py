@@ -5,7 +5,7 @@ import math
 import statistics
 from collections import deque
 
-from megatron_tf.checkpoint.record import SpikeHistory
+from megatron_tf.checkpoint.run_state import SpikeHistory
 
 _HISTORY = 100  # losses from which noise is estimated
 _RECENT = 16  # losses from which the current level is estimated

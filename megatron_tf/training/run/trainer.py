@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_tf.checkpoint.background import BackgroundSaver
 from megatron_tf.checkpoint.commit import newest_checkpoint
 from megatron_tf.checkpoint.lock import LockedError, RunLock
-from megatron_tf.checkpoint.record import Identity, RunRecord
+from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import ValidationSet, build_dataset, build_loader, build_validation, check_tokenizer

@@ -1,6 +1,6 @@
 """Dynamic loss scaling for fp16 (arXiv 1710.03740), as Megatron-LM does it."""
 
-from megatron_tf.checkpoint.record import LossScale
+from megatron_tf.checkpoint.run_state import LossScale
 from megatron_tf.config import LossScaleConfig
 
 

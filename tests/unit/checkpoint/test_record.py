@@ -11,8 +11,9 @@ from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.generations import Generation, Run
 from megatron_tf.checkpoint.growth_event import GrowthEvent
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.record import LossScale, RunDetails, RunRecord, Usage
+from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.reshard import reshard
+from megatron_tf.checkpoint.run_state import LossScale, RunDetails, Usage
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
 from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support import toy

@@ -9,7 +9,7 @@ import torch
 from megatron_tf import evaluate
 from megatron_tf.checkpoint.growth_event import GrowthEvent
 from megatron_tf.checkpoint.load import CheckpointReader
-from megatron_tf.checkpoint.record import LossScale
+from megatron_tf.checkpoint.run_state import LossScale
 from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint, resharding
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.errors import UserError
