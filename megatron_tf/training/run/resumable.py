@@ -80,7 +80,7 @@ def in_order_of(resumable: Resumable | None, config: RunConfig) -> RunConfig:
         order = resumable.record.data.get("order", OLDEST_ORDER) or order
     if config.data.phases and order != "lanes":
         raise ConfigError(
-            f"data.phases needs data.order lanes, but {resumable and resumable.source} was begun with {order}: set "
+            f"data.phases needs data.order lanes, but {resumable and resumable.source} was started with {order}: set "
             f"data.order: lanes and checkpoint.allow_changes: [data.order], which may read tokens of the current epoch "
             f"again"
         )
