@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_tf.ahead import computed_ahead
 from megatron_tf.checkpoint.commit import abandon, prepare_directory, publish, step_directory
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
@@ -141,8 +142,13 @@ def _write_group(
     left = {plan.name: len(plan.specs) for plan in plans}
     files: dict[str, ShardFileWriter] = {}
     finished: list[Future[None]] = []
-    with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
-        for plan, rows, is_last in _read_ahead(checkpoint, pieces):
+    # the reader computes alone, as torch's own threads would wait actively for the next block
+    with (
+        computed_ahead(_blocks(checkpoint, pieces), depth=_BLOCKS_AHEAD, initializer=_use_one_thread) as blocks,
+        ExitStack() as stack,
+        ThreadPoolExecutor(1) as flusher,
+    ):
+        for plan, rows, is_last in blocks:
             if plan.name not in files:
                 files[plan.name] = ShardFileWriter(directory / plan.name, plan.specs)
                 stack.push(files[plan.name])  # closes it if any other fails
@@ -157,23 +163,16 @@ def _write_group(
     return [files[plan.name].written(plan.group) for plan in plans]
 
 
-def _read_ahead(
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _blocks(
     checkpoint: Checkpoint, pieces: list[tuple[PieceSpec, FilePlan]]
 ) -> Iterator[tuple[FilePlan, Tensor, bool]]:
-    """Yield (file, rows, whether they are the last of their piece), read ahead by a thread."""
-
-    def blocks() -> Iterator[tuple[FilePlan, Tensor, bool]]:
-        for spec, plan in pieces:
-            row = spec.start
-            for rows in read_blocks(checkpoint, plan.group, spec.name, start=spec.start, stop=spec.stop):
-                row += len(rows)
-                yield plan, rows, row == spec.stop
-
-    # a single thread: the generator is not thread-safe, and files are read sequentially; it computes alone, as torch's
-    # own threads would wait actively for the next block
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as reader:
-        source = blocks()
-        ahead = [reader.submit(next, source, None) for _ in range(_BLOCKS_AHEAD)]
-        while (block := ahead.pop(0).result()) is not None:
-            ahead.append(reader.submit(next, source, None))
-            yield block
+    """Yield (file, rows, whether they are the last of their piece)."""
+    for spec, plan in pieces:
+        row = spec.start
+        for rows in read_blocks(checkpoint, plan.group, spec.name, start=spec.start, stop=spec.stop):
+            row += len(rows)
+            yield plan, rows, row == spec.stop

@@ -301,7 +301,7 @@ class RunConfig:
             raise ConfigError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
         if self.data.packing == "best_fit" and self.data.order_of_new_run != "counter":
             raise ConfigError(
-                f"data.packing best_fit packs each epoch again, but data.order {self.data.order} reads documents end to "
+                f"data.packing best_fit packs each epoch, but data.order {self.data.order} reads documents end to "
                 f"end: set data.order to counter, or data.packing to concatenate"
             )
 

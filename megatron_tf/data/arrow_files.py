@@ -25,26 +25,15 @@ from megatron_tf.data.columns import (
 )
 from megatron_tf.data.documents import BEGINNING, DocumentBatch, Fields, Position
 from megatron_tf.data.formats import ARROW
-from megatron_tf.data.inputs import identity_of_file
+from megatron_tf.data.inputs import FileInput, identity_of_file
 
 _FILE_MAGIC = b"ARROW1"
 DAMAGED = "damaged record batch"
 
 
 @dataclass(frozen=True)
-class ArrowInput:
+class ArrowInput(FileInput):
     """An Arrow file, in the file or the stream format."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        return str(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the file's name, size and time of modification."""
-        return identity_of_file(self.path)
 
     def sources(self, fields: Fields) -> Sequence["RecordBatches"]:
         """Divide the file into consecutive record batches of about SOURCE_BYTES on disk; a stream is not divided.

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,22 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         inputs += map(Path, found)
     _check_distinct(inputs)
     return inputs
+
+
+@dataclass(frozen=True)
+class FileInput:
+    """What inputs that are files have in common."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name in messages."""
+        return str(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the file's name, size and time of modification."""
+        return identity_of_file(self.path)
 
 
 def identity_of_file(path: Path) -> dict[str, Any]:

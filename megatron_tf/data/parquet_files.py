@@ -15,7 +15,7 @@ from megatron_tf.data import documents
 from megatron_tf.data.columns import Chunk, Columns, batches_of_chunks, checked_head, find_columns, is_damage, reading
 from megatron_tf.data.documents import BEGINNING, DocumentBatch, Fields, Position
 from megatron_tf.data.formats import PARQUET
-from megatron_tf.data.inputs import identity_of_file
+from megatron_tf.data.inputs import FileInput, identity_of_file
 
 _BUFFER_BYTES = 1 << 20  # of a column chunk, instead of all of it
 _MAX_ROWS = 512  # per read: dictionary encoding can hide that rows are large
@@ -23,19 +23,8 @@ DAMAGED = "damaged row group"
 
 
 @dataclass(frozen=True)
-class ParquetInput:
+class ParquetInput(FileInput):
     """A Parquet file."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        return str(self.path)
-
-    def identity(self) -> dict[str, Any]:
-        """Return the file's name, size and time of modification."""
-        return identity_of_file(self.path)
 
     def sources(self, fields: Fields) -> Sequence["RowGroups"]:
         """Divide the file into consecutive row groups of at least SOURCE_BYTES, uncompressed.

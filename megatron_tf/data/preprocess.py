@@ -1,8 +1,7 @@
 """Preprocesses text into datasets: each source becomes a part, parts become PREFIX_KEY_document.bin and .idx."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 import megatron_tf
+from megatron_tf.ahead import computed_ahead
 from megatron_tf.data.chat_ids import encode_conversations
 from megatron_tf.data.chat_template import ChatTemplate
 from megatron_tf.data.document_sets import joined_sets, sets_path
@@ -107,16 +107,19 @@ def tokenize_source(
             return
         done = 0
         uncommitted = 0
-        batches = _ahead(source.batches(settings.fields, journal.end))
         # a thread reads, one encodes, and this one writes: the tokenizer, which is the slowest, waits for neither
-        for batch, tokenized in _ahead((batch, _tokenized(batch, settings, tokenizer)) for batch in batches):
-            _add(part, batch, tokenized, settings=settings)
-            progress(batch.end_byte - done, len(batch.documents))
-            done = batch.end_byte
-            uncommitted += batch.line_bytes
-            if uncommitted >= COMMIT_BYTES:
-                part.commit()
-                uncommitted = 0
+        with (
+            computed_ahead(source.batches(settings.fields, journal.end)) as batches,
+            computed_ahead((batch, _tokenized(batch, settings, tokenizer)) for batch in batches) as finished,
+        ):
+            for batch, tokenized in finished:
+                _add(part, batch, tokenized, settings=settings)
+                progress(batch.end_byte - done, len(batch.documents))
+                done = batch.end_byte
+                uncommitted += batch.line_bytes
+                if uncommitted >= COMMIT_BYTES:
+                    part.commit()
+                    uncommitted = 0
         if source.is_whole:
             check_any(source.name, journal.num_documents, journal.bad)
         part.commit(is_complete=True)
@@ -178,16 +181,6 @@ def _outputs(key: str, sets: list[str | None], settings: Settings) -> dict[str, 
 def _set_name(document: dict[str, Any], key: str) -> str | None:
     meta = document.get("meta")
     return set_name(meta[key]) if isinstance(meta, dict) and key in meta else None
-
-
-def _ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Yield the same items, computing the next one in a thread while the caller works on the current one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as worker:
-        # None marks the end: no item is None
-        pending = worker.submit(next, iterator, None)
-        while (item := pending.result()) is not None:
-            pending = worker.submit(next, iterator, None)
-            yield item
 
 
 def assemble(

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_tf.data.documents import BEGINNING, DocumentBatch, Fields, Input, Position, Source, read_batches
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.inputs import find_inputs, identity_of_file
+from megatron_tf.data.inputs import FileInput, find_inputs
 from megatron_tf.data.standard_input import STANDARD_INPUT, StandardInput
 from megatron_tf.extras import needed_by
 
@@ -55,26 +54,15 @@ def sources_of(inputs: Sequence[Input], fields: Fields) -> list[list[Source]]:
 
 
 @dataclass(frozen=True)
-class LinesInput:
+class LinesInput(FileInput):
     """A file of JSON lines, compressed or not; it is also its only source."""
 
-    path: Path
-
     is_whole = True
-
-    @property
-    def name(self) -> str:
-        """Name in messages."""
-        return str(self.path)
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
         return self.path.stat().st_size
-
-    def identity(self) -> dict[str, Any]:
-        """Return the file's name, size and time of modification."""
-        return identity_of_file(self.path)
 
     def sources(self, fields: Fields) -> Sequence[Source]:
         """Return the file itself: it is opened when it is read."""

@@ -1,7 +1,6 @@
 """tools/preprocess_data.py against a plain twin, and what it makes of bad input, kills, full disks and many ranks."""
 
 import contextlib
-import errno
 import gzip
 import json
 import os
@@ -17,6 +16,7 @@ from backports import zstd
 
 from megatron_tf.commands import preprocess_data
 from megatron_tf.data import documents, preprocess
+from tests.support.full_disk import FullDisk
 from tests.support.preprocessing import (
     EOD,
     make_documents,
@@ -165,28 +165,11 @@ def test_mistakes_end_with_one_clear_error(tmp_path, capsys, content, arguments,
 def test_stopped_anywhere_it_resumes_to_the_same_bytes(shards, tmp_path, monkeypatch, capsys):
     """The disk is full after each number of appended batches in turn; committed work is not done again."""
     inputs, items = shards
-    monkeypatch.setattr(preprocess, "COMMIT_BYTES", 3_000)
-    monkeypatch.setattr(documents, "BATCH_BYTES", 2_000)
+    disk = FullDisk(monkeypatch, batches=3)
+    disk.room = 10**6
     assert run(inputs, tmp_path / "whole") == 0
-    append, room = preprocess.Part.append, 0
-
-    def append_while_there_is_room(part, *batch, mask):
-        nonlocal room
-        room -= 1
-        if room < 0:
-            part._files.setdefault("text", part._open("text"))[0].write(b"half written")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        append(part, *batch, mask=mask)
-
-    monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
-    attempts, code = 0, 1
-    while code:
-        room, attempts = 3, attempts + 1
-        code = run(inputs, tmp_path / "pieces")
-        assert attempts < 100
-        if code:
-            assert "make room and run the same command again" in capsys.readouterr().err
-    assert attempts > 5
+    assert disk.attempts(lambda: run(inputs, tmp_path / "pieces")) > 5
+    assert "make room and run the same command again" in capsys.readouterr().err
     for kind in ("bin", "idx", "documents.npz"):
         whole, pieces = (tmp_path / f"{stem}_text_document.{kind}" for stem in ("whole", "pieces"))
         assert whole.read_bytes() == pieces.read_bytes()

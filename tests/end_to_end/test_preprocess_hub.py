@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tf.commands import preprocess_data
-from megatron_tf.data import documents, hub_datasets, preprocess
+from megatron_tf.data import documents, hub_datasets
+from tests.support.full_disk import FullDisk
 from tests.support.preprocessing import make_documents, mpi, read, read_sets, sets_of, to_lines, twin
 
 ITEMS = list(make_documents(300, seed=6))
@@ -64,24 +65,8 @@ def test_a_changed_file_of_a_dataset_is_another_input(folder, tmp_path, capsys):
 
 
 def test_stopped_anywhere_it_resumes_to_the_same_bytes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "COMMIT_BYTES", 3_000)
-    monkeypatch.setattr(documents, "BATCH_BYTES", 2_000)
-    append, room = preprocess.Part.append, 0
-
-    def append_while_there_is_room(part, *batch, mask):
-        nonlocal room
-        room -= 1
-        if room < 0:
-            raise OSError(28, "No space left on device")
-        append(part, *batch, mask=mask)
-
-    monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
-    attempts, code = 0, 1
-    while code:
-        room, attempts = 4, attempts + 1
-        code = run(folder, tmp_path / "out")
-        assert attempts < 100
-    assert attempts > 5
+    disk = FullDisk(monkeypatch, batches=4)
+    assert disk.attempts(lambda: run(folder, tmp_path / "out")) > 5
     assert read(tmp_path / "out_text_document") == twin(ITEMS)
 
 

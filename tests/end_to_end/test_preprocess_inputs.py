@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tf.commands import train_tokenizer
-from megatron_tf.data import columns, documents, preprocess
+from megatron_tf.data import columns
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from tests.support.commands import ENVIRONMENT
+from tests.support.full_disk import FullDisk
 from tests.support.paths import ROOT
 from tests.support.preprocessing import make_documents, mpi, options, read, read_sets, run, sets_of, to_lines, twin
 
@@ -70,26 +71,10 @@ def test_inputs_of_every_format_give_the_bytes_of_the_same_lines(tmp_path):
 
 
 def test_tables_stopped_anywhere_resume_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "COMMIT_BYTES", 3_000)
-    monkeypatch.setattr(documents, "BATCH_BYTES", 2_000)
+    disk = FullDisk(monkeypatch, batches=8)  # two batches, of three sets each, and so a commit
     monkeypatch.setattr(columns, "SOURCE_BYTES", 20_000)
     inputs = write_inputs(tmp_path)
-    append, room = preprocess.Part.append, 0
-
-    def append_while_there_is_room(part, *batch, mask):
-        nonlocal room
-        room -= 1
-        if room < 0:
-            raise OSError(28, "No space left on device")
-        append(part, *batch, mask=mask)
-
-    monkeypatch.setattr(preprocess.Part, "append", append_while_there_is_room)
-    attempts, code = 0, 1
-    while code:
-        room, attempts = 8, attempts + 1  # two batches, of three sets each, and so a commit
-        code = run(inputs, tmp_path / "out", "--split-by-meta", "pile_set_name")
-        assert attempts < 200
-    assert attempts > 10
+    assert disk.attempts(lambda: run(inputs, tmp_path / "out", "--split-by-meta", "pile_set_name")) > 10
     for name, stem in (("Books", "Books"), ("Pile-CC", "Pile-CC"), ("A/B c", "A_B_c")):
         chosen = [item for item in ITEMS if item["meta"]["pile_set_name"] == name]
         assert read(tmp_path / f"out_{stem}_text_document") == twin(chosen)

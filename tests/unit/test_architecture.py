@@ -8,7 +8,7 @@ from tests.support.imports import imported_names
 from tests.support.paths import ROOT
 
 FLOORS = [
-    {"errors", "files", "help_text", "tokenizer_files"},
+    {"ahead", "errors", "files", "help_text", "tokenizer_files"},
     {"failures"},
     {"extras"},
     {"config"},
