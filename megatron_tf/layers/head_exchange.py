@@ -63,9 +63,10 @@ class ExchangedHeadsOfDocuments(AttendDocuments):
         return _to_tokens(self.attend(*_to_heads(q, k, v, self.group), documents), self.group)
 
 
-def _to_heads(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
+def _to_heads(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Exchange some tokens of all heads for all tokens of some heads: [S / R, B, h, d] -> [S, B, h / R, d]."""
-    return all_to_all(torch.stack((q, k, v)), 3, 1, group).unbind(0)
+    q, k, v = all_to_all(torch.stack((q, k, v)), 3, 1, group).unbind(0)
+    return q, k, v
 
 
 def _to_tokens(out: Tensor, group: ProcessGroup) -> Tensor:

@@ -69,8 +69,8 @@ def axis_of_group(mesh: Mesh) -> Mapping[str, str]:
     # a dimension that spans the world shares its group
     for name in mesh.device_mesh.mesh_dim_names or ():
         axes[mesh.device_mesh[name].get_group().group_name] = name
-    for joined in (mesh.sharing, *mesh.flat.values()):
-        for name in (joined and joined.mesh_dim_names) or ():
+    for joined in filter(None, (mesh.sharing, *mesh.flat.values())):
+        for name in joined.mesh_dim_names or ():
             axes[joined.get_group(name).group_name] = name
     for axis in AXES:
         group = mesh.group(axis)
