@@ -97,8 +97,9 @@ def report(result: "DryRun", seconds: float) -> list[str]:
     """Return the lines of the tables; `seconds` is the time to write the checkpoint."""
     layout, checkpoint = result.layout, result.checkpoint
     lines = [
-        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, parameters sharded over "
-        f"{layout.shard_size}; micro-batches of a step: {result.micro_batches}",
+        f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"
+        f"{f' x context {layout.context}' if layout.context > 1 else ''}, parameters sharded over "
+        f"{layout.shard_size * layout.context}; micro-batches of a step: {result.micro_batches}",
         "",
         "stage    layers  ranks     parameters params GiB  Adam GiB  peak GiB",
     ]

@@ -171,6 +171,8 @@ def summary_table(stages: list[Stage]) -> str:
     for number, stage in enumerate(stages, 1):
         loss, tokens = stage.series("loss"), int(stage.series("tokens")[-1])
         layout = ", ".join(str(stage.layout[axis]) for axis in ("tp", "pp", "dp"))
+        if "cp" in stage.layout:
+            layout += f", cp {stage.layout['cp']}"
         held_out = f"{stage.validation[max(stage.validation)]:.3f}" if stage.validation else "-"
         rows.append(
             f"| {number} | {layout} | {stage.parameters:,} | {min(stage.steps)}-{max(stage.steps)} "

@@ -78,6 +78,7 @@ def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
         data=parallel.data_parallel_size,
+        context=parallel.context_parallel_size,
         timeout=limit + _MARGIN,
         shard_size=parallel.data_parallel_shard_size,
         limit=limit,

@@ -72,8 +72,13 @@ def _pipeline(config: "RunConfig", world_size: int | None) -> "Pipeline":
     if ranks == 1:
         raise UserError("parallel.pipeline_model_parallel_size is 1, so there is no schedule: set it to 2 or more")
     requested = parallel.data_parallel_size
+    context = parallel.context_parallel_size
     data = data_parallel_size(
-        world_size or tensor * ranks * (requested or 1), tensor=tensor, pipeline=ranks, requested=requested
+        world_size or tensor * ranks * context * (requested or 1),
+        tensor=tensor,
+        pipeline=ranks,
+        context=context,
+        requested=requested,
     )
     check_batch_sizes(config, ranks, data)
     count = training.global_batch_size // (training.micro_batch_size * data)

@@ -7,7 +7,7 @@ from megatron_tf.config.growth import LAYOUT_KEYS, UNEVEN_MULTIPLE, GrowthStage,
 from megatron_tf.config.load import load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig, ScheduleConfig
-from megatron_tf.config.parallel import ParallelConfig, PipelineSchedule
+from megatron_tf.config.parallel import ContextParallelMethod, ParallelConfig, PipelineSchedule
 from megatron_tf.config.schema import (
     ANY_DATA,
     DATA_CONTENT,
@@ -28,6 +28,7 @@ __all__ = [
     "UNEVEN_MULTIPLE",
     "CheckpointConfig",
     "ConfigError",
+    "ContextParallelMethod",
     "DataConfig",
     "DataPhase",
     "GrowthStage",

@@ -10,6 +10,8 @@ from megatron_tf.config.types import STRICT, Count
 
 PipelineSchedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 
+ContextParallelMethod = Literal["ring", "all_to_all"]
+
 _STAGES_PER_RANK: dict[PipelineSchedule, int] = {"gpipe": 1, "1f1b": 1, "zbv": 2, "dualpipev": 2}
 """Stages that a schedule runs on each rank, for the schedules that leave no choice."""
 _SPLIT_BACKWARD: tuple[PipelineSchedule, ...] = ("interleaved_zero_bubble", "zbv", "dualpipev")
@@ -36,14 +38,28 @@ class ParallelConfig:
     data_parallel_shard_size: Count | None = None
     """Number of data-parallel ranks that parameters, gradients and optimizer state are sharded over. By default all of
     them (fully sharded); 1 replicates them on every rank; a size in between shards within groups of that many ranks
-    and replicates across groups (hybrid sharding)."""
+    and replicates across groups (hybrid sharding). The context-parallel ranks of each share them in any case."""
     reshard_after_forward: bool = False
     """Free the gathered parameters of each layer after its forward and its backward (ZeRO-3), and reduce its gradients
     in every micro-batch: less memory, more communication. By default both are done once per step."""
+    context_parallel_size: Count = 1
+    """Number of ranks that each sequence is split over, for long sequences. They hold the same parameters and exchange
+    what attention needs."""
+    context_parallel_method: ContextParallelMethod = "ring"
+    """How attention sees the whole sequence. ring: keys and values pass from rank to rank while attention to those at
+    hand is computed; each rank has two chunks of the sequence, one from each end, so that all have the same work.
+    all_to_all: ranks exchange tokens for heads before attention and back after it, for which the heads of a
+    tensor-parallel rank must be divisible by context_parallel_size. Megatron-LM calls them p2p and a2a."""
     sequence_parallel: bool = False
     """Shard the activations between layers along the sequence over the tensor-parallel ranks."""
     distributed_timeout_seconds: Annotated[Count, Field(le=10**8)] = 600
     """Timeout after which a rank that waits for another one fails with an error."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Return the number of equal chunks that context-parallel ranks cut a sequence into."""
+        size = self.context_parallel_size
+        return 2 * size if size > 1 and self.context_parallel_method == "ring" else size
 
     @property
     def stages_per_rank(self) -> int:

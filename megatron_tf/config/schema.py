@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_tf.config.context_parallel import check_context_parallel
 from megatron_tf.config.data_phases import DataPhase
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import grown_model
@@ -214,6 +215,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         # each section has validated itself: only constraints across sections are left
         self._check_tensor_parallel()
+        check_context_parallel(self.parallel, self.model, self.training, attention=self.kernels.attention)
         self._check_phases()
         self._check_growth()
         self.model.check_rotary()

@@ -45,8 +45,9 @@ class Documents:
 class AttendDocuments(Protocol):
     """Implementation of intra-document attention."""
 
-    reads_on_host: ClassVar[bool]
-    """Whether document lengths must be on the host; otherwise they must be on the device."""
+    @property
+    def reads_on_host(self) -> bool:
+        """Whether document lengths must be on the host; otherwise they must be on the device."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """Attend to q, k, v [S, B, h, d] -> [S, B, h, d], without an S x S mask and without work across documents."""

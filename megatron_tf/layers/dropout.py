@@ -56,15 +56,15 @@ class Dropout:
     """Number of the layer; None for the embedding."""
 
     def of_samples(
-        self, samples: Tensor, *, length: int, heads: int, group: ProcessGroup | None, sequence_parallel: bool
+        self, samples: Tensor, *, positions: Tensor, heads: int, group: ProcessGroup | None, sequence_parallel: bool
     ) -> Self:
         """Return the dropout for samples with these numbers in the data of the run, int64 [B] on the device.
 
-        `length` is the full sequence length and `heads` the total number of heads.
+        `positions`, int64 [S], are those in the sequence of the tokens that the tensor-parallel ranks of `group` share,
+        and `heads` is the total number of heads. Attention dropout needs the whole sequence.
         """
         ranks, rank = group_size(group), group_rank(group)
         of_sample = nth_word(nth_word(torch.zeros_like(samples), self.seed), samples)
-        positions = torch.arange(length, device=samples.device)
         part = positions.tensor_split(ranks)[rank] if sequence_parallel else positions
         attention = None
         if self.attention_rate:

@@ -13,6 +13,7 @@ from megatron_tf.kernels.warm_up import warm_up, warm_up_loss
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.pattention_autograd import BackwardSplit
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.context import Context
 from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import MicroBatchShapes
@@ -53,8 +54,11 @@ def _build_stage(
     config: ModelConfig, layers: range, parallel: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype
 ) -> TokenFormer:
     sequence_parallel, reshard = parallel.sequence_parallel, parallel.reshard_after_forward
+    context = Context(mesh.group("cp"), parallel.context_parallel_method)
     with torch.device("meta"):  # the whole parameters may not fit on one rank
-        model = TokenFormer(config, layers, group=mesh.group("tp"), sequence_parallel=sequence_parallel, dtype=dtype)
+        model = TokenFormer(
+            config, layers, group=mesh.group("tp"), context=context, sequence_parallel=sequence_parallel, dtype=dtype
+        )
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh, dtype=dtype, reshard_after_forward=reshard)
     return model
@@ -82,7 +86,7 @@ def pattentions(stages: Iterable[TokenFormer]) -> dict[str, Pattention]:
 
 
 def product_sizes(config: ModelConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, int]]:
-    """Yield every size of a Pattention's products in a micro-batch of `rows` tokens, as (what it is, how many)."""
+    """Yield every size of a Pattention's products for `rows` tokens, as (what it is, how many)."""
     yield "tokens of a micro-batch", rows
     yield "model.hidden_size", config.hidden_size
     for keys in key_tokens(config).values():
@@ -146,10 +150,10 @@ def micro_batch_shapes(
     config: ModelConfig, mesh: Mesh, *, size: int, seq_length: int, sequence_parallel: bool, dtype: torch.dtype
 ) -> MicroBatchShapes:
     """Return the shapes of micro-batches of `size` samples as they pass between the stages of this mesh."""
-    ranks = mesh.size("tp")
+    tokens = seq_length // mesh.size("cp")
     return MicroBatchShapes(
-        tokens=(size, seq_length),
-        hidden=(seq_length // ranks if sequence_parallel else seq_length, size, config.hidden_size),
+        tokens=(size, tokens),
+        hidden=(tokens // mesh.size("tp") if sequence_parallel else tokens, size, config.hidden_size),
         dtype=dtype,
     )
 

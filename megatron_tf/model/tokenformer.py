@@ -1,7 +1,8 @@
 """TokenFormer: a decoder whose every projection is a Pattention (arXiv 2410.23168).
 
 A `TokenFormer` holds a contiguous range of the layers. With all of them, and no group, it is the whole model on one
-device; a pipeline stage is the same class with fewer layers.
+device; a pipeline stage is the same class with fewer layers. With context parallelism, S in the shapes below is the
+number of tokens that this rank has of each sequence.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
 from megatron_tf.parallel.collectives import group_size, sum_backward
+from megatron_tf.parallel.context import Context
 from megatron_tf.tokenformer.dtypes import wide_dtype
 
 
@@ -110,6 +112,7 @@ class TokenFormer(nn.Module):
         layers: range | None = None,
         *,
         group: ProcessGroup | None = None,
+        context: Context | None = None,
         sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -118,6 +121,7 @@ class TokenFormer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.group = group
+        self.context = context or Context()
         self.sequence_parallel = sequence_parallel
         self.recompute_blocks = False
         self.dropout: Dropout | None = None
@@ -175,10 +179,11 @@ class TokenFormer(nn.Module):
         """Run the layers: ids [B, S] (first stage) or hidden states [s, B, D] -> hidden states [s, B, D].
 
         `cache` holds the previous tokens, and the new ones are appended to it. `document_starts` [B, S] is the position
-        where each token's document begins; it turns on intra-document masking, and positions restart in each document.
-        It comes with `document_lengths`, int32 [B, M]: the lengths of each sample's documents, padded with zeros, on
-        the host if the kernels' `attend_documents` reads them there. `sample_numbers` [B] number the samples in the
-        run's data; without them there is no dropout. The host reads none of the other tensors, which are on the device.
+        in the sequence where each token's document begins; it turns on intra-document masking, and positions restart in
+        each document. It comes with `document_lengths`, int32 [B, M]: the lengths of each whole sample's documents,
+        padded with zeros, on the host if the kernels' `attend_documents` reads them there. `sample_numbers` [B] number
+        the samples in the run's data; without them there is no dropout. The host reads none of the other tensors, which
+        are on the device.
         """
         dropout = None
         if self.dropout is not None and sample_numbers is not None:
@@ -258,21 +263,26 @@ class TokenFormer(nn.Module):
 
     def _dropout_of(self, dropout: Dropout, x: Tensor, sample_numbers: Tensor) -> Dropout:
         """Build the dropout of a micro-batch, given its ids x [B, S] or hidden states [s, B, D]."""
-        ranks = group_size(self.group) if self.sequence_parallel else 1
+        tokens = x.shape[1] if self.is_first else self._gathered_length(x)
         return dropout.of_samples(
             sample_numbers,
-            length=x.shape[1] if self.is_first else x.shape[0] * ranks,
+            positions=self.context.positions(tokens, x.device),
             heads=self.config.num_attention_heads,
             group=self.group,
             sequence_parallel=self.sequence_parallel,
         )
 
+    def _gathered_length(self, x: Tensor) -> int:
+        """Return S, given hidden states [s, B, D]."""
+        return x.shape[0] * (group_size(self.group) if self.sequence_parallel else 1)
+
     def _rotary(
         self, x: Tensor, positions: CachePositions | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        ranks = self.group.size() if self.group is not None and self.sequence_parallel else 1
         dim = int(self.config.head_dim * self.config.rotary_percent)
-        indices = positions.indices if positions else torch.arange(x.shape[0] * ranks, device=x.device)[:, None]
+        indices = (
+            positions.indices if positions else self.context.positions(self._gathered_length(x), x.device)[:, None]
+        )
         if document_starts is not None:
             indices = indices - document_starts.t()
         cos, sin = rotary_tables(indices, dim, self.config.rotary_base, dtype=wide_dtype(x.dtype))

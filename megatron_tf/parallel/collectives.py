@@ -63,6 +63,22 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
     return mine
 
 
+def all_to_all_copy(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup | None) -> Tensor:
+    """Send part i of x along `split_dim` to rank i, and concatenate what comes along `concat_dim`, outside autograd.
+
+    size[split_dim] is divided by R, and size[concat_dim] multiplied.
+    """
+    if group is None:
+        return x
+    split_dim, concat_dim = split_dim % x.dim(), concat_dim % x.dim()
+    ranks = group.size()
+    # as in reduce_scatter_copy, the parts move to dimension 0, and then the ranks' parts from there
+    parts = x.detach().unflatten(split_dim, (ranks, x.shape[split_dim] // ranks)).movedim(split_dim, 0).contiguous()
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
@@ -85,6 +101,19 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return all_gather_copy(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dims = split_dim, concat_dim
+        ctx.group = group
+        return all_to_all_copy(x, split_dim, concat_dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        split_dim, concat_dim = ctx.dims
+        return all_to_all_copy(grads[0], concat_dim, split_dim, ctx.group), None, None, None
 
 
 class _SumForward(torch.autograd.Function):
@@ -116,6 +145,12 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     """Sum x over the ranks and return this rank's part along `dim`; backward all-gathers the gradients."""
     return x if group is None else _ReduceScatter.apply(x, dim, group)
+
+
+def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup | None) -> Tensor:
+    """Send part i of x along `split_dim` to rank i, and concatenate what comes along `concat_dim`; backward sends the
+    gradients back."""
+    return x if group is None else _AllToAll.apply(x, split_dim, concat_dim, group)
 
 
 def sum_forward(x: Tensor, group: ProcessGroup | None) -> Tensor:

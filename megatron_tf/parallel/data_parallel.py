@@ -14,7 +14,10 @@ from megatron_tf.tokenformer.dtypes import wide_dtype
 def shard_over_replicas(
     module: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, *, dtype: torch.dtype, reshard_after_forward: bool
 ) -> None:
-    """Apply FSDP to each block, then to the rest of `module`, over the data-parallel ranks; does nothing for one.
+    """Apply FSDP to each block, then to the rest of `module`, over data- and context-parallel ranks, unless it is one.
+
+    To parameters, context-parallel ranks are what data-parallel ones are: each computes gradients from its own tokens.
+    So they share parameters and optimizer state too, by the same collectives.
 
     Rows are sharded over the ranks that share one copy of the parameters; gradients are then also reduced between the
     copies.
@@ -27,13 +30,12 @@ def shard_over_replicas(
     on that mean: if gradients were summed instead, each replica's would shrink with the number of replicas and
     underflow in fp16.
     """
-    replicas = mesh.replicas()
-    if replicas is None:
+    if mesh.group("dp_cp") is None:
         return
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide_dtype(dtype), cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=replicas, reshard_after_forward=reshard_after_forward, mp_policy=precision)
-    fully_shard(module, mesh=replicas, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh.sharing, reshard_after_forward=reshard_after_forward, mp_policy=precision)
+    fully_shard(module, mesh=mesh.sharing, reshard_after_forward=False)
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:

@@ -1,13 +1,17 @@
-"""The mesh of ranks (pipeline, data, tensor) as one DeviceMesh, and how a process joins it.
+"""The mesh of ranks (pipeline, data, context, tensor) as one DeviceMesh, and how a process joins it.
+
+Data- and context-parallel ranks compute from the same parameters, of which each computes a part of the gradients. The
+axis "dp_cp" joins them: over it, gradients and losses are averaged, and parameters sharded.
 
 If parameters are sharded over fewer than all data-parallel ranks, the data axis is two dimensions of the DeviceMesh:
 "dp_shard" within a group that shares one copy, and "dp_replicate" over the groups.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,8 +25,8 @@ from megatron_tf.parallel.launch import adopt_launcher, device_index, number_of
 from megatron_tf.parallel.rendezvous import Check, join_ranks
 
 T = TypeVar("T")
-Axis = Literal["pp", "dp", "tp"]
-AXES: tuple[Axis, ...] = ("pp", "dp", "tp")
+Axis = Literal["pp", "dp", "cp", "tp", "dp_cp"]
+AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 
 
 class LayoutError(UserError):
@@ -41,8 +45,11 @@ class Mesh:
     store: dist.Store | None = None
     local_rank: int = 0
     """This rank's index on its host."""
-    flat_data_mesh: DeviceMesh | None = None
-    """The data axis as one dimension, if it is two in `device_mesh`."""
+    flat: Mapping[str, DeviceMesh] = field(default_factory=dict)
+    """The axes that are not one dimension of `device_mesh`."""
+    sharing: DeviceMesh | None = None
+    """The ranks that have the same parameters, for FSDP: a mesh of one dimension that shards, or of one that replicates
+    and one that shards; None for a single process."""
     end_stages: ProcessGroup | None = None
     """The ranks of the first and the last pipeline stage with this rank's other coordinates, which share a tied
     embedding; None on a stage in between, and if there is only one stage."""
@@ -63,15 +70,9 @@ class Mesh:
         """Return the one-dimensional mesh of `group(axis)`."""
         return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis)
 
-    def replicas(self) -> DeviceMesh | None:
-        """Return the data axis for FSDP: a mesh (dp,) or (dp_replicate, dp_shard); None for a single replica."""
-        if self.flat_data_mesh is None or self.device_mesh is None:
-            return self.submesh("dp")
-        return self.device_mesh["dp_replicate", "dp_shard"]
-
     def _axis(self, axis: Axis) -> DeviceMesh:
         assert self.device_mesh is not None
-        return self.flat_data_mesh if axis == "dp" and self.flat_data_mesh is not None else self.device_mesh[axis]
+        return self.flat[axis] if axis in self.flat else self.device_mesh[axis]
 
     @property
     def world(self) -> ProcessGroup | None:
@@ -119,17 +120,25 @@ class Mesh:
 
 
 def data_parallel_size(
-    world_size: int, *, tensor: int, pipeline: int, requested: int | None = None, shard_size: int | None = None
+    world_size: int,
+    *,
+    tensor: int,
+    pipeline: int,
+    context: int = 1,
+    requested: int | None = None,
+    shard_size: int | None = None,
 ) -> int:
     """Return the number of data-parallel replicas that fill the world.
 
     Raises LayoutError, with the numbers, if the layout does not fill the world exactly, or if `shard_size` does not
     divide the number of replicas.
     """
-    data, rest = divmod(world_size, tensor * pipeline)
+    needed = tensor * pipeline * context
+    data, rest = divmod(world_size, needed)
     if rest or data == 0 or (requested is not None and requested != data):
-        layout = f"tensor {tensor} x pipeline {pipeline}" + (f" x data {requested}" if requested else "")
-        need = tensor * pipeline * (requested or 1)
+        layout = f"tensor {tensor} x pipeline {pipeline}"
+        layout += (f" x context {context}" if context > 1 else "") + (f" x data {requested}" if requested else "")
+        need = needed * (requested or 1)
         raise LayoutError(
             f"the world has {world_size} rank(s), but the layout {layout} needs "
             f"{'' if requested else 'a multiple of '}{need}: start that many, or change the layout"
@@ -145,6 +154,7 @@ def init_mesh(
     pipeline: int,
     data: int | None,
     timeout: timedelta,
+    context: int = 1,
     shard_size: int | None = None,
     limit: timedelta | None = None,
     check: Check | None = None,
@@ -161,32 +171,46 @@ def init_mesh(
     device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    size_of_data_axis = partial(
+        data_parallel_size, world_size, tensor=tensor, pipeline=pipeline, context=context, shard_size=shard_size
+    )
     if world_size == 1:
-        data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
+        size_of_data_axis(requested=data)
         return Mesh(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # the layout is checked later: on a rank with a different configuration it would fail alone, and the others hang
     store = join_ranks(backend, device, timeout=timeout, limit=limit or timeout, check=check)
-    data = data_parallel_size(world_size, tensor=tensor, pipeline=pipeline, requested=data, shard_size=shard_size)
-    mesh = build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
+    data = size_of_data_axis(requested=data)
+    mesh = build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, context=context, shard_size=shard_size)
     return dataclasses.replace(mesh, store=store, local_rank=local_rank)
 
 
-def build_mesh(device: torch.device, *, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Mesh:
-    """Build the mesh over an initialized world of pipeline x data x tensor ranks.
+def build_mesh(
+    device: torch.device, *, tensor: int, pipeline: int, data: int, context: int = 1, shard_size: int | None = None
+) -> Mesh:
+    """Build the mesh over an initialized world of pipeline x data x context x tensor ranks.
 
-    Tensor-parallel ranks are adjacent; next come the `shard_size` replicas that share a copy of the parameters (all
-    replicas by default). Creates every group that a run needs, whatever its stages of growth: each group holds its own
-    buffers and connections.
+    Tensor-parallel ranks are adjacent; next come the context-parallel ranks, and the `shard_size` replicas that share a
+    copy of the parameters (all replicas by default). Creates every group that a run needs, whatever its stages of
+    growth: each group holds its own buffers and connections.
     """
     if shard_size is None or shard_size == data:
-        mesh = init_device_mesh(device.type, (pipeline, data, tensor), mesh_dim_names=AXES)
-        return Mesh(device, mesh, end_stages=_end_stages(mesh))
-    sizes = (pipeline, data // shard_size, shard_size, tensor)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+        mesh = init_device_mesh(device.type, (pipeline, data, context, tensor), mesh_dim_names=AXES)
+        joined = _joined(mesh, ("dp",), name="dp_cp")
+        return Mesh(device, mesh, flat={"dp_cp": joined}, sharing=joined, end_stages=_end_stages(mesh))
+    sizes = (pipeline, data // shard_size, shard_size, context, tensor)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "cp", "tp"))
+    flat = {"dp": mesh["dp_replicate", "dp_shard"]._flatten("dp")}
+    flat["dp_cp"] = _joined(mesh, ("dp_replicate", "dp_shard"), name="dp_cp") if context > 1 else flat["dp"]
+    # private, as _flatten: torch has no public API for a mesh of dimensions that are joined ones
+    sharing = DeviceMesh._concatenate([mesh["dp_replicate"], _joined(mesh, ("dp_shard",), name="dp_shard_cp")])
+    return Mesh(device, mesh, flat=flat, sharing=sharing, end_stages=_end_stages(mesh))
+
+
+def _joined(mesh: DeviceMesh, dims: tuple[str, ...], *, name: str) -> DeviceMesh:
+    """Join dimensions of a mesh with "cp" to one. Collective, except for a context-parallel size of 1."""
     # _flatten is private: torch has no public API for one group over two dimensions of a mesh
-    flat = mesh["dp_replicate", "dp_shard"]._flatten("dp")
-    return Mesh(device, mesh, flat_data_mesh=flat, end_stages=_end_stages(mesh))
+    return mesh[(*dims, "cp")]._flatten(name) if mesh["cp"].size() > 1 else mesh[dims]
 
 
 def _end_stages(mesh: DeviceMesh) -> ProcessGroup | None:

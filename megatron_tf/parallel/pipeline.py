@@ -24,7 +24,7 @@ class MicroBatchShapes:
     """Shapes of a micro-batch, the same throughout a run."""
 
     tokens: tuple[int, ...]
-    """Ids entering the first stage: (B, S)."""
+    """Ids entering the first stage: (B, S), without the tokens of other context-parallel ranks."""
     hidden: tuple[int, ...]
     """Hidden states between stages: (s, B, D)."""
     dtype: torch.dtype
@@ -33,7 +33,8 @@ class MicroBatchShapes:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The `count` micro-batches of one step, each of B samples of S tokens; every rank receives all of it."""
+    """The `count` micro-batches of one step, each of B samples of S tokens; every rank but context-parallel ones, which
+    have S tokens each, receives all of it."""
 
     inputs: Tensor
     """Input ids, on the device: [count, B, S]."""

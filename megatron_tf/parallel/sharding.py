@@ -45,8 +45,8 @@ def split_rows(rows: int, parts: int, index: int) -> tuple[int, int]:
 def row_shard(name: str, parameter: Tensor, is_copy: bool = False) -> RowShard:
     """Return the rows of `parameter` that this rank holds.
 
-    The mesh dimension "tp" splits the rows first, then "dp" or "dp_shard" splits each part, regardless of their order
-    in the mesh. `is_copy` marks a parameter that another pipeline stage owns (the second copy of a tied embedding).
+    The mesh dimension "tp" splits the rows first, then that of FSDP splits each part, regardless of their order in the
+    mesh. `is_copy` marks a parameter that another pipeline stage owns (the second copy of a tied embedding).
     """
     local = local_tensor(parameter.detach())
     start, stop, is_first_copy = 0, parameter.shape[0], True
@@ -66,8 +66,8 @@ def held_rows(parameter: DTensor, coordinate: Sequence[int]) -> tuple[int, int, 
     start, stop, is_first_copy = 0, parameter.shape[0], True
     mesh = parameter.device_mesh
     names = mesh.mesh_dim_names or ()
-    # each dimension splits the range that the previous one left; "tp" (False) sorts before "dp" (True)
-    for dim in sorted(range(mesh.ndim), key=lambda d: names[d].startswith("dp")):
+    # each dimension splits the range that the previous one left; "tp" (False) sorts before the others (True)
+    for dim in sorted(range(mesh.ndim), key=lambda d: names[d] != "tp"):
         # along a dimension that replicates, the first rank writes
         if not parameter.placements[dim].is_replicate():
             low, high = split_rows(stop - start, mesh.size(dim), coordinate[dim])

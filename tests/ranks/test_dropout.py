@@ -35,9 +35,9 @@ def masks(mesh):
     """(what is dropped where the sequence is whole, where it is sharded, of this rank's heads)."""
     make = Dropout(hidden_rate=0.5, attention_rate=0.5, seed=1, layer=2).of_samples
     samples, group, ranks = torch.tensor([3, 4]), mesh.group("tp"), mesh.size("tp")
-    dropout = make(samples, length=8, heads=4, group=group, sequence_parallel=False)
+    dropout = make(samples, positions=torch.arange(8), heads=4, group=group, sequence_parallel=False)
     whole = dropout.hidden(torch.ones(8, 2, 16), "ffn")
-    sharded = make(samples, length=8, heads=4, group=group, sequence_parallel=True)
+    sharded = make(samples, positions=torch.arange(8), heads=4, group=group, sequence_parallel=True)
     part = sharded.hidden(torch.ones(8 // ranks, 2, 16), "ffn")
     heads = torch.ones(8, 2, 4 // ranks, 4)
     return whole.numpy(), part.numpy(), dropout.attend(heads, heads, heads).numpy()

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,7 +38,10 @@ LAYOUTS = [
 ]
 """(tensor, pipeline, data), replicas that share a copy, whether activations are sharded along the sequence."""
 SCHEDULES = pytest.mark.parametrize("schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"])
+CONTEXTS = [("ring", 3, (2, 1, 1), None), ("all_to_all", 2, (1, 1, 2), 1)]
+"""(method, context-parallel ranks, (tensor, pipeline, data), replicas that share a copy)"""
 COLLECTIVES = {
+    "all_to_all_single": "all-to-all",
     "all_gather_single": "all-gather",
     "all_gather_into_tensor": "all-gather",
     "reduce_scatter_single": "reduce-scatter",
@@ -108,30 +112,36 @@ def as_pairs(seen):
     return {key: (seen[*key, "calls"], seen[*key, "bytes"]) for key in {(kind, ranks) for kind, ranks, _ in seen}}
 
 
-def ranks_of(axis, layout, shard_size, rank):
+def ranks_of(axis, layout, shard_size, rank, context=1):
     """The ranks of a group, by arithmetic."""
     tensor, pipeline, data = layout
-    t, d, p = rank % tensor, rank // tensor % data, rank // (tensor * data)
     share = shard_size or data
+    ranks = np.arange(tensor * pipeline * data * context).reshape(pipeline, data // share, share, context, tensor)
+    p, replica, d, c, t = (int(index) for index in np.argwhere(ranks == rank)[0])
     members = {
-        "tp": [(i, d, p) for i in range(tensor)],
-        "dp": [(t, i, p) for i in range(data)],
-        "dp_shard": [(t, d // share * share + i, p) for i in range(share)],
-        "dp_replicate": [(t, i * share + d % share, p) for i in range(data // share)],
-        "pp": [(t, d, i) for i in range(pipeline)],
-        "tied": [(t, d, 0), (t, d, pipeline - 1)],
-        "world": [(i, j, k) for k in range(pipeline) for j in range(data) for i in range(tensor)],
+        "tp": ranks[p, replica, d, c, :],
+        "cp": ranks[p, replica, d, :, t],
+        "dp": ranks[p, :, :, c, t],
+        "dp_cp": ranks[p, :, :, :, t],
+        "dp_shard": ranks[p, replica, :, c, t],
+        "dp_shard_cp": ranks[p, replica, :, :, t],
+        "dp_replicate": ranks[p, :, d, c, t],
+        "pp": ranks[:, replica, d, c, t],
+        "tied": ranks[[0, -1], replica, d, c, t],
+        "world": ranks,
     }
-    return tuple((k * data + j) * tensor + i for i, j, k in members[axis])
+    return tuple(members[axis].flatten().tolist())
 
 
 def dry_messages(layout, shard_size, rank, config):
     """The same of a dry run."""
     tensor, pipeline, data = layout
+    context = config.parallel.context_parallel_size
     seen = Counter()
-    with fake_rank(rank, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size) as mesh:
+    sizes = {"tensor": tensor, "pipeline": pipeline, "data": data, "context": context, "shard_size": shard_size}
+    with fake_rank(rank, **sizes) as mesh:
         for each in observe_step(build_state(config, mesh), config).counter.traffic():
-            key = each.kind, ranks_of(each.axis, layout, shard_size, rank)
+            key = each.kind, ranks_of(each.axis, layout, shard_size, rank, context)
             seen[*key, "calls"] += each.calls
             seen[*key, "bytes"] += each.bytes
     return as_pairs(seen)
@@ -143,6 +153,32 @@ def test_a_dry_run_exchanges_the_messages_of_real_ranks(rank_pool, layout, shard
     real = rank_pool.run(real_messages, *layout, config, shard_size=shard_size)
     dry = [dry_messages(layout, shard_size, rank, config) for rank in range(len(real))]
     assert dry == real
+
+
+def context_config(method, context, layout, shard_size):
+    """Chunks of four tokens."""
+    parallel = {"context_parallel_size": context, "context_parallel_method": method}
+    data = {"eod_mask_loss": True, "reset_attention_mask": True}
+    config = with_training(config_of(layout, layout[0] > 1, data=data), precision="bf16", seq_length=8 * context)
+    return replace(config, parallel=replace(config.parallel, data_parallel_shard_size=shard_size, **parallel))
+
+
+@pytest.mark.parametrize(("method", "context", "layout", "shard_size"), CONTEXTS)
+def test_a_dry_run_exchanges_the_messages_of_context_parallel_ranks(rank_pool, method, context, layout, shard_size):
+    """And attention sends as much as docs/parallelism.md says."""
+    config = context_config(method, context, layout, shard_size)
+    real = rank_pool.run(real_messages, *layout, config, context=context, shard_size=shard_size)
+    assert [dry_messages(layout, shard_size, rank, config) for rank in range(len(real))] == real
+
+    activation = config.training.micro_batch_size * 8 * config.model.hidden_size // layout[0]
+    passes = 4 * config.model.num_layers  # micro-batches x layers
+    group = ranks_of("cp", layout, shard_size, 0, context)
+    if method == "ring":
+        passing = 3 * passes * (context - 1)
+        size = passes * (context - 1) * 2 * activation * (2 + 2 + 4)
+        assert real[0]["send", group] == real[0]["receive", group] == (passing, size)
+    else:
+        assert real[0]["all-to-all", group] == (4 * passes, passes * 2 * (3 + 1) * activation * 2)
 
 
 def test_a_dry_run_exchanges_the_messages_of_real_ranks_in_16_bits(rank_pool):
@@ -198,15 +234,22 @@ def test_a_dry_run_holds_and_saves_what_the_ranks_of_a_v_do(rank_pool, tmp_path)
     assert dry_run(config, 4).kinds[0].layers == [(0, 1), (3, 4)]
 
 
+def test_a_dry_run_holds_and_saves_what_context_parallel_ranks_do(rank_pool, tmp_path):
+    layout, shard_size = (1, 1, 2), 1
+    config = context_config("all_to_all", 2, layout, shard_size)
+    assert_holds_and_saves(rank_pool, tmp_path, layout, shard_size, config)
+
+
 def assert_holds_and_saves(rank_pool, tmp_path, layout, shard_size, config):
     parallel = {"data_parallel_shard_size": shard_size}
     config = replace(config, parallel=replace(config.parallel, **parallel))
-    real = rank_pool.run(held_and_saved, *layout, config, tmp_path, shard_size=shard_size)
+    context = config.parallel.context_parallel_size
+    real = rank_pool.run(held_and_saved, *layout, config, tmp_path, context=context, shard_size=shard_size)
     found = dry_run(config, len(real))
     kinds = Counter()
     for kind in found.kinds:
         kinds[kind.stage, kind.parameter_bytes, kind.optimizer_bytes] += kind.count
-    per_stage = layout[0] * layout[2]
+    per_stage = layout[0] * layout[2] * context
     assert kinds == Counter((rank // per_stage, *held) for rank, held in enumerate(real))
 
     saved = newest_checkpoint(tmp_path)

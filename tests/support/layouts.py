@@ -25,8 +25,8 @@ def layout_config(layout, sequence_parallel=False, untied=False, schedule="1f1b"
 
 def whole_model(layout, untied, gradients_by_rank):
     """Merge the ranks' gradients into one per logical parameter; all ranks of a stage must have reported the same."""
-    tensor, pipeline, data = layout
-    per_stage = tensor * data
+    _, pipeline, _ = layout
+    per_stage = len(gradients_by_rank) // pipeline
     whole = {}
     for stage in range(pipeline):
         first, *others = gradients_by_rank[stage * per_stage : (stage + 1) * per_stage]

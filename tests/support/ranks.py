@@ -20,7 +20,7 @@ TIMEOUT = timedelta(seconds=30)
 
 class RankPool:
     """Pool of ranks: `run(function, tensor, pipeline, data, *args)` calls function(mesh, *args) on every rank of that
-    layout; parameters are sharded over `shard_size` data-parallel ranks."""
+    layout, with `context` context-parallel ranks; parameters are sharded over `shard_size` data-parallel ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -37,13 +37,13 @@ class RankPool:
         for process in self.processes:
             process.start()
 
-    def run(self, function, tensor, pipeline, data, *args, shard_size=None):
+    def run(self, function, tensor, pipeline, data, *args, context=1, shard_size=None):
         """Return the results in rank order; a rank's exception is raised here with its traceback."""
-        world = tensor * pipeline * data
+        world = tensor * pipeline * data * context
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(world):
-                self.tasks[rank].put((function, (tensor, pipeline, data, shard_size), store, args))
+                self.tasks[rank].put((function, (tensor, pipeline, data, context, shard_size), store, args))
             answers = {}
             for _ in range(world):
                 rank, error, result = self._next_answer()
@@ -72,8 +72,8 @@ def _serve(rank, tasks, results):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     while True:
-        function, (tensor, pipeline, data, shard_size), store, args = tasks.get()
-        world = tensor * pipeline * data
+        function, (tensor, pipeline, data, context, shard_size), store, args = tasks.get()
+        world = tensor * pipeline * data * context
         torch.manual_seed(SEED)
         try:
             mesh = Mesh(torch.device("cpu"))
@@ -82,7 +82,12 @@ def _serve(rank, tasks, results):
                     "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
                 )
                 mesh = build_mesh(
-                    torch.device("cpu"), tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size
+                    torch.device("cpu"),
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    data=data,
+                    context=context,
+                    shard_size=shard_size,
                 )
             result, error = function(mesh, *args), None
         except BaseException:

@@ -58,11 +58,9 @@ def random_batch(config: RunConfig, step: int, mesh, first: int = 0) -> Batch:
 
 
 def shard_group(mesh):
-    """Return the group of data-parallel ranks that this rank's parameters are sharded over; None for just this one."""
-    if mesh.flat_data_mesh is None:
-        return mesh.group("dp")
-    shard = mesh.device_mesh["dp_shard"]
-    return shard.get_group() if shard.size() > 1 else None
+    """Return the group of ranks that this rank's parameters are sharded over; None for just this one."""
+    dim = mesh.sharing.ndim - 1 if mesh.sharing else 0
+    return mesh.sharing.get_group(dim) if mesh.sharing and mesh.sharing.size(dim) > 1 else None
 
 
 def whole_gradients(state):

@@ -10,6 +10,14 @@ from megatron_tf.parallel.mesh import LayoutError, data_parallel_size
 from megatron_tf.parallel.stages import partition_layers
 from tests.support.training import small_run
 
+CONTEXT_3 = "--parallel.context_parallel_size=3"
+CONTEXT_4 = [
+    "--parallel.context_parallel_size=4",
+    "--parallel.tensor_model_parallel_size=4",
+    "--parallel.sequence_parallel=true",
+]
+ALL_TO_ALL = "--parallel.context_parallel_method=all_to_all"
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -30,6 +38,15 @@ def path(tmp_path):
         (["--training.train_iters=x"], "training.train_iters"),
         (["--parallel.sequence_parallel=true"], "sequence_parallel needs tensor_model_parallel_size > 1"),
         (["--parallel.reshard_after_forward=true", "--parallel.pipeline_schedule=zbv"], "choose 1f1b or interleaved"),
+        ([CONTEXT_3], "seq_length (16) must be divisible by 6, the number of chunks"),
+        ([CONTEXT_3, ALL_TO_ALL, "--training.seq_length=18"], "num_attention_heads (4) must be divisible by"),
+        ([*CONTEXT_4, "--training.seq_length=24"], "(24) must be divisible by parallel.context_parallel_size (4) x"),
+        (
+            [*CONTEXT_4, ALL_TO_ALL],
+            "tensor_model_parallel_size (4) under context_parallel_method all_to_all",
+        ),
+        ([*CONTEXT_4, "--training.attention_dropout=0.1"], "attention_dropout (0.1) needs parallel.context_parallel_"),
+        ([*CONTEXT_4, "--kernels.attention=flash_attn"], "ring needs kernels.attention sdpa, but it is flash_attn"),
         (["training.seed"], "overrides are written --section.key=value"),
     ],
 )
@@ -46,6 +63,9 @@ def test_overrides_apply_in_order(path):
 
 def test_a_world_that_does_not_fit_the_layout():
     assert data_parallel_size(8, tensor=2, pipeline=2) == 2
+    assert data_parallel_size(8, tensor=2, pipeline=1, context=2) == 2
+    with pytest.raises(LayoutError, match=r"12 rank.*tensor 2 x pipeline 1 x context 4 needs a multiple of 8"):
+        data_parallel_size(12, tensor=2, pipeline=1, context=4)
     for requested in (None, 1):
         with pytest.raises(LayoutError, match="6 rank"):
             data_parallel_size(6, tensor=2, pipeline=2, requested=requested)

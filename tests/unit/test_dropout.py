@@ -23,7 +23,7 @@ BOTH = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "micro_batch_size": 2}
 def dropout_of(samples, *, length, seed=1, layer=0, hidden_rate=0.0, attention_rate=0.0):
     dropout = Dropout(hidden_rate=hidden_rate, attention_rate=attention_rate, seed=seed, layer=layer)
     numbers = torch.tensor(samples)
-    return dropout.of_samples(numbers, length=length, heads=2, group=None, sequence_parallel=False)
+    return dropout.of_samples(numbers, positions=torch.arange(length), heads=2, group=None, sequence_parallel=False)
 
 
 def mask(seed=1, sample=5, layer=0, branch="ffn", rate=0.25):

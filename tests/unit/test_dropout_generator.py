@@ -76,7 +76,8 @@ def test_what_is_dropped_is_not_multiplied():
 
 def seeds_of(samples, layer=None, seed=1):
     dropout_of = Dropout(hidden_rate=0.5, attention_rate=0.5, seed=seed, layer=layer).of_samples
-    return dropout_of(torch.arange(samples), length=256, heads=8, group=None, sequence_parallel=False).seeds
+    positions = torch.arange(256)
+    return dropout_of(torch.arange(samples), positions=positions, heads=8, group=None, sequence_parallel=False).seeds
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
@@ -121,7 +122,7 @@ def test_layers_branches_and_runs_are_uncorrelated():
 
     def mask(layer, branch, seed=1):
         make = Dropout(hidden_rate=0.5, attention_rate=0.0, seed=seed, layer=layer).of_samples
-        dropout = make(torch.tensor([8, 9]), length=256, heads=1, group=None, sequence_parallel=False)
+        dropout = make(torch.tensor([8, 9]), positions=torch.arange(256), heads=1, group=None, sequence_parallel=False)
         return dropout.hidden(x, branch) == 0
 
     masks = [mask(layer, branch) for layer in (0, 1, 2) for branch in ("attention", "ffn")]

@@ -139,7 +139,7 @@ def test_the_command_prints_what_the_ranks_hold_and_exchange(tmp_path, capsys):
     arguments = [str(path), "--world-size", "8", "--parallel.tensor_model_parallel_size=2", "--disk-rate", "2"]
     assert command.main([*arguments, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["layout"] == {"tensor": 2, "pipeline": 1, "data": 4, "shard_size": 4}
+    assert values["layout"] == {"tensor": 2, "pipeline": 1, "data": 4, "shard_size": 4, "context": 1}
     assert sum(kind["count"] for kind in values["kinds"]) == 8
     assert values["checkpoint"]["seconds"] == values["checkpoint"]["bytes"] / 2e9
     assert command.main(arguments) == 0

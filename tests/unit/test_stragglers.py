@@ -72,7 +72,7 @@ def test_computation_is_the_mean_of_the_profiled_steps_without_communication_and
         assert detector.find_slowest({}, 4) == pytest.approx([0.0, 1.0, 0.0])
         detector.reset()
         assert detector.find_slowest({}, 4) is None
-    assert seen == 3 * ["tp", "dp", "pp"]
+    assert seen == 3 * ["tp", "cp", "dp", "pp"]
 
 
 def test_waiting_is_told_apart_within_a_phase(monkeypatch):

@@ -42,6 +42,7 @@ class Placement:
 
     tensor: int
     data: int
+    """Rank among data- and context-parallel ranks together."""
     shards: Sequence[RowShard]
     """The rows of each parameter, on the meta device."""
 
@@ -54,13 +55,12 @@ class Placement:
 def placements(state: TrainState) -> Iterator[Placement]:
     """Yield the rows of every rank of a stage, given the state of its first rank."""
     mesh = state.mesh
-    assert mesh.rank("tp") == mesh.rank("dp") == 0, "only the first rank knows which rows belong to another stage"
-    shard_size = 1
-    if mesh.flat_data_mesh is not None and mesh.device_mesh is not None:
-        shard_size = mesh.device_mesh["dp_shard"].size()
+    assert mesh.rank("tp") == mesh.rank("dp_cp") == 0, "only the first rank knows which rows belong to another stage"
+    shard_size = 1 if mesh.sharing is None else mesh.sharing.size(mesh.sharing.ndim - 1)
     for tensor in range(mesh.size("tp")):
-        for data in range(mesh.size("dp")):
-            coordinates = {"tp": tensor, "dp": data, "dp_replicate": data // shard_size, "dp_shard": data % shard_size}
+        for data in range(mesh.size("dp_cp")):
+            coordinates = {"tp": tensor, "dp_replicate": data // shard_size}
+            coordinates |= dict.fromkeys(("dp", "dp_cp", "dp_shard", "dp_shard_cp"), data % shard_size)
             shards = [
                 _rows_at(shard, parameter, coordinates)
                 for shard, parameter in zip(state.shards, parameters_of(state.stages), strict=True)

@@ -15,6 +15,7 @@ _OPERATIONS = {
     "_allgather_base_": ("all-gather", 0, 2),
     "allgather_": ("all-gather", 0, 2),
     "_reduce_scatter_base_": ("reduce-scatter", 1, 2),
+    "alltoall_base_": ("all-to-all", 0, 2),
     "broadcast_": ("broadcast", 0, 1),
     "send": ("send", 0, 1),
     "recv_": ("receive", 0, 1),
@@ -28,7 +29,8 @@ class Traffic:
 
     kind: str
     axis: str
-    """pp, dp, tp, dp_shard, dp_replicate, "tied" (the two copies of a tied embedding) or "world"."""
+    """pp, dp, cp, tp, dp_cp, dp_shard, dp_shard_cp, dp_replicate, "tied" (the two copies of a tied embedding) or
+    "world"."""
     calls: int
     bytes: int
     """Size of the larger side: what an all-gather returns, what a reduce-scatter takes."""
@@ -67,6 +69,9 @@ def axis_of_group(mesh: Mesh) -> Mapping[str, str]:
     # a dimension that spans the world shares its group
     for name in mesh.device_mesh.mesh_dim_names or ():
         axes[mesh.device_mesh[name].get_group().group_name] = name
+    for joined in filter(None, (mesh.sharing, *mesh.flat.values())):
+        for name in joined.mesh_dim_names or ():
+            axes[joined.get_group(name).group_name] = name
     for axis in AXES:
         group = mesh.group(axis)
         if group is not None:

@@ -34,7 +34,8 @@ class Layout:
     pipeline: int
     data: int
     shard_size: int
-    """Number of data-parallel ranks that share one copy of the parameters."""
+    """Number of data-parallel ranks that share one copy of the parameters, each with its context-parallel ranks."""
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class KindOfRank:
     count: int
     """Number of ranks of this kind."""
     example: tuple[int, int]
-    """Tensor-parallel and data-parallel rank of the one that was run."""
+    """Of the one that was run: its tensor-parallel rank, and that among data- and context-parallel ranks together."""
     layers: Sequence[tuple[int, int]]
     """Of each of its stages: the first layer, and the one after the last."""
     parameters: int
@@ -108,19 +109,22 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         world_size,
         tensor=tensor,
         pipeline=pipeline,
+        context=parallel.context_parallel_size,
         requested=parallel.data_parallel_size,
         shard_size=parallel.data_parallel_shard_size,
     )
-    return Layout(tensor, pipeline, data, parallel.data_parallel_shard_size or data)
+    shard_size = parallel.data_parallel_shard_size or data
+    return Layout(tensor, pipeline, data, shard_size, parallel.context_parallel_size)
 
 
 def _rank_at(layout: Layout, stage: int, tensor: int = 0, data: int = 0) -> contextlib.AbstractContextManager[Mesh]:
     """Join a fake world as the rank at these coordinates."""
     return fake_rank(
-        (stage * layout.data + data) * layout.tensor + tensor,
+        (stage * layout.data * layout.context + data) * layout.tensor + tensor,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         data=layout.data,
+        context=layout.context,
         shard_size=layout.shard_size,
     )
 
@@ -149,7 +153,7 @@ def _run(state: TrainState, config: RunConfig, count: int) -> KindOfRank:
     return KindOfRank(
         stage=mesh.rank("pp"),
         count=count,
-        example=(mesh.rank("tp"), mesh.rank("dp")),
+        example=(mesh.rank("tp"), mesh.rank("dp_cp")),
         layers=[_layers(stage) for stage in state.stages],
         parameters=parameters,
         parameter_bytes=parameter_bytes,

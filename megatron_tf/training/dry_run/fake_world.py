@@ -18,12 +18,14 @@ DEVICE = torch.device("meta")
 
 
 @contextmanager
-def fake_rank(rank: int, *, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Iterator[Mesh]:
-    """Join, as `rank`, a world of pipeline x data x tensor ranks that exchanges nothing, and yield its mesh.
+def fake_rank(
+    rank: int, *, tensor: int, pipeline: int, data: int, context: int = 1, shard_size: int | None = None
+) -> Iterator[Mesh]:
+    """Join, as `rank`, a world of pipeline x data x context x tensor ranks that exchanges nothing, and yield its mesh.
 
     torch.distributed must not be initialized in this process; it is finalized at the end.
     """
-    size = tensor * pipeline * data
+    size = tensor * pipeline * data * context
     if size == 1:
         yield Mesh(DEVICE)
         return
@@ -33,7 +35,9 @@ def fake_rank(rank: int, *, tensor: int, pipeline: int, data: int, shard_size: i
     dist.distributed_c10d._get_default_group()._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
     try:
         with _meta_as_accelerator():
-            yield build_mesh(DEVICE, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
+            yield build_mesh(
+                DEVICE, tensor=tensor, pipeline=pipeline, data=data, context=context, shard_size=shard_size
+            )
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # it would return meshes of this world to the next one

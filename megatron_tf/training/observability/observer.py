@@ -103,7 +103,7 @@ class Stage:
     """The configuration of this stage."""
     record: RunRecord
     layout: Mapping[str, int]
-    """Ranks along tp, pp and dp."""
+    """Ranks along tp, pp and dp, and along cp if there are several."""
 
 
 class Observer:

@@ -71,7 +71,8 @@ class Profiler(Observer):
 
     def _write_trace(self, profiled: profile, step: int) -> Path:
         assert self.config.profile_dir is not None
-        place = "-".join(f"{axis}{self.mesh.rank(axis):02d}" for axis in ("pp", "tp", "dp"))
+        mesh = self.mesh
+        place = f"pp{mesh.rank('pp'):02d}-tp{mesh.rank('tp'):02d}-dp{mesh.rank('dp_cp'):02d}"
         self.config.profile_dir.mkdir(parents=True, exist_ok=True)
         path = self.config.profile_dir / f"step-{step:08d}-{place}.json.gz"
         profiled.export_chrome_trace(str(path))

@@ -47,7 +47,7 @@ class StragglerDetector:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.num_stages = mesh.size("pp")
-        self.is_enabled = mesh.size("tp") * mesh.size("dp") > 1
+        self.is_enabled = mesh.size("tp") * mesh.size("dp_cp") > 1
         self._computations: list[float] = []
         self._computation: float | None = None
         self._hosts: Sequence[str] = ()

@@ -56,7 +56,7 @@ def save_state(
     groups = {"model": list(state.shards)} | {moment: state.optimizer.moments(moment) for moment in MOMENTS}
     record = saved_record(state, config, record)
     step = record.training.step
-    label = writer_label(pipeline=mesh.rank("pp"), tensor=mesh.rank("tp"), data=mesh.rank("dp"))
+    label = writer_label(pipeline=mesh.rank("pp"), tensor=mesh.rank("tp"), data=mesh.rank("dp_cp"))
     retention = Retention(config.checkpoint.keep_last, config.checkpoint.keep_every)
     save = partial(save_checkpoint, root, step, record=record, writer_label=label, retention=retention)
     if saver is None:

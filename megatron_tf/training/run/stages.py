@@ -70,6 +70,7 @@ def _check_layout(config: RunConfig, mesh: Mesh) -> None:
         group_size(mesh.world),
         tensor=parallel.tensor_model_parallel_size,
         pipeline=pipeline,
+        context=parallel.context_parallel_size,
         requested=parallel.data_parallel_size,
         shard_size=parallel.data_parallel_shard_size,
     )

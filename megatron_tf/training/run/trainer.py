@@ -194,7 +194,10 @@ def _say_advice(run: RestoredRun, say: Callable[[str], None]) -> None:
 
 
 def _stage(config: RunConfig, run: RestoredRun) -> Stage:
-    layout = {axis: run.state.mesh.size(axis) for axis in ("tp", "pp", "dp")}
+    mesh = run.state.mesh
+    layout = {axis: mesh.size(axis) for axis in ("tp", "pp", "dp")}
+    if mesh.size("cp") > 1:
+        layout["cp"] = mesh.size("cp")
     return Stage(run.config_in_force(config), run.record, layout)
 
 

@@ -255,7 +255,7 @@ class Optimizer:
             # private, as above: a kernel, or several, for each tensor would leave the GPU idle between them
             norms = torch._foreach_norm([gradients[i] for i in self._counted])
             squares.index_copy_(0, self._counted_positions, torch.stack(norms).double().square())
-        for axis in ("tp", "dp", "pp"):
+        for axis in ("tp", "dp_cp", "pp"):
             squares = all_reduce(squares, self.mesh.group(axis))
         return squares
 

@@ -55,7 +55,7 @@ class RowInspector:
         totals[:, 0] = gradients
         totals[:, 1] = self._by_group(self.optimizer.update_norms(self._slices))
         self._add_contributions(totals[:, 2:], probes)
-        for axis in ("tp", "dp", "pp"):
+        for axis in ("tp", "dp_cp", "pp"):
             totals = all_reduce(totals, self.mesh.group(axis))
         rows = zip(self.groups.keys, self.groups.tokens, totals.tolist(), strict=True)
         return [
@@ -85,11 +85,11 @@ class RowInspector:
             assert probe.norms is not None
             parts.append(probe.norms)
             num_rows = probe.num_rows  # the same for all modules
-        # the modules' tokens one after the other: each rank has its own tokens, and each replica its own input
-        squares = all_reduce(torch.cat(parts).double().square(), self.mesh.group("dp"))
-        squares /= num_rows * self.mesh.size("dp")
+        # the modules' tokens one after the other: each rank has its own tokens, and each of "dp_cp" its own input
+        squares = all_reduce(torch.cat(parts).double().square(), self.mesh.group("dp_cp"))
+        squares /= num_rows * self.mesh.size("dp_cp")
         whole = all_gather_copy(squares[None], 0, self.mesh.group("tp"))
-        if self.mesh.rank("tp") or self.mesh.rank("dp"):
+        if self.mesh.rank("tp") or self.mesh.rank("dp_cp"):
             return
         modules = whole.split([len(part) for part in parts], dim=1)
         totals += self._sums({path: part.flatten() for path, part in zip(probes, modules, strict=True)})

@@ -14,6 +14,7 @@ from megatron_tf.kernels.dispatch import (
     without_pattention_kernels,
 )
 from megatron_tf.layers.dropout import Dropout
+from megatron_tf.layers.head_exchange import share_sequences
 from megatron_tf.model.parallelize import (
     build_stages,
     choose_computation,
@@ -118,10 +119,10 @@ def _build_runner(stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Mes
 def _build_kernels(stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Mesh, dtype: torch.dtype) -> Kernels:
     """Choose the kernels, the same on every rank, and install them in the stages. Collective."""
     training = config.training
-    rows = training.micro_batch_size * training.seq_length
     kernels = choose_kernels(_requested_kernels(config), mesh.device, dtype)
+    kernels = share_sequences(kernels, stages[0].context)
     if training.precision == "fp8":
-        sizes = product_sizes(config.model, mesh, rows)
+        sizes = product_sizes(config.model, mesh, _tokens_at_once(config))
         kernels = with_fp8_products(kernels, training.fp8_scaling, device=mesh.device, sizes=sizes)
     failure = _install_kernels(stages, kernels, config, mesh=mesh, dtype=dtype)
     if failure is not None:
@@ -139,15 +140,21 @@ def _install_kernels(
     failures = []
     for stage in stages:
         choose_computation(stage, kernels, training.recompute_granularity, splits_backward=splits_backward)
-        rows = training.micro_batch_size * training.seq_length
-        failures.append(warm_up_kernels(stage, mesh, rows=rows, dtype=dtype))
+        failures.append(warm_up_kernels(stage, mesh, rows=_tokens_at_once(config), dtype=dtype))
     return next(filter(None, failures), None)
 
 
+def _tokens_at_once(config: RunConfig) -> int:
+    """Return the number of tokens that this rank has of each micro-batch."""
+    training = config.training
+    return training.micro_batch_size * training.seq_length // config.parallel.context_parallel_size
+
+
 def _requested_kernels(config: RunConfig) -> dict[str, Any]:
-    """Return the configured kernels, with SDPA where dropout or determinism requires it."""
-    requested = to_dict(config.kernels)
-    needs_sdpa = config.training.attention_dropout or config.training.deterministic
+    """Return the configured kernels, with SDPA where dropout, determinism or a ring requires it."""
+    requested, parallel = to_dict(config.kernels), config.parallel
+    is_ring = parallel.context_parallel_size > 1 and parallel.context_parallel_method == "ring"
+    needs_sdpa = config.training.attention_dropout or config.training.deterministic or is_ring
     return requested | {"attention": "sdpa"} if needs_sdpa else requested
 
 

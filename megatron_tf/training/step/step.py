@@ -103,16 +103,18 @@ def micro_batches(
     if is_bad:
         # such ids could index outside the embedding; this rank still takes part in the step's collectives
         ids = torch.zeros_like(ids)
-    inputs, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
+    # targets are shifted before the sequence is cut: the last one of a part is the first token of another
+    cut = state.stages[0].context.cut
+    inputs, targets = cut(ids[..., :-1]).contiguous(), cut(ids[..., 1:]).contiguous()
     if batch.ignored is not None:
-        targets = targets.masked_fill(_to_device(batch.ignored, state.mesh), IGNORE_INDEX)
+        targets = targets.masked_fill(cut(_to_device(batch.ignored, state.mesh)), IGNORE_INDEX)
     starts, lengths = batch.document_starts, batch.document_lengths
     if lengths is not None and not state.kernels.attend_documents.reads_on_host:
         lengths = _to_device(lengths, state.mesh)
     return MicroBatches(
         inputs,
         targets,
-        document_starts=None if starts is None else _to_device(starts, state.mesh),
+        document_starts=None if starts is None else cut(_to_device(starts, state.mesh)),
         document_lengths=lengths,
         sample_numbers=None if sample_numbers is None else _to_device(sample_numbers, state.mesh),
     )
@@ -135,18 +137,18 @@ def _nan(mesh: Mesh) -> Tensor:
 
 
 def _loss_divisor(batch: Batch, mesh: Mesh) -> float:
-    """Return the divisor of each replica's summed loss that makes the mean over replicas the mean over all targets.
+    """Return the divisor of each rank's summed loss that makes the mean over "dp_cp" the mean over all targets.
 
-    This is the only place where the loss is normalized: neither per micro-batch nor per replica, whose numbers of
-    targets differ if some are ignored. Replicas are averaged later, gradients by FSDP and the loss by
-    `mean_over_replicas`, so each divides by the average number of targets per replica.
+    This is the only place where the loss is normalized: neither per micro-batch nor per rank, whose numbers of targets
+    differ if some are ignored. Data- and context-parallel ranks are averaged later, gradients by FSDP and the loss by
+    `mean_over_replicas`, so each divides by their average number of targets.
     """
     group = mesh.group("dp")
     if batch.ignored is None or group is None:
-        return max(batch.num_targets, 1)  # the same on every replica
+        return max(batch.num_targets, 1) / mesh.size("cp")  # a batch has whole sequences, the same ones on "cp"
     # reduced on the host, over gloo: reading a count from the device would wait for it
     total = all_reduce(torch.tensor(batch.num_targets), group)
-    return max(int(total), 1) / mesh.size("dp")
+    return max(int(total), 1) / mesh.size("dp_cp")
 
 
 def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
@@ -159,10 +161,10 @@ def _first_rank_nonfinite(loss: Tensor | None, mesh: Mesh) -> int:
 
 
 def mean_over_replicas(loss: Tensor | None, mesh: Mesh) -> float:
-    """Average the last stage's loss over the replicas, on every rank; `loss` is None on the other stages."""
+    """Average the last stage's loss over the ranks of "dp_cp", on every rank; `loss` is None on the other stages."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if loss is not None:
         total += loss
-    for axis in ("dp", "pp"):
+    for axis in ("dp_cp", "pp"):
         total = all_reduce(total, mesh.group(axis))
-    return float(total) / mesh.size("dp")
+    return float(total) / mesh.size("dp_cp")
