@@ -18,14 +18,24 @@ DEVICE = torch.device("meta")
 
 
 @contextmanager
-def fake_rank(rank: int, *, tensor: int, pipeline: int, data: int, shard_size: int | None = None) -> Iterator[Mesh]:
+def fake_rank(
+    rank: int,
+    *,
+    tensor: int,
+    pipeline: int,
+    data: int,
+    shard_size: int | None = None,
+    device: torch.device = DEVICE,
+) -> Iterator[Mesh]:
     """Join, as `rank`, a world of pipeline x data x tensor ranks that exchanges nothing, and yield its mesh.
+
+    The rank is on `device`: the meta device, or a CPU, on which it computes with values.
 
     torch.distributed must not be initialized in this process; it is finalized at the end.
     """
     size = tensor * pipeline * data
     if size == 1:
-        yield Mesh(DEVICE)
+        yield Mesh(device)
         return
     # the host communicates, too
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=size)
@@ -33,7 +43,7 @@ def fake_rank(rank: int, *, tensor: int, pipeline: int, data: int, shard_size: i
     dist.distributed_c10d._get_default_group()._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
     try:
         with _meta_as_accelerator():
-            yield build_mesh(DEVICE, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
+            yield build_mesh(device, tensor=tensor, pipeline=pipeline, data=data, shard_size=shard_size)
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()  # it would return meshes of this world to the next one
