@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tf.errors import UserError
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.plan import Plan, Ranking, SizedLayout, busiest_messages
 from megatron_tf.planning.stages import Course, StageRanking, best_course, hours_from_scratch, one_layout
@@ -142,7 +143,10 @@ def _plan_json(plan: Plan, counter: PartCounter) -> dict[str, Any]:
 
 
 def draw(stages: Sequence[StageRanking], output: Path, *, top: int) -> None:
-    """Draw the parts of the time and the memory of the fastest layouts of every stage, as bars."""
+    """Draw the parts of the time and the memory of the fastest layouts of every stage, as bars.
+
+    Raises UserError if the suffix of `output` is not an image format.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 0.3 * top * len(stages) + 1.5), dpi=150, layout="constrained")
@@ -157,7 +161,10 @@ def draw(stages: Sequence[StageRanking], output: Path, *, top: int) -> None:
         row[1].set_yticklabels([])
         row[0].set(xlabel="seconds of a step", title=f"{stage.parameters:,} parameters")
         row[1].set(xlabel="GiB of the fullest rank")
-    figure.savefig(output)
+    try:
+        figure.savefig(output)
+    except ValueError as error:
+        raise UserError(f"--plot {output}: {error}") from error
 
 
 def _label(plan: Plan) -> str:
