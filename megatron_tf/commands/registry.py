@@ -33,6 +33,9 @@ COMMANDS = {
         "dry_run", "run a step on many ranks that do not exist: memory, messages, checkpoint", is_tool=True
     ),
     "schedule": Entry("schedule", "show the pipeline schedule of a run: ranks over time, and its bubble", is_tool=True),
+    "plan": Entry(
+        "plan_layout", "rank the layouts of a run on a cluster by time and memory, over its growth", is_tool=True
+    ),
     "plot-run": Entry("plot_run", "plot the loss of a run", is_tool=True),
     "doctor": Entry("doctor", "check this machine, and print what a bug report needs", is_tool=True),
 }

@@ -23,6 +23,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or an invalid value.
     """
+    return parse_config(RunConfig, load_values(path, overrides), source=str(path))
+
+
+def load_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Load the same as plain values, without defaults. Raises ConfigError for a file or override that is unreadable."""
+    values = read_mapping(path, expected="sections (model:, training:, ...)")
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def read_mapping(path: Path, *, expected: str) -> dict[str, Any]:
+    """Read a YAML file that is a mapping, of what is `expected`.
+
+    Raises ConfigError naming the file if it can't be read, or is not a mapping.
+    """
     try:
         values = read_yaml(path.read_text())
     except OSError as error:
@@ -32,10 +48,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_in_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections (model:, training:, ...), found {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return parse_config(RunConfig, values, source=str(path))
+        raise ConfigError(f"{path}: expected {expected}, found {type(values).__name__}")
+    return values
 
 
 def parse_config(kind: type[T], values: dict[str, Any], source: str) -> T:

@@ -32,6 +32,12 @@ def stage_layers(config: ModelConfig, num_stages: int, seq_length: int) -> list[
     return partition_layers(costs, num_stages)
 
 
+def layers_of_stages(config: ModelConfig, parallel: ParallelConfig, seq_length: int) -> list[range]:
+    """Return the layers of every pipeline stage: those that `parallel` gives, otherwise balanced by FLOPs."""
+    given = parallel.pipeline_model_parallel_layout
+    return consecutive_ranges(given) if given else stage_layers(config, parallel.num_stages, seq_length)
+
+
 def build_stages(
     config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, *, seq_length: int, dtype: torch.dtype
 ) -> list[TokenFormer]:
@@ -39,8 +45,7 @@ def build_stages(
 
     Parameters are in fp64 for fp64, otherwise in fp32. The stages are in the order of the model.
     """
-    given = parallel.pipeline_model_parallel_layout
-    layers = consecutive_ranges(given) if given else stage_layers(config, parallel.num_stages, seq_length)
+    layers = layers_of_stages(config, parallel, seq_length)
     mine = stages_of_rank(
         mesh.rank("pp"),
         ranks=mesh.size("pp"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from megatron_tf.config import PipelineSchedule
 from megatron_tf.parallel.schedules import SCHEDULES, make_schedule
@@ -22,18 +22,25 @@ class Action:
     micro_batch: int
 
 
+class ActionCosts(Protocol):
+    """Time of each action, in any unit."""
+
+    def of(self, action: Action) -> int:
+        """Return the time of an action."""
+
+
 @dataclass(frozen=True)
-class Costs:
-    """Time of each pass through a stage, in any unit."""
+class Costs(ActionCosts):
+    """Time of each pass through a stage, the same for all stages, in any unit."""
 
     forward: int = 1
     backward_input: int = 1
     backward_weight: int = 1
 
-    def of(self, kind: Kind) -> int:
-        """Return the time of a pass."""
+    def of(self, action: Action) -> int:
+        """Return the time of an action."""
         whole = self.backward_input + self.backward_weight
-        return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight, "B": whole}[kind]
+        return {"F": self.forward, "I": self.backward_input, "W": self.backward_weight, "B": whole}[action.kind]
 
 
 @dataclass(frozen=True)
@@ -110,13 +117,15 @@ def _actions(listed: Sequence[Any]) -> Iterator[Action]:
                 yield Action(_KINDS[part.computation_type.name], part.stage_index, part.microbatch_index)
 
 
-def timeline(pipeline: Pipeline, costs: Costs) -> list[Slot]:
+def timeline(pipeline: Pipeline, costs: ActionCosts, made: Sequence[Sequence[Action]] | None = None) -> list[Slot]:
     """Return when each action runs if messages take no time; each rank keeps its order.
+
+    `made` are the `orders` of the pipeline, if they exist already.
 
     Raises AssertionError if the ranks would wait for each other forever.
     """
     last = pipeline.ranks * pipeline.per_rank - 1
-    waiting = [iter(order) for order in orders(pipeline)]
+    waiting = [iter(order) for order in (made or orders(pipeline))]
     following = [next(order, None) for order in waiting]
     free = [0] * pipeline.ranks
     done: dict[Action, int] = {}
@@ -126,7 +135,7 @@ def timeline(pipeline: Pipeline, costs: Costs) -> list[Slot]:
         for rank, order in enumerate(waiting):
             while (action := following[rank]) is not None and (ready := _ready(action, done, last)) is not None:
                 start = max(free[rank], ready)
-                free[rank] = done[action] = start + costs.of(action.kind)
+                free[rank] = done[action] = start + costs.of(action)
                 slots.append(Slot(rank, action, start, free[rank]))
                 following[rank] = next(order, None)
         assert len(slots) > before, f"the ranks wait for each other: {following}"

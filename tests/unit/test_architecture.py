@@ -18,7 +18,7 @@ FLOORS = [
     {"model"},
     {"growth"},
     {"training", "inference"},
-    {"convert"},
+    {"convert", "planning"},
     {"modules"},
     {"commands"},
     {"pretrain", "torchrun", "generate", "evaluate", "lm_eval", "__main__"},

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor, Shard
 
 from megatron_tf.commands import dry_run as command
 from megatron_tf.config import to_dict
@@ -62,6 +63,16 @@ def test_resized_storage_is_counted_with_its_size():
 
     meter, _kept = observed(action, [x])
     assert (meter.peak, meter.bytes) == (4000, 2800)
+
+
+def test_what_a_dtensor_computes_is_counted():
+    """As FSDP accumulates the gradients of tensor-parallel parameters."""
+    with fake_rank(0, tensor=2, pipeline=1, data=1) as mesh, Observation(mesh, StorageMeter(META, [])) as observation:
+        rows = torch.empty(1000, device=META)
+        placed = DTensor.from_local(rows, mesh.submesh("tp"), [Shard(0)], run_check=False)
+        widened = placed.to(torch.float64)
+        assert observation.meter.bytes == rows.nbytes + 8 * 1000
+    assert widened.shape == (2000,)
 
 
 def test_saved_activations_are_counted_until_backward():

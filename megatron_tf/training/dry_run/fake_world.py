@@ -19,15 +19,24 @@ DEVICE = torch.device("meta")
 
 @contextmanager
 def fake_rank(
-    rank: int, *, tensor: int, pipeline: int, data: int, context: int = 1, shard_size: int | None = None
+    rank: int,
+    *,
+    tensor: int,
+    pipeline: int,
+    data: int,
+    context: int = 1,
+    shard_size: int | None = None,
+    device: torch.device = DEVICE,
 ) -> Iterator[Mesh]:
     """Join, as `rank`, a world of pipeline x data x context x tensor ranks that exchanges nothing, and yield its mesh.
+
+    The rank is on `device`: the meta device, or a CPU, on which it computes with values.
 
     torch.distributed must not be initialized in this process; it is finalized at the end.
     """
     size = tensor * pipeline * data * context
     if size == 1:
-        yield Mesh(DEVICE)
+        yield Mesh(device)
         return
     # the host communicates, too
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=size)
@@ -36,7 +45,7 @@ def fake_rank(
     try:
         with _meta_as_accelerator():
             yield build_mesh(
-                DEVICE, tensor=tensor, pipeline=pipeline, data=data, context=context, shard_size=shard_size
+                device, tensor=tensor, pipeline=pipeline, data=data, context=context, shard_size=shard_size
             )
     finally:
         dist.destroy_process_group()

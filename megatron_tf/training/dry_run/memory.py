@@ -29,9 +29,10 @@ class StorageMeter:
         """Add the storages of the tensors in `results` that are not known yet."""
         # most operations return one tensor, and looking for others would take a quarter of a dry run's time
         for leaf in [results] if isinstance(results, Tensor) else tree_leaves(results):
-            # a DTensor has no storage of its own: its local tensor is seen as well
-            if isinstance(leaf, Tensor) and leaf.device.type == self.device.type and not isinstance(leaf, DTensor):
-                storage = leaf.untyped_storage()
+            # a DTensor has no storage of its own, and what computes its local tensor is not seen
+            local = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+            if isinstance(local, Tensor) and local.device.type == self.device.type:
+                storage = local.untyped_storage()
                 if storage._cdata not in self._known:
                     self._add(storage)
 

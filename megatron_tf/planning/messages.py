@@ -1,0 +1,127 @@
+"""The messages of a rank in a training step, by axis of the mesh: how many, and their bytes.
+
+They equal those that a dry run counts (`tests/unit/planning/test_messages.py`). Those between tensor-parallel ranks are
+counted in the parts of the model; the others follow from the layout:
+
+| axis | messages |
+|---|---|
+| dp | FSDP gathers each layer, and the rest of a stage, and reduces their gradients: once in a step, or with reshard_after_forward in every micro-batch |
+| pp | hidden states and their gradients between neighboring stages on different ranks, and in a run's first step one number each |
+| tied | the gradient of a tied embedding, between the first and the last rank |
+| each | the loss, the norms of all parameters, the agreement whether to stop |
+"""  # noqa: E501
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from megatron_tf.planning.counts import PartCounter
+from megatron_tf.planning.layout import PlannedLayout, Unit
+from megatron_tf.tokenformer.parameters import Module
+from megatron_tf.training.dry_run.collectives import Traffic
+
+_NUMBER = 8  # bytes of fp64 and int64
+_STOP = 4 * _NUMBER  # what the ranks tell each other about stopping
+_GREETING = 4
+
+
+def rank_messages(planned: PlannedLayout, rank: int, counter: PartCounter) -> list[Traffic]:
+    """Return the messages of a pipeline rank in the first step of a run, as a dry run lists them."""
+    found = [*_tensor(planned, rank, counter), *_data(planned, rank), *_pipeline(planned, rank)]
+    return add_up([*found, *_tied(planned, rank), *_numbers(planned)])
+
+
+def add_up(traffic: Iterable[Traffic]) -> list[Traffic]:
+    """Add up the messages of each kind on each axis."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for each in traffic:
+        calls, size = sums.get((each.axis, each.kind), (0, 0))
+        sums[each.axis, each.kind] = calls + each.calls, size + each.bytes
+    return [Traffic(kind, axis, *counts) for (axis, kind), counts in sorted(sums.items()) if counts[0]]
+
+
+def _times(traffic: Iterable[Traffic], count: int) -> list[Traffic]:
+    return [Traffic(each.kind, each.axis, each.calls * count, each.bytes * count) for each in traffic]
+
+
+def _tensor(planned: PlannedLayout, rank: int, counter: PartCounter) -> Iterator[Traffic]:
+    if planned.layout.tensor == 1:
+        return
+    for stage in planned.stages_of(rank):
+        for parts in planned.stages[stage].parts:
+            counts = counter.count(planned.config, parts.name, parts.layer)
+            traffic = [*counts.forward.traffic, *counts.backward.traffic]
+            yield from _times(traffic, parts.count * planned.micro_batches)
+
+
+def _data(planned: PlannedLayout, rank: int) -> Iterator[Traffic]:
+    for unit in planned.units_of(rank):
+        yield from unit_messages(planned, unit)
+
+
+def unit_messages(planned: PlannedLayout, unit: Unit) -> Iterator[Traffic]:
+    """Yield the messages of data parallelism for a unit in a step."""
+    layout = planned.layout
+    times = planned.micro_batches if planned.config.parallel.reshard_after_forward else 1
+    spans_world = layout.data == planned.world_size
+    if layout.data > 1 and layout.shard_size > 1:
+        axis = "dp" if layout.shard_size == layout.data else "dp_shard"
+        gathers = 2 * times if planned.reshards(unit) else times
+        yield Traffic("all-gather", axis, gathers, gathers * gathered_bytes(planned, unit))
+        reduced = planned.gathered(unit) * planned.parameter_bytes
+        yield Traffic("reduce-scatter", axis, times, times * reduced)
+    if layout.shard_size < layout.data:
+        axis = "dp" if spans_world and layout.shard_size == 1 else "dp_replicate"
+        yield Traffic("all-reduce", axis, times, times * planned.held(unit) * planned.parameter_bytes)
+
+
+def gathered_bytes(planned: PlannedLayout, unit: Unit) -> int:
+    """Return the bytes of a unit when it is gathered: layers in the dtype of activations, the rest in its own."""
+    return planned.gathered(unit) * (planned.activation_bytes if unit.is_layer else planned.parameter_bytes)
+
+
+def hidden_bytes(planned: PlannedLayout) -> int:
+    """Return the bytes of the hidden states of a micro-batch that a rank passes to the next stage."""
+    training, parallel = planned.config.training, planned.config.parallel
+    length = training.seq_length // (planned.layout.tensor if parallel.sequence_parallel else 1)
+    return length * training.micro_batch_size * planned.config.model.hidden_size * planned.activation_bytes
+
+
+def neighbors(planned: PlannedLayout, rank: int) -> int:
+    """Return how many boundaries between a stage of this rank and one of another rank there are."""
+    mine = set(planned.stages_of(rank))
+    ends = [other for stage in mine for other in (stage - 1, stage + 1) if other not in mine]
+    return sum(0 <= other < planned.config.parallel.num_stages for other in ends)
+
+
+def _pipeline(planned: PlannedLayout, rank: int) -> Sequence[Traffic]:
+    if planned.layout.pipeline == 1:
+        return []
+    count = neighbors(planned, rank)
+    calls = count * (planned.micro_batches + 1)
+    size = count * (planned.micro_batches * hidden_bytes(planned) + _GREETING)
+    return [Traffic(kind, "pp", calls, size) for kind in ("send", "receive")]
+
+
+def _tied(planned: PlannedLayout, rank: int) -> Iterator[Traffic]:
+    if planned.is_v or planned.config.model.untie_embeddings_and_output_weights:
+        return
+    for unit in planned.units_of(rank):
+        parameters = [each for each in unit.parameters if each.module is Module.EMBEDDING]
+        if parameters:
+            yield Traffic("all-reduce", "tied", 1, planned.held(Unit(parameters, False)) * planned.parameter_bytes)
+
+
+def _numbers(planned: PlannedLayout) -> Iterator[Traffic]:
+    layout, data = planned.layout, planned.config.data
+    sizes = {"tp": layout.tensor, "dp": layout.data, "pp": layout.pipeline}
+    for axis, size in sizes.items():
+        if size > 1:
+            yield Traffic("all-reduce", axis, 1, _NUMBER * planned.num_parameters)
+    for axis in ("dp", "pp"):  # the mean of the loss
+        if sizes[axis] > 1:
+            yield Traffic("all-reduce", axis, 1, _NUMBER)
+    has_mask = data.eod_mask_loss or data.loss_mask or data.packing == "best_fit"
+    if has_mask and layout.data > 1:  # the number of targets
+        yield Traffic("all-reduce", "dp", 1, _NUMBER)
+    used = [axis for axis, size in sizes.items() if size > 1]
+    if used:  # an axis that spans the world is its group
+        yield Traffic("all-reduce", used[0] if len(used) == 1 else "world", 1, _STOP)

@@ -1,0 +1,79 @@
+"""How long a rank computes, and how long ranks exchange messages."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_tf.planning.cluster import Cluster
+from megatron_tf.planning.counts import PartCounter, Pass
+from megatron_tf.planning.layout import PlannedLayout
+from megatron_tf.planning.parts import PartName
+from megatron_tf.training.dry_run.collectives import Traffic
+
+_UPDATE_BYTES = 40
+"""What an update reads and writes for each parameter: 12 for the norm and clipping of gradients, 28 for AdamW."""
+
+
+@dataclass(frozen=True)
+class PartSeconds:
+    """Time that a rank computes for one micro-batch in a part, without messages."""
+
+    forward: float
+    backward: float
+
+
+class Machine(Protocol):
+    """How fast a rank is."""
+
+    overlaps: bool
+    """Whether gathering parameters and reducing gradients go on while a rank computes."""
+
+    def part(self, planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
+        """Return the time of a part."""
+
+    def update(self, planned: PlannedLayout, numbers: int) -> float:
+        """Return the time of an optimizer step on so many numbers."""
+
+    def collective(self, traffic: Traffic, *, size: int, stride: int) -> float:
+        """Return the time of messages between `size` ranks, of which neighbors are `stride` ranks apart."""
+
+
+class RatedMachine(Machine):
+    """A rank that reaches the rates of its cluster."""
+
+    def __init__(self, cluster: Cluster, counter: PartCounter) -> None:
+        self.cluster = cluster
+        self.overlaps = cluster.overlaps
+        self.counter = counter
+
+    def part(self, planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
+        counts = self.counter.count(planned.config, name, layer)
+        return PartSeconds(*(self._seconds(each, planned) for each in (counts.forward, counts.backward)))
+
+    def update(self, planned: PlannedLayout, numbers: int) -> float:
+        return _UPDATE_BYTES * numbers / (self.cluster.memory_gigabytes_per_second * 1e9)
+
+    def collective(self, traffic: Traffic, *, size: int, stride: int) -> float:
+        network = self.cluster.network(size=size, stride=stride)
+        seconds = sent_bytes(traffic, size) / (network.gigabytes_per_second * 1e9)
+        return seconds + traffic.calls * network.latency_microseconds * 1e-6
+
+    def _seconds(self, counts: Pass, planned: PlannedLayout) -> float:
+        cluster = self.cluster
+        slower = cluster.slower_in_fp32 if planned.activation_bytes > 2 else 1.0
+        products = counts.product_flops / (cluster.product_teraflops * 1e12)
+        attention = counts.attention_flops / (cluster.attention_teraflops * 1e12)
+        passes = cluster.fusion * counts.moved / (cluster.memory_gigabytes_per_second * 1e9)
+        device = slower * (products + attention) + passes
+        return max(device, counts.kernels * cluster.kernel_microseconds * 1e-6)
+
+
+def sent_bytes(traffic: Traffic, size: int) -> float:
+    """Return what each of `size` ranks sends if collectives go around in a ring."""
+    share = {"all-reduce": 2 * (size - 1) / size, "all-gather": (size - 1) / size, "reduce-scatter": (size - 1) / size}
+    return traffic.bytes * share.get(traffic.kind, 1.0)
+
+
+def collectives(machine: Machine, traffic: Iterable[Traffic], *, size: int, stride: int) -> float:
+    """Return the time of several kinds of messages, one after the other."""
+    return sum(machine.collective(each, size=size, stride=stride) for each in traffic)

@@ -1,0 +1,53 @@
+"""What a plan says of a layout is what a dry run counts in the trainer's code."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_tf.planning.counts import PartCounter
+from megatron_tf.planning.layout import PlannedLayout
+from megatron_tf.planning.memory import rank_peak
+from megatron_tf.planning.messages import rank_messages
+from megatron_tf.training.dry_run.dry_run import dry_run
+from tests.support.layouts import layout_config
+
+MODEL = {"num_layers": 4, "hidden_size": 64, "qkv_tokens": 64, "proj_tokens": 48, "ffn_tokens": 256, "vocab_size": 1000}
+CASES = {
+    "one rank, one micro-batch": ((1, 1, 1), {"micro_batches": 1}),
+    "fp32": ((1, 1, 1), {"training": {"precision": "fp32"}}),
+    "tensor, data": ((2, 1, 2), {}),
+    "sequence, untied": ((2, 2, 1), {"sequence_parallel": True, "untied": True}),
+    "uneven rows": ((1, 1, 3), {"training": {"recompute_granularity": "full"}, "model": {"num_layers": 1}}),
+    "hybrid": ((2, 1, 4), {"shard_size": 2}),
+    "replicated": ((1, 2, 2), {"shard_size": 1}),
+    "reshard": ((1, 1, 2), {"parallel": {"reshard_after_forward": True}, "data": {"eod_mask_loss": True}}),
+    "three stages": ((1, 3, 1), {"training": {"recompute_granularity": "selective"}}),
+    "interleaved": ((1, 2, 2), {"schedule": "interleaved_1f1b"}),
+    "dualpipev": ((1, 2, 1), {"schedule": "dualpipev", "micro_batches": 8}),
+}
+
+
+def config_of(layout, *, micro_batches=None, shard_size=None, **sections):
+    micro_batches = micro_batches or (2 if layout[1] == 1 else 4)
+    training = {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 2 * micro_batches * layout[2]}
+    training |= {"precision": "bf16"} | sections.pop("training", {})
+    config = layout_config(
+        layout, training=training, model=MODEL | sections.pop("model", {}), kernels={"pattention": "eager"}, **sections
+    )
+    return replace(config, parallel=replace(config.parallel, data_parallel_shard_size=shard_size))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_what_a_dry_run_counts(name):
+    layout, options = CASES[name]
+    config = config_of(layout, **options)
+    world_size = layout[0] * layout[1] * layout[2]
+    planned, counter = PlannedLayout(config, world_size), PartCounter()
+    fullest = {kind.stage: kind for kind in reversed(dry_run(config, world_size).kinds)}
+    for rank, kind in fullest.items():
+        peak = rank_peak(planned, rank, counter)
+        assert peak.kinds["parameters"] == kind.parameter_bytes
+        assert peak.kinds["optimizer"] == kind.optimizer_bytes
+        assert rank_messages(planned, rank, counter) == kind.traffic
+        # torch keeps more between the halves of a split backward than is counted
+        assert peak.bytes == pytest.approx(kind.peak_bytes, rel=0.07 if name == "dualpipev" else 0.04)
