@@ -42,6 +42,13 @@ def test_even_ranks_have_no_slowdown_and_one_other_outlier_does_not_hide_the_slo
     assert (slowest.rank, slowest.slowdown) == (3, pytest.approx(4.03 / 1.03))
 
 
+def test_the_work_of_all_phases_counts_and_the_phase_with_the_most_seconds_more_is_named():
+    slowest = slowest_of([EVEN, EVEN, [0.9, 1.2, 0.02], [0.01, 1.5, 0.02]])
+    assert (slowest.rank, slowest.phase) == (2, "data")
+    slowest = slowest_of([EVEN, EVEN, [0.1, 2.0, 0.02]])
+    assert (slowest.rank, slowest.phase) == (2, "computation")
+
+
 def test_stages_are_compared_within_themselves():
     """The second stage works twice as long by design; on the first, rank 1 is slow."""
     slowest = slowest_of([EVEN, [0.01, 1.5, 0.02]], [[0.01, 2.0, 0.02]] * 2)
