@@ -116,14 +116,18 @@ def test_gradients_are_exchanged_once_a_step(rank_pool, layout, shard_size):
 
 RESHARDED = [((1, 1, 2), 2), ((1, 1, 4), 2), ((1, 2, 2), 2), ((2, 1, 2), 2)]
 RESHARD = {"reshard_after_forward": True}
+# without a pipeline all schedules run the whole model as one stage
+RESHARDED_SCHEDULES = [
+    *((layout, size, "1f1b") for layout, size in RESHARDED),
+    *(((1, 2, 2), 2, schedule) for schedule in ("gpipe", "interleaved_1f1b")),
+]
 
 
 def with_parallel(config, **keys):
     return replace(config, parallel=replace(config.parallel, **keys))
 
 
-@pytest.mark.parametrize(("layout", "shard_size"), RESHARDED, ids=str)
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b"])
+@pytest.mark.parametrize(("layout", "shard_size", "schedule"), RESHARDED_SCHEDULES, ids=str)
 def test_resharding_trains_the_same(rank_pool, layout, shard_size, schedule):
     four_layers = {"model": {"num_layers": 4}}
     reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), **four_layers), 6)[0]

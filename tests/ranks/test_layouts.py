@@ -9,18 +9,19 @@ from megatron_tf.training.step.step import evaluation_loss
 from tests.support.layouts import CASES, layout_config, whole_model
 from tests.support.training import EOD, PLAIN, random_batch, training_run
 
+STEPS = 12
 UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
 
 @pytest.fixture(scope="module")
 def runs(rank_pool):
-    """(layout, sequence parallel, untied) -> (loss curve [20, 2], whole gradients of step 0), run once each."""
+    """(layout, sequence parallel, untied) -> (loss curve [STEPS, 2], whole gradients of step 0), run once each."""
     known = {}
 
     def run(layout, sequence_parallel, untied):
         key = layout, sequence_parallel, untied
         if key not in known:
-            answers = rank_pool.run(training_run, *layout, layout_config(*key))
+            answers = rank_pool.run(training_run, *layout, layout_config(*key), STEPS)
             assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree on the loss"
             known[key] = np.array(answers[0][0]), whole_model(layout, untied, [grads for _, grads in answers])
         return known[key]

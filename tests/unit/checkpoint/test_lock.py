@@ -57,7 +57,7 @@ def test_a_second_run_is_refused_by_name(tmp_path, holder):
 def test_only_a_dead_run_gives_its_lock_away(tmp_path, holder, number):
     """Killed, and not even noticed by its parent; or merely frozen."""
     holder.send_signal(number)
-    time.sleep(0.2)
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
     if number == signal.SIGKILL:
         with RunLock(tmp_path, print):
             assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
