@@ -12,6 +12,7 @@ Example:
     megatron-tf plan examples/configs/tokenformer_1.5b.yaml --cluster 8xH100 --write run.yaml
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.resharding import available_memory
 from megatron_tf.commands.runner import command, import_late, say
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
 
 if TYPE_CHECKING:
+    from megatron_tf.planning.cluster import Cluster
+    from megatron_tf.planning.counts import PartCounter
+    from megatron_tf.planning.rates import Machine
     from megatron_tf.planning.stages import StageRanking
 
 
@@ -38,6 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="YAML configuration of a run, with overrides --section.key=value; data and tokenizer are not read",
     )
     add("--cluster", default="8xH100", help="preset, or YAML file of a cluster; an unknown name lists the presets")
+    add(
+        "--calibrate",
+        type=int,
+        metavar="RANKS",
+        help="plan for 1 or 2 ranks on this machine's CPU instead of a cluster: measure the parts of the model, the "
+        "optimizer and gloo (with OMP_NUM_THREADS as the run will have it)",
+    )
     add("--top", type=int, default=10, metavar="N", help="number of layouts in each table")
     add(
         "--restart-minutes",
@@ -52,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if options.top < 1:
         parser.error(f"--top is {options.top}: it must be 1 or more")
+    if options.calibrate not in (None, 1, 2):
+        parser.error(f"--calibrate is {options.calibrate}: it must be 1 or 2")
     if not 0 <= options.restart_minutes < 10**6:
         parser.error(f"--restart-minutes is {options.restart_minutes}: it must be 0 or more, and below a million")
     if options.write is not None and options.write.exists():
@@ -67,17 +81,21 @@ def _plan(options: Any, overrides: list[str]) -> int:
     from megatron_tf.config import load_config
     from megatron_tf.planning.cluster import load_cluster
     from megatron_tf.planning.counts import PartCounter
-    from megatron_tf.planning.rates import RatedMachine
+    from megatron_tf.planning.rates import Machine, RatedMachine
     from megatron_tf.planning.report import draw, to_json
     from megatron_tf.planning.stages import rank_stages
 
-    config, cluster = load_config(options.config, overrides), load_cluster(options.cluster)
-    counter = PartCounter()
+    config = load_config(options.config, overrides)
+    if options.calibrate is None:
+        cluster, counter = load_cluster(options.cluster), PartCounter()
+        machine: Machine = RatedMachine(cluster, counter)
+    else:
+        cluster, counter, machine = _this_machine(options.calibrate)
 
     def on_stage(number: int, count: int) -> None:
         say(f"stage {number} of {count}: all layouts of {cluster.world_size} ranks")
 
-    stages = rank_stages(config, cluster, machine=RatedMachine(cluster, counter), counter=counter, on_stage=on_stage)
+    stages = rank_stages(config, cluster, machine=machine, counter=counter, on_stage=on_stage)
     restart_hours = options.restart_minutes / 60
     if options.json:
         print(json.dumps(to_json(stages, counter, top=options.top, restart_hours=restart_hours), indent=1))
@@ -88,6 +106,19 @@ def _plan(options: Any, overrides: list[str]) -> int:
     if options.write is not None:
         write_run(options.write, options.config, overrides, stages)
     return 0 if all(stage.ranking.fitting for stage in stages) else 1
+
+
+def _this_machine(ranks: int) -> "tuple[Cluster, PartCounter, Machine]":
+    """Return this machine's CPU as a cluster of 1 or 2 ranks that share its memory, and what measures it."""
+    from megatron_tf.planning.calibrate import CPU, MeasuredMachine, measure_network
+    from megatron_tf.planning.cluster import PRESETS
+    from megatron_tf.planning.counts import PartCounter
+
+    memory = available_memory() / ranks / 2**30
+    cluster = dataclasses.replace(PRESETS["laptop"], ranks_per_node=ranks, memory_gib=memory)
+    say("measuring this machine")
+    network = measure_network() if ranks > 1 else None
+    return cluster, PartCounter(CPU), MeasuredMachine(network)
 
 
 def report(stages: "list[StageRanking]", counter: Any, top: int, restart_hours: float) -> list[str]:
