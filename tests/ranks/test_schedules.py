@@ -15,7 +15,7 @@ from tests.support.layouts import layout_config, whole_model
 from tests.support.records import NO_TOKENIZER
 from tests.support.training import PLAIN, random_batch, training_run
 
-STEPS = 3
+STEPS = 2
 SCHEDULES = ["interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
