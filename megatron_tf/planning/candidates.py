@@ -39,8 +39,13 @@ def find_candidates(config: RunConfig, *, world_size: int, ranks_per_node: int) 
     """Find all layouts on `world_size` ranks: sizes of the mesh, schedule, shards, micro-batch and recomputation.
 
     Tensor parallelism stays within a node, with the activations sharded along the sequence. What `config` requires
-    besides (such as reshard_after_forward) stays.
+    besides (such as reshard_after_forward) stays. Raises UserError for context parallelism, which is not planned.
     """
+    if config.parallel.context_parallel_size > 1:
+        raise UserError(
+            f"plan does not know context parallelism, but parallel.context_parallel_size is "
+            f"{config.parallel.context_parallel_size}: plan with 1, and compare sizes with megatron-tf dry-run"
+        )
     found, model = Candidates(), ModelStages(config.model, config.training.seq_length)
     for parallel in _meshes(config, world_size, ranks_per_node):
         data = world_size // (parallel["tensor_model_parallel_size"] * parallel["pipeline_model_parallel_size"])

@@ -111,6 +111,12 @@ def test_a_typing_error_in_a_cluster_is_named(tmp_path, capsys):
     assert "did you mean 'memory_gib'?" in capsys.readouterr().err
 
 
+def test_context_parallelism_is_refused(tmp_path, capsys):
+    config = write_config(tmp_path, parallel={"context_parallel_size": 2})
+    assert command.main([config, "--cluster", write_cluster(tmp_path)]) == 1
+    assert "plan does not know context parallelism" in capsys.readouterr().err
+
+
 def test_nothing_fits_a_tiny_memory(tmp_path, capsys):
     arguments = [write_config(tmp_path, training={"global_batch_size": 1}), "--cluster"]
     assert command.main([*arguments, write_cluster(tmp_path, ranks_per_node=1, memory_gib=1e-6)]) == 1
