@@ -1,45 +1,22 @@
 """fp16 with a loss scale on every layout: overflows change nothing, and the scale resumes from a checkpoint."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_tf.training.run.checkpointing import save_state
-from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import forward_backward, train_step
+from megatron_tf.training.step.step import forward_backward
 from tests.support.layouts import layout_config
+from tests.support.resumed import fp16_run
 from tests.support.training import random_batch
 
-TOKENIZER = {"type": "none"}
 LOSS_SCALE = {"initial_loss_scale": 2.0**32, "loss_scale_window": 4, "hysteresis": 1}
 
 
 def fp16_config(layout, **sections):
     sections.setdefault("loss_scale", LOSS_SCALE)
     return layout_config(layout, layout[0] > 1, training={"precision": "fp16"}, **sections)
-
-
-def fp16_run(mesh, config, steps, root=None):
-    """[(loss, gradient norm, scale, whether it overflowed)] from where the checkpoint stands, which is then saved."""
-    run = Resume(config, mesh, tokenizer=TOKENIZER, build=lambda staged: build_state(staged, mesh)).restore()
-    state, record, seen = run.state, run.record, []
-    while record.training.step < steps:
-        before = [shard.tensor.clone() for shard in state.shards]
-        result = train_step(state, random_batch(config, record.training.step, mesh), 1e-3)
-        assert bool(result.nonfinite) == result.is_overflow
-        if result.is_overflow:
-            assert all((a == shard.tensor).all() for a, shard in zip(before, state.shards, strict=True))
-            record = record.after_overflow(8)
-        else:
-            record = record.after_step(8, 8 * 16, 0.0)
-        seen.append((result.loss, result.grad_norm, state.scaler.scale, result.is_overflow))
-    if root is not None:
-        save_state(state, config, record, root=Path(root))
-    assert record.training.adam_steps == state.optimizer.num_steps == steps
-    return seen
 
 
 def sound(curve):

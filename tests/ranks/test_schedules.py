@@ -1,18 +1,13 @@
 """Every pipeline schedule trains the model of one process, evaluates it, and saves what any other can resume from."""
 
-from functools import partial
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from megatron_tf.config import RunConfig, parse_config, to_dict
-from megatron_tf.training.run.checkpointing import new_record, save_state
-from megatron_tf.training.run.resume import Resume
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import evaluation_loss, train_step
 from tests.support.layouts import layout_config, whole_model
-from tests.support.records import NO_TOKENIZER
+from tests.support.resumed import resume, train_and_save
 from tests.support.training import PLAIN, random_batch, training_run
 
 STEPS = 2
@@ -109,27 +104,6 @@ def test_a_schedule_evaluates_as_one_process(rank_pool, schedule, layout):
     assert expected[0] == expected[1]
     for losses in rank_pool.run(losses_around_a_step, *layout, config_of(layout, schedule)):
         np.testing.assert_allclose(losses, expected, rtol=1e-6 if layout[2] > 1 else 0)
-
-
-def train_and_save(mesh, config, root):
-    """Train two steps, save, and return (loss, norm) of the third."""
-    state, record = build_state(config, mesh), new_record(config, NO_TOKENIZER)
-    for step in range(2):
-        train_step(state, random_batch(config, step, mesh), config.optimizer.lr)
-        record = record.after_step(config.training.global_batch_size, 1, 0.0)
-    save_state(state, config, record, root=Path(root))
-    return next_step(state, config, mesh)
-
-
-def resume(mesh, config):
-    """Return (loss, norm) of the third step from checkpoint.load."""
-    state = Resume(config, mesh, tokenizer=NO_TOKENIZER, build=partial(build_state, mesh=mesh)).restore().state
-    return next_step(state, config, mesh)
-
-
-def next_step(state, config, mesh):
-    result = train_step(state, random_batch(config, 2, mesh), config.optimizer.lr)
-    return result.loss, result.grad_norm
 
 
 @UNTIED

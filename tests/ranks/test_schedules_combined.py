@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_tf.config import RunConfig, parse_config, to_dict
-from tests.ranks.test_fp16 import fp16_run
-from tests.ranks.test_schedules import resume, train_and_save
 from tests.support.layouts import layout_config
+from tests.support.resumed import fp16_run, resume, train_and_save
 from tests.support.rows import inspected_step, trained
 from tests.support.training import training_run
 
