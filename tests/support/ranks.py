@@ -56,11 +56,11 @@ class RankPool:
 
     def _next_answer(self):
         try:
-            return self.results.get(timeout=90)
+            return self.results.get(timeout=240)
         except Empty:
             self.close()
             self._start()
-            raise AssertionError("no rank answered in 90 s") from None
+            raise AssertionError("no rank answered in 240 s") from None
 
     def close(self) -> None:
         """Stop the processes."""
