@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from megatron_tf.config import ConfigError, load_config
+from megatron_tf.config import ConfigError, ParallelConfig, load_config
 from megatron_tf.config.load import to_dict
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.mesh import LayoutError, data_parallel_size
@@ -82,3 +82,13 @@ def test_stages_are_balanced_with_the_head_counted():
     assert [layer for stage in stages for layer in stage] == list(range(10))
     with pytest.raises(UserError, match="every stage needs a layer"):
         partition_layers([1.0], 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "stages"),
+    [("zbv", 1, 1), ("interleaved_1f1b", 1, 1), ("1f1b", 4, 4), ("zbv", 4, 8), ("interleaved_1f1b", 4, 12)],
+)
+def test_several_stages_need_several_ranks(schedule, ranks, stages):
+    virtual = 3 if schedule == "interleaved_1f1b" else None
+    keys = {"pipeline_schedule": schedule, "num_virtual_stages_per_pipeline_rank": virtual}
+    assert ParallelConfig(pipeline_model_parallel_size=ranks, **keys).num_stages == stages
