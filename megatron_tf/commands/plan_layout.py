@@ -100,11 +100,11 @@ def _plan(options: Any, overrides: list[str]) -> int:
     if options.json:
         print(json.dumps(to_json(stages, counter, top=options.top, restart_hours=restart_hours), indent=1))
     else:
-        print("\n".join(report(stages, counter, options.top, restart_hours)))
+        print("\n".join(report(stages, counter, top=options.top, restart_hours=restart_hours)))
     if options.plot is not None:
         draw(stages, options.plot, top=options.top)
     if options.write is not None:
-        write_run(options.write, options.config, overrides, stages)
+        write_run(options.write, stages, config=options.config, overrides=overrides)
     return 0 if all(stage.ranking.fitting for stage in stages) else 1
 
 
@@ -121,7 +121,7 @@ def _this_machine(ranks: int) -> "tuple[Cluster, PartCounter, Machine]":
     return cluster, PartCounter(CPU), MeasuredMachine(network)
 
 
-def report(stages: "list[StageRanking]", counter: Any, top: int, restart_hours: float) -> list[str]:
+def report(stages: "list[StageRanking]", counter: "PartCounter", *, top: int, restart_hours: float) -> list[str]:
     """Return the lines of the tables of all stages."""
     from megatron_tf.planning.report import ranking_lines, stages_lines
 
@@ -133,7 +133,7 @@ def report(stages: "list[StageRanking]", counter: Any, top: int, restart_hours: 
     return [*lines, *stages_lines(stages, restart_hours=restart_hours)]
 
 
-def write_run(output: Path, config: Path, overrides: list[str], stages: "list[StageRanking]") -> None:
+def write_run(output: Path, stages: "list[StageRanking]", *, config: Path, overrides: list[str]) -> None:
     """Write the configuration, with the keys of the layout that fits all stages. Raises UserError if none does."""
     from megatron_tf.config.load import load_values
     from megatron_tf.planning.stages import one_layout

@@ -66,7 +66,7 @@ class MeasuredMachine(Machine):
 
 
 def _time_part(planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
-    with runnable_part(planned.config, name, layer, CPU) as part, keeping_casts(part.state.model):
+    with runnable_part(planned.config, name, layer, device=CPU) as part, keeping_casts(part.state.model):
         keep_casts(part.state)
         forward, backward = [], []
         for _ in range(_REPEATS + 1):

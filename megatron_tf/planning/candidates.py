@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.errors import UserError
+from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.planning.layout import ModelStages, PlannedLayout
 
 _SCHEDULES: Sequence[tuple[str, int | None]] = (
@@ -22,7 +23,6 @@ _SCHEDULES: Sequence[tuple[str, int | None]] = (
     ("dualpipev", None),
 )
 """Schedules, with the number of stages on each rank where there is a choice; gpipe is never faster than 1f1b."""
-_SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
 _LARGEST_MICRO_BATCH = 32
 
 
@@ -49,7 +49,7 @@ def find_candidates(config: RunConfig, *, world_size: int, ranks_per_node: int) 
     found, model = Candidates(), ModelStages(config.model, config.training.seq_length)
     for parallel in _meshes(config, world_size, ranks_per_node):
         data = world_size // (parallel["tensor_model_parallel_size"] * parallel["pipeline_model_parallel_size"])
-        is_split = parallel["pipeline_schedule"] in _SPLIT
+        is_split = SCHEDULES[parallel["pipeline_schedule"]].splits_backward
         for size, recompute in itertools.product(_micro_batches(config, data), _recomputations(config, is_split)):
             training = {"micro_batch_size": size, "recompute_granularity": recompute}
             try:

@@ -64,7 +64,7 @@ class PartCounter:
         """Count a part of a configuration; only a layer depends on which one it is, by its numbers of tokens."""
         key = part_key(config, name, layer)
         if key not in self._known:
-            self._known[key] = _count(config, name, layer, self.device)
+            self._known[key] = _count(config, name, layer, device=self.device)
         return self._known[key]
 
 
@@ -80,8 +80,8 @@ def part_key(config: RunConfig, name: PartName, layer: int) -> tuple[Any, ...]:
     return name, repr(shape), counts, recompute, *batch, *ranks
 
 
-def _count(config: RunConfig, name: PartName, layer: int, device: torch.device) -> PartCounts:
-    with runnable_part(config, name, layer, device) as part, keeping_casts(part.state.model):
+def _count(config: RunConfig, name: PartName, layer: int, *, device: torch.device) -> PartCounts:
+    with runnable_part(config, name, layer, device=device) as part, keeping_casts(part.state.model):
         meter = StorageMeter(device, _held(part.state))
         with _Counting(part.state.mesh, meter) as counting, meter.following_resizes():
             keep_casts(part.state)

@@ -97,7 +97,7 @@ def rank_peak(planned: PlannedLayout, rank: int, counter: PartCounter) -> Peak:
 
 
 def _order(planned: PlannedLayout, rank: int) -> Sequence[Action]:
-    """Return the order of a rank for so many micro-batches that more do not raise the peak."""
+    """Return the order of a rank, with enough micro-batches to reach its peak."""
     pipeline = planned.pipeline
     if pipeline.ranks == 1:
         count = min(planned.micro_batches, 3)
@@ -115,7 +115,7 @@ def shortened(pipeline: Pipeline) -> Pipeline:
 
 
 class _Step:
-    """The memory of a rank as a step goes on."""
+    """The memory of a rank during a step."""
 
     def __init__(self, planned: PlannedLayout, rank: int) -> None:
         self.planned = planned

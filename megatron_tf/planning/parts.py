@@ -30,7 +30,7 @@ class RunnablePart:
 
 
 @contextmanager
-def runnable_part(config: RunConfig, name: PartName, layer: int, device: torch.device) -> Iterator[RunnablePart]:
+def runnable_part(config: RunConfig, name: PartName, layer: int, *, device: torch.device) -> Iterator[RunnablePart]:
     """Build a part, with `layer`'s numbers of tokens, and yield it; parameters are cast, and have gradients of zero.
 
     On the meta device its tensors have no values, elsewhere initial ones. torch.distributed must not be initialized.

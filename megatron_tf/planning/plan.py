@@ -74,7 +74,7 @@ class Plan(SizedLayout):
         return flops / self.time.total / self.planned.world_size
 
     def device_hours(self, steps: int) -> float:
-        """Return the hours of all devices together for so many steps."""
+        """Return the hours of `steps` steps, summed over devices."""
         return steps * self.time.total * self.planned.world_size / _HOUR
 
 

@@ -32,7 +32,7 @@ class Machine(Protocol):
         """Return the time of a part."""
 
     def update(self, planned: PlannedLayout, numbers: int) -> float:
-        """Return the time of an optimizer step on so many numbers."""
+        """Return the time of an optimizer step on `numbers` parameters."""
 
     def collective(self, traffic: Traffic, *, size: int, stride: int) -> float:
         """Return the time of messages between `size` ranks, of which neighbors are `stride` ranks apart."""

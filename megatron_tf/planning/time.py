@@ -66,7 +66,9 @@ class _StageCosts(ActionCosts):
 def step_time(planned: PlannedLayout, machine: Machine, counter: PartCounter) -> StepTime:
     """Predict the time of a step."""
     ranks = range(planned.layout.pipeline)
-    stages = {i: _stage_time(planned, i, machine, counter) for rank in ranks for i in planned.stages_of(rank)}
+    stages = {
+        i: _stage_time(planned, i, machine=machine, counter=counter) for rank in ranks for i in planned.stages_of(rank)
+    }
     kinds: tuple[Kind, ...] = ("F", "I", "W") if _splits(planned) else ("F", "B")
 
     def busy(rank: int) -> float:
@@ -79,9 +81,9 @@ def step_time(planned: PlannedLayout, machine: Machine, counter: PartCounter) ->
         compute=count * sum(stage.compute[kind] for stage in mine for kind in kinds),
         tensor=count * sum(stage.tensor[kind] for stage in mine for kind in kinds),
         pipeline=count * sum(stage.sends[kind] for stage in mine for kind in kinds),
-        data=max(_data_time(planned, rank, stages, machine) for rank in ranks),
+        data=max(_data_time(planned, rank, stages=stages, machine=machine) for rank in ranks),
         bubble=_end(planned, stages, busy(slowest)) - count * busy(slowest),
-        update=max(_update_time(planned, rank, machine, counter) for rank in ranks),
+        update=max(_update_time(planned, rank, machine=machine, counter=counter) for rank in ranks),
     )
 
 
@@ -99,7 +101,7 @@ def _end(planned: PlannedLayout, stages: Mapping[int, _StageTime], busiest: floa
     return end + (pipeline.micro_batches - run.micro_batches) * busiest
 
 
-def _stage_time(planned: PlannedLayout, number: int, machine: Machine, counter: PartCounter) -> _StageTime:
+def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counter: PartCounter) -> _StageTime:
     compute: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     tensor: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     passes: tuple[Kind, Kind] = "F", "B"
@@ -113,7 +115,7 @@ def _stage_time(planned: PlannedLayout, number: int, machine: Machine, counter: 
             for kind, each in zip(passes, (counts.forward, counts.backward), strict=True):
                 tensor[kind] += parts.count * collectives(machine, each.traffic, size=size, stride=1)
     receivers = zip(passes, (number + 1, number - 1), strict=True)
-    sends: dict[Kind, float] = {kind: _send_time(planned, number, to, machine) for kind, to in receivers}
+    sends: dict[Kind, float] = {kind: _send_time(planned, number, to=to, machine=machine) for kind, to in receivers}
     # the second half, the gradients of the parameters, are two of the four products of backward
     compute |= {"I": compute["B"] / 2, "W": compute["B"] / 2}
     tensor |= {"I": tensor["B"], "W": 0.0}
@@ -121,17 +123,17 @@ def _stage_time(planned: PlannedLayout, number: int, machine: Machine, counter: 
     return _StageTime(compute, tensor, sends)
 
 
-def _send_time(planned: PlannedLayout, stage: int, other: int, machine: Machine) -> float:
+def _send_time(planned: PlannedLayout, stage: int, *, to: int, machine: Machine) -> float:
     """Return the time to send a micro-batch from one stage to another."""
     pipeline = planned.pipeline
-    if not 0 <= other < pipeline.ranks * pipeline.per_rank or planned.rank_of(stage) == planned.rank_of(other):
+    if not 0 <= to < pipeline.ranks * pipeline.per_rank or planned.rank_of(stage) == planned.rank_of(to):
         return 0.0
     traffic = Traffic("send", "pp", 1, hidden_bytes(planned))
     # a pair of neighbors, as far apart as all ranks of a stage
     return machine.collective(traffic, size=2, stride=planned.layout.data * planned.layout.tensor)
 
 
-def _data_time(planned: PlannedLayout, rank: int, stages: Mapping[int, _StageTime], machine: Machine) -> float:
+def _data_time(planned: PlannedLayout, rank: int, *, stages: Mapping[int, _StageTime], machine: Machine) -> float:
     """Return how long a rank waits for parameters and for the reduction of gradients."""
     if planned.layout.data == 1:
         return 0.0
@@ -163,7 +165,7 @@ def _unit_time(planned: PlannedLayout, unit: Unit, machine: Machine) -> tuple[fl
     return gather, reduction
 
 
-def _update_time(planned: PlannedLayout, rank: int, machine: Machine, counter: PartCounter) -> float:
+def _update_time(planned: PlannedLayout, rank: int, *, machine: Machine, counter: PartCounter) -> float:
     numbers = sum(planned.held(unit) for unit in planned.units_of(rank))
     seconds = machine.update(planned, numbers)
     world = planned.world_size

@@ -37,7 +37,7 @@ class Pace:
         self.seconds = deque([0.01], maxlen=5)
 
     def slowed(self, function, passes):
-        """The function after a sleep of so many forward passes."""
+        """The function, after a sleep of `passes` forward passes."""
 
         def slow(*args, **kwargs):
             time.sleep(passes * statistics.median(self.seconds))

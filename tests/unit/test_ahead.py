@@ -32,7 +32,7 @@ def test_a_thread_is_ahead_by_the_depth():
 
     with computed_ahead(source(), depth=2) as items:
         assert next(items) == 1
-        assert third.wait(60)  # computed without being asked for
+        assert third.wait(60)  # computed before it is needed
         assert len(computed) == 3
     assert {name for _, name in computed} == {"ahead_0"}
 
