@@ -65,10 +65,10 @@ class ExchangedHeadsOfDocuments(AttendDocuments):
 
 def _to_heads(q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Exchange some tokens of all heads for all tokens of some heads: [S / R, B, h, d] -> [S, B, h / R, d]."""
-    q, k, v = all_to_all(torch.stack((q, k, v)), 3, 1, group).unbind(0)
+    q, k, v = all_to_all(torch.stack((q, k, v)), group, split_dim=3, concat_dim=1).unbind(0)
     return q, k, v
 
 
 def _to_tokens(out: Tensor, group: ProcessGroup) -> Tensor:
     """Exchange back: [S, B, h / R, d] -> [S / R, B, h, d]."""
-    return all_to_all(out, 0, 2, group)
+    return all_to_all(out, group, split_dim=0, concat_dim=2)

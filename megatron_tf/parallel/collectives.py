@@ -63,7 +63,7 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
     return mine
 
 
-def all_to_all_copy(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup | None) -> Tensor:
+def all_to_all_copy(x: Tensor, group: ProcessGroup | None, *, split_dim: int, concat_dim: int) -> Tensor:
     """Send part i of x along `split_dim` to rank i, and concatenate what comes along `concat_dim`, outside autograd.
 
     size[split_dim] is divided by R, and size[concat_dim] multiplied.
@@ -108,12 +108,12 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup) -> Tensor:
         ctx.dims = split_dim, concat_dim
         ctx.group = group
-        return all_to_all_copy(x, split_dim, concat_dim, group)
+        return all_to_all_copy(x, group, split_dim=split_dim, concat_dim=concat_dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         split_dim, concat_dim = ctx.dims
-        return all_to_all_copy(grads[0], concat_dim, split_dim, ctx.group), None, None, None
+        return all_to_all_copy(grads[0], ctx.group, split_dim=concat_dim, concat_dim=split_dim), None, None, None
 
 
 class _SumForward(torch.autograd.Function):
@@ -147,7 +147,7 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     return x if group is None else _ReduceScatter.apply(x, dim, group)
 
 
-def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: ProcessGroup | None) -> Tensor:
+def all_to_all(x: Tensor, group: ProcessGroup | None, *, split_dim: int, concat_dim: int) -> Tensor:
     """Send part i of x along `split_dim` to rank i, and concatenate what comes along `concat_dim`; backward sends the
     gradients back."""
     return x if group is None else _AllToAll.apply(x, split_dim, concat_dim, group)
