@@ -39,7 +39,7 @@ class Plan:
             rate = self.study.chosen_rates.get(arm.tuned_by)
             if rate is not None and self._small_rate(arm, rate) is not None:
                 for budget in arm.budgets:
-                    for seed in range(1, arm.seeds + 1):
+                    for seed in self.study.seeds_at(arm, budget):
                         yield self.run(arm, budget, rate=rate, seed=seed, kind="final")
 
     def waiting(self) -> list[str]:

@@ -38,7 +38,7 @@ class Arm:
     """The last model."""
     budgets: Sequence[float]
     seeds: int
-    """Number of seeds, which start at 1."""
+    """Number of seeds, which start at 1; Study.seeds_at is that of a budget."""
     topic: str
     """The table of the report that shows it."""
     grow_from: Mapping[str, Any] | None = None
@@ -82,6 +82,7 @@ class Study:
             self.schedule: Mapping[str, float] = values["schedule"]
             self.save_interval: int = values["save_interval"]
             self.seeds: Mapping[str, int] = values["seeds"]
+            self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
             self.machine = Machine(**values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
         except KeyError as error:
@@ -114,6 +115,10 @@ class Study:
                 f"study: arm {name}: grow_from and stages belong together, and schedule is one of {SCHEDULES}"
             )
         return arm
+
+    def seeds_at(self, arm: Arm, budget: float) -> range:
+        """Return the seeds of an arm's runs at a budget; `max_seeds` limits them at costly ones."""
+        return range(1, min(arm.seeds, self.max_seeds.get(budget, arm.seeds)) + 1)
 
     def model(self, family: str, size: str) -> dict[str, Any]:
         """Return the `model` section of a size."""
