@@ -21,7 +21,7 @@ from megatron_tf.layers.casting import keeping_casts
 from megatron_tf.planning.counts import part_key
 from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.parts import PartName, keep_casts, runnable_part
-from megatron_tf.planning.rates import Machine, PartSeconds, sent_bytes
+from megatron_tf.planning.rates import Machine, PartSeconds, PassSeconds, sent_bytes
 from megatron_tf.training.dry_run.collectives import Traffic
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def _time_part(planned: PlannedLayout, name: PartName, layer: int) -> PartSecond
             forward.append(middle - start)
             backward.append(time.perf_counter() - middle)
     # the first run allocates
-    return PartSeconds(statistics.median(forward[1:]), statistics.median(backward[1:]))
+    return PartSeconds(*(PassSeconds(statistics.median(times[1:])) for times in (forward, backward)))
 
 
 def _time_update() -> float:

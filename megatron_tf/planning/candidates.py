@@ -5,11 +5,11 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from megatron_tf.config import ConfigError, RunConfig
+from megatron_tf.config import ConfigError, ContextParallelMethod, RunConfig
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.planning.layout import ModelStages, PlannedLayout
@@ -24,6 +24,7 @@ _SCHEDULES: Sequence[tuple[str, int | None]] = (
 )
 """Schedules, with the number of stages on each rank where there is a choice; gpipe is never faster than 1f1b."""
 _LARGEST_MICRO_BATCH = 32
+_SHORTEST_PART = 2048  # tokens of a sequence on a context-parallel rank; shorter parts make products small
 
 
 @dataclass
@@ -38,19 +39,15 @@ class Candidates:
 def find_candidates(config: RunConfig, *, world_size: int, ranks_per_node: int) -> Candidates:
     """Find all layouts on `world_size` ranks: sizes of the mesh, schedule, shards, micro-batch and recomputation.
 
-    Tensor parallelism stays within a node, with the activations sharded along the sequence. What `config` requires
-    besides (such as reshard_after_forward) stays. Raises UserError for context parallelism, which is not planned.
+    Tensor parallelism stays within a node, with the activations sharded along the sequence. Context-parallel ranks have
+    at least 2,048 tokens of each sequence, or are as many as in `config`. What it requires besides (such as
+    reshard_after_forward) stays.
     """
-    if config.parallel.context_parallel_size > 1:
-        raise UserError(
-            f"plan does not know context parallelism, but parallel.context_parallel_size is "
-            f"{config.parallel.context_parallel_size}: plan with 1, and compare sizes with megatron-tf dry-run"
-        )
     found, model = Candidates(), ModelStages(config.model, config.training.seq_length)
     for parallel in _meshes(config, world_size, ranks_per_node):
-        data = world_size // (parallel["tensor_model_parallel_size"] * parallel["pipeline_model_parallel_size"])
         is_split = SCHEDULES[parallel["pipeline_schedule"]].splits_backward
-        for size, recompute in itertools.product(_micro_batches(config, data), _recomputations(config, is_split)):
+        sizes = _micro_batches(config, parallel["data_parallel_size"])
+        for size, recompute in itertools.product(sizes, _recomputations(config, is_split)):
             training = {"micro_batch_size": size, "recompute_granularity": recompute}
             try:
                 changed = with_keys(config, parallel=parallel, training=training)
@@ -76,14 +73,18 @@ def divisors(number: int) -> list[int]:
 
 def _meshes(config: RunConfig, world_size: int, ranks_per_node: int) -> Iterator[dict[str, Any]]:
     """Yield the keys of `parallel` of every mesh, its schedules and its ways to shard."""
-    for tensor, pipeline in itertools.product(divisors(world_size), repeat=2):
-        if tensor > ranks_per_node or world_size % (tensor * pipeline) or pipeline > config.model.num_layers:
+    pairs = itertools.product(divisors(world_size), divisors(world_size), _contexts(config))
+    for tensor, pipeline, (context, method) in pairs:
+        data, rest = divmod(world_size, tensor * pipeline * context)
+        if rest or tensor > ranks_per_node or pipeline > config.model.num_layers:
             continue
-        data = world_size // (tensor * pipeline)
         schedules = _SCHEDULES if pipeline > 1 else _SCHEDULES[:1]
-        for (schedule, virtual), shard_size in itertools.product(schedules, _shard_sizes(data, tensor, ranks_per_node)):
+        shard_sizes = _shard_sizes(data, tensor * context, ranks_per_node)
+        for (schedule, virtual), shard_size in itertools.product(schedules, shard_sizes):
             yield {
                 "tensor_model_parallel_size": tensor,
+                "context_parallel_size": context,
+                "context_parallel_method": method,
                 "pipeline_model_parallel_size": pipeline,
                 "pipeline_schedule": schedule,
                 "num_virtual_stages_per_pipeline_rank": virtual,
@@ -94,9 +95,18 @@ def _meshes(config: RunConfig, world_size: int, ranks_per_node: int) -> Iterator
             }
 
 
-def _shard_sizes(data: int, tensor: int, ranks_per_node: int) -> list[int]:
-    """Return the numbers of ranks to shard over: one, those of a node, all of them."""
-    within_node = max((each for each in divisors(data) if each * tensor <= ranks_per_node), default=1)
+def _contexts(config: RunConfig) -> list[tuple[int, ContextParallelMethod]]:
+    """Return context-parallel sizes with their methods: those that leave each rank enough of a sequence, and that of
+    the configuration."""
+    parallel, length = config.parallel, config.training.seq_length
+    sizes = {size for size in divisors(length) if size <= length // _SHORTEST_PART} | {parallel.context_parallel_size}
+    several = itertools.product(sorted(sizes - {1}), get_args(ContextParallelMethod))
+    return [(1, parallel.context_parallel_method), *several]
+
+
+def _shard_sizes(data: int, others: int, ranks_per_node: int) -> list[int]:
+    """Return the numbers of data-parallel ranks to shard over: one, those of a node, all; each is `others` ranks."""
+    within_node = max((each for each in divisors(data) if each * others <= ranks_per_node), default=1)
     return sorted({1, within_node, data})
 
 

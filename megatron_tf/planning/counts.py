@@ -41,7 +41,7 @@ class Pass:
     kernels: int
     """Operations that start a kernel."""
     traffic: Sequence[Traffic]
-    """Messages between the tensor-parallel ranks."""
+    """Messages between the tensor-parallel and between the context-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def part_key(config: RunConfig, name: PartName, layer: int) -> tuple[Any, ...]:
     recompute = training.recompute_granularity if name == "layer" else None
     batch = training.micro_batch_size, training.seq_length, training.precision
     ranks = parallel.tensor_model_parallel_size, parallel.sequence_parallel
-    return name, repr(shape), counts, recompute, *batch, *ranks
+    context = parallel.context_parallel_size, parallel.context_parallel_method
+    return name, repr(shape), counts, recompute, *batch, *ranks, *context
 
 
 def _count(config: RunConfig, name: PartName, layer: int, *, device: torch.device) -> PartCounts:
@@ -147,8 +148,9 @@ def _product_flops(left: Tensor, right: Tensor) -> int:
 
 
 def _attention_flops(name: str, args: Any) -> int:
-    """Count causal attention: two products in forward and five in backward, of half of all pairs of tokens."""
+    """Count two products in forward and five in backward, of all pairs of queries and keys, or half if it is causal."""
     is_backward = "backward" in name
-    query = args[1] if is_backward else args[0]
+    query, key = args[1:3] if is_backward else args[:2]
+    is_causal = any(each is True for each in args)  # a default argument, False, is left out
     products = 5 if is_backward else 2
-    return products * query.numel() * query.shape[-2]
+    return products * query.numel() * key.shape[-2] * (1 if is_causal else 2)

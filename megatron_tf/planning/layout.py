@@ -137,6 +137,26 @@ class PlannedLayout:
         """Return whether the first and the last stage are on one rank."""
         return self.layout.pipeline == 1 or SCHEDULES[self.config.parallel.pipeline_schedule].is_v
 
+    @property
+    def length(self) -> int:
+        """Return the tokens of each sequence on a context-parallel rank."""
+        return self.config.training.seq_length // self.layout.context
+
+    @property
+    def sharing(self) -> int:
+        """Return the number of ranks that share one copy of the parameters."""
+        return self.layout.shard_size * self.layout.context
+
+    @property
+    def copies(self) -> int:
+        """Return the number of copies of the parameters."""
+        return self.layout.data // self.layout.shard_size
+
+    @property
+    def is_gathered(self) -> bool:
+        """Return whether FSDP gathers the parameters and reduces their gradients."""
+        return self.sharing * self.copies > 1
+
     def stages_of(self, rank: int) -> list[int]:
         """Return the numbers of the stages that a pipeline rank runs, in order."""
         return stages_of_rank(
@@ -161,11 +181,11 @@ class PlannedLayout:
 
     def held(self, unit: Unit) -> int:
         """Return the numbers of a unit that the fullest rank of its shards holds."""
-        return sum(-(-self.rows(each) // self.layout.shard_size) * _columns(each) for each in unit.parameters)
+        return sum(-(-self.rows(each) // self.sharing) * _columns(each) for each in unit.parameters)
 
     def gathered(self, unit: Unit) -> int:
         """Return the numbers of a unit when it is gathered: every rank's part has the size of the largest."""
-        return self.layout.shard_size * self.held(unit)
+        return self.sharing * self.held(unit)
 
     def whole(self, unit: Unit) -> int:
         """Return the numbers of a unit on one tensor-parallel rank, without padding."""
@@ -173,11 +193,11 @@ class PlannedLayout:
 
     def reshards(self, unit: Unit) -> bool:
         """Return whether a unit is gathered and reduced in every micro-batch, and freed in between."""
-        return self.config.parallel.reshard_after_forward and unit.is_layer and self.layout.data > 1
+        return self.config.parallel.reshard_after_forward and unit.is_layer and self.is_gathered
 
     def cast(self, unit: Unit, *, has_head: bool) -> int:
         """Return the numbers of a unit of which a step makes 16-bit copies for its products."""
-        if self.activation_bytes == self.parameter_bytes or (self.layout.data > 1 and unit.is_layer):
+        if self.activation_bytes == self.parameter_bytes or (self.is_gathered and unit.is_layer):
             return 0  # a gathered layer is in 16 bits already
         return sum(self.rows(each) * _columns(each) for each in unit.parameters if self._is_cast(each, has_head))
 
@@ -191,7 +211,7 @@ class PlannedLayout:
         if parts.name != "layer" or model.layer != "tokenformer":
             return 0
         counts = {kind: model.token_counts(kind)[parts.layer] for kind in model.token_kinds}
-        tokens = training.micro_batch_size * training.seq_length
+        tokens = training.micro_batch_size * self.length
         scores = (2 * counts["qkv"] + sum(counts.values())) // self.layout.tensor
         outputs = 0 if training.recompute_granularity != "none" else 5 * model.hidden_size
         return (scores + outputs) * tokens * self.activation_bytes

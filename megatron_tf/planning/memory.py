@@ -23,7 +23,7 @@ from megatron_tf.planning.layout import Parts, PlannedLayout, Stage, Unit
 from megatron_tf.planning.messages import gathered_bytes, hidden_bytes, neighbors
 
 _ID_BYTES = 8
-_COPIES_OF_IDS = 3  # of a batch on its device: as read, the inputs, the targets
+_WHOLE_COPIES, _CUT_COPIES = 1, 2  # of a batch on its device: as read; this rank's inputs and targets
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class _Run:
         self.counts = counter.count(planned.config, parts.name, parts.layer)
         self.between_halves = planned.kept_between_halves(parts)
         unit = parts.unit or Unit([], False)
-        self.is_sharded = planned.layout.data > 1
+        self.is_sharded = planned.is_gathered
         self.reshards = planned.reshards(unit)
         self.gathered = gathered_bytes(planned, unit) if self.is_sharded else 0
         self.copies = planned.cast(unit, has_head=stage.has_head) * planned.activation_bytes
         self.gradient = planned.whole(unit) * planned.parameter_bytes
         self.reduced = planned.held(unit) * planned.parameter_bytes
         # a reduce-scatter reads a copy of the gradients; between whole copies they are reduced in place
-        self.buffer = planned.gathered(unit) * planned.parameter_bytes if planned.layout.shard_size > 1 else 0
+        self.buffer = planned.gathered(unit) * planned.parameter_bytes if planned.sharing > 1 else 0
         self.pending = _pending_bytes(planned, parts, stage)
 
 
@@ -121,8 +121,9 @@ class _Step:
         self.planned = planned
         held = sum(planned.held(unit) for unit in planned.units_of(rank)) * planned.parameter_bytes
         training = planned.config.training
-        tokens = planned.micro_batches * training.micro_batch_size * training.seq_length
-        self.now: Counter[str] = Counter(parameters=held, optimizer=2 * held, batch=_COPIES_OF_IDS * _ID_BYTES * tokens)
+        samples = planned.micro_batches * training.micro_batch_size
+        ids = samples * (_WHOLE_COPIES * training.seq_length + _CUT_COPIES * planned.length)
+        self.now: Counter[str] = Counter(parameters=held, optimizer=2 * held, batch=_ID_BYTES * ids)
         if planned.layout.pipeline > 1:  # torch receives each micro-batch into a buffer of its own
             received = neighbors(planned, rank) * planned.micro_batches * hidden_bytes(planned)
             self.now["activations"] += received

@@ -1,12 +1,13 @@
 """The messages of a rank in a training step, by axis of the mesh: how many, and their bytes.
 
-They equal those that a dry run counts (`tests/unit/planning/test_messages.py`). Those between tensor-parallel ranks are
-counted in the parts of the model; the others follow from the layout:
+They equal those that a dry run counts (`tests/unit/planning/test_against_dry_run.py`). Those between tensor- and
+context-parallel ranks are counted in the parts of the model; the others follow from the layout:
 
 | axis | messages |
 |---|---|
-| dp | FSDP gathers each layer, and the rest of a stage, and reduces their gradients: once in a step, or with reshard_after_forward in every micro-batch |
+| dp, with cp: dp_cp | FSDP gathers each layer, and the rest of a stage, and reduces their gradients: once in a step, or with reshard_after_forward in every micro-batch |
 | pp | hidden states and their gradients between neighboring stages on different ranks, and in a run's first step one number each |
+| cp | keys, values and their gradients, or heads: in the parts of the model, too |
 | tied | the gradient of a tied embedding, between the first and the last rank |
 | each | the loss, the norms of all parameters, the agreement whether to stop |
 """  # noqa: E501
@@ -25,7 +26,7 @@ _GREETING = 4
 
 def rank_messages(planned: PlannedLayout, rank: int, counter: PartCounter) -> list[Traffic]:
     """Return the messages of a pipeline rank in the first step of a run, as a dry run lists them."""
-    found = [*_tensor(planned, rank, counter), *_data(planned, rank), *_pipeline(planned, rank)]
+    found = [*_within_parts(planned, rank, counter), *_data(planned, rank), *_pipeline(planned, rank)]
     return add_up([*found, *_tied(planned, rank), *_numbers(planned)])
 
 
@@ -42,9 +43,7 @@ def _times(traffic: Iterable[Traffic], count: int) -> list[Traffic]:
     return [Traffic(each.kind, each.axis, each.calls * count, each.bytes * count) for each in traffic]
 
 
-def _tensor(planned: PlannedLayout, rank: int, counter: PartCounter) -> Iterator[Traffic]:
-    if planned.layout.tensor == 1:
-        return
+def _within_parts(planned: PlannedLayout, rank: int, counter: PartCounter) -> Iterator[Traffic]:
     for stage in planned.stages_of(rank):
         for parts in planned.stages[stage].parts:
             counts = counter.count(planned.config, parts.name, parts.layer)
@@ -62,15 +61,24 @@ def unit_messages(planned: PlannedLayout, unit: Unit) -> Iterator[Traffic]:
     layout = planned.layout
     times = planned.micro_batches if planned.config.parallel.reshard_after_forward else 1
     spans_world = layout.data == planned.world_size
-    if layout.data > 1 and layout.shard_size > 1:
-        axis = "dp" if layout.shard_size == layout.data else "dp_shard"
+    if planned.sharing > 1:
+        within_copies = "dp_shard" if layout.context == 1 else "dp_shard_cp"
+        axis = _replicas(planned) if planned.copies == 1 else within_copies
         gathers = 2 * times if planned.reshards(unit) else times
         yield Traffic("all-gather", axis, gathers, gathers * gathered_bytes(planned, unit))
         reduced = planned.gathered(unit) * planned.parameter_bytes
         yield Traffic("reduce-scatter", axis, times, times * reduced)
-    if layout.shard_size < layout.data:
+    if planned.copies > 1:
         axis = "dp" if spans_world and layout.shard_size == 1 else "dp_replicate"
         yield Traffic("all-reduce", axis, times, times * planned.held(unit) * planned.parameter_bytes)
+
+
+def _replicas(planned: PlannedLayout) -> str:
+    """Return the axis of the ranks that compute from the same parameters; one that spans the world has its group."""
+    context = planned.layout.context
+    if context == planned.world_size:
+        return "cp"
+    return "dp" if context == 1 else "dp_cp"
 
 
 def gathered_bytes(planned: PlannedLayout, unit: Unit) -> int:
@@ -81,7 +89,7 @@ def gathered_bytes(planned: PlannedLayout, unit: Unit) -> int:
 def hidden_bytes(planned: PlannedLayout) -> int:
     """Return the bytes of the hidden states of a micro-batch that a rank passes to the next stage."""
     training, parallel = planned.config.training, planned.config.parallel
-    length = training.seq_length // (planned.layout.tensor if parallel.sequence_parallel else 1)
+    length = planned.length // (planned.layout.tensor if parallel.sequence_parallel else 1)
     return length * training.micro_batch_size * planned.config.model.hidden_size * planned.activation_bytes
 
 
@@ -112,11 +120,12 @@ def _tied(planned: PlannedLayout, rank: int) -> Iterator[Traffic]:
 
 def _numbers(planned: PlannedLayout) -> Iterator[Traffic]:
     layout, data = planned.layout, planned.config.data
-    sizes = {"tp": layout.tensor, "dp": layout.data, "pp": layout.pipeline}
+    replicas = _replicas(planned)
+    sizes = {"tp": layout.tensor, replicas: layout.data * layout.context, "pp": layout.pipeline}
     for axis, size in sizes.items():
         if size > 1:
             yield Traffic("all-reduce", axis, 1, _NUMBER * planned.num_parameters)
-    for axis in ("dp", "pp"):  # the mean of the loss
+    for axis in (replicas, "pp"):  # the mean of the loss
         if sizes[axis] > 1:
             yield Traffic("all-reduce", axis, 1, _NUMBER)
     has_mask = data.eod_mask_loss or data.loss_mask or data.packing == "best_fit"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_tf.config import KernelsConfig, RunConfig
 from megatron_tf.layers.casting import CastingModule
+from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.dry_run.fake_world import DEVICE, fake_rank
 from megatron_tf.training.step.state import TrainState, build_state
 
@@ -22,7 +23,7 @@ _RUNS_ON_META = KernelsConfig(pattention="eager", attention="sdpa", norm="torch"
 
 @dataclass(frozen=True)
 class RunnablePart:
-    """A part of the model on a rank that is alone, or whose tensor-parallel neighbors do not exist."""
+    """A part of the model on a rank that is alone, or whose tensor- and context-parallel neighbors do not exist."""
 
     state: TrainState
     forward: Callable[[], Tensor]
@@ -36,12 +37,19 @@ def runnable_part(config: RunConfig, name: PartName, layer: int, *, device: torc
     On the meta device its tensors have no values, elsewhere initial ones. torch.distributed must not be initialized.
     """
     alone = _three_of(config, layer, device)
-    tensor = config.parallel.tensor_model_parallel_size
-    with fake_rank(PARTS.index(name) * tensor, tensor=tensor, pipeline=3, data=1, device=device) as mesh:
-        state = build_state(alone, mesh)
+    tensor, context = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
+    rank = PARTS.index(name) * tensor * context
+    with fake_rank(rank, tensor=tensor, pipeline=3, data=1, context=context, device=device) as mesh:
+        state = build_state(alone, _without_sharing(mesh))
         for parameter in state.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         yield RunnablePart(state, _forward_of(state, alone, name))
+
+
+def _without_sharing(mesh: Mesh) -> Mesh:
+    """Return the mesh of a rank that shares its parameters with none: the layout tells what FSDP does."""
+    assert mesh.device_mesh is not None
+    return dataclasses.replace(mesh, flat={"dp_cp": mesh.device_mesh["dp"]}, sharing=mesh.device_mesh["dp"])
 
 
 def keep_casts(state: TrainState) -> None:
@@ -79,10 +87,10 @@ def _three_of(config: RunConfig, layer: int, device: torch.device) -> RunConfig:
 
 def _forward_of(state: TrainState, config: RunConfig, name: PartName) -> Callable[[], Tensor]:
     model, training, device = state.model, config.training, state.mesh.device
-    ids = torch.zeros(training.micro_batch_size, training.seq_length, dtype=torch.int64, device=device)
+    length = training.seq_length // config.parallel.context_parallel_size
+    ids = torch.zeros(training.micro_batch_size, length, dtype=torch.int64, device=device)
     if name == "embedding":
         return lambda: model.embedding.embed(ids).to(model.dtype)
-    length = training.seq_length
     if config.parallel.sequence_parallel:
         length //= config.parallel.tensor_model_parallel_size
     x = torch.randn(length, training.micro_batch_size, config.model.hidden_size, dtype=model.dtype, device=device)

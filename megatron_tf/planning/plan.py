@@ -40,6 +40,8 @@ class SizedLayout:
         chosen = {
             "parallel": (
                 "tensor_model_parallel_size",
+                "context_parallel_size",
+                "context_parallel_method",
                 "pipeline_model_parallel_size",
                 "pipeline_schedule",
                 "num_virtual_stages_per_pipeline_rank",

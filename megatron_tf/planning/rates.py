@@ -1,8 +1,7 @@
 """How long a rank computes, and how long ranks exchange messages."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megatron_tf.planning.cluster import Cluster
 from megatron_tf.planning.counts import PartCounter, Pass
@@ -14,12 +13,19 @@ _UPDATE_BYTES = 40
 """What an update reads and writes for each parameter: 12 for the norm and clipping of gradients, 28 for AdamW."""
 
 
-@dataclass(frozen=True)
-class PartSeconds:
-    """Time that a rank computes for one micro-batch in a part, without messages."""
+class PassSeconds(NamedTuple):
+    """Time that a rank computes for one micro-batch in one pass of a part, without messages."""
 
-    forward: float
-    backward: float
+    total: float
+    attention: float = 0.0
+    """Of it, that of attention between tokens; 0 if unknown."""
+
+
+class PartSeconds(NamedTuple):
+    """The two passes of a part."""
+
+    forward: PassSeconds
+    backward: PassSeconds
 
 
 class Machine(Protocol):
@@ -48,7 +54,7 @@ class RatedMachine(Machine):
 
     def part(self, planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
         counts = self.counter.count(planned.config, name, layer)
-        return PartSeconds(*(self._seconds(each, planned) for each in (counts.forward, counts.backward)))
+        return PartSeconds(self._seconds(counts.forward, planned), self._seconds(counts.backward, planned))
 
     def update(self, planned: PlannedLayout, numbers: int) -> float:
         return _UPDATE_BYTES * numbers / (self.cluster.memory_gigabytes_per_second * 1e9)
@@ -58,19 +64,20 @@ class RatedMachine(Machine):
         seconds = sent_bytes(traffic, size) / (network.gigabytes_per_second * 1e9)
         return seconds + traffic.calls * network.latency_microseconds * 1e-6
 
-    def _seconds(self, counts: Pass, planned: PlannedLayout) -> float:
+    def _seconds(self, counts: Pass, planned: PlannedLayout) -> PassSeconds:
         cluster = self.cluster
         slower = cluster.slower_in_fp32 if planned.activation_bytes > 2 else 1.0
         products = counts.product_flops / (cluster.product_teraflops * 1e12)
-        attention = counts.attention_flops / (cluster.attention_teraflops * 1e12)
+        attention = slower * counts.attention_flops / (cluster.attention_teraflops * 1e12)
         passes = cluster.fusion * counts.moved / (cluster.memory_gigabytes_per_second * 1e9)
-        device = slower * (products + attention) + passes
-        return max(device, counts.kernels * cluster.kernel_microseconds * 1e-6)
+        device = slower * products + attention + passes
+        return PassSeconds(max(device, counts.kernels * cluster.kernel_microseconds * 1e-6), attention)
 
 
 def sent_bytes(traffic: Traffic, size: int) -> float:
     """Return what each of `size` ranks sends if collectives go around in a ring."""
-    share = {"all-reduce": 2 * (size - 1) / size, "all-gather": (size - 1) / size, "reduce-scatter": (size - 1) / size}
+    others = (size - 1) / size
+    share = {"all-reduce": 2 * others, "all-gather": others, "reduce-scatter": others, "all-to-all": others}
     return traffic.bytes * share.get(traffic.kind, 1.0)
 
 

@@ -11,8 +11,8 @@ from megatron_tf.planning.plan import Plan, Ranking, SizedLayout, busiest_messag
 from megatron_tf.planning.stages import Course, StageRanking, best_course, hours_from_scratch, one_layout
 
 _GIB = 2**30
-_HEADER = " tp  pp   dp shard  schedule                 micro-batch  recompute   micro-batches"
-_TIMES = ("compute", "tensor", "pipeline", "data", "bubble", "update")
+_HEADER = " tp  cp  pp   dp shard  schedule                 micro-batch  recompute   micro-batches"
+_TIMES = ("compute", "tensor", "context", "pipeline", "data", "bubble", "update")
 
 
 def layout_columns(sized: SizedLayout) -> str:
@@ -23,9 +23,17 @@ def layout_columns(sized: SizedLayout) -> str:
     if layout.pipeline > 1:
         schedule = f"{parallel.pipeline_schedule}, v={parallel.stages_per_rank}"
     return (
-        f"{layout.tensor:>3} {layout.pipeline:>3} {layout.data:>4} {layout.shard_size:>5}  {schedule:<26}"
+        f"{layout.tensor:>3} {_context(sized):>3} {layout.pipeline:>3} {layout.data:>4} {layout.shard_size:>5}  "
+        f"{schedule:<26}"
         f"{training.micro_batch_size:>10}  {training.recompute_granularity:<11}{planned.micro_batches:>14}"
     )
+
+
+def _context(sized: SizedLayout) -> str:
+    """Return the context-parallel size, with an `a` if it exchanges tokens for heads instead of using a ring."""
+    planned = sized.planned
+    is_exchange = planned.layout.context > 1 and planned.config.parallel.context_parallel_method == "all_to_all"
+    return f"{planned.layout.context}{'a' if is_exchange else ''}"
 
 
 def ranking_lines(ranking: Ranking, counter: PartCounter, *, top: int) -> list[str]:
@@ -169,7 +177,7 @@ def draw(stages: Sequence[StageRanking], output: Path, *, top: int) -> None:
 
 def _label(plan: Plan) -> str:
     layout, training = plan.planned.layout, plan.planned.config.training
-    mesh = f"tp {layout.tensor} pp {layout.pipeline} dp {layout.data}/{layout.shard_size}"
+    mesh = f"tp {layout.tensor} cp {_context(plan)} pp {layout.pipeline} dp {layout.data}/{layout.shard_size}"
     return f"{mesh}, {training.micro_batch_size}, {training.recompute_granularity}"
 
 

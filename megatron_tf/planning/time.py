@@ -1,8 +1,9 @@
 """The time of a training step: what the busiest rank computes, what it waits for, and the update.
 
-A pipeline runs as `parallel.timeline` says, with the times of each stage. Tensor-parallel messages are waited for. Data
-parallelism gathers parameters during a step's first forward and reduces gradients during its last backward, if the
-cluster overlaps them.
+A pipeline runs as `parallel.timeline` says, with the times of each stage. Tensor-parallel messages are waited for, and
+so is an exchange of tokens for heads. If the cluster overlaps them, keys and values go around a ring while attention is
+computed, and data parallelism gathers parameters during a step's first forward and reduces gradients during its last
+backward.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.parallel.timeline import Action, ActionCosts, Kind, timeline
-from megatron_tf.planning.counts import PartCounter
+from megatron_tf.planning.counts import PartCounter, Pass
 from megatron_tf.planning.layout import PlannedLayout, Unit
 from megatron_tf.planning.memory import shortened
 from megatron_tf.planning.messages import add_up, hidden_bytes, rank_messages, unit_messages
@@ -27,6 +28,8 @@ class StepTime:
     compute: float
     tensor: float
     """Waiting for tensor-parallel messages."""
+    context: float
+    """Waiting for context-parallel messages, as far as no attention is computed meanwhile."""
     pipeline: float
     """Sending hidden states and their gradients."""
     data: float
@@ -39,7 +42,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """Return the time of the step."""
-        return self.compute + self.tensor + self.pipeline + self.data + self.bubble + self.update
+        return self.compute + self.tensor + self.context + self.pipeline + self.data + self.bubble + self.update
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class _StageTime:
 
     compute: Mapping[Kind, float]
     tensor: Mapping[Kind, float]
+    context: Mapping[Kind, float]
     sends: Mapping[Kind, float]
 
     def of(self, kind: Kind) -> float:
         """Return the time of a pass."""
-        return self.compute[kind] + self.tensor[kind] + self.sends[kind]
+        return self.compute[kind] + self.tensor[kind] + self.context[kind] + self.sends[kind]
 
 
 class _StageCosts(ActionCosts):
@@ -80,6 +84,7 @@ def step_time(planned: PlannedLayout, machine: Machine, counter: PartCounter) ->
     return StepTime(
         compute=count * sum(stage.compute[kind] for stage in mine for kind in kinds),
         tensor=count * sum(stage.tensor[kind] for stage in mine for kind in kinds),
+        context=count * sum(stage.context[kind] for stage in mine for kind in kinds),
         pipeline=count * sum(stage.sends[kind] for stage in mine for kind in kinds),
         data=max(_data_time(planned, rank, stages=stages, machine=machine) for rank in ranks),
         bubble=_end(planned, stages, busy(slowest)) - count * busy(slowest),
@@ -104,23 +109,42 @@ def _end(planned: PlannedLayout, stages: Mapping[int, _StageTime], busiest: floa
 def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counter: PartCounter) -> _StageTime:
     compute: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     tensor: dict[Kind, float] = {"F": 0.0, "B": 0.0}
+    context: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     passes: tuple[Kind, Kind] = "F", "B"
-    size = planned.layout.tensor
     for parts in planned.stages[number].parts:
         counts = counter.count(planned.config, parts.name, parts.layer)
         seconds = machine.part(planned, parts.name, parts.layer)
-        compute["F"] += parts.count * seconds.forward
-        compute["B"] += parts.count * seconds.backward
-        if size > 1:
-            for kind, each in zip(passes, (counts.forward, counts.backward), strict=True):
-                tensor[kind] += parts.count * collectives(machine, each.traffic, size=size, stride=1)
+        for kind, each, took in zip(passes, (counts.forward, counts.backward), seconds, strict=True):
+            compute[kind] += parts.count * took.total
+            tensor[kind] += parts.count * _tensor_time(planned, each, machine)
+            context[kind] += parts.count * _context_time(planned, each, machine, attention=took.attention)
     receivers = zip(passes, (number + 1, number - 1), strict=True)
     sends: dict[Kind, float] = {kind: _send_time(planned, number, to=to, machine=machine) for kind, to in receivers}
     # the second half, the gradients of the parameters, are two of the four products of backward
     compute |= {"I": compute["B"] / 2, "W": compute["B"] / 2}
     tensor |= {"I": tensor["B"], "W": 0.0}
+    context |= {"I": context["B"], "W": 0.0}
     sends |= {"I": sends["B"], "W": 0.0}
-    return _StageTime(compute, tensor, sends)
+    return _StageTime(compute, tensor, context, sends)
+
+
+def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine) -> float:
+    """Return the time of a pass's messages between tensor-parallel ranks."""
+    traffic = [each for each in counts.traffic if each.axis == "tp"]
+    return collectives(machine, traffic, size=planned.layout.tensor, stride=1)
+
+
+def _context_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, attention: float) -> float:
+    """Return the time that a pass waits for messages between context-parallel ranks.
+
+    In a ring they overlap with the `attention` to the keys and values at hand, in all steps but one.
+    """
+    layout, is_ring = planned.layout, planned.config.parallel.context_parallel_method == "ring"
+    # a rank receives while it sends
+    traffic = [each for each in counts.traffic if each.axis == "cp" and each.kind != "receive"]
+    seconds = collectives(machine, traffic, size=layout.context, stride=layout.tensor)
+    hidden = attention * (layout.context - 1) / layout.context if is_ring and machine.overlaps else 0.0
+    return max(0.0, seconds - hidden)
 
 
 def _send_time(planned: PlannedLayout, stage: int, *, to: int, machine: Machine) -> float:
@@ -130,12 +154,12 @@ def _send_time(planned: PlannedLayout, stage: int, *, to: int, machine: Machine)
         return 0.0
     traffic = Traffic("send", "pp", 1, hidden_bytes(planned))
     # a pair of neighbors, as far apart as all ranks of a stage
-    return machine.collective(traffic, size=2, stride=planned.layout.data * planned.layout.tensor)
+    return machine.collective(traffic, size=2, stride=planned.world_size // planned.layout.pipeline)
 
 
 def _data_time(planned: PlannedLayout, rank: int, *, stages: Mapping[int, _StageTime], machine: Machine) -> float:
     """Return how long a rank waits for parameters and for the reduction of gradients."""
-    if planned.layout.data == 1:
+    if not planned.is_gathered:
         return 0.0
     units = list(planned.units_of(rank))
     times = [_unit_time(planned, unit, machine) for unit in units]
@@ -151,12 +175,12 @@ def _data_time(planned: PlannedLayout, rank: int, *, stages: Mapping[int, _Stage
 
 def _unit_time(planned: PlannedLayout, unit: Unit, machine: Machine) -> tuple[float, float]:
     """Return the time to gather a unit in a step, and that to reduce its gradients."""
-    layout = planned.layout
+    tensor = planned.layout.tensor
     gather = reduction = 0.0
     for each in unit_messages(planned, unit):
         is_between_copies = each.kind == "all-reduce"
-        size = layout.data // layout.shard_size if is_between_copies else layout.shard_size
-        stride = layout.tensor * (layout.shard_size if is_between_copies else 1)
+        size = planned.copies if is_between_copies else planned.sharing
+        stride = tensor * planned.sharing if is_between_copies else tensor
         seconds = machine.collective(each, size=size, stride=stride)
         if each.kind == "all-gather":
             gather += seconds

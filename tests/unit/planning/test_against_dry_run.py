@@ -1,7 +1,5 @@
 """What a plan says of a layout is what a dry run counts in the trainer's code."""
 
-from dataclasses import replace
-
 import pytest
 
 from megatron_tf.planning.counts import PartCounter
@@ -9,9 +7,8 @@ from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.memory import rank_peak
 from megatron_tf.planning.messages import rank_messages
 from megatron_tf.training.dry_run.dry_run import dry_run
-from tests.support.layouts import layout_config
+from tests.support.planned import config_of
 
-MODEL = {"num_layers": 4, "hidden_size": 64, "qkv_tokens": 64, "proj_tokens": 48, "ffn_tokens": 256, "vocab_size": 1000}
 CASES = {
     "one rank, one micro-batch": ((1, 1, 1), {"micro_batches": 1}),
     "fp32": ((1, 1, 1), {"training": {"precision": "fp32"}}),
@@ -23,25 +20,22 @@ CASES = {
     "reshard": ((1, 1, 2), {"parallel": {"reshard_after_forward": True}, "data": {"eod_mask_loss": True}}),
     "three stages": ((1, 3, 1), {"training": {"recompute_granularity": "selective"}}),
     "interleaved": ((1, 2, 2), {"schedule": "interleaved_1f1b"}),
+    "ring": ((1, 1, 1), {"context": (2, "ring")}),
+    "ring, sequence, stages": ((2, 2, 1), {"context": (2, "ring"), "sequence_parallel": True}),
+    "ring, recomputed": ((1, 2, 2), {"context": (4, "ring"), "training": {"recompute_granularity": "full"}}),
+    "ring, hybrid": ((1, 1, 4), {"context": (2, "ring"), "shard_size": 2}),
+    "ring, replicated": ((1, 1, 2), {"context": (2, "ring"), "shard_size": 1}),
+    "all to all": ((1, 1, 2), {"context": (2, "all_to_all"), "training": {"precision": "fp32"}}),
+    "all to all, tensor": ((2, 1, 1), {"context": (2, "all_to_all"), "parallel": {"reshard_after_forward": True}}),
     "dualpipev": ((1, 2, 1), {"schedule": "dualpipev", "micro_batches": 8}),
 }
-
-
-def config_of(layout, *, micro_batches=None, shard_size=None, **sections):
-    micro_batches = micro_batches or (2 if layout[1] == 1 else 4)
-    training = {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 2 * micro_batches * layout[2]}
-    training |= {"precision": "bf16"} | sections.pop("training", {})
-    config = layout_config(
-        layout, training=training, model=MODEL | sections.pop("model", {}), kernels={"pattention": "eager"}, **sections
-    )
-    return replace(config, parallel=replace(config.parallel, data_parallel_shard_size=shard_size))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_is_what_a_dry_run_counts(name):
     layout, options = CASES[name]
     config = config_of(layout, **options)
-    world_size = layout[0] * layout[1] * layout[2]
+    world_size = layout[0] * layout[1] * layout[2] * config.parallel.context_parallel_size
     planned, counter = PlannedLayout(config, world_size), PartCounter()
     fullest = {kind.stage: kind for kind in reversed(dry_run(config, world_size).kinds)}
     for rank, kind in fullest.items():

@@ -111,10 +111,21 @@ def test_a_typing_error_in_a_cluster_is_named(tmp_path, capsys):
     assert "did you mean 'memory_gib'?" in capsys.readouterr().err
 
 
-def test_context_parallelism_is_refused(tmp_path, capsys):
-    config = write_config(tmp_path, parallel={"context_parallel_size": 2})
-    assert command.main([config, "--cluster", write_cluster(tmp_path)]) == 1
-    assert "plan does not know context parallelism" in capsys.readouterr().err
+def test_context_parallel_layouts_are_ranked_and_written(tmp_path, capsys):
+    config = write_config(tmp_path, parallel={"context_parallel_size": 2}, training={"global_batch_size": 1})
+    output, slow = tmp_path / "planned.yaml", {"gigabytes_per_second": 1e-3, "latency_microseconds": 1000}
+    arguments = [config, "--cluster", write_cluster(tmp_path, within_node=slow), "--top", "100"]
+    (stage,) = plan_json(capsys, *arguments)["stages"]
+    parallel = [plan["keys"]["parallel"] for plan in stage["fitting"]]
+    seen = {(keys["context_parallel_size"], keys["context_parallel_method"]) for keys in parallel}
+    assert seen == {(1, "ring"), (2, "ring"), (2, "all_to_all")}
+    shared = next(plan for plan in stage["fitting"] if plan["keys"]["parallel"]["context_parallel_size"] == 2)
+    assert shared["seconds"]["context"] > 0
+
+    # one sample is too few for two replicas, and two stages have nothing to do at once
+    assert command.main([config, "--cluster", write_cluster(tmp_path), "--write", str(output)]) == 0
+    planned = load_config(output).parallel
+    assert planned.context_parallel_size * planned.tensor_model_parallel_size == 2
 
 
 def test_nothing_fits_a_tiny_memory(tmp_path, capsys):
