@@ -55,6 +55,9 @@ class ModelConfig:
     """Epsilon added to the variance in every layer norm, and to the mean square in every RMSNorm."""
     init_method_std: Annotated[Number, Field(gt=0)] = 0.02
     """Standard deviation of the embedding and of every key token at initialization."""
+    output_init_method_std: Annotated[Number, Field(gt=0)] | None = None
+    """Standard deviation at initialization of the value tokens of proj and ffn, which write to the residual stream
+    (with layer: transformer, of the weights that do); null takes 2 / (num_layers sqrt(hidden_size)), as published."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -229,6 +229,8 @@ def _projection(config: ModelConfig, *, layer: int, module: Module, role: Role, 
     # in a plain transformer, the two weights that write to the residual stream are initialized like values
     is_value = role is Role.VALUES or (role is Role.WEIGHT and module in _ENDS_BRANCH)
     std = value_token_std(config.num_layers, config.hidden_size) if is_value else config.init_method_std
+    if is_value and module in _ENDS_BRANCH and config.output_init_method_std is not None:
+        std = config.output_init_method_std
     return Parameter(
         name=f"{_path(layer, module)}.{role}",
         shape=(rows, config.hidden_size),

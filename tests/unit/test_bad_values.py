@@ -22,6 +22,7 @@ FLOATS = [
     "optimizer.adam_eps",
     "optimizer.clip_grad",
     "model.init_method_std",
+    "model.output_init_method_std",
     "model.rotary_base",
     "model.layernorm_epsilon",
     "training.loss_spike_sigmas",

@@ -94,6 +94,25 @@ def test_each_parameter_knows_the_parts_of_its_name(path):
             assert parameter.pattern == re.sub(r"\.\d+\.", ".*.", name)
 
 
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        ({}, ["attention.proj.value_tokens", "ffn.value_tokens"]),
+        (PLAIN, ["attention.proj.weight", "ffn.down.weight"]),
+        (STRONG, ["attention.proj.weight", "ffn.down.weight"]),
+    ],
+)
+def test_the_initial_size_of_what_writes_to_the_residual_stream_is_a_choice(keys, names):
+    model = small_run(model=keys).model
+    chosen = dataclasses.replace(model, output_init_method_std=1e-3)
+    published, small = (model_parameters(config) for config in (model, chosen))
+    changed = [name for name in published if published[name].initial != small[name].initial]
+    assert changed == [f"layers.{layer}.{name}" for layer in range(model.num_layers) for name in names]
+    for name in changed:
+        assert published[name].initial.std == pytest.approx(2 / model.num_layers / model.hidden_size**0.5)
+        assert small[name].initial_rows(1, 0, 256)[:8].std() == pytest.approx(1e-3, rel=0.3)
+
+
 def test_every_module_and_role_is_declared():
     declared = [p for path in EXAMPLES for c in variants(load_config(path).model) for p in model_parameters(c).values()]
     assert {parameter.module for parameter in declared} == set(Module)
