@@ -9,6 +9,7 @@ At the start a rank holds its parameters and its optimizer state. What comes on 
 | backward of a part | what it needs meanwhile | what backward has read |
 | first backward of a layer | its gradients | |
 | its last backward, if it is sharded | its reduced gradients, a buffer | its gradients, its gathered parameters |
+| update | | |
 
 What a part keeps and needs is counted in the trainer's code (`counts`), the rest follows from the layout.
 """
@@ -93,6 +94,7 @@ def rank_peak(planned: PlannedLayout, rank: int, counter: PartCounter) -> Peak:
         key = action.kind, action.stage
         step.run(action, runs[action.stage], is_first=key not in seen, is_last=last[key] == i)
         seen.add(key)
+    step.update()
     return Peak(rank, dict(step.peak))
 
 
@@ -141,6 +143,10 @@ class _Step:
         if action.kind == "W":  # torch keeps all of a stage until its second half is done
             for run in runs:
                 self.now["activations"] += run.count * (run.counts.backward.kept - run.between_halves)
+
+    def update(self) -> None:
+        """Run the optimizer: all gradients exist, and it needs nothing else."""
+        self._see(0)
 
     def _forward(self, run: _Run, *, is_first: bool) -> None:
         temporary = run.counts.forward.peak + (run.gathered if run.reshards else 0)

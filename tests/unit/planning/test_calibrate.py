@@ -29,7 +29,14 @@ def test_a_part_is_measured_once_and_a_step_takes_as_long_as_its_parts():
     assert found.total == pytest.approx(found.compute + found.update)
 
 
-def test_the_peak_on_a_cpu_is_that_of_a_step_with_values():
-    config = small_run(model=MODEL, training=TRAINING)
+UNTIED = {"vocab_size": 20000, "untie_embeddings_and_output_weights": True}
+FEW_TOKENS = {"seq_length": 16, "global_batch_size": 1, "micro_batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "training"), [(MODEL, TRAINING), (MODEL | UNTIED, FEW_TOKENS)], ids=["in a layer", "in the update"]
+)
+def test_the_peak_on_a_cpu_is_that_of_a_step_with_values(model, training):
+    config = small_run(model=model, training=training)
     real = observe_step(build_state(config, Mesh(torch.device("cpu"))), config).meter.peak
     assert rank_peak(PlannedLayout(config, 1), 0, PartCounter(CPU)).bytes == pytest.approx(real, rel=0.05)
