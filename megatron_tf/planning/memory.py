@@ -159,7 +159,8 @@ class _Step:
 
     def _backward(self, run: _Run, kind: Kind, *, is_first: bool, is_last: bool) -> None:
         kept = {"B": run.counts.backward.kept, "I": run.between_halves, "W": 0}[kind]
-        temporary = 0 if kind == "W" else run.counts.backward.peak
+        # autograd adds the head's gradient of a tied embedding and that of the lookup into a third tensor
+        temporary = 0 if kind == "W" else run.counts.backward.peak + max(0, -run.pending)
         if not (is_first or is_last) and kept <= 0:  # the first of the parts sees the highest
             self._see(temporary)
             self.now["activations"] += run.count * kept

@@ -11,6 +11,7 @@ from tests.support.planned import config_of
 
 CASES = {
     "one rank, one micro-batch": ((1, 1, 1), {"micro_batches": 1}),
+    "tied, few tokens": ((1, 1, 1), {"model": {"vocab_size": 50000}, "training": {"seq_length": 8}}),
     "fp32": ((1, 1, 1), {"training": {"precision": "fp32"}}),
     "tensor, data": ((2, 1, 2), {}),
     "sequence, untied": ((2, 2, 1), {"sequence_parallel": True, "untied": True}),
