@@ -39,8 +39,9 @@ MODEL = {
     "rotary_base": 10000.0,
     "layernorm_epsilon": 1e-05,
     "init_method_std": 0.02,
+    "output_init_method_std": None,
 }
-NEW_MODEL_KEYS = {"norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+NEW_MODEL_KEYS = {"norm": "layernorm", "mlp": "gelu", "qk_norm": False, "output_init_method_std": None}
 """Keys that version 0.1 did not write, with the model that it had."""
 FULL = {
     "model": MODEL,
