@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Measured:
 
 
 def measure(config: RunConfig, ranks: int) -> Measured:
-    """Train a few steps on so many ranks."""
+    """Train a few steps on `ranks` ranks."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_train, args=(config, ranks, folder), nprocs=ranks)
         found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
@@ -197,29 +197,34 @@ class Planner:
 
 
 def compare_memory(planner: Planner) -> None:
-    """Print predicted and measured peaks."""
-    errors = []
-    print("\n| run | ranks | predicted MB | measured MB | error |\n|---|---|---|---|---|")
-    for case in MEMORY:
-        predicted = planner.bytes(PlannedLayout(case.config, case.ranks))
-        measured = measure(case.config, case.ranks).peak_bytes
-        errors.append(predicted / measured - 1)
-        numbers = f"{predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {errors[-1]:+.1%}"
-        print(f"| {case.name} | {case.ranks} | {numbers} |", flush=True)
+    """Print predicted and measured peaks in MB."""
+    errors = _compare(MEMORY, planner.bytes, lambda measured: measured.peak_bytes, unit=1e6)
     print(f"\nlargest error of the peak: {max(map(abs, errors)):.1%}")
 
 
 def compare_times(planner: Planner) -> None:
-    """Print predicted and measured step times."""
-    errors = []
-    print("\n| run | ranks | predicted s | measured s | error |\n|---|---|---|---|---|")
-    for case in TIME:
-        predicted = planner.seconds(PlannedLayout(case.config, case.ranks))
-        measured = measure(case.config, case.ranks).seconds
-        errors.append(predicted / measured - 1)
-        numbers = f"{predicted:.3f} | {measured:.3f} | {errors[-1]:+.1%}"
-        print(f"| {case.name} | {case.ranks} | {numbers} |", flush=True)
+    """Print predicted and measured step times in milliseconds."""
+    errors = _compare(TIME, planner.seconds, lambda measured: measured.seconds, unit=1e-3)
     print(f"\nmedian error of the time: {statistics.median(map(abs, errors)):.1%}")
+
+
+def _compare(
+    cases: Sequence[Case],
+    predict: Callable[[PlannedLayout], float],
+    value: Callable[[Measured], float],
+    *,
+    unit: float,
+) -> list[float]:
+    """Print what is predicted and what is measured, and return the relative errors."""
+    errors = []
+    print("\n| run | ranks | predicted | measured | error |\n|---|---|---|---|---|")
+    for case in cases:
+        predicted = predict(PlannedLayout(case.config, case.ranks))
+        measured = value(measure(case.config, case.ranks))
+        errors.append(predicted / measured - 1)
+        numbers = f"{predicted / unit:,.0f} | {measured / unit:,.0f} | {errors[-1]:+.1%}"
+        print(f"| {case.name} | {case.ranks} | {numbers} |", flush=True)
+    return errors
 
 
 def compare_choice(planner: Planner) -> None:

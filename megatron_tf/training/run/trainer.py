@@ -60,9 +60,8 @@ def train(
     """Train for `train_iters` steps, through all stages of growth and of data; return the exit code. Collective.
 
     Stops early, after a save, on a signal, at the time limit, before a growth stage with another layout, or when one of
-    `observers` requests it. `data` are the identities of the training sets, `resumable` is the checkpoint that
-    determined the layout; `end` exits the process when ranks wait for each other too long. Raises UserError for what a
-    user can fix: LostRankError if a rank is lost, DivergedError if training has diverged.
+    `observers` asks for it. `data` are the identities of the training sets, `resumable` is the checkpoint that set the
+    layout; `end` exits when ranks wait too long. Raises UserError, such as LostRankError and DivergedError.
     """
     timer = StepTimer()
     with ExitStack() as stack:
