@@ -31,13 +31,14 @@ from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.memory import peak_memory
 from megatron_tf.planning.time import step_time
+from megatron_tf.training.dry_run.dry_run import layout_of
 from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
 
 STEPS = 5
 WIDE = {"num_layers": 8, "hidden_size": 1024, "qkv_tokens": 1024, "proj_tokens": 1024, "ffn_tokens": 4096}
 DEEP = {"num_layers": 8, "hidden_size": 256, "qkv_tokens": 256, "proj_tokens": 256, "ffn_tokens": 1024}
-SMALL = {"num_layers": 4, "hidden_size": 256, "qkv_tokens": 256, "proj_tokens": 256, "ffn_tokens": 1024}
+SMALL = DEEP | {"num_layers": 4}
 PLAIN = {"layer": "transformer", "qkv_tokens": None, "proj_tokens": None}
 SHORT = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1}
 LONG = {"seq_length": 1024, "micro_batch_size": 8, "global_batch_size": 8}
@@ -125,17 +126,14 @@ def _train(rank: int, config: RunConfig, ranks: int, folder: str) -> None:
     mesh = Mesh(CPU)
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-        parallel = config.parallel
-        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        context = parallel.context_parallel_size
-        data = ranks // (tensor * pipeline * context)
+        layout = layout_of(config, ranks)
         mesh = build_mesh(
             CPU,
-            tensor=tensor,
-            pipeline=pipeline,
-            data=data,
-            context=context,
-            shard_size=parallel.data_parallel_shard_size,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            data=layout.data,
+            context=layout.context,
+            shard_size=layout.shard_size,
         )
     _run(_tiny(config), mesh, steps=1)  # imports what is imported on first use
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
