@@ -25,11 +25,12 @@ import torch.multiprocessing as mp
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.data.batch import Batch
 from megatron_tf.parallel.mesh import Mesh, build_mesh
-from megatron_tf.planning.calibrate import CPU, MeasuredMachine, measure_network
+from megatron_tf.planning.calibrate import CPU, MeasuredMachine
 from megatron_tf.planning.candidates import find_candidates
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.memory import peak_memory
+from megatron_tf.planning.network import measure_network
 from megatron_tf.planning.time import step_time
 from megatron_tf.training.dry_run.dry_run import layout_of
 from megatron_tf.training.step.state import build_state

@@ -110,9 +110,10 @@ def _plan(options: Any, overrides: list[str]) -> int:
 
 def _this_machine(ranks: int) -> "tuple[Cluster, PartCounter, Machine]":
     """Return this machine's CPU as a cluster of 1 or 2 ranks that share its memory, and what measures it."""
-    from megatron_tf.planning.calibrate import CPU, MeasuredMachine, measure_network
+    from megatron_tf.planning.calibrate import CPU, MeasuredMachine
     from megatron_tf.planning.cluster import PRESETS
     from megatron_tf.planning.counts import PartCounter
+    from megatron_tf.planning.network import measure_network
 
     memory = available_memory() / ranks / 2**30
     cluster = dataclasses.replace(PRESETS["laptop"], ranks_per_node=ranks, memory_gib=memory)

@@ -1,41 +1,23 @@
-"""Measures this machine's CPU: the parts of a model by the trainer's code, the optimizer, and two ranks over gloo."""
+"""Measures this machine's CPU: the parts of a model by the trainer's code, and the optimizer."""
 
-import dataclasses
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed import ProcessGroup
 
-from megatron_tf.errors import UserError
 from megatron_tf.layers.casting import keeping_casts
 from megatron_tf.planning.counts import part_key
 from megatron_tf.planning.layout import PlannedLayout
+from megatron_tf.planning.network import Network
 from megatron_tf.planning.parts import PartName, keep_casts, runnable_part
-from megatron_tf.planning.rates import Machine, PartSeconds, PassSeconds, sent_bytes
+from megatron_tf.planning.rates import Machine, PartSeconds, PassSeconds
 from megatron_tf.training.dry_run.collectives import Traffic
 
 CPU = torch.device("cpu")
 _NUMBERS = 1 << 22  # of the optimizer's measurement: 16 MB in fp32, more than a cache
-_TIMEOUT = timedelta(minutes=3)  # two processes import torch, perhaps on a busy machine
 _REPEATS = 3
-
-
-@dataclass(frozen=True)
-class Line:
-    """Seconds as a linear function of bytes."""
-
-    latency: float
-    seconds_per_byte: float
 
 
 class MeasuredMachine(Machine):
@@ -43,7 +25,7 @@ class MeasuredMachine(Machine):
 
     overlaps = False  # gloo takes the same cores
 
-    def __init__(self, network: Line | None) -> None:
+    def __init__(self, network: Network | None) -> None:
         self.network = network
         """None if no two ranks exchange anything."""
         self._parts: dict[Any, PartSeconds] = {}
@@ -62,7 +44,7 @@ class MeasuredMachine(Machine):
 
     def collective(self, traffic: Traffic, *, size: int, stride: int) -> float:
         assert self.network is not None, "there is one rank"
-        return traffic.calls * self.network.latency + sent_bytes(traffic, size) * self.network.seconds_per_byte
+        return self.network.time(traffic)
 
 
 def _time_part(planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
@@ -101,40 +83,3 @@ def _median_time(action: Callable[[], Any]) -> float:
         action()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
-
-
-def measure_network() -> Line:
-    """Time all-reduces between two processes over gloo. Raises UserError if they do not end in time."""
-    with tempfile.TemporaryDirectory() as folder:
-        processes = mp.spawn(_exchange, args=(folder,), nprocs=2, join=False)
-        deadline = time.monotonic() + _TIMEOUT.total_seconds()
-        while not processes.join(timeout=1):
-            if time.monotonic() > deadline:
-                for process in processes.processes:
-                    process.kill()
-                raise UserError("two processes could not exchange messages over gloo within 3 minutes")
-        return Line(*json.loads(_result(folder).read_text()))
-
-
-def _result(folder: str) -> Path:
-    return Path(folder) / "seconds.json"
-
-
-def _exchange(rank: int, folder: str) -> None:
-    """Take part in the measurement; the first rank writes the result."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
-    line = time_messages(dist.group.WORLD)
-    if rank == 0:
-        _result(folder).write_text(json.dumps(dataclasses.astuple(line)))
-    dist.destroy_process_group()
-
-
-def time_messages(group: ProcessGroup | None) -> Line:
-    """Time all-reduces between the two ranks of a group. Collective."""
-    small, large = torch.zeros(1), torch.zeros(_NUMBERS)
-    latency = statistics.median(_median_time(lambda: dist.all_reduce(small, group=group)) for _ in range(20))
-    # between two ranks, each sends as many bytes as there are: half of them twice
-    seconds = _median_time(lambda: dist.all_reduce(large, group=group)) - latency
-    return Line(latency, max(seconds, 0.0) / large.nbytes)

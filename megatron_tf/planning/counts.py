@@ -41,7 +41,7 @@ class Pass:
     kernels: int
     """Operations that start a kernel."""
     traffic: Sequence[Traffic]
-    """Messages between the tensor-parallel and between the context-parallel ranks."""
+    """Messages between the tensor-parallel and between the context-parallel ranks, each size for itself."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Counting(Observation):
             attention_flops=self._attention_flops,
             moved=self._moved,
             kernels=self._kernels,
-            traffic=self.counter.traffic(),
+            traffic=self.counter.messages(),
         )
         self._start()
         return result

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout, Unit
 from megatron_tf.tokenformer.parameters import Module
-from megatron_tf.training.dry_run.collectives import Traffic
+from megatron_tf.training.dry_run.collectives import Traffic, add_up
 
 _NUMBER = 8  # bytes of fp64 and int64
 _STOP = 4 * _NUMBER  # what the ranks tell each other about stopping
@@ -28,15 +28,6 @@ def rank_messages(planned: PlannedLayout, rank: int, counter: PartCounter) -> li
     """Return the messages of a pipeline rank in the first step of a run, as a dry run lists them."""
     found = [*_within_parts(planned, rank, counter), *_data(planned, rank), *_pipeline(planned, rank)]
     return add_up([*found, *_tied(planned, rank), *_numbers(planned)])
-
-
-def add_up(traffic: Iterable[Traffic]) -> list[Traffic]:
-    """Add up the messages of each kind on each axis."""
-    sums: dict[tuple[str, str], tuple[int, int]] = {}
-    for each in traffic:
-        calls, size = sums.get((each.axis, each.kind), (0, 0))
-        sums[each.axis, each.kind] = calls + each.calls, size + each.bytes
-    return [Traffic(kind, axis, *counts) for (axis, kind), counts in sorted(sums.items()) if counts[0]]
 
 
 def _times(traffic: Iterable[Traffic], count: int) -> list[Traffic]:

@@ -14,7 +14,7 @@ from megatron_tf.parallel.timeline import Action, ActionCosts, Kind, timeline
 from megatron_tf.planning.counts import PartCounter, Pass
 from megatron_tf.planning.layout import PlannedLayout, Unit
 from megatron_tf.planning.memory import shortened
-from megatron_tf.planning.messages import add_up, hidden_bytes, rank_messages, unit_messages
+from megatron_tf.planning.messages import hidden_bytes, rank_messages, unit_messages
 from megatron_tf.planning.rates import Machine, collectives
 from megatron_tf.training.dry_run.collectives import Traffic
 
@@ -193,5 +193,5 @@ def _update_time(planned: PlannedLayout, rank: int, *, machine: Machine, counter
     numbers = sum(planned.held(unit) for unit in planned.units_of(rank))
     seconds = machine.update(planned, numbers)
     world = planned.world_size
-    small = [each for each in add_up(rank_messages(planned, rank, counter)) if each.axis in ("tied", "world")]
+    small = [each for each in rank_messages(planned, rank, counter) if each.axis in ("tied", "world")]
     return seconds + collectives(machine, small, size=world, stride=1)

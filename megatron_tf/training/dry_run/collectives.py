@@ -1,6 +1,7 @@
 """Counts the collectives of a rank: how many, and their bytes, by kind and by axis of the mesh."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class CollectiveCounter:
 
     def __init__(self, mesh: Mesh) -> None:
         self.axes = axis_of_group(mesh)
-        self._seen: dict[tuple[str, str], tuple[int, int]] = {}
+        self._seen: Counter[tuple[str, str, int]] = Counter()
 
     def see(self, func: Any, args: tuple[Any, ...]) -> None:
         """Count one operation. Raises AssertionError for one that is not known, so that no message is missed."""
@@ -49,14 +50,26 @@ class CollectiveCounter:
         if name not in _OPERATIONS:
             raise AssertionError(f"c10d.{name} is not counted yet")
         kind, message, group = _OPERATIONS[name]
-        key = kind, self.axes[ProcessGroup.unbox(args[group]).group_name]
-        calls, size = self._seen.get(key, (0, 0))
-        self._seen[key] = calls + 1, size + sum(leaf.nbytes for leaf in tree_leaves(args[message]) if _is_tensor(leaf))
+        axis = self.axes[ProcessGroup.unbox(args[group]).group_name]
+        size = sum(leaf.nbytes for leaf in tree_leaves(args[message]) if _is_tensor(leaf))
+        self._seen[axis, kind, size] += 1
+
+    def messages(self) -> list[Traffic]:
+        """Return what was counted, each size for itself, ordered by axis, kind and size."""
+        return [Traffic(kind, axis, calls, calls * size) for (axis, kind, size), calls in sorted(self._seen.items())]
 
     def traffic(self) -> list[Traffic]:
         """Return what was counted, ordered by axis and kind."""
-        found = [Traffic(kind, axis, calls, size) for (kind, axis), (calls, size) in self._seen.items()]
-        return sorted(found, key=lambda each: (each.axis, each.kind))
+        return add_up(self.messages())
+
+
+def add_up(traffic: Iterable[Traffic]) -> list[Traffic]:
+    """Add up the messages of each kind on each axis."""
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for each in traffic:
+        calls, size = sums.get((each.axis, each.kind), (0, 0))
+        sums[each.axis, each.kind] = calls + each.calls, size + each.bytes
+    return [Traffic(kind, axis, *counts) for (axis, kind), counts in sorted(sums.items()) if counts[0]]
 
 
 def axis_of_group(mesh: Mesh) -> Mapping[str, str]:
