@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from megatron_tf.planning.stages import StageRanking
 
 
+_MALLOC_OVERHEAD = 1.2
+"""A process over its tensors: malloc keeps what it cannot return (docs/scaling.md)."""
+
+
 @command(less_memory="plan fewer ranks")
 def main(arguments: list[str] | None = None) -> int:
     """Print the plans. Returns 0, or 1 if a stage fits no layout."""
@@ -115,7 +119,7 @@ def _this_machine(ranks: int) -> "tuple[Cluster, PartCounter, Machine]":
     from megatron_tf.planning.counts import PartCounter
     from megatron_tf.planning.network import measure_network
 
-    memory = available_memory() / ranks / 2**30
+    memory = available_memory() / _MALLOC_OVERHEAD / ranks / 2**30
     cluster = dataclasses.replace(PRESETS["laptop"], ranks_per_node=ranks, memory_gib=memory)
     say("measuring this machine")
     network = measure_network() if ranks > 1 else None

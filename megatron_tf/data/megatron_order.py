@@ -45,12 +45,14 @@ class MegatronOrder:
         self.samples = samples or samples_in(self.lengths, seq_length, name)
         content = xxhash.xxh3_128_hexdigest(self.lengths.data)
         key = ("megatron", ORDER_VERSION, content, seq_length, seed, self.samples)
-        self._arrays = open_or_build(cache, key, self._build)
+        self._stored = open_or_build(cache, key, self._build)
 
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
         """Return (arrays, index of the sample in them)."""
         # a run that skipped batches reads further than Megatron-LM planned, and wraps around
-        return self._arrays, int(self._arrays.shuffle[sample % len(self._arrays.shuffle)])
+        self._stored.check()
+        arrays = self._stored.arrays
+        return arrays, int(arrays.shuffle[sample % len(arrays.shuffle)])
 
     def _build(self) -> OrderArrays:
         tokens = self._tokens

@@ -29,10 +29,11 @@ class DataError(UserError):
 
 
 class OpenFile:
-    """A file that is open for reading. Raises DataError naming it when it shrinks or can't be read."""
+    """A file that is open for reading. Raises DataError naming it and the remedy when it shrinks or can't be read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, remedy: str = "restore it and resume") -> None:
         self.path = path
+        self.remedy = remedy
         self._descriptor = _opened(path)
         self.size = os.fstat(self._descriptor).st_size
         weakref.finalize(self, os.close, self._descriptor)
@@ -60,7 +61,7 @@ class OpenFile:
         if found != self.size:
             raise DataError(
                 f"{self.path} has {found:,} bytes and had {self.size:,} when it was opened: it was truncated or "
-                f"rewritten during the run; restore it and resume"
+                f"rewritten during the run; {self.remedy}"
             )
 
     def prefetch(self, start: int, size: int) -> None:
@@ -110,7 +111,7 @@ def _not_opened(path: Path, error: OSError) -> DataError:
 
 
 def _allow_more_files() -> None:
-    """Raise the limit on open files as far as allowed: each dataset holds three, and a blend may have thousands."""
+    """Raise the limit on open files as far as allowed: each dataset holds several, and a blend may have thousands."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # macOS allows less than it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_tf.data._index import permutation, sample_index
 from megatron_tf.data.indexed_dataset import DataError
-from megatron_tf.data.order_cache import OrderArrays, open_or_build
+from megatron_tf.data.order_cache import OrderArrays, StoredOrder, open_or_build
 
 ORDER_VERSION = 2
 _GROUP_ENTRIES = 1 << 18
@@ -47,8 +47,9 @@ class EpochOrder(ABC):
         self._key = key
         entries = max(len(self.lengths), self.samples_per_epoch, 1)
         self._epochs_of_file = max(1, min(_MAX_GROUP, _GROUP_ENTRIES // entries))
-        self._epoch: tuple[int, OrderArrays] | None = None
-        self._group: tuple[int, OrderArrays] | None = None
+        # each is replaced as a whole, as loaders in several threads may share an order
+        self._epoch: tuple[int, OrderArrays, StoredOrder] | None = None
+        self._group: tuple[int, StoredOrder] | None = None
 
     @abstractmethod
     def _count(self) -> int:
@@ -61,22 +62,26 @@ class EpochOrder(ABC):
     def locate(self, sample: int) -> tuple[OrderArrays, int]:
         """Return (arrays of the sample's epoch, index of the sample in them)."""
         epoch, visit = divmod(sample, self.samples_per_epoch)
+        known = self._epoch
         # consecutive samples share an epoch: files are only opened and checked when it changes
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = epoch, self._arrays_of(epoch)
-        arrays = self._epoch[1]
+        if known is None or known[0] != epoch:
+            known = self._epoch = epoch, *self._open(epoch)
+        _, arrays, stored = known
+        stored.check()
         return arrays, int(arrays.shuffle[visit])
 
-    def _arrays_of(self, epoch: int) -> OrderArrays:
+    def _open(self, epoch: int) -> tuple[OrderArrays, StoredOrder]:
+        """Return the arrays of an epoch, and the files that hold them."""
         group, row = divmod(epoch, self._epochs_of_file)
-        if self._group is None or self._group[0] != group:
+        known = self._group
+        if known is None or known[0] != group:
             key: tuple[object, ...] = (*self._key, self.content, self.seq_length, self.seed, self.name, group)
             # not part of the key for large datasets, so that their existing caches keep their names
             if self._epochs_of_file > 1:
                 key = (*key, self._epochs_of_file)
-            self._group = group, open_or_build(self.cache, key, lambda: self._build_group(group))
-        rows = self._group[1]
-        return OrderArrays(*(array[row] for array in rows)) if self._epochs_of_file > 1 else rows
+            known = self._group = group, open_or_build(self.cache, key, lambda: self._build_group(group))
+        rows = known[1].arrays
+        return (OrderArrays(*(array[row] for array in rows)) if self._epochs_of_file > 1 else rows), known[1]
 
     def _build_group(self, group: int) -> OrderArrays:
         """Build the arrays of the epochs that share files, one row per epoch."""

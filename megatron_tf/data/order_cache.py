@@ -3,12 +3,13 @@
 import errno
 import functools
 import hashlib
+import io
 import json
 import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,13 +18,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megatron_tf.data.open_files import NO_MAPS, DataError
+from megatron_tf.data.open_files import DataError, OpenFile
 from megatron_tf.files import locked
 
 log = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_SECONDS = 600.0
 _LEFTOVER_SECONDS = 3600.0
+_HEADER_BYTES = 4096  # of a .npy file, at most
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -44,6 +46,18 @@ class OrderArrays(NamedTuple):
     shuffle: NDArray[np.integer]
 
 
+class StoredOrder(NamedTuple):
+    """Order arrays, and the files that they are mapped from: none if they are in memory."""
+
+    arrays: OrderArrays
+    files: Sequence[OpenFile] = ()
+
+    def check(self) -> None:
+        """Raise DataError if a file was truncated: reading a part that is gone would end the process with SIGBUS."""
+        for file in self.files:
+            file.check()
+
+
 class Order(Protocol):
     """Interface of an order of samples."""
 
@@ -55,7 +69,7 @@ class Order(Protocol):
         """Return (arrays, index of the sample in them)."""
 
 
-def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> OrderArrays:
+def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], OrderArrays]) -> StoredOrder:
     """Map the arrays for `key`, which must contain everything they depend on; build them if missing or damaged.
 
     If `cache` is read-only, the arrays are built in memory, with one warning for each process and directory. Raises
@@ -63,24 +77,24 @@ def open_or_build(cache: Path, key: tuple[object, ...], build: Callable[[], Orde
     """
     name = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
     directory = cache / f"order-{name}"
-    arrays = _open(directory)
-    if arrays is not None:
-        return arrays
+    stored = _open(directory)
+    if stored is not None:
+        return stored
     try:
-        arrays = _build_once(directory, build)
+        stored = _build_once(directory, build)
     except OSError as error:
         if error.errno in _READ_ONLY:
             _warn_of_memory(cache, error.strerror)
-            return build()
+            return StoredOrder(build())
         raise DataError(
             f"data.data_cache_path: {cache} can't be made ({error.strerror}): choose another directory"
         ) from error
-    if arrays is None:
+    if stored is None:
         raise DataError(f"{directory} can't be read back after writing: check the disk")
-    return arrays
+    return stored
 
 
-def _build_once(directory: Path, build: Callable[[], OrderArrays]) -> OrderArrays | None:
+def _build_once(directory: Path, build: Callable[[], OrderArrays]) -> StoredOrder | None:
     """Build and map the arrays, or map those of another process that was faster. Raises OSError if the directory can't
     be written."""
     cache = directory.parent
@@ -89,13 +103,13 @@ def _build_once(directory: Path, build: Callable[[], OrderArrays]) -> OrderArray
     # only taken to build: most starts find the arrays, and a cache may be read-only
     with locked(cache / f"{directory.name}.lock", timeout=LOCK_TIMEOUT_SECONDS, busy=busy, error=DataError):
         # another process may have built them while this one waited for the lock
-        arrays = _open(directory)
-        if arrays is None:
+        stored = _open(directory)
+        if stored is None:
             _remove_leftovers(directory)
             # map the files instead of using the built arrays, since all ranks of a host share mapped pages
             _write(directory, build())
-            arrays = _open(directory)
-    return arrays
+            stored = _open(directory)
+    return stored
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -116,26 +130,29 @@ def _warn_of_memory(cache: Path, reason: str) -> None:
     )
 
 
-def _open(directory: Path) -> OrderArrays | None:
+def _open(directory: Path) -> StoredOrder | None:
     """Map the arrays; None if they are missing or fail their checksum."""
+    paths = [directory / f"{name}.npy" for name in OrderArrays._fields]
     try:
         checksums = json.loads((directory / "checksums.json").read_text())
-        arrays = [_loaded(directory / f"{n}.npy") for n in OrderArrays._fields]
+        if not all(path.is_file() for path in paths):
+            return None
+        files = [OpenFile(path, remedy="resume, which builds it again") for path in paths]
+        arrays = [_mapped(file) for file in files]
     except (OSError, ValueError):
         return None
     if [_checksum(array) for array in arrays] != checksums:
         return None
-    return OrderArrays(*arrays)
+    return StoredOrder(OrderArrays(*arrays), files)
 
 
-def _loaded(path: Path) -> NDArray[np.integer]:
-    try:
-        return np.asarray(np.load(path, mmap_mode="r"))
-    except OSError as error:
-        if error.errno not in NO_MAPS:
-            raise
-        loaded: NDArray[np.integer] = np.load(path)
-        return loaded
+def _mapped(file: OpenFile) -> NDArray[np.integer]:
+    """Map the array of a .npy file. Raises ValueError if it is damaged or truncated."""
+    content = file.mapped()
+    header = io.BytesIO(content[:_HEADER_BYTES].tobytes())
+    np.lib.format.read_magic(header)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+    return content[header.tell() :].view(dtype).reshape(shape)
 
 
 def _write(directory: Path, arrays: OrderArrays) -> None:

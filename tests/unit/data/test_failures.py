@@ -15,7 +15,10 @@ import pytest
 from megatron_tf.data import open_files, order, order_cache
 from megatron_tf.data.gpt_dataset import GPTDataset
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.megatron_order import MegatronOrder
 from megatron_tf.data.order import SampleOrder
+from megatron_tf.data.order_cache import OrderArrays
+from megatron_tf.data.packed_order import PackedOrder
 from tests.support.data import loader_of, write_data_set
 
 LENGTHS = np.full(50, 30, dtype=np.int32)
@@ -44,6 +47,23 @@ def test_a_file_truncated_while_it_is_read_is_named(prefix, suffix):
         os.truncate(f"{prefix}{suffix}", 100)
         with pytest.raises(DataError, match=rf"d\{suffix} has 100 bytes and had [0-9,]+ when it was opened"):
             list(itertools.islice(loader, 20))
+
+
+@pytest.mark.parametrize("name", OrderArrays._fields)
+@pytest.mark.parametrize("kind", [SampleOrder, PackedOrder, MegatronOrder])
+def test_an_order_truncated_while_it_is_read_is_named_and_built_again_by_the_next_run(tmp_path, kind, name):
+    more = {"samples": 100} if kind is MegatronOrder else {}
+
+    def order_of_a_run():
+        return kind(LENGTHS, seq_length=8, seed=1, name="d", cache=tmp_path, **more)
+
+    running = order_of_a_run()
+    expected = [int(part) for part in running.locate(3)[0].shuffle]
+    (file,) = tmp_path.glob(f"order-*/{name}.npy")
+    os.truncate(file, 100)
+    with pytest.raises(DataError, match=rf"{name}\.npy has 100 bytes and had [0-9,]+ .*: .*; resume, which builds it"):
+        running.locate(4)
+    assert [int(part) for part in order_of_a_run().locate(3)[0].shuffle] == expected
 
 
 def test_what_is_left_of_a_truncated_file_is_still_read(prefix):
