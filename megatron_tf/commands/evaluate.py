@@ -1,6 +1,7 @@
 """Measure perplexity and bits per byte of a model on datasets, in total and per Pile subset.
 
-Each document is scored separately, after an end-of-document token, in windows of the training sequence length.
+Each document is scored separately, after an end-of-document token, in windows of the training sequence length. Of chat
+data, only the answers count.
 For the tasks of lm-evaluation-harness, use megatron-tf lm-eval.
 
 Example:
@@ -28,6 +29,7 @@ class Options:
     data_path: list[str]
     split: str | None
     part: str
+    all_tokens: bool
     seq_length: int | None
     stride: int | None
     batch_size: int | None
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="shares of training, validation and test, such as 969,30,1 (default: all data)",
     )
     add("--part", choices=PARTS, default="test", help="part of --split to evaluate on")
+    add("--all-tokens", action="store_true", help="count all tokens of chat data, not only its answers")
     add("--seq-length", type=int, help="window length in tokens (default: the run's training.seq_length)")
     add("--stride", type=int, help="new tokens per window; fewer give each more context (default: no overlap)")
     add("--batch-size", type=int, help="number of windows per batch (default: depends on their length)")
@@ -77,6 +80,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
+    from megatron_tf.data.loss_mask import open_loss_mask
     from megatron_tf.inference.model import load_model
     from megatron_tf.inference.perplexity import Prediction, predict_documents, read_tokenized
     from megatron_tf.inference.tokenizer import load_tokenizer
@@ -97,7 +101,9 @@ def evaluate(options: Options) -> dict[str, Any]:
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
-            read = read_tokenized(dataset, documents, tokenizer=tokenizer, vocab_size=model.config.vocab_size)
+            mask = None if options.all_tokens else open_loss_mask(dataset, by_sequence=False)
+            vocab_size = model.config.vocab_size
+            read = read_tokenized(dataset, documents, mask=mask, tokenizer=tokenizer, vocab_size=vocab_size)
             found = predict_documents(
                 model,
                 read,
@@ -120,6 +126,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         "data_path": options.data_path,
         "split": options.split,
         "part": options.part if options.split is not None else None,
+        "all_tokens": options.all_tokens,
         "seq_length": window,
         "stride": stride,
         "sets": {name: predictions[name].summary() for name in sorted(predictions)},

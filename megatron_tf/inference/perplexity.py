@@ -24,9 +24,9 @@ class Prediction:
 
     documents: int = 0
     tokens: int = 0
-    """Predicted tokens: all but ends of documents."""
+    """Predicted tokens that count: all but ends of documents, or those of answers."""
     text_bytes: int = 0
-    """Bytes of the documents' text in UTF-8."""
+    """Bytes of their text in UTF-8."""
     nats: float = 0.0
     """Negative log-likelihood."""
 
@@ -57,12 +57,20 @@ class Document(NamedTuple):
     ids: Sequence[int]
     """Its ids, without the end of the document."""
     text_bytes: int
+    """Bytes of the text of the ids that count."""
+    counts: Sequence[bool] | None = None
+    """Which of the ids count; None: all."""
 
 
 def read_tokenized(
-    dataset: IndexedDataset, documents: range, *, tokenizer: Tokenizer, vocab_size: int
+    dataset: IndexedDataset,
+    documents: range,
+    *,
+    mask: IndexedDataset | None,
+    tokenizer: Tokenizer,
+    vocab_size: int,
 ) -> Iterator[Document]:
-    """Yield a range of documents with their set and bytes.
+    """Yield a range of documents with their set and bytes; of those of a loss mask, only its targets count.
 
     If these are not recorded (data of other tools), the set is the dataset's name, and the bytes are those of the
     decoded text. Raises DataError for ids outside the model's vocabulary.
@@ -72,10 +80,19 @@ def read_tokenized(
         ids = np.asarray(dataset.document(i), dtype=np.int64)
         check_ids(ids, vocab_size, prefix=dataset.prefix, document=i)
         kept = ids[: len(ids) - int(len(ids) > 0 and int(ids[-1]) == tokenizer.eod)].tolist()
-        if sets is None:
-            yield Document(dataset.prefix.name, kept, len(tokenizer.decode(kept).encode()))
+        name = dataset.prefix.name if sets is None else sets.names[int(sets.rows["set"][i])]
+        if mask is not None:
+            counts = (mask.document(i)[: len(kept)] != 0).tolist()
+            answers = list(itertools.compress(kept, counts))
+            yield Document(name, kept, _text_bytes(tokenizer, answers), counts)
+        elif sets is None:
+            yield Document(name, kept, _text_bytes(tokenizer, kept))
         else:
-            yield Document(sets.names[int(sets.rows["set"][i])], kept, int(sets.rows["text_bytes"][i]))
+            yield Document(name, kept, int(sets.rows["text_bytes"][i]))
+
+
+def _text_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    return len(tokenizer.decode(ids).encode())
 
 
 def predict_documents(
@@ -99,15 +116,18 @@ def predict_documents(
         for document in documents:
             of_set = predictions.setdefault(document.set_name, Prediction())
             of_set.add(Prediction(documents=1, text_bytes=document.text_bytes))
-            for request in rolling_windows([eod, *document.ids], window=window, stride=stride):
+            counts = None if document.counts is None else [False, *document.counts]
+            for request in rolling_windows([eod, *document.ids], window=window, stride=stride, counts=counts):
                 yield document.set_name, request
 
     stream = windows()
     while group := list(itertools.islice(stream, _GROUP)):
         requests = [request for _, request in group]
         for i, (log_likelihood, _) in score(model, requests, batch_size):
-            predictions[group[i][0]].add(Prediction(tokens=requests[i].num_scored, nats=-log_likelihood))
-            progress(requests[i].num_scored)
+            scored, counts = requests[i].num_scored, requests[i].counts
+            tokens = scored if counts is None else sum(counts)
+            predictions[group[i][0]].add(Prediction(tokens=tokens, nats=-log_likelihood))
+            progress(scored)
     return predictions
 
 

@@ -21,13 +21,15 @@ class Request(NamedTuple):
     ids: Sequence[int]
     num_scored: int
     """Less than len(ids), since the first id has no context."""
+    counts: Sequence[bool] | None = None
+    """Which of the scored ids the log-likelihood is of; None: all."""
 
 
 class Score(NamedTuple):
     """The score of one request."""
 
     log_likelihood: float
-    """Sum over the scored ids, in nats."""
+    """Sum over the scored ids that count, in nats."""
     is_greedy: bool
     """Whether each scored id is the most likely of the vocabulary, without padding."""
 
@@ -42,8 +44,12 @@ def score(
         yield from zip(batch, _score_batch(model, [requests[i] for i in batch]), strict=True)
 
 
-def rolling_windows(ids: Sequence[int], *, window: int, stride: int, first: int = 1) -> Iterator[Request]:
+def rolling_windows(
+    ids: Sequence[int], *, window: int, stride: int, first: int = 1, counts: Sequence[bool] | None = None
+) -> Iterator[Request]:
     """Yield requests that score each of ids[first:] once, `stride` at a time, given all that fits into `window` inputs.
+
+    `counts` says of each of `ids` whether it counts.
 
     With stride == window and first == 1, these are lm-evaluation-harness's windows of context_len 1: the first id of a
     window has a context of one id, and the last window has as much as fits. Raises UserError unless
@@ -54,7 +60,7 @@ def rolling_windows(ids: Sequence[int], *, window: int, stride: int, first: int 
     done = first
     while done < len(ids):
         stop = min(len(ids), done + (window if done == first else stride))
-        yield Request(ids[max(0, stop - 1 - window) : stop], stop - done)
+        yield Request(ids[max(0, stop - 1 - window) : stop], stop - done, None if counts is None else counts[done:stop])
         done = stop
 
 
@@ -81,9 +87,9 @@ def _score_batch(model: LanguageModel, requests: Sequence[Request]) -> Iterator[
     scored = torch.cat([states[span.start - 1 : span.stop - 1] for states, span in zip(hidden, spans, strict=True)])
     targets = torch.cat([row[span] for row, span in zip(ids, spans, strict=True)])
     losses, is_likeliest = _score_rows(model, scored, targets)
-    counts = [request.num_scored for request in requests]
-    for loss, greedy in zip(losses.split(counts), is_likeliest.split(counts), strict=True):
-        total = float(loss.sum())
+    sizes = [request.num_scored for request in requests]
+    for request, loss, greedy in zip(requests, losses.split(sizes), is_likeliest.split(sizes), strict=True):
+        total = float((loss if request.counts is None else loss[torch.tensor(request.counts)]).sum())
         if math.isnan(total):
             raise UserError("the model's logits are NaN: its checkpoint cannot be used")
         yield Score(-total, bool(greedy.all()))

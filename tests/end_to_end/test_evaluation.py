@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,10 +20,12 @@ from lm_eval.tasks import TaskManager
 from megatron_tf import evaluate, lm_eval
 from megatron_tf.commands import preprocess_data
 from megatron_tf.data.document_sets import sets_path
+from megatron_tf.data.output_names import mask_prefix
 from megatron_tf.errors import UserError
 from megatron_tf.inference.lm_eval_model import MegatronTF
 from megatron_tf.inference.model import load_model
 from tests.support.commands import ENVIRONMENT, free_port
+from tests.support.data import write_data_set
 from tests.support.models import SEQ_LENGTH, random_model, write_checkpoint
 from tests.support.processes import run_ranks
 
@@ -54,15 +57,16 @@ def model(checkpoint):
 
 
 @torch.no_grad()
-def log_likelihood(model, ids, first, window=SEQ_LENGTH, stride=SEQ_LENGTH):
-    """Sum over ids[first:], one call for each id: it sees what its window begins with."""
+def log_likelihood(model, ids, first, window=SEQ_LENGTH, stride=SEQ_LENGTH, counts=None):
+    """Sum over ids[first:] that count, one call for each id: it sees what its window begins with."""
     total, done = 0.0, first
     for i in range(first, len(ids)):
         if i == done:
             done = min(len(ids), i + (window if i == first else stride))
         seen = ids[max(0, done - 1 - window) : i]
         logits = model(torch.tensor([seen]))[0, -1]
-        total += float(torch.log_softmax(logits, -1)[ids[i]])
+        if counts is None or counts[i]:
+            total += float(torch.log_softmax(logits, -1)[ids[i]])
     return total
 
 
@@ -106,6 +110,27 @@ def test_a_part_of_data_without_sets_is_one_set_of_the_decoded_bytes(checkpoint,
     assert (result["all"]["documents"], result["all"]["text_bytes"]) == (2, len(DOCUMENTS[2][1].encode()))
     nats = -log_likelihood(model, [EOD, *DOCUMENTS[2][1].encode()], 1)
     assert result["all"]["nats_per_token"] * result["all"]["tokens"] == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [[], ["--stride", "5"], ["--all-tokens"]])
+def test_of_chat_data_only_the_answers_count(checkpoint, model, tmp_path, more):
+    texts = [text.encode() for _, text in DOCUMENTS[:2]]
+    answers = [[i % 3 == 0 or i > 30 for i in range(len(text))] for text in texts]
+    prefix = write_data_set(tmp_path / "chat", [[*text, EOD] for text in texts])
+    write_data_set(mask_prefix(prefix), [[*answer, True] for answer in answers], np.uint8)
+    arguments = [str(checkpoint), "--data-path", str(prefix), "--output", str(tmp_path / "out.json")]
+    assert evaluate.main([*arguments, *more]) == 0
+    figures = json.loads((tmp_path / "out.json").read_text())["all"]
+    if more == ["--all-tokens"]:
+        answers = [[True] * len(text) for text in texts]
+    stride = 5 if more == ["--stride", "5"] else SEQ_LENGTH
+    nats = -sum(
+        log_likelihood(model, [EOD, *text], 1, stride=stride, counts=[False, *answer])
+        for text, answer in zip(texts, answers, strict=True)
+    )
+    targets = sum(map(sum, answers))
+    assert (figures["tokens"], figures["text_bytes"]) == (targets, targets)
+    assert figures["nats_per_token"] == pytest.approx(nats / targets, rel=1e-5)
 
 
 @pytest.mark.parametrize(

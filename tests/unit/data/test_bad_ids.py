@@ -34,7 +34,7 @@ def test_the_first_id_outside_the_vocabulary_is_found(ids, expected):
 def test_a_bad_id_to_predict_is_named(tmp_path, bad):
     dataset = IndexedDataset(write_with(tmp_path, bad))
     with pytest.raises(DataError, match=rf"d: document 1 has id {bad} at offset 2, but the model has ids 0 to 256"):
-        list(read_tokenized(dataset, range(3), tokenizer=NullTokenizer(), vocab_size=VOCAB))
+        list(read_tokenized(dataset, range(3), mask=None, tokenizer=NullTokenizer(), vocab_size=VOCAB))
 
 
 @pytest.mark.parametrize("bad", [-1, VOCAB])
