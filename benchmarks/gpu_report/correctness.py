@@ -52,7 +52,7 @@ def _five_adam_steps(scale: Scale, result: Result) -> None:
     model, tensors = model.to(scale.device), {name: t.to(scale.device) for name, t in tensors.items()}
     optimizer = Optimizer(
         parameters=list(model.parameters()),
-        shards=parameter_shards(model),
+        shards=parameter_shards(model, mesh=Mesh(scale.device)),
         declared=model_parameters(model.config),
         config=OptimizerConfig(lr=facts["optimizer"]["lr"]),
         mesh=Mesh(scale.device),

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.parallel.sharding import local_tensor
-
 
 class CastingModule(nn.Module):
     """A module that computes in the dtype of its input, to which it casts its parameters."""
@@ -19,7 +17,7 @@ class CastingModule(nn.Module):
 
     def cast(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return this rank's rows of the parameter `name` in `dtype`; gradients arrive in the parameter's own dtype."""
-        rows = local_tensor(getattr(self, name))
+        rows: Tensor = getattr(self, name)
         if rows.dtype == dtype:
             return rows
         if self._kept is None:

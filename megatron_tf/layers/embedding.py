@@ -10,7 +10,6 @@ from megatron_tf.layers.casting import CastingModule
 from megatron_tf.layers.cross_entropy import head_loss
 from megatron_tf.layers.sequence import leave_tensor_parallel
 from megatron_tf.parallel.collectives import group_rank
-from megatron_tf.parallel.sharding import local_tensor
 
 
 class VocabularyWeight(CastingModule):
@@ -28,7 +27,7 @@ class VocabularyWeight(CastingModule):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Look up ids [B, S] -> [s, B, D], with s = S / R under sequence parallelism and S otherwise."""
-        weight = local_tensor(self.weight)
+        weight = self.weight
         ids = token_ids.t()
         if self.group is None:
             return F.embedding(ids, weight)
@@ -48,7 +47,7 @@ class VocabularyWeight(CastingModule):
         """
         return head_loss(
             x.flatten(0, 1),
-            local_tensor(self.weight),
+            self.weight,
             targets.t().flatten(),
             divisor=divisor,
             group=self.group,

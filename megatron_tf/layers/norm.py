@@ -11,7 +11,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.dispatch import Kernels
 from megatron_tf.parallel.collectives import sum_backward
-from megatron_tf.parallel.sharding import local_tensor
 from megatron_tf.tokenformer.dtypes import wide_dtype
 
 
@@ -44,8 +43,8 @@ class FinalNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., D] over D."""
-        weight = sum_backward(local_tensor(self.weight), self.sequence_group)
-        bias = sum_backward(local_tensor(self.bias), self.sequence_group)
+        weight = sum_backward(self.weight, self.sequence_group)
+        bias = sum_backward(self.bias, self.sequence_group)
         return self.normalize(x, weight.to(x.dtype), bias.to(x.dtype), epsilon=self.epsilon)
 
 
@@ -63,6 +62,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [..., size] over its last dimension."""
-        rows = local_tensor(self.weight)
-        weight = sum_backward(rows.to(wide_dtype(rows.dtype)), self.split_group)  # data-parallel ranks gather 16 bits
+        wide = self.weight.to(wide_dtype(self.weight.dtype))  # data-parallel ranks gather 16 bits
+        weight = sum_backward(wide, self.split_group)
         return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.epsilon)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatron_tf.config import ModelConfig, ParallelConfig
 from megatron_tf.kernels.dispatch import Kernels
@@ -18,7 +17,7 @@ from megatron_tf.parallel.data_parallel import shard_over_replicas
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.parallel.pipeline import MicroBatchShapes
 from megatron_tf.parallel.schedules import SCHEDULES
-from megatron_tf.parallel.sharding import RowShard, copy_rows, local_tensor, row_shard
+from megatron_tf.parallel.sharding import RowShard, copy_rows, place_on, row_shard
 from megatron_tf.parallel.stages import consecutive_ranges, partition_layers, stages_of_rank
 from megatron_tf.tokenformer.dtypes import wide_dtype
 from megatron_tf.tokenformer.parameters import Module, key_tokens, model_parameters
@@ -111,7 +110,7 @@ def warm_up_kernels(model: TokenFormer, mesh: Mesh, *, rows: int, dtype: torch.d
     shapes: dict[tuple[int, int], None] = {}  # an ordered set: the same order on every rank of a stage
     for path, projection in projections.items():
         together = 3 if declared[path].kind == "qkv" else 1  # query, key and value run together
-        shapes[together * rows, len(local_tensor(projection.key_tokens))] = None
+        shapes[together * rows, projection.key_tokens.shape[0]] = None
     is_shared = mesh.group("tp") is not None
 
     def run() -> str | None:
@@ -131,14 +130,16 @@ def parameters_of(stages: Iterable[TokenFormer]) -> list[nn.Parameter]:
     return [parameter for stage in stages for parameter in stage.parameters()]
 
 
-def parameter_shards(*stages: TokenFormer) -> list[RowShard]:
+def parameter_shards(*stages: TokenFormer, mesh: Mesh) -> list[RowShard]:
     """Return the rows that this rank holds of every parameter of its stages."""
-    declared = model_parameters(stages[0].config)
+    declared, place = model_parameters(stages[0].config), place_on(mesh)
     shards = []
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            is_copy = declared[name].module is Module.EMBEDDING and not stage.is_first  # tied: the first stage owns it
-            shards.append(row_shard(name, parameter, is_copy))
+            known = declared[name]
+            is_copy = known.module is Module.EMBEDDING and not stage.is_first  # tied: the first stage owns it
+            shard = row_shard(name, parameter, known.shape, is_sharded=known.is_sharded, place=place, is_copy=is_copy)
+            shards.append(shard)
     return shards
 
 
@@ -173,12 +174,5 @@ def _place_parameters(model: TokenFormer, mesh: Mesh) -> None:
 
 
 def _place(parameter: nn.Parameter, mesh: Mesh, *, is_sharded: bool, dtype: torch.dtype) -> nn.Parameter:
-    tensor_parallel = mesh.submesh("tp")
-    if tensor_parallel is None:
-        return nn.Parameter(torch.empty_like(parameter, device=mesh.device, dtype=dtype))
-    ranks = tensor_parallel.size()
-    placement = Shard(0) if is_sharded else Replicate()
-    rows = parameter.shape[0] // ranks if is_sharded else parameter.shape[0]
-    local = torch.empty((rows, *parameter.shape[1:]), dtype=dtype, device=mesh.device)
-    # run_check would broadcast uninitialized memory
-    return nn.Parameter(DTensor.from_local(local, tensor_parallel, [placement], run_check=False))
+    rows = parameter.shape[0] // (mesh.size("tp") if is_sharded else 1)
+    return nn.Parameter(torch.empty((rows, *parameter.shape[1:]), device=mesh.device, dtype=dtype))

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -66,13 +66,14 @@ class Mesh:
         """Return the group of ranks that differ from this one only along `axis`; None if this is the only one."""
         return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis).get_group()
 
-    def submesh(self, axis: Axis) -> DeviceMesh | None:
-        """Return the one-dimensional mesh of `group(axis)`."""
-        return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis)
-
     def _axis(self, axis: Axis) -> DeviceMesh:
+        return self._axes[axis]
+
+    @cached_property
+    def _axes(self) -> Mapping[str, DeviceMesh]:
+        # kept, since torch makes a new mesh for each slice of one
         assert self.device_mesh is not None
-        return self.flat[axis] if axis in self.flat else self.device_mesh[axis]
+        return {axis: self.device_mesh[axis] for axis in AXES if axis not in self.flat} | {**self.flat}
 
     @property
     def world(self) -> ProcessGroup | None:

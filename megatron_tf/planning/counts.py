@@ -107,12 +107,11 @@ class _Counting(Observation):
 
     def __init__(self, mesh: Mesh, meter: StorageMeter) -> None:
         super().__init__(mesh, meter)
-        self.mesh = mesh
         self._start()
 
     def _start(self) -> None:
         self.meter.peak = self._before = self.meter.bytes
-        self.counter = CollectiveCounter(self.mesh)
+        self.counter = CollectiveCounter(self.counter.axes)
         self._product_flops = self._attention_flops = self._moved = self._kernels = 0
 
     def lap(self) -> Pass:

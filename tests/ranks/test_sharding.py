@@ -20,7 +20,7 @@ def held_bytes(mesh, config):
     """Bytes of the storage behind this rank's parameter tokens."""
     model = stage_of(mesh, config)
     tokens = [p for name, p in model.named_parameters() if name.endswith("_tokens")]
-    return sum(p.detach().to_local().untyped_storage().nbytes() if hasattr(p, "to_local") else p.nbytes for p in tokens)
+    return sum(p.detach().untyped_storage().nbytes() for p in tokens)
 
 
 def test_bytes_of_parameter_tokens_fall_as_one_over_ranks(rank_pool):
@@ -34,7 +34,7 @@ def communicated(mesh, config):
     """[(operation, elements sent as the ring algorithm counts them)] of one block, forward and backward."""
     model = stage_of(mesh, config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter.to_local() if hasattr(parameter, "to_local") else parameter)
+        torch.nn.init.normal_(parameter)
     seen, restore = [], {}
     ranks = mesh.size("tp")
     share = (ranks - 1) / ranks
@@ -99,7 +99,7 @@ def test_a_layer_communicates_what_the_table_says(rank_pool, ranks):
 def saved_shapes(mesh, config):
     """Shapes of the tensors, without parameters, that a block saves for backward."""
     model, ranks = stage_of(mesh, config), mesh.size("tp")
-    parameters = {p.to_local().data_ptr() for p in model.parameters()}
+    parameters = {p.data_ptr() for p in model.parameters()}
     shapes = []
 
     def pack(tensor):

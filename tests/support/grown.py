@@ -10,6 +10,7 @@ from megatron_tf.config import GrowthStage, to_dict
 from megatron_tf.data.tokenizer import NullTokenizer
 from megatron_tf.growth.grow import grow
 from megatron_tf.model.parallelize import parameter_shards
+from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.tokenformer.dtypes import DTYPES
 from tests.support.data import write_data_set
 from tests.support.models import SEQ_LENGTH, VOCAB, random_model
@@ -30,7 +31,7 @@ def write_text(prefix):
 def trained_checkpoint(root, precision="fp32", **keys):
     """Save a model, with these keys of its configuration, with Adam moments after 5 steps; return the directory."""
     model = random_model(dtype=DTYPES[precision], **keys)
-    shards = parameter_shards(model.transformer)
+    shards = parameter_shards(model.transformer, mesh=Mesh(torch.device("cpu")))
     generator = torch.Generator().manual_seed(1)
     groups = {"model": shards}
     for group in ("exp_avg", "exp_avg_sq"):

@@ -12,6 +12,7 @@ from megatron_tf.inference.model import LanguageModel
 from megatron_tf.inference.sampling import Sampling
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.mesh import Mesh
 from tests.support.records import make_record
 from tests.support.training import small_run
 
@@ -42,7 +43,13 @@ def write_checkpoint(root, model: LanguageModel):
     precision = "fp64" if model.transformer.dtype == torch.float64 else "fp32"
     config = to_dict(small_run(model=_keys(model.config), training={"precision": precision}))
     record = make_record(model.config, config=config, tokenizer=NullTokenizer().identity)
-    save_checkpoint(root, 0, tensors={"model": parameter_shards(model.transformer)}, record=record, writer_label="one")
+    save_checkpoint(
+        root,
+        0,
+        tensors={"model": parameter_shards(model.transformer, mesh=Mesh(torch.device("cpu")))},
+        record=record,
+        writer_label="one",
+    )
     return root
 
 

@@ -13,6 +13,7 @@ from megatron_tf.kernels.documents import AttendEach, AttendTogether
 from megatron_tf.layers.dropout import Dropout
 from megatron_tf.model.parallelize import initialize, parameter_shards
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.parallel.mesh import Mesh
 from tests.support.training import EOD, STRONG, small_run
 
 IDS = torch.tensor([[3, EOD, 5, 6, EOD, EOD, 8, 9], [1, 2, 3, 4, 5, 6, 7, EOD], [EOD, 1, 1, EOD, 2, 2, 2, 2]])
@@ -21,7 +22,7 @@ IDS = torch.tensor([[3, EOD, 5, 6, EOD, EOD, 8, 9], [1, 2, 3, 4, 5, 6, 7, EOD], 
 def small_model(keys=()):
     config = parse_config(ModelConfig, vars(small_run(model=dict(keys)).model), "test")
     model = TokenFormer(config, dtype=torch.float64).to(torch.float64)
-    initialize(parameter_shards(model), config, 1)
+    initialize(parameter_shards(model, mesh=Mesh(torch.device("cpu"))), config, 1)
     return model
 
 

@@ -66,10 +66,10 @@ def test_resized_storage_is_counted_with_its_size():
 
 
 def test_what_a_dtensor_computes_is_counted():
-    """As FSDP accumulates the gradients of tensor-parallel parameters."""
+    """Such as the gradients that FSDP leaves."""
     with fake_rank(0, tensor=2, pipeline=1, data=1) as mesh, Observation(mesh, StorageMeter(META, [])) as observation:
         rows = torch.empty(1000, device=META)
-        placed = DTensor.from_local(rows, mesh.submesh("tp"), [Shard(0)], run_check=False)
+        placed = DTensor.from_local(rows, mesh.device_mesh["tp"], [Shard(0)], run_check=False)
         widened = placed.to(torch.float64)
         assert observation.meter.bytes == rows.nbytes + 8 * 1000
     assert widened.shape == (2000,)

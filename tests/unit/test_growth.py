@@ -16,6 +16,7 @@ from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.model.samples import read_samples
+from megatron_tf.parallel.mesh import Mesh
 from tests.support.data import write_data_set
 from tests.support.golden import golden_model
 from tests.support.records import make_record
@@ -28,7 +29,13 @@ SEQ_LENGTH = 16
 def golden_checkpoint(case, root):
     model, tensors, _ = golden_model(case)
     record = make_record(model.config, config=to_dict(small_run(training={"seq_length": SEQ_LENGTH})))
-    save_checkpoint(root, 0, tensors={"model": parameter_shards(model)}, record=record, writer_label="one")
+    save_checkpoint(
+        root,
+        0,
+        tensors={"model": parameter_shards(model, mesh=Mesh(torch.device("cpu")))},
+        record=record,
+        writer_label="one",
+    )
     return tensors
 
 

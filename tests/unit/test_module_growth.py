@@ -19,7 +19,7 @@ from megatron_tf.errors import UserError
 from megatron_tf.inference.model import LanguageModel
 from megatron_tf.model.parallelize import parameter_shards
 from megatron_tf.modules.in_memory import of_module
-from megatron_tf.parallel.sharding import row_shard
+from megatron_tf.parallel.mesh import Mesh
 from tests.support.data import write_data_set
 from tests.support.modules import MODEL, draw_ids
 
@@ -62,9 +62,10 @@ def train(model, optimizer, steps):
 def save(root, model, optimizer):
     """Write them as a checkpoint of a run, and return it."""
     checkpoint = of_module(model, optimizer)
-    tensors = {"model": parameter_shards(model.transformer)}
+    shards = parameter_shards(model.transformer, mesh=Mesh(torch.device("cpu")))
+    tensors = {"model": shards}
     for moment in MOMENTS if optimizer else ():
-        tensors[moment] = [row_shard(name, value) for name, value in checkpoint.tensors[moment].items()]
+        tensors[moment] = [shard.with_tensor(checkpoint.tensors[moment][shard.name]) for shard in shards]
     save_checkpoint(root, 0, tensors=tensors, record=checkpoint.record, writer_label="one")
     return root
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from megatron_tf.checkpoint.commit import metadata_and_manifest
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.save import plan_rank
 from megatron_tf.checkpoint.shard_files import Written
 from megatron_tf.model.parallelize import parameters_of
-from megatron_tf.parallel.sharding import RowShard, held_rows
+from megatron_tf.parallel.sharding import Place, RowShard, held_rows
+from megatron_tf.tokenformer.parameters import model_parameters
 from megatron_tf.training.run.checkpointing import writer_label
 from megatron_tf.training.step.optimizer import MOMENTS
 from megatron_tf.training.step.state import TrainState
@@ -54,15 +54,15 @@ class Placement:
 
 def placements(state: TrainState) -> Iterator[Placement]:
     """Yield the rows of every rank of a stage, given the state of its first rank."""
-    mesh = state.mesh
+    mesh, declared = state.mesh, model_parameters(state.stages[0].config)
     assert mesh.rank("tp") == mesh.rank("dp_cp") == 0, "only the first rank knows which rows belong to another stage"
     shard_size = 1 if mesh.sharing is None else mesh.sharing.size(mesh.sharing.ndim - 1)
     for tensor in range(mesh.size("tp")):
         for data in range(mesh.size("dp_cp")):
-            coordinates = {"tp": tensor, "dp_replicate": data // shard_size}
-            coordinates |= dict.fromkeys(("dp", "dp_cp", "dp_shard", "dp_shard_cp"), data % shard_size)
+            replica = dict.fromkeys(("dp", "dp_cp", "dp_shard", "dp_shard_cp"), data % shard_size)
+            place = Place(tensor, mesh.size("tp"), replica | {"dp_replicate": data // shard_size})
             shards = [
-                _rows_at(shard, parameter, coordinates)
+                _rows_at(shard, parameter, is_sharded=declared[shard.name].is_sharded, place=place)
                 for shard, parameter in zip(state.shards, parameters_of(state.stages), strict=True)
             ]
             yield Placement(tensor, data, shards)
@@ -85,11 +85,9 @@ def plan_checkpoint(record: RunRecord, written: Sequence[Written]) -> Checkpoint
     return CheckpointPlan(files, len(manifest.encode()), len(metadata.encode()), pieces)
 
 
-def _rows_at(shard: RowShard, parameter: nn.Parameter, coordinates: Mapping[str, int]) -> RowShard:
-    """Return the rows that the rank at `coordinates` holds, given those of the first rank of the stage."""
-    if not isinstance(parameter, DTensor):
-        return shard
-    names = parameter.device_mesh.mesh_dim_names or ()
-    start, stop, is_first_copy = held_rows(parameter, [coordinates[name] for name in names])
-    rows = torch.empty((stop - start, *parameter.shape[1:]), dtype=shard.tensor.dtype, device="meta")
+def _rows_at(shard: RowShard, parameter: nn.Parameter, *, is_sharded: bool, place: Place) -> RowShard:
+    """Return the rows that the rank at `place` holds, given those of the first rank of the stage."""
+    count = shard.global_shape[0]
+    start, stop, is_first_copy = held_rows(parameter, count, is_sharded=is_sharded, place=place)
+    rows = torch.empty((stop - start, *shard.global_shape[1:]), dtype=shard.tensor.dtype, device="meta")
     return replace(shard, start=start, stop=stop, tensor=rows, is_writer=shard.is_writer and is_first_copy)

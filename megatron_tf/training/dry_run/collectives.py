@@ -38,10 +38,10 @@ class Traffic:
 
 
 class CollectiveCounter:
-    """Counts the operations of torch.ops.c10d that it is told of."""
+    """Counts the operations of torch.ops.c10d that it is told of. `axes` is the `axis_of_group` of the mesh."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.axes = axis_of_group(mesh)
+    def __init__(self, axes: Mapping[str, str]) -> None:
+        self.axes = axes
         self._seen: Counter[tuple[str, str, int]] = Counter()
 
     def see(self, func: Any, args: tuple[Any, ...]) -> None:
@@ -81,7 +81,7 @@ def axis_of_group(mesh: Mesh) -> Mapping[str, str]:
         axes[mesh.end_stages.group_name] = "tied"
     # a dimension that spans the world shares its group
     for name in mesh.device_mesh.mesh_dim_names or ():
-        axes[mesh.device_mesh[name].get_group().group_name] = name
+        axes[mesh.device_mesh.get_group(name).group_name] = name
     for joined in filter(None, (mesh.sharing, *mesh.flat.values())):
         for name in joined.mesh_dim_names or ():
             axes[joined.get_group(name).group_name] = name

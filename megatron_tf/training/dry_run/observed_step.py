@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tf.config import RunConfig
 from megatron_tf.data.batch import Batch, DocumentMasking, make_batch
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.dry_run.collectives import CollectiveCounter
+from megatron_tf.training.dry_run.collectives import CollectiveCounter, axis_of_group
 from megatron_tf.training.dry_run.memory import StorageMeter
 from megatron_tf.training.step.optimizer import MOMENTS
 from megatron_tf.training.step.state import TrainState
@@ -30,7 +30,7 @@ class Observation(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh, meter: StorageMeter) -> None:
         super().__init__()
-        self.counter = CollectiveCounter(mesh)
+        self.counter = CollectiveCounter(axis_of_group(mesh))
         self.meter = meter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

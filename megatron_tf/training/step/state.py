@@ -76,7 +76,7 @@ def build_state(config: RunConfig, mesh: Mesh, *, timer: StepTimer | None = None
     dtype = activation_dtype(precision)
     stages = _build_stages(config, mesh, dtype)
     kernels = _build_kernels(stages, config, mesh=mesh, dtype=dtype)
-    shards = parameter_shards(*stages)
+    shards = parameter_shards(*stages, mesh=mesh)
     initialize(shards, config.model, config.training.seed)
     return TrainState(
         mesh=mesh,
