@@ -58,8 +58,8 @@ def split_rows(rows: int, parts: int, index: int) -> tuple[int, int]:
 
 def place_on(mesh: Mesh) -> Place:
     """Return this rank's place."""
-    names = (mesh.sharing.mesh_dim_names or ()) if mesh.sharing else ()
-    replica = {name: mesh.sharing.get_local_rank(name) for name in names if mesh.sharing}
+    sharing = mesh.sharing
+    replica = {name: sharing.get_local_rank(name) for name in sharing.mesh_dim_names or ()} if sharing else {}
     return Place(mesh.rank("tp"), mesh.size("tp"), replica)
 
 
