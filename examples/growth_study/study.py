@@ -83,6 +83,7 @@ class Study:
             self.save_interval: int = values["save_interval"]
             self.seeds: Mapping[str, int] = values["seeds"]
             self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
+            self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
             self.machine = Machine(**values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
         except KeyError as error:
@@ -92,9 +93,11 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        if unknown := sorted({*names, *self.chosen_rates} - {*self.arms}):
+        names |= {*self.chosen_rates, *self.better_baselines, *self.better_baselines.values()}
+        if unknown := sorted(names - {*self.arms}):
             raise UserError(
-                f"study: grow_from, rate_of, baseline or chosen_rates need arms that do not exist: {unknown}"
+                f"study: grow_from, rate_of, baseline, better_baselines or chosen_rates need arms that do not exist: "
+                f"{unknown}"
             )
 
     @classmethod

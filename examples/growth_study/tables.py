@@ -1,6 +1,7 @@
 """The tables of the page, in Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 from comparisons import Comparison, Evidence
@@ -29,11 +30,17 @@ def all_tables(study: Study, results: Results) -> dict[str, str]:
     """Return every table of the page by its name."""
     evidence = Evidence(study, results)
     found = evidence.comparisons(arm for arm in study.arms.values() if arm.grow_from)
+    better = evidence.comparisons(
+        replace(arm, baseline=study.better_baselines[arm.compared_with])
+        for arm in study.arms.values()
+        if arm.grow_from and arm.compared_with in study.better_baselines
+    )
     families = evidence.comparisons(arm for arm in study.arms.values() if arm.baseline and not arm.grow_from)
     tables = {topic: comparison_table([one for one in found if one.arm.topic == topic]) for topic in TOPICS}
     return {
         **tables,
         "scratch": scratch_table(study, evidence),
+        "better": family_table(better),
         "families": family_table(families),
         "rates": rate_table(study, results),
         "sets": set_table(study, evidence),
@@ -80,7 +87,7 @@ def scratch_table(study: Study, evidence: Evidence) -> str:
 
 
 def family_table(found: Sequence[Comparison]) -> str:
-    """Compare models from scratch with those of another family at equal FLOPs."""
+    """Compare models with those of other arms from scratch at equal FLOPs."""
     rows = [
         [
             one.arm.name,

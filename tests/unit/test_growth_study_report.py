@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.support.paths import DATA
-from tests.support.study import MINIATURE, module
+from tests.support.paths import DATA, ROOT
+from tests.support.study import MINIATURE, STUDY, module
 
 Evidence = module("comparisons").Evidence
 Interval, interval, loss_at, flops_at = (
@@ -161,3 +161,10 @@ def test_verdicts_need_three_seeds_and_an_interval_without_zero(tmp_path):
     ):
         other = type(found)(**{**vars(found), "difference": Interval((low + high) / 2, low, high, count)})
         assert other.verdict == verdict
+
+
+def test_the_page_shows_the_committed_results():
+    study, results = Study.read(STUDY / "study.yaml"), Results(STUDY / "results")
+    page = (ROOT / "docs" / "growth_study.md").read_text()
+    built = module("report").fill(page, module("tables").all_tables(study, results))
+    assert built == page, "run examples/growth_study/report.py"
