@@ -38,7 +38,8 @@ def test_a_power_law_is_interpolated_exactly_and_not_beyond_its_ends():
         assert flops_at(curve, 40 * flops**-0.1) == pytest.approx(flops, rel=1e-9)
     assert loss_at(curve, 0.9e9) is None
     assert loss_at(curve, 17e9) is None
-    assert loss_at(curve[:1], 4e9) is None
+    assert loss_at(curve[:1], 1.005 * 4e9) == curve[0][1]
+    assert loss_at(curve[:1], 1.02 * 4e9) is None
     assert flops_at(curve, 40 * 20e9**-0.1) is None
     assert flops_at(curve, 40 * 0.9e9**-0.1) is None
 
