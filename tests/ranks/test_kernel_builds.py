@@ -9,23 +9,27 @@ from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.training.step.state import build_state
-from tests.support.training import small_run, training_run
+from megatron_tf.training.step.step import train_step
+from tests.support.layouts import layout_config
+from tests.support.training import random_batch, small_run, training_run
 
 
 class Kernels(PattentionKernels):
-    """As those that compile when they are called first: they count their calls and raise `error`."""
+    """As those that compile when they are called first: they count their calls, note the shapes of the scores and raise
+    `error`."""
 
     name = "compiled"
 
     def __init__(self, error):
-        self.error, self.calls = error, 0
+        self.error, self.calls, self.shapes = error, 0, set()
 
-    def forward(self, *arguments, **options):
+    def forward(self, norm, scores, **options):
         """See PattentionKernels."""
         self.calls += 1
+        self.shapes.add(tuple(scores.shape))
         if self.error is not None:
             raise self.error
-        return EagerKernels().forward(*arguments, **options)
+        return EagerKernels().forward(norm, scores, **options)
 
     def backward(self, *arguments, **options):
         """See PattentionKernels."""
@@ -78,6 +82,27 @@ def test_a_choice_ends_every_rank_with_the_same_line(rank_pool, failing):
     assert first == second
     assert first.startswith("kernels.pattention: compiled kernels can't be built on host ")
     assert first.endswith(f"{CAUSE}, or choose eager")
+
+
+def shapes_of_scores(mesh, config):
+    """Those that the kernels are built for, and those of a step."""
+
+    def shapes(mesh):
+        state = build_state(config, mesh)
+        seen = next(iter(state.model.pattentions().values())).kernels.shapes
+        built = set(seen)
+        seen.clear()
+        train_step(state, random_batch(config, 0, mesh), 1e-3)
+        return built, seen
+
+    return with_kernels(mesh, [None] * mesh.world.size(), shapes)[0]
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2), (2, 1, 2)], ids=str)
+def test_kernels_are_built_for_the_shapes_of_a_step(rank_pool, layout):
+    for built, used in rank_pool.run(shapes_of_scores, *layout, layout_config(layout, layout[0] > 1)):
+        assert len(used) == 3
+        assert built == used
 
 
 def train(mesh, errors):
