@@ -142,7 +142,7 @@ class Run:
     """
 
     def __init__(self, monkeypatch, size, silent=(), *, late=None, patience=8):
-        monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.3)
+        monkeypatch.setattr(watchdog, "BEAT_SECONDS", 0.6)
         monkeypatch.setattr(watchdog, "_PATIENCE_BEATS", patience)
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.read, self.rounds = Counter(), Counter()
