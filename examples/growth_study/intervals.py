@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom."""
-_BEYOND, _BESIDE = 0.05, 0.01
+_BEYOND, _SAME = 0.05, 0.01
 MIN_SEEDS = 3
 """Fewer seeds give no interval that is worth reading."""
 Point = tuple[float, float]
@@ -48,11 +48,11 @@ def loss_at(curve: Sequence[Point], flops: float) -> float | None:
     """Return the loss of a curve at some FLOPs, linear in their logarithms; None outside the curve.
 
     Models of different families, and runs that end at whole steps, do not cost exactly the same: a twentieth beyond an
-    end of the curve is still on the line of its last segment. Of a single point, it is the loss of that point, a
-    hundredth beside it.
+    end of the curve is still on the line of its last segment. A single point is
+    the loss of all FLOPs within a hundredth of its own.
     """
     points = sorted(curve)
-    if len(points) == 1 and abs(flops / points[0][0] - 1) <= _BESIDE:
+    if len(points) == 1 and abs(flops / points[0][0] - 1) <= _SAME:
         return points[0][1]
     if len(points) < 2 or not (1 - _BEYOND) * points[0][0] <= flops <= (1 + _BEYOND) * points[-1][0]:
         return None

@@ -139,7 +139,7 @@ def _open(directory: Path) -> StoredOrder | None:
             return None
         files = [OpenFile(path, remedy="resume, which builds it again") for path in paths]
         arrays = [_mapped(file) for file in files]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     if [_checksum(array) for array in arrays] != checksums:
         return None
@@ -147,7 +147,7 @@ def _open(directory: Path) -> StoredOrder | None:
 
 
 def _mapped(file: OpenFile) -> NDArray[np.integer]:
-    """Map the array of a .npy file. Raises ValueError if it is damaged or truncated."""
+    """Map the array of a .npy file. Raises ValueError or TypeError if it is damaged or truncated."""
     content = file.mapped()
     header = io.BytesIO(content[:_HEADER_BYTES].tobytes())
     np.lib.format.read_magic(header)

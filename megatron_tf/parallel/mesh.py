@@ -56,18 +56,15 @@ class Mesh:
 
     def size(self, axis: Axis) -> int:
         """Return the number of ranks along `axis`."""
-        return 1 if self.device_mesh is None else self._axis(axis).size()
+        return 1 if self.device_mesh is None else self._axes[axis].size()
 
     def rank(self, axis: Axis) -> int:
         """Return this rank's index along `axis`."""
-        return 0 if self.device_mesh is None else self._axis(axis).get_local_rank()
+        return 0 if self.device_mesh is None else self._axes[axis].get_local_rank()
 
     def group(self, axis: Axis) -> ProcessGroup | None:
         """Return the group of ranks that differ from this one only along `axis`; None if this is the only one."""
-        return None if self.device_mesh is None or self.size(axis) == 1 else self._axis(axis).get_group()
-
-    def _axis(self, axis: Axis) -> DeviceMesh:
-        return self._axes[axis]
+        return None if self.device_mesh is None or self.size(axis) == 1 else self._axes[axis].get_group()
 
     @cached_property
     def _axes(self) -> Mapping[str, DeviceMesh]:

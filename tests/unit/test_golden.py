@@ -43,7 +43,7 @@ def test_five_adam_steps():
     config = OptimizerConfig(lr=facts["optimizer"]["lr"])
     optimizer = Optimizer(
         parameters=list(model.parameters()),
-        shards=parameter_shards(model, mesh=Mesh(torch.device("cpu"))),
+        shards=parameter_shards(model, mesh=ONE_PROCESS),
         declared=model_parameters(model.config),
         config=config,
         mesh=ONE_PROCESS,

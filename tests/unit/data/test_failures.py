@@ -66,6 +66,16 @@ def test_an_order_truncated_while_it_is_read_is_named_and_built_again_by_the_nex
     assert [int(part) for part in order_of_a_run().locate(3)[0].shuffle] == expected
 
 
+@pytest.mark.parametrize("damage", [b"|O4", b"|S0", b"<u9", b"    "])
+def test_an_order_whose_header_is_damaged_is_built_again(tmp_path, damage):
+    expected = order_in(tmp_path).locate(3)[0].shuffle.tolist()
+    (file,) = tmp_path.glob("order-*/shuffle.npy")
+    content = file.read_bytes()
+    at = content.index(b"<u4")
+    file.write_bytes(content[:at] + damage[:3] + content[at + 3 :])
+    assert order_in(tmp_path).locate(3)[0].shuffle.tolist() == expected
+
+
 def test_what_is_left_of_a_truncated_file_is_still_read(prefix):
     dataset = IndexedDataset(prefix)
     os.truncate(f"{prefix}.bin", 3 * 4_000)
