@@ -24,14 +24,14 @@ class Plan:
         self.study = study
 
     def sweep(self) -> Iterator[Run]:
-        """Yield the runs of each arm at each of the rates, at its smallest budget, with a seed of their own.
+        """Yield the runs of each arm at each of the rates, at its first budget, with a seed of their own.
 
         An arm whose small run has no chosen rate yet is left out.
         """
         for arm in self.study.arms.values():
             if arm.rate_of is None and self._small_rate(arm, 1.0) is not None:
                 for rate in arm.rates:
-                    yield self.run(arm, min(arm.budgets), rate=rate, seed=SWEEP_SEED, kind="sweep")
+                    yield self.run(arm, arm.budgets[0], rate=rate, seed=SWEEP_SEED, kind="sweep")
 
     def final(self) -> Iterator[Run]:
         """Yield the final runs of each arm whose rate, and that of its small run, are chosen."""

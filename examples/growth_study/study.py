@@ -37,6 +37,7 @@ class Arm:
     size: str
     """The last model."""
     budgets: Sequence[float]
+    """The first is that of its sweep."""
     seeds: int
     """Number of seeds, which start at 1; Study.seeds_at is that of a budget."""
     topic: str

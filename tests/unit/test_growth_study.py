@@ -52,15 +52,17 @@ def test_every_run_of_the_study_has_a_valid_configuration(tmp_path, name):
     assert seen.keys() == {"sweep", "final", "small"}
 
 
-def test_costly_budgets_have_fewer_seeds():
-    plan = Plan(Study({**yaml.safe_load((STUDY / "study.yaml").read_text()), "max_seeds": {40: 3, 80: 3}}))
-    runs = [run for run in plan.final() if run.arm in ("tokenformer_262k", "tokenformer_65k")]
-    assert Counter((run.arm, run.budget) for run in runs) == {
-        **{("tokenformer_262k", budget): 5 for budget in (5, 10, 20)},
-        **{("tokenformer_262k", budget): 3 for budget in (40, 80)},
-        **{("tokenformer_65k", budget): 5 for budget in (5, 20)},
-    }
-    assert {run.seed for run in runs} == {1, 2, 3, 4, 5}
+def test_costly_budgets_have_fewer_seeds_and_the_first_is_that_of_the_sweep():
+    values = yaml.safe_load(MINIATURE)
+    values |= {"seeds": {"main": 5, "other": 3}, "max_seeds": {8: 2}}
+    values["arms"][0] |= {"budgets": [2, 1, 8], "main": True}
+    values["arms"][1] |= {"budgets": [2, 8]}
+    plan = Plan(Study(values))
+    small, large = "tokenformer_small", "tokenformer_large"
+    final = Counter((run.arm, run.budget) for run in plan.final() if run.arm != "zero_key")
+    assert final == {(small, 1): 5, (small, 2): 5, (small, 8): 2, (large, 2): 3, (large, 8): 2}
+    assert {run.seed for run in plan.final() if (run.arm, run.budget) == (small, 8)} == {1, 2}
+    assert {(run.arm, run.budget) for run in plan.sweep()} == {(small, 2), (large, 2), ("zero_key", 1)}
 
 
 def test_several_ranks_are_started_by_torchrun(tmp_path, monkeypatch):
