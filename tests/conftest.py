@@ -1,6 +1,7 @@
 """Fixtures shared by several folders."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -30,6 +31,11 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name a long value after its length: every worker of xdist must find the same names, and gzip holds the time."""
     return f"{argname}-of-{len(val)}" if isinstance(val, str | bytes) and len(val) > 100 else None
+
+
+def pytest_collection_finish():
+    """Exempt modules and collected tests from collections of garbage."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

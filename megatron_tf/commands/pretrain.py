@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_tf.commands.arguments import file_path, make_parser
-from megatron_tf.commands.runner import command, say_error
+from megatron_tf.commands.runner import command, import_late, say_error
 from megatron_tf.config import RunConfig, load_config
 from megatron_tf.config.describe import describe_keys
 from megatron_tf.training.supervision.signals import SignalCatcher, caught_signals, exit_code
@@ -57,9 +57,11 @@ def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # our own error says in one line what these warnings say in forty
     # after the configuration has been validated, since this takes seconds
+    import_late("megatron_tf.kernels.build_failure")
     from megatron_tf.kernels.build_failure import make_compiler_cache
 
     make_compiler_cache()  # the imports below raise a bare OSError without it
+    import_late("megatron_tf.training.run.trainer")
     from megatron_tf.parallel.mesh import init_mesh
     from megatron_tf.training.run.identity import check_same_run, data_identities
     from megatron_tf.training.run.resumable import in_order_of

@@ -8,6 +8,7 @@ and exits with 130. Anything else is a bug of ours and keeps its traceback. This
 import contextlib
 import errno
 import functools
+import gc
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -104,12 +105,13 @@ def run_script(name: str) -> int:
     else:
         _end_at_interrupt()
     try:
-        with needed_by(f"megatron-tf {name}"):
+        with needed_by(f"megatron-tf {name}"), _uncollected():
             module = importlib.import_module(f"megatron_tf.commands.{COMMANDS[name].module}")
     except UserError as error:
         say_error(str(error))
         return error.exit_code
     code: int = module.main()
+    gc.freeze()  # or the collection at exit looks at all that is left
     return code
 
 
@@ -121,9 +123,25 @@ def import_late(module: str) -> None:
     before = signal.getsignal(signal.SIGINT)
     _end_at_interrupt()
     try:
-        importlib.import_module(module)
+        with _uncollected():
+            importlib.import_module(module)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import modules without collecting garbage, and exempt what they hold from later collections.
+
+    Imports of torch leave no garbage to speak of, but they allocate so much that collections, which look at everything
+    again and again, take a third of their time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _end_at_interrupt() -> None:

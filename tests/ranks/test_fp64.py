@@ -15,7 +15,7 @@ from tests.support.layouts import layout_config, whole_model
 from tests.support.training import PLAIN, STRONG, random_batch, training_run
 
 TOKENIZER = {"type": "none"}
-STEPS = 5
+STEPS = 3
 TOLERANCE = 1e-12
 CASES = [
     *(

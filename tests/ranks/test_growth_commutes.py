@@ -18,7 +18,7 @@ from tests.support.records import NO_TOKENIZER
 from tests.support.toy import GROUPS
 from tests.support.training import PLAIN, STRONG, random_batch
 
-BEFORE = 3
+BEFORE = 2
 TOLERANCE = 1e-12
 NORMS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 LAYOUTS = [(1, 1, 1), (2, 2, 1)]

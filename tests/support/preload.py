@@ -1,6 +1,7 @@
 """Imports that the tests' processes share before they are forked."""
 
 import contextlib
+import gc
 import importlib
 import os
 
@@ -23,3 +24,5 @@ for name in NEEDED:
 for name in OPTIONAL:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+
+gc.freeze()  # no forked process needs to look at what was imported, and so copy it

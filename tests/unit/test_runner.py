@@ -1,6 +1,7 @@
 """The error policy of commands: one line for a user, a traceback for a bug, and what torchrun reads of both."""
 
 import errno
+import gc
 import io
 import json
 import signal
@@ -138,6 +139,19 @@ def test_a_missing_package_is_named_with_what_brings_it():
             raise ModuleNotFoundError("no", name="matplotlib.figure")
     with pytest.raises(ModuleNotFoundError), needed_by("a bug of ours"):
         import_late("megatron_tf.no_such_module")
+
+
+def test_imports_are_not_collected_and_what_they_hold_is_never_looked_at_again(tmp_path, monkeypatch):
+    (tmp_path / "slow_module.py").write_text("import gc\n\nwas_enabled, held = gc.isenabled(), [[]]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import_late("slow_module")
+    module = sys.modules.pop("slow_module")
+    assert not module.was_enabled
+    assert gc.isenabled()
+    assert all(one is not module.held for one in gc.get_objects())
+    with pytest.raises(ModuleNotFoundError):
+        import_late("no_such_module")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(
