@@ -92,3 +92,21 @@ def test_each_stage_has_a_warm_up_and_a_cosine_at_the_rate_of_the_official_recip
         assert rates[middle] == pytest.approx((6e-4 + 6e-5) / 2, rel=1e-3)
         assert rates[-1] == pytest.approx(6e-5, rel=1e-4)
         assert number == 0 or config.growth[number - 1].adam_state == "reset"
+
+
+def test_the_phases_of_the_recipe_keep_the_tokens_of_a_step_and_start_when_the_rate_decays():
+    config = load_config(EXAMPLES / "recipes" / "annealing_and_long_context.yaml")
+    phases = [config.at_stage(0, phase).training for phase in range(len(config.data.phases) + 1)]
+    assert [training.seq_length for training in phases] == [2048, 2048, 16384]
+    assert len({training.seq_length * training.global_batch_size for training in phases}) == 1
+    first = config.data.phases[0].at_step
+    total = config.training.train_iters
+    rates = [learning_rate(config.optimizer, step, train_iters=total) for step in (first - 1, first, first + 1)]
+    assert rates[0] == config.optimizer.lr >= rates[1] > rates[2]
+
+
+def test_the_recipe_for_chat_data_fits_the_model_that_it_loads():
+    chat = load_config(EXAMPLES / "recipes" / "finetune_chat.yaml")
+    grown = load_config(EXAMPLES / "configs" / "growth_354m_to_757m.yaml")
+    assert chat.checkpoint.load == grown.checkpoint.save
+    assert chat.model == grown.at_stage(len(grown.growth)).model
