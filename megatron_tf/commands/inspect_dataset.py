@@ -1,5 +1,7 @@
 """Show and check a dataset: sizes, ids, and single documents or training samples, decoded if a tokenizer is given.
 
+Of chat data it also shows which tokens are targets.
+
 Examples:
     megatron-tf inspect-dataset data/pile_text_document --documents 0 1
     megatron-tf inspect-dataset data/pile_text_document --config run.yaml --samples 0 --tokenizer-type NullTokenizer
@@ -17,8 +19,10 @@ from megatron_tf.data.bad_ids import first_bad_id
 from megatron_tf.data.blend import Samples
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.loss_mask import open_loss_mask
 from megatron_tf.data.order import SampleOrder
 from megatron_tf.data.published import report_of
+from megatron_tf.data.sample import Sample
 from megatron_tf.data.tokenizer import TYPES, Tokenizer, build_tokenizer
 
 BLOCK_TOKENS = 1 << 24
@@ -64,17 +68,19 @@ def inspect(options: Options) -> None:
     tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model) if options.tokenizer_type else None
     show_counts(dataset)
     check_id_range(dataset, tokenizer)
+    mask = open_loss_mask(dataset, by_sequence=False)
     for index in options.documents:
         if not 0 <= index < len(dataset):
             raise DataError(f"document {index}: there are {len(dataset):,}")
-        show(f"document {index}", dataset.document(index), tokenizer)
+        counts = None if mask is None else mask.document(index) != 0
+        show(f"document {index}", Sample(dataset.document(index), counts), tokenizer)
     if options.samples:
         with tempfile.TemporaryDirectory() as cache:
             samples, whole = samples_of(options, dataset, Path(cache))
             for index in options.samples:
                 if index < 0:
                     raise DataError(f"sample {index}: they are counted from 0")
-                show(f"sample {index} of {whole}", samples[index], tokenizer)
+                show(f"sample {index} of {whole}", samples.read(index), tokenizer)
 
 
 def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[Samples, str]:
@@ -138,9 +144,18 @@ def first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int, i
     raise AssertionError("no id is outside the vocabulary")
 
 
-def show(name: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> None:
-    """Print the first ids, and the text of all of them if there is a tokenizer."""
+def show(name: str, sample: Sample, tokenizer: Tokenizer | None) -> None:
+    """Print the first ids, and the text of all of them if there is a tokenizer; then the same of the targets."""
+    ids, counts = sample.ids, sample.counts
     first = " ".join(map(str, ids[:SHOWN_IDS].tolist()))
     print(f"\n{name}, {len(ids):,} tokens: {first}{' ...' if len(ids) > SHOWN_IDS else ''}")
     if tokenizer is not None:
         print(tokenizer.decode(ids.tolist()))
+    if counts is None:
+        return
+    edges = np.flatnonzero(np.diff(counts.astype(np.int8), prepend=0, append=0)).tolist()
+    spans = list(zip(edges[::2], edges[1::2], strict=True))
+    print(f"  targets: {int(counts.sum()):,} of {len(ids):,} tokens, at {', '.join(f'{a}-{b - 1}' for a, b in spans)}")
+    if tokenizer is not None:
+        for start, stop in spans:
+            print(f"  {tokenizer.decode(ids[start:stop].tolist())!r}")

@@ -77,14 +77,14 @@ class IndexedDataset:
         ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         return np.diff(ends[self.documents])
 
-    def document(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.generic]:
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> NDArray[np.integer]:
         """Return tokens [start, stop) of a document, which can't be written to; its sequences are contiguous.
 
         Raises DataError naming the file if it was truncated meanwhile or can't be read.
         """
         return self.ids(*self._extent(index, start, stop))
 
-    def ids(self, first: int, last: int) -> NDArray[np.generic]:
+    def ids(self, first: int, last: int) -> NDArray[np.integer]:
         """Return tokens [first, last) of the whole file, as `document` does."""
         size = self.dtype.itemsize
         return np.frombuffer(self._data_file.read(first * size, (last - first) * size), self.dtype)

@@ -1,12 +1,13 @@
 """Conversations in a chat template, with the loss on answers: against transformers, and by their text."""
 
+import ast
 import json
 import shutil
 
 import numpy as np
 import pytest
 
-from megatron_tf.commands import preprocess_data
+from megatron_tf.commands import inspect_dataset, preprocess_data
 from megatron_tf.config import ConfigError
 from megatron_tf.data import documents, preprocess
 from megatron_tf.data.chat_files import CHATML, read_chat_template
@@ -214,6 +215,23 @@ def test_a_resumed_command_writes_the_same_bytes(tmp_path, tokenizer_path, monke
     assert sum(calls) < 2 * len(TALKS * 20)  # what was committed was not read again
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == whole
     assert prepare(path, tokenizer_path)[0] == 0  # complete already
+
+
+def test_inspection_shows_the_targets(tmp_path, tokenizer_path, capsys):
+    _, prefix = prepare(write_talks(tmp_path / "talks.jsonl", [TALK]), tokenizer_path)
+    capsys.readouterr()
+    ids, mask, _ = read(prefix, tokenizer_path)[0]
+    asked = [prefix, "--documents", "0", "--tokenizer-type", "HFTokenizer", "--tokenizer-model", str(tokenizer_path)]
+    assert inspect_dataset.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith(f"  targets: {sum(mask)} of {len(ids)} "))
+    spans = [tuple(map(int, span.split("-"))) for span in lines[at].split(" at ")[1].split(", ")]
+    assert [i for start, stop in spans for i in range(start, stop + 1)] == np.flatnonzero(mask).tolist()
+    assert [ast.literal_eval(line.strip()) for line in lines[at + 1 :]] == [
+        "Eight, of course.<|im_end|>",
+        "Two — mostly.<|im_end|>",
+        "<|endoftext|>",
+    ]
 
 
 def test_a_mask_of_other_documents_or_none_is_refused(tmp_path, tokenizer_path):
