@@ -88,12 +88,17 @@ def test_the_loss_on_answers_falls(folder, packing, order, capsys):
     assert ("packing: chat_messages_document:train: 120 documents in" in said) == (packing == "best_fit")
 
 
-@pytest.mark.parametrize("axis", ["data", "tensor"])
+AXES = {
+    "data": [],
+    "tensor": ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"],
+    "pipeline": ["--parallel.pipeline_model_parallel_size=2"],
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
 def test_two_ranks_train_as_one_does(folder, axis):
-    tensor = {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true"}
-    options = [f"--{key}={value}" for key, value in tensor.items()] if axis == "tensor" else []
     curves = []
-    for ranks, more in ((1, []), (2, options)):
+    for ranks, more in ((1, []), (2, AXES[axis])):
         path = fine_tuning(folder, f"{axis}-{ranks}", packing="best_fit", reset_attention_mask=True)
         done = run("megatron_tf.pretrain", path, "--training.train_iters=10", *more, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -125,3 +130,16 @@ def test_the_ids_of_masked_targets_change_nothing(folder):
             curves[last, mask] = losses(folder, name)
     assert curves[7, True] == curves[9, True]
     assert curves[7, False] != curves[9, False]
+
+
+def test_a_resume_with_other_targets_ends_with_one_line(folder, capsys):
+    prefix = write_rows(folder / "relabeled", 7)
+    path = fine_tuning(folder, "labels", data_path=[prefix], loss_mask=True, packing="best_fit")
+    options = [str(path), "--training.train_iters=2"]
+    assert pretrain.main(options) == 0
+    write_data_set(folder / "relabeled" / "rows_loss_mask", [[0, *[1] * 30, 0]] * 64, np.uint8)
+    capsys.readouterr()
+    assert pretrain.main(options) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "the files of rows changed, the same tokens, but other targets in the loss" in error
+    assert "checkpoint.allow_changes: [data.content]" in error

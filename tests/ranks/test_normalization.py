@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megatron_tf.data.batch import DocumentMasking, make_batch
 from megatron_tf.training.step.state import build_state
-from megatron_tf.training.step.step import evaluation_loss, forward_backward, mean_over_replicas
+from megatron_tf.training.step.step import evaluation_loss, forward_backward, mean_over_replicas, train_step
 from tests.support.layouts import layout_config, whole_model
 from tests.support.training import EOD, VOCAB, whole_gradients
 
@@ -15,10 +15,10 @@ IGNORED = [0, 15, 3, 16, 1, 8, 2, 16]
 MASKED = {"eod_mask_loss": True, "reset_attention_mask": True}
 
 
-def uneven_batch(config, mesh):
-    """This replica's part of a global batch whose samples have as many targets to ignore as IGNORED says."""
-    ids = torch.randint(EOD, (len(IGNORED), 17), generator=torch.Generator().manual_seed(1))
-    for sample, ignored in zip(ids, IGNORED, strict=True):
+def uneven_batch(config, mesh, numbers_ignored=IGNORED):
+    """This replica's part of a global batch whose samples have that many targets to ignore."""
+    ids = torch.randint(EOD, (len(numbers_ignored), 17), generator=torch.Generator().manual_seed(1))
+    for sample, ignored in zip(ids, numbers_ignored, strict=True):
         sample[:ignored] = EOD
         sample[16] = VOCAB - 1
     numbers = torch.arange(len(IGNORED))
@@ -67,3 +67,19 @@ def test_uneven_targets_give_the_mean_over_all_of_them(rank_pool, layout, size, 
     for name, gradient in gradients.items():
         assert gradient.dtype == "float64"
         assert abs(gradient - expected[name]).max() < 1e-12 * abs(expected[name]).max(), name
+
+
+def step_without_targets(mesh, config):
+    """(loss trained on, gradient norm, loss evaluated) of a global batch in which no target counts."""
+    state, batch = build_state(config, mesh), uneven_batch(config, mesh, [16] * len(IGNORED))
+    evaluated = evaluation_loss(state, batch)
+    result = train_step(state, batch, config.optimizer.lr)
+    return result.loss, result.grad_norm, evaluated
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule"), [((1, 1, 1), "1f1b"), ((2, 1, 2), "1f1b"), ((1, 2, 2), "gpipe")], ids=str
+)
+def test_a_batch_without_targets_has_no_loss_and_no_gradients(rank_pool, layout, schedule):
+    config = layout_config(layout, untied=True, schedule=schedule, training={"micro_batch_size": 1}, data=MASKED)
+    assert rank_pool.run(step_without_targets, *layout, config) == [(0.0, 0.0, 0.0)] * layout[0] * layout[1] * layout[2]
