@@ -3,11 +3,12 @@
 import ast
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_tf.commands import inspect_dataset, preprocess_data
+from megatron_tf.commands import inspect_dataset, merge_datasets, preprocess_data
 from megatron_tf.config import ConfigError
 from megatron_tf.data import documents, preprocess
 from megatron_tf.data.chat_files import CHATML, read_chat_template
@@ -232,6 +233,22 @@ def test_inspection_shows_the_targets(tmp_path, tokenizer_path, capsys):
         "Two — mostly.<|im_end|>",
         "<|endoftext|>",
     ]
+
+
+def test_merging_keeps_the_targets_of_each_conversation(tmp_path, tokenizer_path, capsys):
+    parts = {"a": TALKS[:1], "b": TALKS[1:]}
+    paths = [write_talks(tmp_path / name / "talks.jsonl", talks) for name, talks in parts.items()]
+    prefixes = [prepare(path, tokenizer_path)[1] for path in paths]
+    assert merge_datasets.main(["--input", *prefixes, "--output-prefix", str(tmp_path / "merged")]) == 0
+    merged = read(str(tmp_path / "merged"), tokenizer_path)
+    assert merged == [row for prefix in prefixes for row in read(prefix, tokenizer_path)]
+    assert len(merged) == len(TALKS)
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefixes[1]}_loss_mask{suffix}").unlink()
+    Path(f"{prefixes[1]}.json").unlink(missing_ok=True)
+    assert merge_datasets.main(["--input", *prefixes, "--output-prefix", str(tmp_path / "mixed")]) == 1
+    assert f"{prefixes[0]} has a loss mask, {prefixes[1]} has none" in capsys.readouterr().err
+    assert not list(tmp_path.glob("mixed*"))
 
 
 def test_a_mask_of_other_documents_or_none_is_refused(tmp_path, tokenizer_path):
