@@ -1,7 +1,6 @@
 """The fast engine for byte-level BPE gives the ids of the tokenizers library, whatever the text."""
 
 import random
-import sys
 import tracemalloc
 
 import pytest
@@ -19,6 +18,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from megatron_tf.data import bpe_engine
 from megatron_tf.data.encoded import Encoded
 from megatron_tf.data.tokenizer import HFTokenizer, build_tokenizer
+from tests.support.characters import every_character
 from tests.support.paths import DATA, EXAMPLES
 
 
@@ -59,9 +59,7 @@ def test_real_text(neox):
 @pytest.mark.parametrize("template", ["a{}b", "a\u0345{}\u0334", "'s{}'s"])
 def test_every_character_there_is(neox, template):
     """Library versions differ in their Unicode tables; this covers classes and the order of combining marks."""
-    characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000 and not 0x40000 <= i < 0xE0000]
-    characters = characters[: 0x40000 - 0x800] + characters[0x40000 - 0x800 :: 61]  # the private planes are alike
-    assert_same_ids(neox, [template.format(character) for character in characters])
+    assert_same_ids(neox, [template.format(character) for character in every_character()])
 
 
 def test_without_the_check_of_characters_ids_differ(neox, monkeypatch):
