@@ -2,84 +2,107 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from megatron_tf.config import RunConfig
 from megatron_tf.layers.casting import keeping_casts
 from megatron_tf.planning.counts import part_key
 from megatron_tf.planning.layout import PlannedLayout
+from megatron_tf.planning.neighbor import Neighbor, Run, Work
 from megatron_tf.planning.network import Network
 from megatron_tf.planning.parts import PartName, keep_casts, runnable_part
 from megatron_tf.planning.rates import Machine, PartSeconds, PassSeconds
 from megatron_tf.training.dry_run.collectives import Traffic
 
 CPU = torch.device("cpu")
-_NUMBERS = 1 << 22  # of the optimizer's measurement: 16 MB in fp32, more than a cache
+_NUMBERS = 1 << 22  # of the optimizer's measurement: 16 MB in fp32, more than a core's own caches
 _REPEATS = 3
 
 
 class MeasuredMachine(Machine):
-    """A rank that is a process on this machine's CPU, as fast as it is measured, each kind of part once."""
+    """A rank that is a process on this machine's CPU, as fast as it is measured, each kind of part once.
+
+    Of two ranks, each is measured while another process computes the same.
+    """
 
     overlaps = False  # gloo takes the same cores
 
     def __init__(self, network: Network | None) -> None:
         self.network = network
-        """None if no two ranks exchange anything."""
+        """None if there is one rank."""
         self._parts: dict[Any, PartSeconds] = {}
-        self._per_number: float | None = None
+
+    @cached_property
+    def _neighbor(self) -> Neighbor | None:
+        return None if self.network is None else Neighbor()
 
     def part(self, planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
         key = part_key(planned.config, name, layer)
         if key not in self._parts:
-            self._parts[key] = _time_part(planned, name, layer)
+            passes = self._time(partial(_part, planned.config, name, layer))
+            self._parts[key] = PartSeconds(*map(PassSeconds, passes))
         return self._parts[key]
 
     def update(self, planned: PlannedLayout, numbers: int) -> float:
-        if self._per_number is None:
-            self._per_number = _time_update() / _NUMBERS
-        return numbers * self._per_number
+        return numbers * self._seconds_per_number
+
+    @cached_property
+    def _seconds_per_number(self) -> float:
+        (seconds,) = self._time(_update)
+        return seconds / _NUMBERS
 
     def collective(self, traffic: Traffic, *, size: int, stride: int) -> float:
         assert self.network is not None, "there is one rank"
         return self.network.time(traffic)
 
+    def _time(self, work: Work) -> list[float]:
+        """Return the median seconds of each pass of a computation."""
+        with self._neighbor.computing(work) if self._neighbor else nullcontext(), work() as run:
+            times = [run() for _ in range(_REPEATS + 1)][1:]  # the first run allocates
+        return [statistics.median(passes) for passes in zip(*times, strict=True)]
 
-def _time_part(planned: PlannedLayout, name: PartName, layer: int) -> PartSeconds:
-    with runnable_part(planned.config, name, layer, device=CPU) as part, keeping_casts(part.state.model):
+
+@contextmanager
+def _part(config: RunConfig, name: PartName, layer: int) -> Iterator[Run]:
+    """Build a part of the model; its passes are forward and backward."""
+    with runnable_part(config, name, layer, device=CPU) as part, keeping_casts(part.state.model):
         keep_casts(part.state)
-        forward, backward = [], []
-        for _ in range(_REPEATS + 1):
+
+        def run() -> tuple[float, float]:
+            _leave_caches()
             start = time.perf_counter()
             out = part.forward()
-            middle = time.perf_counter()
+            forward = time.perf_counter() - start
+            _leave_caches()
+            start = time.perf_counter()
             out.backward(torch.ones_like(out))
-            forward.append(middle - start)
-            backward.append(time.perf_counter() - middle)
-    # the first run allocates
-    return PartSeconds(*(PassSeconds(statistics.median(times[1:])) for times in (forward, backward)))
+            return forward, time.perf_counter() - start
+
+        yield run
 
 
-def _time_update() -> float:
-    """Time what an optimizer step does to each number: the norm of the gradients, clipping, AdamW."""
+def _leave_caches() -> None:
+    """Read and write other memory, as the rest of a step does between two passes of a part."""
+    torch.ones(_NUMBERS).mul_(2)
+
+
+@contextmanager
+def _update() -> Iterator[Run]:
+    """Prepare what an optimizer step does to each of _NUMBERS numbers: the gradients' norm, clipping, AdamW."""
     parameter = torch.zeros(_NUMBERS, requires_grad=True)
     gradient = parameter.grad = torch.ones(_NUMBERS)
     adam = torch.optim.AdamW([parameter], fused=True)
 
-    def step() -> None:
+    def run() -> tuple[float]:
+        start = time.perf_counter()
         norm = float(torch.linalg.vector_norm(gradient))
         torch._foreach_mul_([gradient], 1 / norm)
         adam.step()
+        return (time.perf_counter() - start,)
 
-    return _median_time(step)
-
-
-def _median_time(action: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    yield run

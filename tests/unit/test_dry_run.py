@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
@@ -105,6 +106,14 @@ def test_a_step_leaves_what_the_rank_holds(layout, shard_size):
         assert meter.peak > held
         # the counts of updates of AdamW, and single numbers of the step that are still in use
         assert 0 <= meter.bytes - held <= 1024
+
+
+def test_a_world_leaves_no_trace_in_the_report_of_a_bug():
+    """torch names the rank in front of each line, once for every world that the process has been in."""
+    hook = sys.excepthook
+    with fake_rank(1, tensor=2, pipeline=1, data=1):
+        assert sys.excepthook is not hook
+    assert sys.excepthook is hook
 
 
 def test_attention_saves_no_scores_of_pairs_of_tokens():

@@ -3,6 +3,7 @@
 The code of a run is used as it is, on the meta device, which it treats like a GPU.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -38,6 +39,7 @@ def fake_rank(
     if size == 1:
         yield Mesh(device)
         return
+    hook = sys.excepthook  # torch wraps it in another one for each world, which names the rank
     # the host communicates, too
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=size)
     # torch sets none if there are several backends, and then warns when the world ends
@@ -49,6 +51,7 @@ def fake_rank(
             )
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
         _clear_sharding_prop_cache()  # it would return meshes of this world to the next one
 
 
