@@ -35,19 +35,27 @@ class Neighbor:
     def computing(self, work: Work) -> Iterator[None]:
         """Let the other process compute `work`, again and again, until the end of the context.
 
-        Raises UserError if it does not start to, or has ended.
+        Raises UserError if it does not start to, or ends.
         """
-        try:
+        with _end_explained():
             self._pipe.send(work)
             if not self._pipe.poll(_TIMEOUT_SECONDS):
                 raise UserError("a process that computes at the same time did not start within 3 minutes")
             self._pipe.recv()
-        except (EOFError, BrokenPipeError):
-            raise UserError(
-                "a process that computes at the same time has ended: is there memory for two of them?"
-            ) from None
+        try:
+            yield
+        finally:
+            with _end_explained():
+                self._pipe.send(None)
+
+
+@contextlib.contextmanager
+def _end_explained() -> Iterator[None]:
+    """Raise UserError if the other process has ended."""
+    try:
         yield
-        self._pipe.send(None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise UserError("a process that computes at the same time has ended: is there memory for two?") from None
 
 
 def _serve(pipe: Connection, threads: int) -> None:
