@@ -92,6 +92,7 @@ AXES = {
     "data": [],
     "tensor": ["--parallel.tensor_model_parallel_size=2", "--parallel.sequence_parallel=true"],
     "pipeline": ["--parallel.pipeline_model_parallel_size=2"],
+    "context": ["--parallel.context_parallel_size=2"],
 }
 
 
