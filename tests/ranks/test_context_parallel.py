@@ -65,6 +65,23 @@ def test_it_trains_what_one_process_does(rank_pool, context, method, layout, sec
         assert error < 1e-9, (name, error)
 
 
+@pytest.mark.parametrize(("context", "method"), [(4, "ring"), (2, "all_to_all")], ids=str)
+def test_in_16_bits_it_is_as_near_to_fp64_as_one_process(rank_pool, context, method):
+    """The first gradients of a run in bf16, on ranks and in one process, against those in fp64."""
+    wide, narrow = ({**DOCUMENTS, "training": FP64 | {"precision": precision}} for precision in ("fp64", "bf16"))
+    ((_, exact, _),) = rank_pool.run(results, 1, 1, 1, layout_config((1, 1, 1), **wide))
+    ((losses, alone, _),) = rank_pool.run(results, 1, 1, 1, layout_config((1, 1, 1), **narrow))
+    config = context_config((1, 1, 1), context, method, **narrow)
+    found = rank_pool.run(results, 1, 1, 1, config, context=context)
+    for curve, _, _ in found:
+        np.testing.assert_allclose(np.array(curve)[:, 0], np.array(losses)[:, 0], rtol=2e-3)
+    for name, gradient in whole_model((1, 1, 1), False, [each for _, each, _ in found]).items():
+        size = np.linalg.norm(exact[name])
+        error, error_alone = (np.linalg.norm(each - exact[name]) / size for each in (gradient, alone[name]))
+        assert error < 1.5 * error_alone + 1e-3, (name, error, error_alone)
+        assert error < 0.1, (name, error)
+
+
 def grown_losses(mesh, config):
     """The losses of a run that is saved, grows, and is restored from that checkpoint: [stage, step]."""
     _, before, _, after = train_and_grow(config, mesh, 4)
