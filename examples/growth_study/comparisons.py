@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from intervals import Interval, Point, flops_at, interval, loss_at
 from plan import SWEEP_SEED
@@ -74,6 +74,12 @@ class Evidence:
         """Compare grown arms, and those that name a baseline, with their baselines at each budget."""
         compared = [arm for arm in arms if arm.grow_from or arm.baseline]
         return [self._compare(arm, budget) for arm in compared for budget in self.budgets(arm.name)]
+
+    def against_better_baselines(self, arms: Iterable[Arm]) -> list[Comparison]:
+        """Compare grown arms with the models of `better_baselines` in place of their own baselines."""
+        better = self.study.better_baselines
+        grown = [arm for arm in arms if arm.grow_from and arm.compared_with in better]
+        return self.comparisons(replace(arm, baseline=better[arm.compared_with]) for arm in grown)
 
     def _compare(self, arm: Arm, budget: float) -> Comparison:
         results = self.at(arm.name, budget)

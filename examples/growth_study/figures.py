@@ -23,7 +23,7 @@ def draw_all(study: Study, evidence: Evidence, directory: Path) -> list[Path]:
     found = evidence.comparisons(arm for arm in study.arms.values() if arm.grow_from)
     figures: dict[str, Callable[[], Figure]] = {
         "loss": lambda: loss_figure(study, evidence),
-        "difference": lambda: forest_figure(found),
+        "difference": lambda: forest_figure(found, better=evidence.against_better_baselines(study.arms.values())),
         "recovery": lambda: recovery_figure(study, evidence),
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -35,10 +35,10 @@ def draw_all(study: Study, evidence: Evidence, directory: Path) -> list[Path]:
 
 
 def loss_figure(study: Study, evidence: Evidence) -> Figure:
-    """Draw loss against total FLOPs, and next to it against those of the last stage, for the main arms."""
+    """Draw loss against total FLOPs, and next to it against those of the last stage, for the arms `at_a_glance`."""
     figure = Figure(figsize=(11, 5), layout="constrained", facecolor="white")
     whole, last = figure.subplots(1, 2, sharey=True)
-    arms = [arm for arm in study.arms.values() if arm.main and evidence.budgets(arm.name)]
+    arms = [study.arms[name] for name in study.at_a_glance if evidence.budgets(name)]
     for number, (arm, style) in enumerate(zip(arms, cycle(STYLES), strict=False)):
         color = f"C{number}" if arm.grow_from else "0.35"
         for axes, key in ((whole, "flops"), (last, "stage_flops")):
@@ -74,23 +74,36 @@ def _curve(axes: Axes, evidence: Evidence, arm: str, *, key: str, style: tuple[s
     )
 
 
-def forest_figure(found: Sequence[Comparison]) -> Figure:
-    """Draw the difference to the baseline at equal total FLOPs with its interval, for each arm and budget."""
+def forest_figure(found: Sequence[Comparison], *, better: Sequence[Comparison]) -> Figure:
+    """Draw the difference to the baseline at equal total FLOPs with its interval, for each arm and budget; below it, in
+    gray, that to the better baseline."""
     shown = [one for one in found if one.difference is not None]
-    figure = Figure(figsize=(8, 1.5 + 0.28 * len(shown)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 1.8 + 0.34 * len(shown)), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for place, one in enumerate(shown):
-        value = one.difference
-        assert value is not None
-        error = [[value.mean - value.low], [value.high - value.mean]]
-        face = "white" if value.has_too_few else "black"
-        axes.errorbar(value.mean, place, xerr=error, marker="o", color="black", markerfacecolor=face, capsize=3)
+    places = {(one.arm.name, one.budget): place for place, one in enumerate(shown)}
+    for one in shown:
+        _difference(axes, one, place=places[one.arm.name, one.budget], marker="o", color="black")
+    for one in better:
+        if (one.arm.name, one.budget) in places and one.difference is not None:
+            _difference(axes, one, place=places[one.arm.name, one.budget] + 0.35, marker="D", color="0.5")
     axes.set_yticks(range(len(shown)), [f"{one.arm.name}, {one.budget:g}" for one in shown])
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linestyle="--")
-    axes.set_xlabel("loss minus that from scratch at equal total FLOPs; left of 0 growing wins; hollow: too few seeds")
+    axes.set_xlabel(
+        "loss minus that from scratch at equal total FLOPs; left of 0 growing wins\n"
+        "black: same initial values from scratch; gray: better ones; hollow: few seeds"
+    )
     axes.grid(alpha=0.25, axis="x")
     return figure
+
+
+def _difference(axes: Axes, one: Comparison, *, place: float, marker: str, color: str) -> None:
+    value = one.difference
+    assert value is not None
+    error = [[value.mean - value.low], [value.high - value.mean]]
+    face = "white" if value.has_too_few else color
+    style = {"marker": marker, "markersize": 5, "color": color, "markerfacecolor": face, "capsize": 3}
+    axes.errorbar(value.mean, place, xerr=error, **style)
 
 
 def recovery_figure(study: Study, evidence: Evidence) -> Figure:

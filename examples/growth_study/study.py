@@ -87,6 +87,8 @@ class Study:
             self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
             self.machine = Machine(**values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
+            main = [arm.name for arm in self.arms.values() if arm.main]
+            self.at_a_glance: Sequence[str] = values.get("at_a_glance", main)
         except KeyError as error:
             raise UserError(f"study: the key {error} is missing") from None
         except TypeError as error:
@@ -94,11 +96,11 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        names |= {*self.chosen_rates, *self.better_baselines, *self.better_baselines.values()}
+        names |= {*self.chosen_rates, *self.better_baselines, *self.better_baselines.values(), *self.at_a_glance}
         if unknown := sorted(names - {*self.arms}):
             raise UserError(
-                f"study: grow_from, rate_of, baseline, better_baselines or chosen_rates need arms that do not exist: "
-                f"{unknown}"
+                f"study: grow_from, rate_of, baseline, better_baselines, at_a_glance or chosen_rates need arms that do "
+                f"not exist: {unknown}"
             )
 
     @classmethod

@@ -1,7 +1,6 @@
 """The tables of the page, in Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean, median
 
 from comparisons import Comparison, Evidence
@@ -30,11 +29,7 @@ def all_tables(study: Study, results: Results) -> dict[str, str]:
     """Return every table of the page by its name."""
     evidence = Evidence(study, results)
     found = evidence.comparisons(arm for arm in study.arms.values() if arm.grow_from)
-    better = evidence.comparisons(
-        replace(arm, baseline=study.better_baselines[arm.compared_with])
-        for arm in study.arms.values()
-        if arm.grow_from and arm.compared_with in study.better_baselines
-    )
+    better = evidence.against_better_baselines(study.arms.values())
     families = evidence.comparisons(arm for arm in study.arms.values() if arm.baseline and not arm.grow_from)
     tables = {topic: comparison_table([one for one in found if one.arm.topic == topic]) for topic in TOPICS}
     return {
