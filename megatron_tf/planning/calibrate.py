@@ -74,11 +74,11 @@ def _part(config: RunConfig, name: PartName, layer: int) -> Iterator[Run]:
         keep_casts(part.state)
 
         def run() -> tuple[float, float]:
-            _leave_caches()
+            _evict_caches()
             start = time.perf_counter()
             out = part.forward()
             forward = time.perf_counter() - start
-            _leave_caches()
+            _evict_caches()
             start = time.perf_counter()
             out.backward(torch.ones_like(out))
             return forward, time.perf_counter() - start
@@ -86,8 +86,8 @@ def _part(config: RunConfig, name: PartName, layer: int) -> Iterator[Run]:
         yield run
 
 
-def _leave_caches() -> None:
-    """Read and write other memory, as the rest of a step does between two passes of a part."""
+def _evict_caches() -> None:
+    """Use other memory, as the rest of a step does between two passes of a part."""
     torch.ones(_NUMBERS).mul_(2)
 
 
