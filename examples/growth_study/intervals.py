@@ -48,8 +48,8 @@ def loss_at(curve: Sequence[Point], flops: float) -> float | None:
     """Return the loss of a curve at some FLOPs, linear in their logarithms; None outside the curve.
 
     Models of different families, and runs that end at whole steps, do not cost exactly the same: a twentieth beyond an
-    end of the curve is still on the line of its last segment. A single point is
-    the loss of all FLOPs within a hundredth of its own.
+    end of the curve is still on the line of its last segment. A single point is the loss of all FLOPs within a
+    hundredth of its own.
     """
     points = sorted(curve)
     if len(points) == 1 and abs(flops / points[0][0] - 1) <= _SAME:

@@ -14,9 +14,12 @@ def every_character() -> list[str]:
 
 
 def each_kind_of_character() -> list[str]:
-    """Return every character, but only some of those that are alike: a sixth as many."""
+    """Return every character, but only some of those that are alike: a third as many."""
     return [c for c in every_character() if ord(c) % 61 == 0 or not _is_like_its_neighbors(c)]
 
 
 def _is_like_its_neighbors(character: str) -> bool:
-    return unicodedata.category(character) in ("Cn", "Co") or unicodedata.name(character, "").startswith(ALIKE)
+    if unicodedata.category(character) in ("Cn", "Co"):
+        # below, another version of Unicode may know it as a letter or a mark: beyond are ideographs only
+        return ord(character) >= 0x20000
+    return unicodedata.name(character, "").startswith(ALIKE)
