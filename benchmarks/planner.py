@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from megatron_tf.training.step.state import build_state
 from megatron_tf.training.step.step import train_step
 
 STEPS = 5
+TIME_ROUNDS = 3
+"""Calibrations that step times are compared with."""
 FINALISTS, ROUNDS = 4, 5
 """Of the comparison of layouts: how many are measured again, and how often."""
 MALLOC_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
@@ -186,61 +188,68 @@ def _batch(config: RunConfig, mesh: Mesh) -> Batch:
 
 
 class Planner:
-    """Predicts runs with one calibration."""
+    """Predicts step times with one calibration."""
 
     def __init__(self) -> None:
         self.counter = PartCounter(CPU)
         self.machines = {1: MeasuredMachine(None), 2: MeasuredMachine(measure_network())}
-
-    def bytes(self, planned: PlannedLayout) -> int:
-        """Predict the peak of the fullest rank."""
-        return peak_memory(planned, self.counter).bytes
 
     def seconds(self, planned: PlannedLayout) -> float:
         """Predict the time of a step."""
         return step_time(planned, self.machines[planned.world_size], self.counter).total
 
 
-def compare_memory(planner: Planner) -> None:
+def compare_memory() -> None:
     """Print predicted and measured peaks in MB."""
+    counter = PartCounter(CPU)
     for malloc, environment in {"returns large blocks": {MALLOC_THRESHOLD: "65536"}, "keeps some": {}}.items():
         os.environ.update(environment)
-        errors = _compare(MEMORY, planner.bytes, lambda measured: measured.peak_bytes, unit=1e6)
+        print("\n| run | ranks | predicted | measured | error |\n|---|---|---|---|---|")
+        errors = []
+        for case in MEMORY:
+            predicted = peak_memory(PlannedLayout(case.config, case.ranks), counter).bytes
+            measured = measure(case.config, case.ranks).peak_bytes
+            errors.append(predicted / measured - 1)
+            numbers = f"{predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {errors[-1]:+.1%}"
+            print(f"| {case.name} | {case.ranks} | {numbers} |", flush=True)
         os.environ.pop(MALLOC_THRESHOLD, None)
         print(f"\nlargest error of the peak if malloc {malloc}: {max(map(abs, errors)):.1%}")
 
 
-def compare_times(planner: Planner) -> None:
-    """Print predicted and measured step times in milliseconds."""
-    errors = _compare(TIME, planner.seconds, lambda measured: measured.seconds, unit=1e-3)
-    print(f"\nmedian error of the time: {statistics.median(map(abs, errors)):.1%}")
-
-
-def _compare(
-    cases: Sequence[Case],
-    predict: Callable[[PlannedLayout], float],
-    value: Callable[[Measured], float],
-    *,
-    unit: float,
-) -> list[float]:
-    """Print what is predicted and what is measured, and return the relative errors."""
+def compare_times() -> None:
+    """Print predicted and measured step times in milliseconds: medians over the rounds, and the error of each round."""
+    rounds = [_round_of_times() for _ in range(TIME_ROUNDS)]
+    print("\n| run | ranks | predicted | measured | error | in each round |\n|---|---|---|---|---|---|")
     errors = []
-    print("\n| run | ranks | predicted | measured | error |\n|---|---|---|---|---|")
-    for case in cases:
-        predicted = predict(PlannedLayout(case.config, case.ranks))
-        measured = value(measure(case.config, case.ranks))
+    for case, found in zip(TIME, zip(*rounds, strict=True), strict=True):
+        predicted, measured = (statistics.median(times) for times in zip(*found, strict=True))
         errors.append(predicted / measured - 1)
-        numbers = f"{predicted / unit:,.0f} | {measured / unit:,.0f} | {errors[-1]:+.1%}"
-        print(f"| {case.name} | {case.ranks} | {numbers} |", flush=True)
-    return errors
+        each = ", ".join(f"{one / other - 1:+.1%}" for one, other in found)
+        numbers = f"{predicted * 1e3:,.0f} | {measured * 1e3:,.0f} | {errors[-1]:+.1%} | {each}"
+        print(f"| {case.name} | {case.ranks} | {numbers} |")
+    medians = [statistics.median(abs(one / other - 1) for one, other in found) for found in rounds]
+    print(f"\nmedian error of the time: {statistics.median(map(abs, errors)):.1%}; of one calibration: ", end="")
+    print(*(f"{median:.1%}" for median in medians), sep=", ")
 
 
-def compare_choice(planner: Planner) -> None:
+def _round_of_times() -> list[tuple[float, float]]:
+    """Calibrate, and return the predicted and the measured seconds of each case."""
+    start = time.perf_counter()
+    planner = Planner()
+    print(f"gloo measured in {time.perf_counter() - start:.0f} s", flush=True)
+    found = []
+    for case in TIME:
+        predicted = planner.seconds(PlannedLayout(case.config, case.ranks))
+        found.append((predicted, measure(case.config, case.ranks).seconds))
+    return found
+
+
+def compare_choice() -> None:
     """Measure every layout of one and two ranks, and print where the predicted best one is among them.
 
     It and the fastest ones are then measured again in turns: one measurement of each would choose the luckiest.
     """
-    found = sorted(_choices(planner), key=lambda each: each[1])
+    found = sorted(_choices(Planner()), key=lambda each: each[1])
     print("\n| layout | predicted s | measured s |\n|---|---|---|")
     once = []
     for planned, predicted in found:
@@ -280,11 +289,8 @@ def main() -> int:
     parser.add_argument("--only", choices=[*PARTS], help="one of the comparisons (default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    planner = Planner()
-    print(f"gloo measured in {time.perf_counter() - start:.0f} s")
     for name in [options.only] if options.only else PARTS:
-        PARTS[name](planner)
+        PARTS[name]()
     return 0
 
 

@@ -40,6 +40,11 @@ class Case:
     length: int = 64
     """Tokens of each sample."""
 
+    @property
+    def ranks_on(self) -> dict[str, int]:
+        """Return the ranks on each axis."""
+        return {axis: self.ranks if axis == self.axis else 1 for axis in ("tp", "cp", "pp", "dp")}
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -73,7 +78,7 @@ def cases() -> Iterator[tuple[str, list[Case]]]:
 
 def make_config(case: Case) -> RunConfig:
     """Configure the case, in bf16."""
-    ranks = {axis: case.ranks if axis == case.axis else 1 for axis in ("tp", "cp", "pp", "dp")}
+    ranks = case.ranks_on
     tokens = {"qkv_tokens": WIDTH * case.tokens, "proj_tokens": WIDTH * case.tokens, "ffn_tokens": 256 * case.tokens}
     values = {
         "model": {
@@ -107,9 +112,8 @@ def make_config(case: Case) -> RunConfig:
 
 def count(case: Case) -> Counts:
     """Run a step of the first rank, and count what it does."""
-    config = make_config(case)
-    sizes = {axis: case.ranks if axis == case.axis else 1 for axis in ("tp", "cp", "pp", "dp")}
-    with fake_rank(0, tensor=sizes["tp"], context=sizes["cp"], pipeline=sizes["pp"], data=sizes["dp"]) as mesh:
+    config, ranks = make_config(case), case.ranks_on
+    with fake_rank(0, tensor=ranks["tp"], context=ranks["cp"], pipeline=ranks["pp"], data=ranks["dp"]) as mesh:
         state = build_state(config, mesh)
         held = sum(tensor.nbytes for tensor in held_tensors(state))
         # the flop counter knows no product that is added in place

@@ -2,11 +2,11 @@
 
     python benchmarks/data/preprocess.py TOKENIZER SHARD.jsonl.zst ... [--megatron CHECKOUT] [--workers N]
 
-Every contestant runs as a process of its own on the first 1, 2, 5, ... shards, all of them in turn in each round. The
-least wall time and the least CPU time of the rounds are fitted by a line. The engine alone encodes the same batches of
-texts from memory, and only that is timed. Megatron-LM's tools read the same text as .jsonl, and must write the same
-bytes; preprocess_data.py is slow and reads the first 500 and 1,000 lines. package_text.py makes text that does not
-repeat; repetitive text favors an engine that caches words.
+Every contestant runs as a process of its own on the first 1, 2, 5, ... shards, as one file, all of them in turn in each
+round. The least wall time and the least CPU time of the rounds are fitted by a line. The engine alone encodes the same
+batches of texts from memory, and only that is timed. Megatron-LM's tools read the same text as .jsonl; the fast one
+must write the same ids. preprocess_data.py is slow and reads the first 500 and 1,000 lines. package_text.py makes text
+that does not repeat; repetitive text favors an engine that caches words.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from typing import NamedTuple
 import numpy as np
 from backports import zstd
 
-from megatron_tf.data.bpe_engine import Engine
+from megatron_tf.data.bpe_engine import Engine, is_settled
 from megatron_tf.data.documents import read_batches
+from megatron_tf.data.indexed_dataset import IndexedDataset
 
 ROOT = Path(__file__).parents[2]
 FEW_LINES = (500, 1_000)  # for Megatron-LM's preprocess_data.py
@@ -74,7 +75,10 @@ def ours(setting: Setting, count: int) -> Run:
     prefix = setting.folder / "ours"
     for file in setting.folder.glob("ours*"):
         file.unlink()
-    command = [sys.executable, "tools/preprocess_data.py", "--input", *map(str, setting.shards[:count])]
+    source = setting.folder / "input.jsonl.zst"
+    with source.open("wb") as file:  # frames of zstd can be put end to end
+        file.writelines(shard.read_bytes() for shard in setting.shards[:count])
+    command = [sys.executable, "tools/preprocess_data.py", "--input", str(source)]
     command += ["--output-prefix", str(prefix), "--tokenizer-type", "HFTokenizer", "--append-eod"]
     command += ["--tokenizer-model", str(setting.tokenizer), "--workers", str(setting.workers)]
     wall, cpu = timed(command, ROOT, setting.environment(ROOT))
@@ -124,11 +128,17 @@ def megatron_run(setting: Setting, tool: str, lines: Iterator[bytes], options: l
 
 
 def megatron_fast(setting: Setting, count: int) -> Run:
-    """Run Megatron-LM's preprocess_data_fast.py. Raises ValueError if it does not write our bytes."""
+    """Run Megatron-LM's preprocess_data_fast.py.
+
+    Raises ValueError if it does not write our ids, texts aside that ours has another library encode.
+    """
     run = megatron_run(setting, "preprocess_data_fast", lines_of(setting.shards[:count]), ["--use-gigatoken"])
-    ids = [(setting.folder / f"{name}_text_document.bin").read_bytes() for name in ("ours", "preprocess_data_fast")]
-    if ids[0] != ids[1]:
-        raise ValueError("the tools wrote different ids")
+    names = ("ours", "preprocess_data_fast")
+    sets = [IndexedDataset(setting.folder / f"{name}_text_document") for name in names]
+    for number, line in enumerate(lines_of(setting.shards[:count])):
+        ids = [each.document(number) for each in sets]
+        if not np.array_equal(*ids) and is_settled(json.loads(line)["text"]):
+            raise ValueError(f"document {number}: the tools wrote different ids")
     return run
 
 

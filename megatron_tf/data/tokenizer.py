@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.bpe_engine import Engine, fast_engine, is_settled, vocab_size_of
-from megatron_tf.data.encoded import Encoded, end_to_end
+from megatron_tf.data.encoded import Encoded, end_to_end, joined
 from megatron_tf.data.hf_files import end_of_document, special_tokens_of, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_files import RanksTokenizer, read_description, tiktoken_encoder
@@ -78,7 +79,7 @@ class HFTokenizer:
         texts = list(texts)
         if self._engine is None:
             return self._encode_slowly(texts)
-        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
+        return _settled(texts, self._engine, self._encode_slowly)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Encode each text into its ids [n] and the (start, stop) characters of each of them [n, 2]."""
@@ -152,16 +153,26 @@ class TikTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode each text; names of special tokens within a text are encoded as these tokens."""
         texts = list(texts)
-        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
+        return _settled(texts, self._engine, self._encode_slowly)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode(ids)
 
 
-def _settled(texts: list[str], encoded: Encoded, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
-    """Encode the texts that engines may split differently again with `encode`."""
-    unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
-    return encoded.replaced(unsettled, encode([texts[i] for i in unsettled])) if unsettled else encoded
+def _settled(texts: list[str], engine: Engine, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
+    """Encode the texts that engines may split differently with `encode`, all others with the engine."""
+    # the engine leaves Python free while it encodes, so this is done at the same time
+    with ThreadPoolExecutor(1, thread_name_prefix="unsettled") as thread:
+        finding = thread.submit(_unsettled, texts, encode)
+        encoded = engine.encode(texts)
+        which, others = finding.result()
+    return encoded.replaced(which, others) if which else encoded
+
+
+def _unsettled(texts: list[str], encode: Callable[[Sequence[str]], Encoded]) -> tuple[list[int], Encoded]:
+    """Return the indices and the ids of the texts that engines may split differently."""
+    which = [i for i, text in enumerate(texts) if not is_settled(text)]
+    return which, encode([texts[i] for i in which]) if which else joined([])
 
 
 class NullTokenizer:

@@ -13,6 +13,7 @@ from megatron_tf.config.load import to_dict
 from megatron_tf.data.loader import BatchLoader
 from megatron_tf.training.run.spikes import SpikeDetector
 from tests.support.commands import run
+from tests.support.damage import FILE
 from tests.support.data import write_data_set
 from tests.support.training import small_run
 
@@ -103,27 +104,37 @@ def test_a_job_that_stops_and_resumes_reads_what_one_that_does_not_reads(folder,
     assert targets == whole
 
 
-def test_a_rewind_to_a_checkpoint_of_an_earlier_phase_repeats_no_token(folder, targets, monkeypatch, capsys):
-    both = [(0.5, "a"), (0.5, "b")]
-    assert pretrain.main([str(configure(folder, "rewound", FIRST, *both, save_interval=1))]) == 0
+def flip_a_byte(checkpoint):
+    path = checkpoint / FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, flip_a_byte], ids=["removed", "damaged"])
+def test_a_rewind_to_a_checkpoint_of_an_earlier_phase_repeats_no_token(folder, targets, monkeypatch, capsys, lose):
+    both, save = [(0.5, "a"), (0.5, "b")], f"rewound {lose.__name__}"
+    assert pretrain.main([str(configure(folder, save, FIRST, *both, save_interval=1))]) == 0
     losses = []
 
     def is_spike(detector, loss):
         losses.append(loss)
         detector.in_a_row = int(len(losses) == 2)
         if detector.in_a_row:  # the checkpoint from which this job was resumed
-            shutil.rmtree(folder / "rewound" / "step_00000002")
+            lose(folder / save / "step_00000002")
         return bool(detector.in_a_row)
 
     monkeypatch.setattr(SpikeDetector, "is_spike", is_spike)
     second = {**SECOND, "train_iters": 4, "rewind_after_spikes": 1}
     third = {**THIRD, "train_iters": 5, "global_batch_size": 4}
-    assert pretrain.main([str(configure(folder, "rewound", second, *both))]) == 0
-    assert "rewound to" in capsys.readouterr().out
-    assert pretrain.main([str(configure(folder, "rewound", third, *both))]) == 0
+    assert pretrain.main([str(configure(folder, save, second, *both))]) == 0
+    said = capsys.readouterr().out
+    assert "step_00000001; skipping data up to sample 12" in said
+    assert (f"{FILE} is damaged: its checksum does not match" in said) == (lose is flip_a_byte)
+    assert pretrain.main([str(configure(folder, save, third, *both))]) == 0
     assert len(targets) == 2 * 4 * 8 + 5 * 2 * 16 + 4 * 4
     assert len(set(targets)) == len(targets)
-    record = CheckpointReader(folder / "rewound").record
+    record = CheckpointReader(folder / save).record
     states = record.details.phase["sets"].values()
     # the checkpoint was at sample 4, in the first phase: another 4 samples of it and 4 of the second are rewound
     assert sum(state["rewound"] for state in states) == 4 * 8 + 4 * 16

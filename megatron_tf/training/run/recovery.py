@@ -98,6 +98,8 @@ class Recovery:
         spent = record.training
         self.context.saver.wait()  # the newest checkpoint may still be being written
         restored = self.reload(self.state)  # in place: a second state may not fit into memory
+        for damaged in restored.damaged:
+            self.context.say(f"step {spent.step:>6}  warning: {damaged}")
         if restored.origin is None:
             self.context.say(f"step {spent.step:>6}  there is no checkpoint to rewind to: training continues")
             return None
