@@ -165,7 +165,8 @@ def counts(results: Results) -> str:
     final = sum(result["kind"] == "final" for result in results.by_id.values())
     hours = sum(result["seconds"] for result in results.by_id.values()) / 3600
     revisions = len({result["revision"] for result in results.by_id.values()})
-    return f"{final} final runs of {len(results.by_id)}, {hours:.1f} core-hours, {revisions} git revisions."
+    others = len(results.by_id) - final
+    return f"{final} final runs, {others} of sweeps and small models; {hours:.1f} core-hours, {revisions} git revisions."
 
 
 def shown(value: Interval | None, style: str = "{:.4f}") -> str:
