@@ -114,7 +114,13 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
         shard_size=parallel.data_parallel_shard_size,
     )
     shard_size = parallel.data_parallel_shard_size or data
-    return Layout(tensor, pipeline, data, shard_size, parallel.context_parallel_size)
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        shard_size=shard_size,
+        context=parallel.context_parallel_size,
+    )
 
 
 def _rank_at(layout: Layout, stage: int, tensor: int = 0, data: int = 0) -> contextlib.AbstractContextManager[Mesh]:

@@ -81,7 +81,9 @@ def test_stages_of_growth_are_compared_with_the_final_model_from_scratch(tmp_pat
     assert values["course"]["device_hours"] == pytest.approx(10 * (first + second) / 3600)
     assert values["from_scratch_device_hours"] == pytest.approx(20 * second / 3600)
     assert command.main(arguments) == 0
-    assert "the final model from scratch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"growing takes {(first + second) / (2 * second):.1%} of that" in said
+    assert f"in the same hours it is trained for {10 * (first + second) / second:,.0f} steps" in said
 
 
 def test_the_picture_and_the_table(tmp_path, capsys):
