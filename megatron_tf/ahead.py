@@ -1,11 +1,13 @@
 """Computes items in a thread before they are needed."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -26,4 +28,24 @@ def computed_ahead(
             yield item
 
     with ThreadPoolExecutor(1, thread_name_prefix="ahead", initializer=initializer) as thread:
+        yield results()
+
+
+@contextmanager
+def mapped_ahead(function: Callable[[T], R], items: Iterable[T], *, threads: int) -> Iterator[Iterator[R]]:
+    """Provide an iterator over the results of `function`, in the order of the items; `threads` compute them at once.
+
+    Items are taken by the thread that iterates. The threads have ended when the context ends.
+    """
+
+    def results() -> Iterator[R]:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="mapped") as pool:
         yield results()

@@ -166,7 +166,8 @@ def counts(results: Results) -> str:
     hours = sum(result["seconds"] for result in results.by_id.values()) / 3600
     revisions = len({result["revision"] for result in results.by_id.values()})
     others = len(results.by_id) - final
-    return f"{final} final runs, {others} of sweeps and small models; {hours:.1f} core-hours, {revisions} git revisions."
+    runs = f"{final} final runs, {others} of sweeps and small models"
+    return f"{runs}; {hours:.1f} core-hours, {revisions} git revisions."
 
 
 def shown(value: Interval | None, style: str = "{:.4f}") -> str:

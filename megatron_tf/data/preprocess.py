@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 import megatron_tf
-from megatron_tf.ahead import computed_ahead
+from megatron_tf.ahead import computed_ahead, mapped_ahead
 from megatron_tf.data.chat_ids import encode_conversations
 from megatron_tf.data.chat_template import ChatTemplate
 from megatron_tf.data.document_sets import joined_sets, sets_path
@@ -107,10 +107,15 @@ def tokenize_source(
             return
         done = 0
         uncommitted = 0
-        # a thread reads, one encodes, and this one writes: the tokenizer, which is the slowest, waits for neither
+
+        def finish(batch: DocumentBatch) -> tuple[DocumentBatch, dict[str, Tokenized]]:
+            return batch, _tokenized(batch, settings, tokenizer)
+
+        # a thread reads, two encode, and this one writes: the tokenizer's engine, which is the slowest, waits for none
+        # of them, and not for texts that a slower library has to encode
         with (
             computed_ahead(source.batches(settings.fields, journal.end)) as batches,
-            computed_ahead((batch, _tokenized(batch, settings, tokenizer)) for batch in batches) as finished,
+            mapped_ahead(finish, batches, threads=2) as finished,
         ):
             for batch, tokenized in finished:
                 _add(part, batch, tokenized, settings=settings)

@@ -2,16 +2,16 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.bpe_engine import Engine, fast_engine, is_settled, vocab_size_of
-from megatron_tf.data.encoded import Encoded, end_to_end, joined
+from megatron_tf.data.encoded import Encoded, end_to_end
 from megatron_tf.data.hf_files import end_of_document, special_tokens_of, text_to_ids_only
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.tiktoken_files import RanksTokenizer, read_description, tiktoken_encoder
@@ -50,6 +50,7 @@ class HFTokenizer:
         self._eod_token = eod_token
         self._content = text_to_ids_only(path)
         self._engine = fast_engine(path, self._content, lambda: self._reference)
+        self._library = Lock()
         self.vocab_size = self._engine.vocab_size if self._engine else vocab_size_of(self._reference)
         self.identity = _identity("HFTokenizer", self.vocab_size, path)
 
@@ -79,7 +80,7 @@ class HFTokenizer:
         texts = list(texts)
         if self._engine is None:
             return self._encode_slowly(texts)
-        return _settled(texts, self._engine, self._encode_slowly)
+        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Encode each text into its ids [n] and the (start, stop) characters of each of them [n, 2]."""
@@ -87,7 +88,8 @@ class HFTokenizer:
         return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:
-        return end_to_end([e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)])
+        with self._library:  # it takes much memory, and all threads, for one batch
+            return end_to_end([e.ids for e in self._reference.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._reference.decode(list(ids), skip_special_tokens=False)
@@ -102,6 +104,7 @@ class SentencePieceTokenizer:
 
         self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self._threads = threads
+        self._library = Lock()
         self._path = path
         self._eod_token = eod_token
         self.vocab_size = self._processor.get_piece_size()
@@ -120,7 +123,8 @@ class SentencePieceTokenizer:
         return end
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        return end_to_end(self._processor.encode(list(texts), num_threads=self._threads))
+        with self._library:  # it takes much memory, and all threads, for one batch
+            return end_to_end(self._processor.encode(list(texts), num_threads=self._threads))
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode(list(ids))
@@ -153,26 +157,16 @@ class TikTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Encode each text; names of special tokens within a text are encoded as these tokens."""
         texts = list(texts)
-        return _settled(texts, self._engine, self._encode_slowly)
+        return _settled(texts, self._engine.encode(texts), self._encode_slowly)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._engine.decode(ids)
 
 
-def _settled(texts: list[str], engine: Engine, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
-    """Encode the texts that engines may split differently with `encode`, all others with the engine."""
-    # the engine leaves Python free while it encodes, so this is done at the same time
-    with ThreadPoolExecutor(1, thread_name_prefix="unsettled") as thread:
-        finding = thread.submit(_unsettled, texts, encode)
-        encoded = engine.encode(texts)
-        which, others = finding.result()
-    return encoded.replaced(which, others) if which else encoded
-
-
-def _unsettled(texts: list[str], encode: Callable[[Sequence[str]], Encoded]) -> tuple[list[int], Encoded]:
-    """Return the indices and the ids of the texts that engines may split differently."""
-    which = [i for i, text in enumerate(texts) if not is_settled(text)]
-    return which, encode([texts[i] for i in which]) if which else joined([])
+def _settled(texts: list[str], encoded: Encoded, encode: Callable[[Sequence[str]], Encoded]) -> Encoded:
+    """Encode the texts that engines may split differently again with `encode`."""
+    unsettled = [i for i, text in enumerate(texts) if not is_settled(text)]
+    return encoded.replaced(unsettled, encode([texts[i] for i in unsettled])) if unsettled else encoded
 
 
 class NullTokenizer:

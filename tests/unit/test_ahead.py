@@ -1,14 +1,15 @@
 """Items that a thread computes ahead."""
 
 import threading
+import time
 
 import pytest
 
-from megatron_tf.ahead import computed_ahead
+from megatron_tf.ahead import computed_ahead, mapped_ahead
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "mapped"))]
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -67,3 +68,34 @@ def test_the_initializer_runs_in_the_thread():
     with computed_ahead([1], initializer=lambda: found.append(threading.current_thread().name)) as items:
         assert list(items) == [1]
     assert found == ["ahead_0"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_results_come_in_the_order_of_their_items_whichever_is_ready_first(number, count):
+    def slower_if_even(item):
+        time.sleep(0.01 * (item % 2 == 0))
+        return -item
+
+    with mapped_ahead(slower_if_even, range(count), threads=number) as results:
+        assert list(results) == [-item for item in range(count)]
+    assert not threads()
+
+
+def test_as_many_are_computed_at_once_as_there_are_threads():
+    together = threading.Barrier(2, timeout=60)
+
+    def meet(item):
+        together.wait()  # raises BrokenBarrierError alone
+        return item
+
+    with mapped_ahead(meet, range(6), threads=2) as results:
+        assert list(results) == list(range(6))
+
+
+def test_results_before_an_error_are_delivered():
+    with mapped_ahead(lambda item: 6 // item, [3, 2, 0, 1], threads=2) as results:
+        assert [next(results), next(results)] == [2, 3]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert not threads()
