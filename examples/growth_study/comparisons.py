@@ -81,6 +81,11 @@ class Evidence:
         grown = [arm for arm in arms if arm.grow_from and arm.compared_with in better]
         return self.comparisons(replace(arm, baseline=better[arm.compared_with]) for arm in grown)
 
+    def choices(self) -> list[Comparison]:
+        """Compare the arms of `choices` with each other, at the budgets of both."""
+        arms = self.study.arms
+        return self.comparisons(replace(arms[name], baseline=other) for name, other in self.study.choices.items())
+
     def _compare(self, arm: Arm, budget: float) -> Comparison:
         results = self.at(arm.name, budget)
         differences, given_small, ratios, below_curve = [], [], [], 0

@@ -85,6 +85,7 @@ class Study:
             self.seeds: Mapping[str, int] = values["seeds"]
             self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
             self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
+            self.choices: Mapping[str, str] = values.get("choices", {})
             self.machine = Machine(**values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
             main = [arm.name for arm in self.arms.values() if arm.main]
@@ -96,11 +97,12 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        names |= {*self.chosen_rates, *self.better_baselines, *self.better_baselines.values(), *self.at_a_glance}
+        pairs = {**self.better_baselines, **self.choices}
+        names |= {*self.chosen_rates, *pairs, *pairs.values(), *self.at_a_glance}
         if unknown := sorted(names - {*self.arms}):
             raise UserError(
-                f"study: grow_from, rate_of, baseline, better_baselines, at_a_glance or chosen_rates need arms that do "
-                f"not exist: {unknown}"
+                f"study: grow_from, rate_of, baseline, better_baselines, choices, at_a_glance or chosen_rates need "
+                f"arms that do not exist: {unknown}"
             )
 
     @classmethod

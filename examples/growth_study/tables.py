@@ -36,6 +36,7 @@ def all_tables(study: Study, results: Results) -> dict[str, str]:
         **tables,
         "scratch": scratch_table(study, evidence),
         "better": family_table(better),
+        "choices": choice_table(evidence.choices()),
         "families": family_table(families),
         "rates": rate_table(study, results),
         "sets": set_table(study, evidence),
@@ -95,6 +96,16 @@ def family_table(found: Sequence[Comparison]) -> str:
         for one in found
     ]
     return markdown(["arm", "against", "budget", "seeds", "difference at equal FLOPs", "FLOPs to equal loss"], rows)
+
+
+def choice_table(found: Sequence[Comparison]) -> str:
+    """Compare grown arms with others that differ in one choice."""
+    rows = [
+        [one.arm.name, one.arm.compared_with, f"{one.budget:g}", str(one.difference.count), shown(one.difference)]
+        for one in found
+        if one.difference
+    ]
+    return markdown(["arm", "instead of", "budget", "seeds", "difference at equal FLOPs"], rows)
 
 
 def rate_table(study: Study, results: Results) -> str:

@@ -95,6 +95,20 @@ def test_no_ratio_is_given_if_one_seed_is_below_the_whole_curve(tmp_path):
     assert module("tables").ratio(found) == "below the baseline's lowest loss (1 of 3 seeds)"
 
 
+def test_a_choice_is_compared_with_another_seed_by_seed_at_equal_flops(tmp_path):
+    """Losses differ by 0.5 between seeds, and by 0.01 to 0.03 between the arms; another budget is of one arm only."""
+    values = yaml.safe_load(MINIATURE)
+    values["arms"].append(values["arms"][-1] | {"name": "random"})
+    study, results = Study(values | {"choices": {"random": "zero_key"}}), Results(tmp_path)
+    for seed, more in {1: 0.01, 2: 0.03, 3: 0.02}.items():
+        around = {"seed": seed, "growth": [1], "evaluations": []}
+        results.add(result("zero_key", flops=2e9, loss=4 + seed / 2, budget=1, **around))
+        results.add(result("random", flops=2.001e9, loss=4 + seed / 2 + more, budget=1, **around))
+        results.add(result("random", flops=4e9, loss=3.0, budget=2, **around))
+    table = module("tables").choice_table(Evidence(study, results).choices())
+    assert table.splitlines()[2:] == ["| random | zero_key | 1 | 3 | 0.0200 [-0.0048, 0.0448] |"]
+
+
 def test_the_loss_before_a_second_growth_is_that_of_the_same_run(tmp_path):
     evaluations = [[10, 0, 0, 5.0], [20, 0, 0, 4.0], [20, 0, 0, 4.5], [24, 0, 0, 3.9]]
     study = Study(yaml.safe_load(MINIATURE))
