@@ -90,11 +90,11 @@ def stages_lines(stages: Sequence[StageRanking], *, restart_hours: float) -> lis
     lines.append(f"total {best.hours:,.2f} device hours; {_changes(best, fixed)}")
     scratch = hours_from_scratch(stages)
     if scratch is not None and len(stages) > 1:
-        share, steps = best.hours / scratch, sum(len(stage.steps) for stage in stages)
+        share, count = best.hours / scratch, sum(len(stage.steps) for stage in stages)
         lines += [
             f"the final model from scratch, for as many steps: {scratch:,.2f} device hours; growing takes "
             f"{share:.1%} of that",
-            f"in the same hours it is trained for {share * steps:,.0f} steps: docs/growth_study.md compares the losses",
+            f"in the same hours it is trained for {share * count:,.0f} steps: docs/growth_study.md compares the losses",
         ]
     return lines
 
