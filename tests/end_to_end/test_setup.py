@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -57,8 +58,10 @@ def write_project(folder, name):
 
 
 def bundled_pip():
-    """(wheel, version) of the pip that comes with Python."""
-    (wheel,) = (Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")
+    """(wheel, version) of the pip that comes with Python; Debian's has a directory of its own for it."""
+    of_debian = sysconfig.get_config_var("WHEEL_PKG_DIR")
+    folder = Path(of_debian) if of_debian else Path(ensurepip.__file__).parent / "_bundled"
+    (wheel,) = folder.glob("pip-*.whl")
     return wheel, wheel.name.split("-")[1]
 
 
