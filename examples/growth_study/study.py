@@ -97,8 +97,9 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        pairs = {**self.better_baselines, **self.choices}
-        names |= {*self.chosen_rates, *pairs, *pairs.values(), *self.at_a_glance}
+        names |= {*self.chosen_rates, *self.at_a_glance}
+        for pairs in (self.better_baselines, self.choices):
+            names |= {*pairs, *pairs.values()}
         if unknown := sorted(names - {*self.arms}):
             raise UserError(
                 f"study: grow_from, rate_of, baseline, better_baselines, choices, at_a_glance or chosen_rates need "
