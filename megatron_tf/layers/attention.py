@@ -32,7 +32,7 @@ from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.norm import RMSNorm
 from megatron_tf.layers.pattention import Pattention, pattend
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
-from megatron_tf.parallel.collectives import all_gather, reduce_scatter, sum_backward
+from megatron_tf.parallel.collectives import reduce_scatter
 
 
 class Attention(nn.Module):
@@ -103,8 +103,6 @@ class PattentionAttention(Attention):
     def project_in(self, x: Tensor) -> Tensor:
         """Project x as in `Attention`; the parameter tokens of every rank contribute to every head."""
         projections = [self.query, self.key, self.value]
-        if not self.sequence_parallel:
-            x = sum_backward(x, self.group)
         gather_dim = 0 if self.sequence_parallel else None
         if any(map(_has_hooks, projections)):  # hooks run only when a module is called, so call each one
             qkv = torch.stack([projection(x, self.group, gather_dim) for projection in projections])
@@ -115,9 +113,7 @@ class PattentionAttention(Attention):
 
     def project_out(self, x: Tensor) -> Tensor:
         # every rank needs all heads of a token, since ranks share the parameter tokens, not the width
-        if self.sequence_parallel:
-            return self.proj(x, self.group, gather_dim=-1)
-        return self.proj(all_gather(x, -1, self.group), self.group)
+        return self.proj(x, self.group, gather_dim=-1, saves_whole=not self.sequence_parallel)
 
 
 class LinearAttention(Attention):

@@ -96,9 +96,16 @@ class Pattention(CastingModule):
         if kernels.stores_columns:
             self.value_tokens.data = self.value_tokens.t().contiguous().t()
 
-    def forward(self, x: Tensor, group: ProcessGroup | None = None, gather_dim: int | None = None) -> Tensor:
-        """Compute y [..., E] of x [..., D]: this rank's partial sum. `gather_dim` is as in `pattend`."""
-        return pattend(x, [self], group, gather_dim=gather_dim)[0]
+    def forward(
+        self,
+        x: Tensor,
+        group: ProcessGroup | None = None,
+        gather_dim: int | None = None,
+        *,
+        saves_whole: bool = False,
+    ) -> Tensor:
+        """Compute y [..., E] of x [..., D]: this rank's partial sum. The other arguments are those of `pattend`."""
+        return pattend(x, [self], group, gather_dim=gather_dim, saves_whole=saves_whole)[0]
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -115,13 +122,20 @@ class Pattention(CastingModule):
 
 
 def pattend(
-    x: Tensor, projections: Sequence[Pattention], group: ProcessGroup | None, *, gather_dim: int | None = None
+    x: Tensor,
+    projections: Sequence[Pattention],
+    group: ProcessGroup | None,
+    *,
+    gather_dim: int | None = None,
+    saves_whole: bool = False,
 ) -> Tensor:
     """Run G projections of the same x [..., D] together -> [G, ..., E], partial sums over the ranks of `group`.
 
-    Their statistics take one all-reduce of G scalars per token in forward and one in backward, independent of N. With a
-    `gather_dim`, the first (0) or the last (-1), x is this rank's part along it: only the part is saved for backward,
-    which gathers x again.
+    x is the same on every rank. With a `gather_dim`, the first (0) or the last (-1), it is this rank's part along it,
+    and only the part is saved for backward, which gathers x again, unless it `saves_whole`. Backward sums the gradient
+    of x over the ranks.
+
+    The statistics take one all-reduce of G scalars per token in forward and one in backward, independent of N.
     """
     tokens = x.reshape(-1, x.shape[-1])
     shape = list(x.shape[:-1])
@@ -133,5 +147,13 @@ def pattend(
     if group is None:  # several ranks have to reduce a row's statistic between the two products
         y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])
     if y is None:
-        y = differentiable_pattention(tokens, projections, keys=keys, values=values, group=group, gather_dim=gather_dim)
+        y = differentiable_pattention(
+            tokens,
+            projections,
+            keys=keys,
+            values=values,
+            group=group,
+            gather_dim=gather_dim,
+            saves_whole=saves_whole,
+        )
     return y.unflatten(1, shape)

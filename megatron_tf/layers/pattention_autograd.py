@@ -3,6 +3,9 @@
 The first node computes y, and dx in backward; the second one only the gradients of the tokens. Autograd does not tell a
 custom Function which gradients are wanted, but it runs no node whose gradients nobody wants: two nodes let a pipeline
 schedule ask for dx first and for dK and dV later, each computed once.
+
+On several ranks, a third node waits for the sum of dx over the ranks. Autograd runs what was recorded last first, so
+the gradients of the tokens are computed while the sum is on its way.
 """
 
 from __future__ import annotations
@@ -17,7 +20,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.products import Products
-from megatron_tf.parallel.collectives import all_gather_copy, all_reduce, reduce_scatter_copy
+from megatron_tf.parallel.collectives import (
+    Pending,
+    all_gather_copy,
+    all_reduce,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from megatron_tf.tokenformer.normalization import Normalization, Reduce, accumulation_type
 
 if TYPE_CHECKING:
@@ -35,14 +45,17 @@ def differentiable_pattention(
     values: Sequence[Tensor],
     group: ProcessGroup | None,
     gather_dim: int | None,
+    saves_whole: bool,
 ) -> Tensor:
     """Compute y [G, T, E] of x [T, D] with gradients of x, keys and values; `keys` and `values` are in the dtype of x.
 
-    With a `gather_dim`, x is this rank's part along it.
+    `gather_dim` and `saves_whole` are as in `pattend`.
     """
     handover = _Handover()
+    if group is not None:
+        x = _Arrival.apply(x, handover)
     edge = _TokenGradients.apply(handover, *keys, *values)
-    return _Pattend.apply(x, edge, projections, group, gather_dim, handover, *keys, *values)
+    return _Pattend.apply(x, edge, projections, group, gather_dim, saves_whole, handover, *keys, *values)
 
 
 def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
@@ -60,20 +73,16 @@ def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce
     return log_sum_exp if norm.is_logarithmic else total, total
 
 
-def _row_taus(x: Tensor, projections: Sequence[Pattention]) -> Tensor:
-    """Return the temperature of every row of scores [G * T]."""
+def _row_taus(scores: Tensor, projections: Sequence[Pattention]) -> Tensor:
+    """Return the temperature of every row [G * T] of scores [G, T, n]."""
+    shape, dtype = scores.shape[:2], accumulation_type(scores)
     if len({projection.tau for projection in projections}) == 1:
-        return x.new_full((len(projections) * x.shape[0],), projections[0].tau, dtype=accumulation_type(x))
-    taus = x.new_empty(len(projections), x.shape[0], dtype=accumulation_type(x))
+        return scores.new_full((shape.numel(),), projections[0].tau, dtype=dtype)
+    taus = scores.new_empty(shape, dtype=dtype)
     for rows, projection in zip(taus, projections, strict=True):
         # a scalar is passed as a kernel argument; copying a tensor from the host would wait for the device
         rows.fill_(projection.tau)
     return taus.flatten()
-
-
-def _whole(part: Tensor, gather_dim: int | None, group: ProcessGroup | None) -> Tensor:
-    """Gather x [T, D] from the parts of all ranks, if it is sharded."""
-    return part if gather_dim is None else all_gather_copy(part, gather_dim, group)
 
 
 def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
@@ -86,14 +95,29 @@ def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
 
 
 @dataclass
+class _Input:
+    """The input x [T, D] as it is saved for backward."""
+
+    saved: Tensor
+    """x, or this rank's part of it if there is a `gather_dim`."""
+    gather_dim: int | None
+    group: ProcessGroup | None
+    _pending: Pending | None = None
+
+    def gather(self) -> Pending:
+        """Start to gather x, if it has not been started."""
+        x, dim = self.saved, self.gather_dim
+        if self._pending is None:
+            self._pending = Pending(None, x) if dim is None else start_all_gather(x, dim, self.group)
+        return self._pending
+
+
+@dataclass
 class _TokenOperands:
     """What the gradients of the tokens are computed from; G tensors each, one for each projection."""
 
     projections: Sequence[Pattention]
-    x: Tensor
-    """The input [T, D], or this rank's part of it if there is a `gather_dim`."""
-    gather_dim: int | None
-    group: ProcessGroup | None
+    x: _Input
     d_scores: Tensor
     """[G, T, n]"""
     d_values: Sequence[Tensor] | None
@@ -110,6 +134,8 @@ class _Handover:
 
     operands: _TokenOperands | None = None
     """Set by the first half of backward, taken by the second."""
+    dx: Pending | None = None
+    """Set by the first half of backward, taken by `_Arrival`."""
 
 
 class _Pattend(torch.autograd.Function):
@@ -128,39 +154,46 @@ class _Pattend(torch.autograd.Function):
         projections: Sequence[Pattention],
         group: ProcessGroup | None,
         gather_dim: int | None,
+        saves_whole: bool,
         handover: _Handover,
         *tokens: Tensor,
     ) -> Tensor:
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
         first = projections[0]
-        x = _whole(part, gather_dim, group)
+        x = part if gather_dim is None else all_gather_copy(part, gather_dim, group)
         scores = _score(x, keys, first.products)
         reduce, _ = _reductions(first.norm, group)
         factor, weights = first.kernels.forward(
-            first.norm, scores.flatten(0, 1), tau=_row_taus(x, projections), reduce=reduce
+            first.norm, scores.flatten(0, 1), tau=_row_taus(scores, projections), reduce=reduce
         )
         y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
         for projection, out, weight, value in zip(projections, y, weights.view_as(scores), values, strict=True):
             first.products.mix(weight, value, out=out)
             if projection.probe is not None:
                 projection.probe.measure(weight, value)
-        ctx.save_for_backward(part, factor, *([] if first.recompute_scores else [scores]), *tokens)
-        ctx.projections, ctx.group, ctx.gather_dim, ctx.handover = projections, group, gather_dim, handover
+        saved = x if saves_whole else part
+        ctx.save_for_backward(saved, factor, *([] if first.recompute_scores else [scores]), *tokens)
+        ctx.projections, ctx.group, ctx.handover = projections, group, handover
+        ctx.gather_dim, ctx.saves_whole = gather_dim, saves_whole
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         projections, handover, dy = ctx.projections, ctx.handover, grads[0]
         edge = dy.new_empty(0) if ctx.needs_input_grad[1] else None
-        rest = (None,) * (4 + 2 * len(projections))
+        rest = (None,) * (5 + 2 * len(projections))
         if handover.operands is not None:  # the second pass of a split backward: the first one has computed dx
             return None, edge, *rest
         first = projections[0]
-        part, factor, *saved = ctx.saved_tensors
-        x = _whole(part, ctx.gather_dim, ctx.group)
+        saved_x, factor, *saved = ctx.saved_tensors
+        x = _Input(saved_x, None if ctx.saves_whole else ctx.gather_dim, ctx.group)
+        # private, but what torch's own register_multi_grad_hook asks
+        tokens_are_next = edge is not None and torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+        if tokens_are_next:
+            x.gather()  # it arrives during the products below
         tokens = saved if first.recompute_scores else saved[1:]
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
-        scores = _score(x, keys, first.products) if first.recompute_scores else saved[0]
+        scores = _score(x.gather().wait(), keys, first.products) if first.recompute_scores else saved[0]
         # one buffer for dP and then dA: the kernels may overwrite it
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
@@ -171,30 +204,42 @@ class _Pattend(torch.autograd.Function):
             scores.flatten(0, 1),
             factor=factor,
             grad=grad.flatten(0, 1),
-            tau=_row_taus(x, projections),
+            tau=_row_taus(scores, projections),
             reduce=reduce,
         )
         operands = _TokenOperands(
             projections=projections,
             x=x,
-            gather_dim=None,
-            group=ctx.group,
             d_scores=d_scores.view_as(scores),
             d_values=None,
             weights=weights.view_as(scores),
             dy=dy,
         )
-        dx = _input_gradient(operands, keys)
-        # private, but what torch's own register_multi_grad_hook asks
-        if edge is not None and torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+        dx = _start_sum(_input_gradient(operands, keys), ctx.gather_dim, ctx.group)
+        if ctx.group is not None:
+            handover.dx = dx
+        if tokens_are_next:
             handover.operands = operands
         elif edge is not None and first.backward_split is not None:
-            handover.operands = _kept_for_later(operands, first.backward_split, part=part, gather_dim=ctx.gather_dim)
+            handover.operands = _kept_for_later(operands, first.backward_split)
             # autograd holds the scores until the second pass, which does not read them: the weights take their place
             scores.untyped_storage().resize_(0)
-        if ctx.gather_dim is not None:
-            dx = reduce_scatter_copy(dx, ctx.gather_dim, ctx.group)
-        return dx, edge, *rest
+        return dx.received, edge, *rest
+
+
+class _Arrival(torch.autograd.Function):
+    """Passes x on; its backward waits for dx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, handover: _Handover) -> Tensor:
+        ctx.handover = handover
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        pending, ctx.handover.dx = ctx.handover.dx, None
+        assert pending is not None, "the gradient of the input has been computed already"
+        return pending.wait(), None
 
 
 class _TokenGradients(torch.autograd.Function):
@@ -209,14 +254,19 @@ class _TokenGradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         operands, ctx.handover.operands = ctx.handover.operands, None
         assert operands is not None, "the gradients of the tokens have been computed already"
-        return None, *_key_gradients(operands), *(operands.d_values or _value_gradients(operands))
+        d_values = operands.d_values or _value_gradients(operands)  # first, since x may still be on its way
+        return None, *_key_gradients(operands), *d_values
 
 
-def _kept_for_later(
-    operands: _TokenOperands, split: BackwardSplit, *, part: Tensor, gather_dim: int | None
-) -> _TokenOperands:
-    """Return the operands as they are kept between two passes: x is gathered again then, which keeps only a part."""
-    kept = replace(operands, x=part, gather_dim=gather_dim)
+def _start_sum(dx: Tensor, gather_dim: int | None, group: ProcessGroup | None) -> Pending:
+    """Start to sum dx [T, D] over the ranks; if x is sharded, this rank receives its part of the sum."""
+    return start_all_reduce(dx, group) if gather_dim is None else start_reduce_scatter(dx, gather_dim, group)
+
+
+def _kept_for_later(operands: _TokenOperands, split: BackwardSplit) -> _TokenOperands:
+    """Return the operands as they are kept between two passes, without an x that was gathered."""
+    x = operands.x
+    kept = replace(operands, x=_Input(x.saved, x.gather_dim, x.group))
     return kept if split == "2:2" else replace(kept, d_values=_value_gradients(operands), weights=None, dy=None)
 
 
@@ -232,8 +282,7 @@ def _input_gradient(operands: _TokenOperands, keys: Sequence[Tensor]) -> Tensor:
 
 def _key_gradients(operands: _TokenOperands) -> list[Tensor]:
     """Compute dK [n, D] of each projection."""
-    mm = operands.projections[0].products.mm
-    x = _whole(operands.x, operands.gather_dim, operands.group)
+    mm, x = operands.projections[0].products.mm, operands.x.gather().wait()
     return [mm(d_score.t(), x, gradient="left") for d_score in operands.d_scores]
 
 

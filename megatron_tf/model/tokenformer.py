@@ -27,7 +27,7 @@ from megatron_tf.layers.norm import BlockNorm, FinalNorm, RMSNorm
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
-from megatron_tf.parallel.collectives import group_size, sum_backward
+from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.context import Context
 from megatron_tf.tokenformer.dtypes import wide_dtype
 
@@ -83,10 +83,8 @@ class Block(nn.Module):
         x = x + out if dropout is None else dropout.hidden(out, "attention", residual=x)
         normalized = self.ffn_norm(x)
         # gathered after the norm, so that each rank normalizes only its own part of the sequence
-        if isinstance(self.ffn, Pattention) and self.sequence_parallel:
-            out = self.ffn(normalized, self.group, gather_dim=0)
-        elif isinstance(self.ffn, Pattention):
-            out = self.ffn(sum_backward(normalized, self.group), self.group)
+        if isinstance(self.ffn, Pattention):
+            out = self.ffn(normalized, self.group, gather_dim=0 if self.sequence_parallel else None)
         else:
             out = self.ffn(enter_tensor_parallel(normalized, self.group, self.sequence_parallel))
         out = leave_tensor_parallel(out, self.group, self.sequence_parallel)

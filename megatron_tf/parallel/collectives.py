@@ -1,9 +1,13 @@
-"""Collectives with gradients.
+"""Collectives with gradients, and some that go on while a rank computes.
 
 `group` is the process group of one mesh axis; None means a single rank, for which every function here is the
-identity. No function modifies its input or an incoming gradient in place. R is the number of ranks in the group.
+identity. No function modifies an incoming gradient in place, and only `start_all_reduce` its input. R is the number of
+ranks in the group.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,22 +40,71 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpTyp
     return x
 
 
+class Pending:
+    """The result of a collective that goes on while this rank computes; on a GPU only the stream waits for it.
+
+    `received` is the tensor that the collective writes to, which must not be read before `wait`. What it sends, `sent`,
+    is kept until then.
+    """
+
+    def __init__(
+        self,
+        work: dist.Work | None,
+        received: Tensor,
+        *,
+        sent: Tensor | None = None,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.received = received
+        self._work = work
+        self._sent = sent
+        self._finish = finish
+
+    def wait(self) -> Tensor:
+        """Return the result."""
+        if self._work is not None:
+            self._work.wait()
+        if self._finish is not None:
+            self.received = self._finish(self.received)
+        self._work = self._sent = self._finish = None
+        return self.received
+
+
+def start_all_reduce(x: Tensor, group: ProcessGroup | None) -> Pending:
+    """Start to sum x, contiguous, over the ranks, in place."""
+    return Pending(None, x) if group is None else Pending(dist.all_reduce(x, group=group, async_op=True), x)
+
+
+def start_all_gather(x: Tensor, dim: int, group: ProcessGroup | None) -> Pending:
+    """Start what `all_gather_copy` does."""
+    return Pending(None, x) if group is None else _gather(x, dim, group, async_op=True)
+
+
 def all_gather_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     """Concatenate the ranks' x along `dim`, outside autograd: size[dim] is multiplied by R."""
-    if group is None:
-        return x
+    return x if group is None else _gather(x, dim, group, async_op=False).wait()
+
+
+def _gather(x: Tensor, dim: int, group: ProcessGroup, *, async_op: bool) -> Pending:
     dim %= x.dim()
     x = x.detach().contiguous()
     # ranks are gathered along a new dimension 0, which is then moved in front of `dim` and merged with it
     gathered = x.new_empty((group.size(), *x.shape))
-    _all_gather_single(gathered.flatten(0, 1), x, group=group)
-    return gathered.movedim(0, dim).flatten(dim, dim + 1)
+    work = _all_gather_single(gathered.flatten(0, 1), x, group=group, async_op=async_op)
+    return Pending(work, gathered, sent=x, finish=lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1))
+
+
+def start_reduce_scatter(x: Tensor, dim: int, group: ProcessGroup | None) -> Pending:
+    """Start what `reduce_scatter_copy` does."""
+    return Pending(None, x) if group is None else _reduce_scatter(x, dim, group, async_op=True)
 
 
 def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     """Sum x over the ranks and return this rank's part along `dim`, outside autograd: size[dim] is divided by R."""
-    if group is None:
-        return x
+    return x if group is None else _reduce_scatter(x, dim, group, async_op=False).wait()
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup, *, async_op: bool) -> Pending:
     dim %= x.dim()
     ranks = group.size()
     if x.shape[dim] % ranks:
@@ -59,8 +112,8 @@ def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tens
     # the reverse: `dim` is split into the ranks' parts, which move to dimension 0, where torch scatters them
     parts = x.detach().unflatten(dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
     mine = torch.empty_like(parts[0])
-    _reduce_scatter_single(mine, parts.flatten(0, 1), group=group)
-    return mine
+    work = _reduce_scatter_single(mine, parts.flatten(0, 1), group=group, async_op=async_op)
+    return Pending(work, mine, sent=parts)
 
 
 def all_to_all_copy(x: Tensor, group: ProcessGroup | None, *, split_dim: int, concat_dim: int) -> Tensor:

@@ -13,6 +13,7 @@ context-parallel ranks are counted in the parts of the model; the others follow 
 """  # noqa: E501
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout, Unit
@@ -31,7 +32,7 @@ def rank_messages(planned: PlannedLayout, rank: int, counter: PartCounter) -> li
 
 
 def _times(traffic: Iterable[Traffic], count: int) -> list[Traffic]:
-    return [Traffic(each.kind, each.axis, each.calls * count, each.bytes * count) for each in traffic]
+    return [replace(each, calls=each.calls * count, bytes=each.bytes * count) for each in traffic]
 
 
 def _within_parts(planned: PlannedLayout, rank: int, counter: PartCounter) -> Iterator[Traffic]:

@@ -1,9 +1,9 @@
 """The time of a training step: what the busiest rank computes, what it waits for, and the update.
 
-A pipeline runs as `parallel.timeline` says, with the times of each stage. Tensor-parallel messages are waited for, and
-so is an exchange of tokens for heads. If the cluster overlaps them, keys and values go around a ring while attention is
-computed, and data parallelism gathers parameters during a step's first forward and reduces gradients during its last
-backward.
+A pipeline runs as `parallel.timeline` says, with the times of each stage. If the cluster overlaps them with
+computation, tensor-parallel ranks gather inputs and sum their gradients during a layer's backward, keys and values go
+around a ring while attention is computed, and data parallelism gathers parameters during a step's first forward and
+reduces gradients during its last backward. All other messages are waited for.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class StepTime:
 
     compute: float
     tensor: float
-    """Waiting for tensor-parallel messages."""
+    """Waiting for tensor-parallel messages, as far as no gradients of tokens are computed meanwhile."""
     context: float
     """Waiting for context-parallel messages, as far as no attention is computed meanwhile."""
     pipeline: float
@@ -109,6 +109,7 @@ def _end(planned: PlannedLayout, stages: Mapping[int, _StageTime], busiest: floa
 def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counter: PartCounter) -> _StageTime:
     compute: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     tensor: dict[Kind, float] = {"F": 0.0, "B": 0.0}
+    unhidden: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     context: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     passes: tuple[Kind, Kind] = "F", "B"
     for parts in planned.stages[number].parts:
@@ -116,22 +117,36 @@ def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counte
         seconds = machine.part(planned, parts.name, parts.layer)
         for kind, each, took in zip(passes, (counts.forward, counts.backward), seconds, strict=True):
             compute[kind] += parts.count * took.total
-            tensor[kind] += parts.count * _tensor_time(planned, each, machine)
+            products = seconds.forward.total - seconds.forward.attention
+            tensor[kind] += parts.count * _tensor_time(planned, each, machine, hidden=products)
+            unhidden[kind] += parts.count * _tensor_time(planned, each, machine, hidden=0.0)
             context[kind] += parts.count * _context_time(planned, each, machine, attention=took.attention)
     receivers = zip(passes, (number + 1, number - 1), strict=True)
     sends: dict[Kind, float] = {kind: _send_time(planned, number, to=to, machine=machine) for kind, to in receivers}
     # the second half, the gradients of the parameters, are two of the four products of backward
     compute |= {"I": compute["B"] / 2, "W": compute["B"] / 2}
-    tensor |= {"I": tensor["B"], "W": 0.0}
+    tensor |= {"I": unhidden["B"], "W": 0.0}  # nothing is left for the first half to compute meanwhile
     context |= {"I": context["B"], "W": 0.0}
     sends |= {"I": sends["B"], "W": 0.0}
     return _StageTime(compute, tensor, context, sends)
 
 
-def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine) -> float:
-    """Return the time of a pass's messages between tensor-parallel ranks."""
-    traffic = [each for each in counts.traffic if each.axis == "tp"]
-    return collectives(machine, traffic, size=planned.layout.tensor, stride=1)
+def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, hidden: float) -> float:
+    """Return the time that a pass waits for messages between tensor-parallel ranks.
+
+    Some travel during the two products of the tokens' gradients, which take as long, `hidden`, as the two of forward.
+    """
+    messages = [each for each in counts.traffic if each.axis == "tp"]
+    waited, overlapped = (
+        collectives(
+            machine,
+            [each for each in messages if each.is_overlapped == is_overlapped],
+            size=planned.layout.tensor,
+            stride=1,
+        )
+        for is_overlapped in (False, True)
+    )
+    return waited + (max(0.0, overlapped - hidden) if machine.overlaps else overlapped)
 
 
 def _context_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, attention: float) -> float:

@@ -35,6 +35,8 @@ class Traffic:
     calls: int
     bytes: int
     """Size of the larger side: what an all-gather returns, what a reduce-scatter takes."""
+    is_overlapped: bool = False
+    """Whether the rank computes meanwhile; sends and receives are not known to."""
 
 
 class CollectiveCounter:
@@ -42,7 +44,7 @@ class CollectiveCounter:
 
     def __init__(self, axes: Mapping[str, str]) -> None:
         self.axes = axes
-        self._seen: Counter[tuple[str, str, int]] = Counter()
+        self._seen: Counter[tuple[str, str, int, bool]] = Counter()
 
     def see(self, func: Any, args: tuple[Any, ...]) -> None:
         """Count one operation. Raises AssertionError for one that is not known, so that no message is missed."""
@@ -52,11 +54,14 @@ class CollectiveCounter:
         kind, message, group = _OPERATIONS[name]
         axis = self.axes[ProcessGroup.unbox(args[group]).group_name]
         size = sum(leaf.nbytes for leaf in tree_leaves(args[message]) if _is_tensor(leaf))
-        self._seen[axis, kind, size] += 1
+        self._seen[axis, kind, size, _is_asynchronous(func, args)] += 1
 
     def messages(self) -> list[Traffic]:
         """Return what was counted, each size for itself, ordered by axis, kind and size."""
-        return [Traffic(kind, axis, calls, calls * size) for (axis, kind, size), calls in sorted(self._seen.items())]
+        return [
+            Traffic(kind, axis, calls, calls * size, is_overlapped)
+            for (axis, kind, size, is_overlapped), calls in sorted(self._seen.items())
+        ]
 
     def traffic(self) -> list[Traffic]:
         """Return what was counted, ordered by axis and kind."""
@@ -64,7 +69,7 @@ class CollectiveCounter:
 
 
 def add_up(traffic: Iterable[Traffic]) -> list[Traffic]:
-    """Add up the messages of each kind on each axis."""
+    """Add up the messages of each kind on each axis, overlapped or not."""
     sums: dict[tuple[str, str], tuple[int, int]] = {}
     for each in traffic:
         calls, size = sums.get((each.axis, each.kind), (0, 0))
@@ -90,6 +95,14 @@ def axis_of_group(mesh: Mesh) -> Mapping[str, str]:
         if group is not None:
             axes[group.group_name] = axis
     return axes
+
+
+def _is_asynchronous(func: Any, args: tuple[Any, ...]) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    if "async_op" not in names:
+        return False
+    position = names.index("async_op")
+    return args[position] if position < len(args) else True  # torch leaves out the default
 
 
 def _is_tensor(leaf: Any) -> bool:
