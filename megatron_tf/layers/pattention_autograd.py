@@ -55,7 +55,8 @@ def differentiable_pattention(
     if group is not None:
         x = _Arrival.apply(x, handover)
     edge = _TokenGradients.apply(handover, *keys, *values)
-    return _Pattend.apply(x, edge, projections, group, gather_dim, saves_whole, handover, *keys, *values)
+    ranks = _Ranks(group, gather_dim, saves_whole)
+    return _Pattend.apply(x, edge, projections, ranks, handover, *keys, *values)
 
 
 def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
@@ -94,21 +95,42 @@ def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
     return scores
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """The tensor-parallel ranks, and what each of them has of x [T, D]."""
+
+    group: ProcessGroup | None
+    gather_dim: int | None
+    """The dimension along which it has a part; None if it has the whole."""
+    saves_whole: bool
+    """Whether x, once gathered, is saved for backward."""
+
+    def start_gathering(self, part: Tensor) -> Pending:
+        """Start to gather x from the ranks' parts."""
+        return Pending(None, part) if self.gather_dim is None else start_all_gather(part, self.gather_dim, self.group)
+
+    def start_summing(self, dx: Tensor) -> Pending:
+        """Start to sum dx [T, D] over the ranks; if x is sharded, this rank receives its part of the sum."""
+        if self.gather_dim is None:
+            return start_all_reduce(dx, self.group)
+        return start_reduce_scatter(dx, self.gather_dim, self.group)
+
+
 @dataclass
 class _Input:
     """The input x [T, D] as it is saved for backward."""
 
     saved: Tensor
-    """x, or this rank's part of it if there is a `gather_dim`."""
-    gather_dim: int | None
-    group: ProcessGroup | None
+    """x, or this rank's part of it."""
+    ranks: _Ranks
     _pending: Pending | None = None
 
     def gather(self) -> Pending:
         """Start to gather x, if it has not been started."""
-        x, dim = self.saved, self.gather_dim
         if self._pending is None:
-            self._pending = Pending(None, x) if dim is None else start_all_gather(x, dim, self.group)
+            self._pending = (
+                Pending(None, self.saved) if self.ranks.saves_whole else self.ranks.start_gathering(self.saved)
+            )
         return self._pending
 
 
@@ -152,17 +174,15 @@ class _Pattend(torch.autograd.Function):
         part: Tensor,
         edge: Tensor,
         projections: Sequence[Pattention],
-        group: ProcessGroup | None,
-        gather_dim: int | None,
-        saves_whole: bool,
+        ranks: _Ranks,
         handover: _Handover,
         *tokens: Tensor,
     ) -> Tensor:
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
         first = projections[0]
-        x = part if gather_dim is None else all_gather_copy(part, gather_dim, group)
+        x = part if ranks.gather_dim is None else all_gather_copy(part, ranks.gather_dim, ranks.group)
         scores = _score(x, keys, first.products)
-        reduce, _ = _reductions(first.norm, group)
+        reduce, _ = _reductions(first.norm, ranks.group)
         factor, weights = first.kernels.forward(
             first.norm, scores.flatten(0, 1), tau=_row_taus(scores, projections), reduce=reduce
         )
@@ -171,22 +191,21 @@ class _Pattend(torch.autograd.Function):
             first.products.mix(weight, value, out=out)
             if projection.probe is not None:
                 projection.probe.measure(weight, value)
-        saved = x if saves_whole else part
+        saved = x if ranks.saves_whole else part
         ctx.save_for_backward(saved, factor, *([] if first.recompute_scores else [scores]), *tokens)
-        ctx.projections, ctx.group, ctx.handover = projections, group, handover
-        ctx.gather_dim, ctx.saves_whole = gather_dim, saves_whole
+        ctx.projections, ctx.ranks, ctx.handover = projections, ranks, handover
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        projections, handover, dy = ctx.projections, ctx.handover, grads[0]
+        projections, ranks, handover, dy = ctx.projections, ctx.ranks, ctx.handover, grads[0]
         edge = dy.new_empty(0) if ctx.needs_input_grad[1] else None
-        rest = (None,) * (5 + 2 * len(projections))
+        rest = (None,) * (3 + 2 * len(projections))
         if handover.operands is not None:  # the second pass of a split backward: the first one has computed dx
             return None, edge, *rest
         first = projections[0]
         saved_x, factor, *saved = ctx.saved_tensors
-        x = _Input(saved_x, None if ctx.saves_whole else ctx.gather_dim, ctx.group)
+        x = _Input(saved_x, ranks)
         # private, but what torch's own register_multi_grad_hook asks
         tokens_are_next = edge is not None and torch._C._will_engine_execute_node(ctx.next_functions[1][0])
         if tokens_are_next:
@@ -198,7 +217,7 @@ class _Pattend(torch.autograd.Function):
         grad = torch.empty_like(scores)
         for out, dy_g, value in zip(grad, dy, values, strict=True):
             first.products.mm(dy_g, value.t(), out=out, gradient="left")
-        _, reduce = _reductions(first.norm, ctx.group)
+        _, reduce = _reductions(first.norm, ranks.group)
         weights, d_scores = first.kernels.backward(
             first.norm,
             scores.flatten(0, 1),
@@ -215,8 +234,8 @@ class _Pattend(torch.autograd.Function):
             weights=weights.view_as(scores),
             dy=dy,
         )
-        dx = _start_sum(_input_gradient(operands, keys), ctx.gather_dim, ctx.group)
-        if ctx.group is not None:
+        dx = ranks.start_summing(_input_gradient(operands, keys))
+        if ranks.group is not None:
             handover.dx = dx
         if tokens_are_next:
             handover.operands = operands
@@ -258,15 +277,9 @@ class _TokenGradients(torch.autograd.Function):
         return None, *_key_gradients(operands), *d_values
 
 
-def _start_sum(dx: Tensor, gather_dim: int | None, group: ProcessGroup | None) -> Pending:
-    """Start to sum dx [T, D] over the ranks; if x is sharded, this rank receives its part of the sum."""
-    return start_all_reduce(dx, group) if gather_dim is None else start_reduce_scatter(dx, gather_dim, group)
-
-
 def _kept_for_later(operands: _TokenOperands, split: BackwardSplit) -> _TokenOperands:
     """Return the operands as they are kept between two passes, without an x that was gathered."""
-    x = operands.x
-    kept = replace(operands, x=_Input(x.saved, x.gather_dim, x.group))
+    kept = replace(operands, x=_Input(operands.x.saved, operands.x.ranks))
     return kept if split == "2:2" else replace(kept, d_values=_value_gradients(operands), weights=None, dy=None)
 
 
