@@ -168,3 +168,16 @@ def list_items(source):
 def test_pictures_are_small():
     for picture in (ROOT / "docs").glob("*.png"):
         assert picture.stat().st_size < 100_000, f"{picture} is large for a repository"
+
+
+def test_every_promise_names_a_test_that_exists():
+    page = (ROOT / "docs" / "proofs.md").read_text()
+    promises = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for promise in promises:
+        assert "`tests/" in promise, promise
+        assert set(re.findall(r"test_\w+\.py", promise)) <= files, promise
+    readme = (ROOT / "README.md").read_text()
+    assert f"has {len(promises)} of them" in readme
+    for line in re.findall(r"^\| .*`tests/.*$", readme, re.MULTILINE):
+        assert line.replace("](docs/", "](") in promises, line
