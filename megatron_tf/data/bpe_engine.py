@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +105,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._few_characters = few_characters
         self._characters = 0
+        self._first = Lock()
 
     @property
     def vocab_size(self) -> int:
@@ -111,11 +113,13 @@ class Engine:
         return self._tokenizer.vocab_size
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode each text."""
-        self._characters += sum(map(len, texts))
-        # encode_batch imports awkward, which takes longer than to encode a few texts one by one
-        if self._characters <= self._few_characters:
-            return joined([self._tokenizer.encode(text) for text in texts])
+        """Encode each text; several threads may call this at once."""
+        # gigatoken refuses to encode a text while another thread encodes a batch, but batches may overlap
+        with self._first:
+            self._characters += sum(map(len, texts))
+            # encode_batch imports awkward, which takes longer than to encode a few texts one by one
+            if self._characters <= self._few_characters:
+                return joined([self._tokenizer.encode(text) for text in texts])
         layout: Any = self._tokenizer.encode_batch(list(texts)).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
 

@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -171,6 +172,19 @@ def test_a_batch_and_one_text_after_another_give_the_same_ids(neox):
     batch = bpe_engine.Engine(tokenizer._engine._tokenizer, few_characters=0).encode(texts)
     assert one_by_one.ids.tolist() == batch.ids.tolist()
     assert one_by_one.lengths.tolist() == batch.lengths.tolist()
+
+
+def test_threads_may_encode_while_the_engine_changes_from_one_way_to_the_other(neox):
+    """The engine refuses a text while another thread encodes a batch."""
+    tokenizer, _ = neox
+    batches = [[f"{i} {j} " + "The quick brown fox, 12345 times. " * 70 for j in range(400)] for i in range(8)]
+    size = sum(map(len, batches[0]))
+    expected = bpe_engine.Engine(tokenizer._engine._tokenizer, few_characters=0).encode(batches[-1])
+    for few_batches in range(1, 7):  # a batch of the one kind meets one of the other
+        engine = bpe_engine.Engine(tokenizer._engine._tokenizer, few_characters=few_batches * (size + 100))
+        with ThreadPoolExecutor(2) as pool:
+            *_, last = pool.map(engine.encode, batches)
+        assert last.ids.tolist() == expected.ids.tolist()
 
 
 def test_a_model_the_engine_does_not_know(tmp_path, caplog):
