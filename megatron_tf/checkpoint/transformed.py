@@ -13,6 +13,7 @@ from megatron_tf.checkpoint.columns import ColumnMap, ColumnNoise
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, rows_per_block
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.checkpoint.rotation import blocks, rotated
 from megatron_tf.tokenformer.initial_values import normal_rows
 
 
@@ -162,6 +163,33 @@ class SelectedRows:
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """All rows of a tensor of the source, times an orthogonal matrix."""
+
+    name: str
+    count: int
+    stream: str
+    seed: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, source: Checkpoint, group: str, *, low: int, high: int, out: Tensor) -> None:
+        """Fill `out` with the segment's rows [low, high)."""
+        for block in blocks(self.count):
+            first, last = max(low, block.start), min(high, block.stop)
+            if first < last:
+                rows = self._block(source, group, block)
+                out[first - low : last - low] = rows[first - block.start : last - block.start]
+
+    def _block(self, source: Checkpoint, group: str, block: range) -> Tensor:
+        start, stop = block.start, block.stop
+        drawn = normal_rows(self.stream, seed=self.seed, start=start, stop=stop, columns=1, std=1.0)
+        signs = torch.where(drawn[:, 0] < 0, -1.0, 1.0)
+        return rotated(source.read_rows(group, self.name, start=start, stop=stop), signs)
+
+
+@dataclass(frozen=True)
 class Constant:
     """Rows of one number."""
 
@@ -190,7 +218,7 @@ class Zeros:
         out.zero_()
 
 
-Segment = Copy | MappedVector | Merged | SelectedRows | Normal | Constant | Zeros
+Segment = Copy | MappedVector | Merged | SelectedRows | Normal | Rotated | Constant | Zeros
 
 
 @dataclass(frozen=True)

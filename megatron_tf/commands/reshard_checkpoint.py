@@ -151,7 +151,7 @@ def _add_token_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--growth-init",
-        choices=["zero_key", "duplicate", "duplicate_by_utility", "random"],
+        choices=["zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"],
         help="how new tokens are initialized; by default zero_key, which keeps the outputs",
     )
     add(

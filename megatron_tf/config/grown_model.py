@@ -49,7 +49,7 @@ def keeps_outputs(model: ModelConfig, stage: GrowthStage) -> bool:
     grown, sources = grown_model(model, stage), layer_sources(model.num_layers, stage)
     if stage.layer_init == "copy" and any(source.is_new for source in sources):
         return False
-    if stage.init in ("zero_key", "duplicate"):
+    if stage.init in ("zero_key", "rotated_key", "duplicate"):
         return True
     # the other inits change the outputs of a layer that grows; a new layer adds nothing, whatever its tokens are
     for kind in model.token_kinds:
@@ -194,10 +194,15 @@ def _check_init(model: ModelConfig, stage: GrowthStage, what: str, *, old: int, 
             f"{what}: a softmax model cannot be grown exactly with zero keys, because each new token adds exp(0) = 1 "
             f"to the sum of every row; init duplicate to a multiple of the {old} tokens is exact"
         )
-    if init == "duplicate" and new < 2 * old:
+    if init in ("duplicate", "rotated_key") and new < 2 * old:
         raise ConfigError(
-            f"{what}: duplicate copies each of the {old} tokens equally often, so it needs at least {2 * old}; "
+            f"{what}: {init} copies each of the {old} tokens equally often, so it needs at least {2 * old}; "
             f"use zero_key for fewer"
+        )
+    if init == "rotated_key" and model.norm_activation != "l2_norm_gelu":
+        raise ConfigError(
+            f"{what}: rotated_key keeps the norm of a row of scores, and only norm_activation l2_norm_gelu divides by "
+            f"it; use duplicate with {model.norm_activation}"
         )
     if init == "duplicate" and is_softmax and new % old:
         raise ConfigError(

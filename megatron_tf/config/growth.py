@@ -53,11 +53,13 @@ class GrowthStage(Moment):
     changes the output."""
     hidden_multiple: HiddenMultiple | None = None
     """Multiply hidden_size and num_attention_heads by an integer or by 1.5, keeping the output."""
-    init: Literal["zero_key", "duplicate", "duplicate_by_utility", "random"] = "zero_key"
-    """How new tokens are initialized. zero_key: with zero keys, which keeps the output. duplicate: as equal copies of
-    the old tokens, with zero keys for any remainder, which keeps the output too. duplicate_by_utility: as copies of the
-    tokens that contribute most on utility_data, which changes the output. random: as in the official code, which
-    changes the output; in docs/growth_study.md it ended 0.03 nats lower than zero_key at 5 tokens per parameter."""
+    init: Literal["zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"] = "zero_key"
+    """How new tokens are initialized. zero_key: with zero keys, which keeps the output. rotated_key: with rotations of
+    the old keys and zero values, and zero keys for any remainder, which keeps the output of l2_norm_gelu. duplicate: as
+    equal copies of the old tokens, with zero keys for any remainder, which keeps the output too. zero_value: with keys
+    as in a new model and zero values, which changes the output a little. duplicate_by_utility: as copies of the tokens
+    that contribute most on utility_data, which changes the output. random: as in the official code, which changes the
+    output. docs/growth_study.md compares them."""
     utility_data: Prefix | None = None
     """Dataset (.bin/.idx) on which duplicate_by_utility measures contributions."""
     noise: Annotated[Number, Field(ge=0)] = 0.1

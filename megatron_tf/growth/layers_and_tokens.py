@@ -8,12 +8,19 @@ its weight gelu(0) is zero, so the output does not change as long as tau is kept
 model, which gives the new keys a gradient at the first step. Under softmax a new token would add exp(0) = 1 to the sum
 of every row, so it is refused.
 
-zero_value, for the MLP only. The reverse: keys as in a new model, zero values. In a Pattention the new keys would
-change the norm of the rows.
+zero_value. The reverse: keys as in a new model, zero values. Exact for an MLP. In a Pattention the new keys add to the
+norm of the rows, by an amount that depends on the input; tau is scaled by sqrt(N'/N), or for softmax by N'/N, which
+makes up for keys that are as large as the old ones.
 
 A gated MLP multiplies two of its three factors before the down projection: silu(gate x) * up x. Of a new unit exactly
 one factor is zero, up or down, whose gradient is the product of the other two; the gate is as in a new model. With up
 and gate both zero, no gradient would ever reach the unit.
+
+rotated_key, for l2_norm_gelu only. The m - 1 new copies of the keys are Q K with orthogonal matrices Q, and their
+values are zero. The new scores A Q^T have the norm of the old ones on every input, so the norm of a row grows by
+sqrt(m) exactly, and scaling tau by sqrt(m) preserves every weight. Unlike zero keys, the new ones differ from each
+other and have weights from the start, so their values get a gradient at the first step. The gradient that changes the
+norm of a row is shared between old and new keys; that of everything else stays. Tokens beyond a multiple get zero keys.
 
 duplicate. With m equal copies of every token and its value divided among them (V/m), the L2 norm of a row grows by
 sqrt(m) and the sum of a softmax by m. Scaling tau by sqrt(m), or by m, preserves every weight and thus the output.
@@ -43,13 +50,13 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.generations import Generations, Run
-from megatron_tf.checkpoint.transformed import Constant, Normal, Segment, Zeros
+from megatron_tf.checkpoint.transformed import Constant, Normal, Rotated, Segment, Zeros
 from megatron_tf.config import LayerSource
 from megatron_tf.growth.parts import Part, PartMaker, Scales, total_rows
 from megatron_tf.growth.utility import Utility
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role
 
-Init = Literal["zero_key", "zero_value", "duplicate", "duplicate_by_utility", "random"]
+Init = Literal["zero_key", "zero_value", "rotated_key", "duplicate", "duplicate_by_utility", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,8 @@ class LayersAndTokens:
             return self._copied_by_utility(parameter, origin)
         copies = new // rows if self._init(parameter) == "duplicate" else 1
         parts = [self._copy(parameter, origin, number=number, copies=copies) for number in range(copies)]
+        if new > rows and self._init(parameter) == "rotated_key":
+            parts += [self.maker.drawn(self._rotated(parameter, origin, number)) for number in range(1, new // rows)]
         if rest := new - total_rows(parts):
             parts.append(self.maker.drawn(self._new_rows(parameter, new - rest)))
         return parts
@@ -142,6 +151,13 @@ class LayersAndTokens:
         if is_zero and init != "random":
             return Zeros(stop - start)
         return Normal(parameter.name, seed=self.seed, start=start, stop=stop, std=parameter.initial.std)
+
+    def _rotated(self, parameter: Parameter, origin: _Origin, number: int) -> Segment:
+        """Return a rotation of the old keys, or the zero values of these new tokens."""
+        old = origin.parameter
+        if parameter.writes_output:
+            return Zeros(old.shape[0])
+        return Rotated(old.name, old.shape[0], f"{self.stream}.{parameter.name}.rotation{number}", self.seed)
 
     def _copy(self, parameter: Parameter, origin: _Origin, *, number: int, copies: int) -> Part:
         """Return copy `number` of the old rows."""

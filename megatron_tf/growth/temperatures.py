@@ -17,7 +17,8 @@ def grown_taus(
     layers: Sequence[LayerSource],
     utility: Utility | None = None,
 ) -> dict[str, float]:
-    """Return tau by module path: kept, except those of duplicated modules, random ones and new identity layers.
+    """Return tau by module path: kept, but for modules whose new tokens have keys that are not zero, and new layers
+    that are the identity.
 
     `utility` is measured for `duplicate_by_utility`.
     """
@@ -36,8 +37,10 @@ def grown_taus(
             continue
         taus[path] = old_tau[old.path]
         # m copies multiply the L2 norm by sqrt(m), and the sum of a softmax by m
-        if stage.init == "duplicate":
+        if stage.init in ("duplicate", "rotated_key"):
             taus[path] *= (keys.shape[0] // old.shape[0]) ** (1 / norm.tau_power)
+        elif stage.init == "zero_value":
+            taus[path] *= initial[path] / norm.initial_tau(old.shape[0])
         elif utility is not None and has_grown:
             taus[path] *= utility.norm_factors[path]
     return taus

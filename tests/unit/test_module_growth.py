@@ -28,6 +28,8 @@ STAGES = {
     "zero_key": {"qkv_tokens": 30, "ffn_tokens": {"1": 96}},
     "duplicate": {"ffn_tokens": 150, "proj_tokens": 32, "init": "duplicate"},
     "random": {"ffn_tokens": 96, "init": "random"},
+    "rotated_key": {"ffn_tokens": 200, "proj_tokens": 32, "init": "rotated_key"},
+    "zero_value": {"qkv_tokens": 30, "ffn_tokens": 96, "init": "zero_value"},
     "identity layers": {"insert_layers": [0, 2], "old_tokens_lr_scale": 0.5, "rewarmup_iters": 4},
     "copied layers": {"num_layers": 5, "layer_order": "stacked", "layer_init": "copy", "ffn_tokens": 96},
     "zero layers": {"num_layers": 4, "layer_init": "copy_zero", "adam_state": "reset_new"},

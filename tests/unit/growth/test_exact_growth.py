@@ -23,6 +23,8 @@ TOKENS = {
     "same tokens": {},
     "zero_key": {"qkv_tokens": 33, "proj_tokens": 25, "ffn_tokens": 45},
     "zero_key in some layers": {"qkv_tokens": {"1-2": 27}, "ffn_tokens": {"0": 40}},
+    "rotated_key": {"init": "rotated_key", "qkv_tokens": 48, "proj_tokens": 60, "ffn_tokens": 64},
+    "rotated_key and a remainder": {"init": "rotated_key", "qkv_tokens": {"0": 75}, "ffn_tokens": 97},
     "duplicate": {"init": "duplicate", "qkv_tokens": 48, "proj_tokens": 60, "ffn_tokens": 64, "noise": 0.5},
     "duplicate in some layers": {"init": "duplicate", "qkv_tokens": {"0": 72, "2": 48}, "noise": 0.5},
     "duplicate and a remainder": {"init": "duplicate", "proj_tokens": 41, "ffn_tokens": 97, "noise": 0.5},
@@ -65,6 +67,9 @@ def test_the_logits_of_a_tokenformer_stay(layers, layer_init, tokens, norm, unti
     if norm == "softmax" and tokens.startswith("zero_key"):
         with pytest.raises(CheckpointError, match=r"each new token adds exp\(0\) = 1 to the sum of every row"):
             grow(random_checkpoint(model), stage)
+    elif norm != "l2_norm_gelu" and tokens.startswith("rotated_key"):
+        with pytest.raises(CheckpointError, match=f"only norm_activation l2_norm_gelu .* use duplicate with {norm}"):
+            grow(random_checkpoint(model), stage)
     elif norm == "softmax" and tokens.endswith("remainder"):
         with pytest.raises(CheckpointError, match=r"only be duplicated exactly to a multiple of its \d+ tokens"):
             grow(random_checkpoint(model), stage)
@@ -101,6 +106,8 @@ def test_several_growths_keep_the_logits(norm):
         ({"num_layers": 5, "layer_init": "copy"}, False),
         ({"insert_layers": [1], "layer_init": "copy"}, False),
         ({"ffn_tokens": 64, "init": "duplicate"}, True),
+        ({"ffn_tokens": 64, "init": "rotated_key"}, True),
+        ({"ffn_tokens": 64, "init": "zero_value"}, False),
         ({"ffn_tokens": 64, "init": "random"}, False),
         ({"ffn_tokens": 64, "init": "duplicate_by_utility", "utility_data": "text"}, False),
         ({"num_layers": 5, "init": "random"}, True),
@@ -121,6 +128,7 @@ def test_which_growths_keep_the_outputs(keys, is_exact):
     [
         {"num_layers": 5, "layer_init": "copy"},
         {"ffn_tokens": 64, "init": "random"},
+        {"ffn_tokens": 64, "init": "zero_value"},
         {"insert_layers": [1], "ffn_tokens": {"2": 50}, "init": "random"},
     ],
 )
@@ -134,3 +142,14 @@ def test_random_tokens_of_new_layers_keep_the_logits(layer_init):
     source = random_checkpoint(tokenformer())
     stage = GrowthStage(insert_layers=[1], ffn_tokens={"1": 50}, init="random", layer_init=layer_init)
     assert relative_difference(logits_of(source), logits_of(grow(source, stage))) <= 1e-12
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_zero_values_move_the_logits_as_far_as_the_norm_of_the_rows_does(norm):
+    """With keys like the old ones, tau makes up for most of it: much less than random tokens do."""
+    source = random_checkpoint(tokenformer(norm_activation=norm, init_method_std=0.3))
+    moved = {
+        init: relative_difference(logits_of(source), logits_of(grow(source, GrowthStage(ffn_tokens=512, init=init))))
+        for init in ("zero_value", "random")
+    }
+    assert moved["zero_value"] < 0.5 * moved["random"]

@@ -9,7 +9,7 @@ import torch
 from megatron_tf.config import GrowthStage, ModelConfig, layer_sources
 from megatron_tf.growth.grow import grow
 from megatron_tf.tokenformer.parameters import model_parameters
-from tests.support.grown_models import TRANSFORMER, gradients_of, random_checkpoint, read, tokenformer
+from tests.support.grown_models import TRANSFORMER, MemoryCheckpoint, gradients_of, random_checkpoint, read, tokenformer
 
 MODELS = {
     norm: tokenformer(norm_activation=norm, untie_embeddings_and_output_weights=norm == "gelu_l2_norm")
@@ -111,10 +111,10 @@ def test_with_noise_copies_have_different_gradients_of_their_keys_that_add_up_to
             assert (kept[0] - kept[1]).norm() > 0.01 * kept[0].norm()
 
 
-@pytest.mark.parametrize("rows", ["zero_key", "zero_value"])
+@pytest.mark.parametrize("rows", ["zero_key", "zero_value", "rotated_key"])
 def test_every_new_row_is_trained_from_the_first_step_on(rows):
     """Either its key or its value has a gradient: where one is zero, the other is not."""
-    model = MODELS["l2_norm_gelu" if rows == "zero_key" else "transformer"]
+    model = MODELS["transformer" if rows == "zero_value" else "l2_norm_gelu"]
     stage = growth(model, rows, layers="same layers")
     source = random_checkpoint(model)
     grown = grow(source, stage)
@@ -122,10 +122,40 @@ def test_every_new_row_is_trained_from_the_first_step_on(rows):
     for parameter, old, _ in origins(source, grown, stage):
         if parameter.has_units and parameter.shape != old.shape:
             new = gradients[parameter.name][old.shape[0] :]
-            if parameter.writes_output == (rows == "zero_value"):
+            if parameter.writes_output == (rows != "zero_key"):
                 assert (new.abs().amax(1) > 0).all()
-            else:
+            elif rows != "rotated_key":  # rotated keys have a gradient, too: they change the norm of the rows
                 assert not new.any()
+
+
+def test_gradients_of_rotated_keys_obey_the_chain_rule():
+    """K' = [K; Q K] takes the gradient dK + Q^T dK_new back to K; values do not change, nor does their gradient."""
+    model = MODELS["l2_norm_gelu"]
+    source, old_gradients = checkpoint_with_gradients(model)
+    grown = grow(source, growth(model, "rotated_key", layers="same layers"))
+    gradients = gradients_of(grown)
+    for name, parameter in model_parameters(model).items():
+        count, gradient = parameter.shape[0], gradients[name]
+        if not parameter.has_units:
+            assert_close(gradient, old_gradients[name])
+        elif parameter.writes_output:
+            assert_close(gradient[:count], old_gradients[name])
+        else:
+            assert (gradient[count:].abs().amax(1) > 0).all()
+            total = gradient[:count].clone()
+            for number, rotation in enumerate(grown.recipes["model"][name].segments[1:], 1):
+                matrix = matrix_of(rotation)
+                total += matrix.t() @ gradient[number * count : (number + 1) * count]
+            assert_close(total, old_gradients[name])
+
+
+def matrix_of(rotation):
+    """The matrix Q of rotated rows: what it makes of the rows of the identity."""
+    count = len(rotation)
+    identity = MemoryCheckpoint({"model": {rotation.name: torch.eye(count, dtype=torch.float64)}}, record=None)
+    matrix = torch.empty(count, count, dtype=torch.float64)
+    rotation.read(identity, "model", low=0, high=count, out=matrix)
+    return matrix
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -48,9 +48,17 @@ TOKENFORMER = {
         {"ffn_tokens": 63, "init": "duplicate"},
         "ffn_tokens=63: duplicate .* needs at least 64; use zero_key",
     ),
+    "no rotations": (
+        {"ffn_tokens": 63, "init": "rotated_key"},
+        "ffn_tokens=63: rotated_key .* needs at least 64; use zero_key",
+    ),
 }
 SOFTMAX = {
     "zero keys": ({"ffn_tokens": 40}, r"ffn_tokens=40: a softmax model .* exp\(0\) = 1"),
+    "rotations": (
+        {"ffn_tokens": 64, "init": "rotated_key"},
+        "ffn_tokens=64: rotated_key .* only norm_activation l2_norm_gelu .* use duplicate with softmax",
+    ),
     "a remainder": ({"ffn_tokens": 65, "init": "duplicate"}, "ffn_tokens=65: a softmax model .* multiple of its 32"),
     "zero keys in a copied layer": (
         {"insert_layers": [1], "layer_init": "copy_zero", "qkv_tokens": {"1": 30}},
