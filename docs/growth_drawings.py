@@ -63,6 +63,16 @@ def draw_zero_key() -> Figure:
     return figure
 
 
+def draw_rotated_key() -> Figure:
+    """Draw rotations of all keys, with zero values."""
+    result = "exact up to rounding: ‖A Qᵀ‖ = ‖A‖, so ‖A‖ grows by √m, and τ with it"
+    figure, axes = before_and_after(7.4, "rotated_key, m = 2", result)
+    pair(axes, 0.6, keys=[("old", "K", 1.9)], values=[("old", "V", 1.9)], tau="τ")
+    keys = [("old", "K", 1.9), ("copy", "Q K", 1.9)]
+    pair(axes, 8.6, keys=keys, values=[("old", "V", 1.9), ("zero", "0", 1.9)], tau="τ √2")
+    return figure
+
+
 def draw_duplicate() -> Figure:
     """Draw equal copies of all tokens."""
     figure, axes = before_and_after(7.4, "duplicate, m = 2", "exact up to rounding: ‖A‖ grows by √m, and τ with it")
@@ -83,6 +93,15 @@ def draw_duplicate_by_utility() -> Figure:
     keys = [*before[0], ("copy", "K2", 0.6), ("copy", "K2", 0.6)]
     values = [("old", "V1", 0.6), ("old", "V2/3 + …", 0.6), ("old", "V3", 0.6), ("old", "V4", 0.6)]
     pair(axes, 8.6, keys=keys, values=[*values, ("copy", "V2/3 + …", 0.6), ("copy", "V2/3 + …", 0.6)], tau="τ'")
+    return figure
+
+
+def draw_zero_value() -> Figure:
+    """Draw keys as in a new model, with zero values."""
+    figure, axes = before_and_after(6.6, "zero_value", "not exact: τ makes up for new keys as large as the old ones")
+    old = [("old", "N", 2.0)]
+    pair(axes, 0.6, keys=old, values=old, tau="τ")
+    pair(axes, 8.6, keys=[*old, ("new", "new", 1.2)], values=[*old, ("zero", "0", 1.2)], tau="τ √(N'/N)")
     return figure
 
 
@@ -189,8 +208,10 @@ def draw_mlp() -> Figure:
 
 DRAWINGS = {
     "zero_key": draw_zero_key,
+    "rotated_key": draw_rotated_key,
     "duplicate": draw_duplicate,
     "duplicate_by_utility": draw_duplicate_by_utility,
+    "zero_value": draw_zero_value,
     "random": draw_random,
     "shrink_and_perturb": draw_shrink_and_perturb,
     "layers": draw_layers,
