@@ -120,6 +120,15 @@ def test_duplicates_keep_the_logits(case, request_, noise, tmp_path):
         assert module.tau == pytest.approx(128**0.5 * 1.01)
 
 
+def test_rotated_keys_keep_the_logits(tmp_path):
+    ids = golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")["input_ids"]
+    assert grow(tmp_path / "a", tmp_path / "b", "qkv=128,proj=150,ffn=768", "--growth-init", "rotated_key") == 0
+    single, double = logits_moved(tmp_path / "a", tmp_path / "b", ids)
+    assert single < 2e-5
+    assert double < 1e-6  # rotated keys are stored in fp32
+    assert load_model(tmp_path / "b").record.lineage[0].init == "rotated_key"
+
+
 @pytest.mark.parametrize("case", [*L2_CASES, "C_softmax"])
 def test_duplicates_share_out_the_gradient_as_their_moments_do(case, tmp_path):
     """Keys get 1/m of it, values all of it: what growth does to Adam's moments."""
