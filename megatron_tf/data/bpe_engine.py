@@ -105,7 +105,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._few_characters = few_characters
         self._characters = 0
-        self._first = Lock()
+        self._lock = Lock()
 
     @property
     def vocab_size(self) -> int:
@@ -115,7 +115,7 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode each text; several threads may call this at once."""
         # gigatoken refuses to encode a text while another thread encodes a batch, but batches may overlap
-        with self._first:
+        with self._lock:
             self._characters += sum(map(len, texts))
             # encode_batch imports awkward, which takes longer than to encode a few texts one by one
             if self._characters <= self._few_characters:

@@ -4,26 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_tf.planning.cluster import Cluster, Network
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.rates import RatedMachine
 from megatron_tf.planning.time import step_time
 from megatron_tf.training.dry_run.dry_run import dry_run
-from tests.support.planned import config_of
+from tests.support.planned import LATENCY, RATE, config_of, slow_cluster
 
-SLOW = Network(gigabytes_per_second=0.5, latency_microseconds=100)
-CLUSTER = Cluster(
-    nodes=1,
-    ranks_per_node=4,
-    memory_gib=1,
-    product_teraflops=1,
-    attention_teraflops=1,
-    memory_gigabytes_per_second=100,
-    within_node=SLOW,
-    between_nodes=SLOW,
-    overlaps=False,
-)
+CLUSTER = slow_cluster(4)
 
 
 def waiting(config, cluster):
@@ -37,7 +25,7 @@ def test_without_overlap_ranks_wait_for_all_messages(method, kind, share):
     config = config_of((1, 1, 1), context=(4, method))
     (rank,) = dry_run(config, 4).kinds
     (sent,) = [each for each in rank.traffic if (each.axis, each.kind) == ("cp", kind)]
-    expected = share * sent.bytes / 0.5e9 + sent.calls * 100e-6
+    expected = share * sent.bytes / RATE + sent.calls * LATENCY
     assert waiting(config, CLUSTER) == pytest.approx(expected)
 
 

@@ -4,27 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_tf.planning.cluster import Cluster, Network
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.layout import PlannedLayout
 from megatron_tf.planning.rates import RatedMachine, sent_bytes
 from megatron_tf.planning.time import step_time
 from megatron_tf.training.dry_run.dry_run import dry_run
-from tests.support.planned import config_of
+from tests.support.planned import LATENCY, RATE, config_of, slow_cluster
 
-RANKS, LATENCY, RATE = 2, 100e-6, 0.5e9
-SLOW = Network(gigabytes_per_second=RATE / 1e9, latency_microseconds=LATENCY * 1e6)
-CLUSTER = Cluster(
-    nodes=1,
-    ranks_per_node=RANKS,
-    memory_gib=1,
-    product_teraflops=1e-3,  # products take longer than any message
-    attention_teraflops=1,
-    memory_gigabytes_per_second=100,
-    within_node=SLOW,
-    between_nodes=SLOW,
-    overlaps=False,
-)
+RANKS = 2
+CLUSTER = slow_cluster(RANKS, product_teraflops=1e-3)  # products take longer than any message
 
 
 def waiting(config, cluster):
