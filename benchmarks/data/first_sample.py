@@ -1,6 +1,6 @@
 """Time until a run's first sample, and the memory of a rank, under each order of samples.
 
-    python benchmarks/data/first_sample.py [--documents N]
+    python -m benchmarks.data.first_sample [--documents N]
 
 Every reading is a process of its own on the same dataset, with a new cache for each turn: the first rank builds what
 its order stores, and the next rank of the host finds it.
@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from order import SEQ_LENGTH, data_set, document_lengths, timed
-
+from benchmarks.data.order import SEQ_LENGTH, data_set, document_lengths, timed
 from megatron_tf.config import RunConfig, parse_config
 from megatron_tf.data.build import build_dataset
 
+ROOT = Path(__file__).parents[2]
 ORDERS = ("lanes", "counter")
 
 
@@ -48,6 +48,13 @@ def read_first(prefix: str, order: str, cache: str) -> None:
     timed(lambda: build_dataset(config)[0])
 
 
+def read_in_process(*arguments: str) -> dict[str, float]:
+    """Return what `read_first` reports from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.data.first_sample", "--read", *arguments]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, cwd=ROOT, capture_output=True).stdout)
+    return found
+
+
 def main() -> None:
     """Print a table of the turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,8 +73,7 @@ def main() -> None:
             for order in ORDERS:
                 with tempfile.TemporaryDirectory() as cache:
                     for rank in ("first", "next"):
-                        command = [sys.executable, __file__, "--read", prefix, order, cache]
-                        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                        found = read_in_process(prefix, order, cache)
                         stored = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
                         cells = f"{found['seconds']:.2f}", f"{found['mib']:.0f}", f"{stored / args.documents:.1f}"
                         print("|", " | ".join((order, rank, *cells)), "|", flush=True)

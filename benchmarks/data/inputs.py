@@ -2,7 +2,7 @@
 
     python benchmarks/data/inputs.py TOKENIZER SHARD.jsonl.zst ... [--rounds K]
 
-Needs the `data` extra (pyarrow, datasets). Each reading is a process of its own with one worker, all formats in turn in
+Needs the extras `arrow` and `datasets`. Each reading is a process of its own with one worker, all formats in turn in
 each round; every format has to give the same bytes.
 """
 

@@ -110,7 +110,7 @@ def test_the_stage_that_the_growth_page_shows_is_one():
 
 
 @pytest.mark.parametrize(
-    ("script", "folder", "count"), [("drawings.py", ".", 3), ("growth_drawings.py", "growth", 9)], ids=lambda x: str(x)
+    ("script", "folder", "count"), [("drawings.py", ".", 3), ("growth_drawings.py", "growth", 11)], ids=lambda x: str(x)
 )
 def test_drawings_are_what_their_script_draws(script, folder, count, tmp_path):
     pytest.importorskip("matplotlib")
