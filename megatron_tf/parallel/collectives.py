@@ -1,4 +1,4 @@
-"""Collectives with gradients, and some that go on while a rank computes.
+"""Collectives with gradients, and asynchronous ones.
 
 `group` is the process group of one mesh axis; None means a single rank, for which every function here is the
 identity. No function modifies an incoming gradient in place, and only `start_all_reduce` its input. R is the number of
@@ -41,7 +41,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpTyp
 
 
 class Pending:
-    """The result of a collective that goes on while this rank computes; on a GPU only the stream waits for it.
+    """The result of an asynchronous collective; on a GPU only the stream waits for it.
 
     `received` is the tensor that the collective writes to, which must not be read before `wait`. What it sends, `sent`,
     is kept until then.
