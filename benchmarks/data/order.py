@@ -2,6 +2,9 @@
 
 Needs `pip install --no-deps megatron-core` (its wheel holds the compiled helpers). Each job runs in a separate process,
 which reports seconds and the growth of its peak memory. Run: python benchmarks/data/order.py [--turns K]
+
+With --first-sample, without Megatron-LM: what a run needs until its first sample, under each order. The first rank of a
+host builds what its order stores, with a new cache for each turn, and the next rank finds it.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from numpy.typing import NDArray
 
 SEQ_LENGTH, MEAN_TOKENS = 2048, 500
 BLENDED, DATA_SETS = 100_000_000, 22
+ORDERS = ("lanes", "counter")
 BLOCK = 1024  # steps of a blend computed at a time
 
 
@@ -200,10 +204,48 @@ def run_job(number: int, side: int, documents: int) -> None:
 
 def measure(number: int, side: int, documents: int) -> dict[str, float]:
     """Return the report of a job's process."""
-    command = [sys.executable, __file__, "--job", str(number), str(side), "--documents", str(documents)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return report_of("--job", str(number), str(side), "--documents", str(documents))
+
+
+def report_of(*arguments: str) -> dict[str, float]:
+    """Return what `timed` prints in a process of its own."""
+    out = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, float] = json.loads(out.splitlines()[-1])
     return result
+
+
+def read_first(prefix: str, order: str, cache: str) -> None:
+    """Read the first sample of a run, in a separate process."""
+    from megatron_tf.config import RunConfig, parse_config
+    from megatron_tf.data.build import build_dataset
+
+    model = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 60_000}
+    training = {"seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": 1, "train_iters": 1000}
+    data = {"data_path": [prefix], "data_cache_path": cache, "split": "1,0,0", "order": order}
+    values = {
+        "model": model | dict.fromkeys(("qkv_tokens", "proj_tokens", "ffn_tokens"), 1),
+        "training": training,
+        "optimizer": {"lr": 1e-3},
+        "data": data | {"tokenizer_type": "NullTokenizer"},
+    }
+    config = parse_config(RunConfig, values, "benchmark")
+    timed(lambda: build_dataset(config)[0])
+
+
+def print_first_samples(documents: int, turns: int) -> None:
+    """Print the table of --first-sample."""
+    print(
+        "| order | rank of the host | seconds | MiB of memory | bytes stored for each document |\n|---|---|---|---|---|"
+    )
+    with data_set(document_lengths(documents)) as prefix:
+        for _ in range(turns):
+            for order in ORDERS:
+                with tempfile.TemporaryDirectory() as cache:
+                    for rank in ("first", "next"):
+                        found = report_of("--read", prefix, order, cache)
+                        stored = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
+                        cells = f"{found['seconds']:.2f}", f"{found['mib']:.0f}", f"{stored / documents:.1f}"
+                        print("|", " | ".join((order, rank, *cells)), "|", flush=True)
 
 
 def main() -> None:
@@ -212,7 +254,15 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000_000)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--job", nargs=2, type=int, metavar=("NUMBER", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--first-sample", action="store_true", help="measure what a run needs until its first sample")
+    parser.add_argument("--read", nargs=3, metavar=("PREFIX", "ORDER", "CACHE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.read:
+        read_first(*args.read)
+        return
+    if args.first_sample:
+        print_first_samples(args.documents, args.turns)
+        return
     if args.job:
         run_job(*args.job, args.documents)
         return
