@@ -40,7 +40,7 @@ class Plan:
             if rate is not None and self._small_rate(arm, rate) is not None:
                 for budget in arm.budgets:
                     for seed in self.study.seeds_at(arm, budget):
-                        yield self.run(arm, budget, rate=rate, seed=seed, kind="final")
+                        yield self.run(arm, budget, rate=rate * arm.rate_factor, seed=seed, kind="final")
 
     def waiting(self) -> list[str]:
         """Return the arms that have no final runs because a rate is not chosen."""

@@ -50,6 +50,8 @@ class Arm:
     main: bool = False
     rate_of: str | None = None
     """The arm whose chosen learning rate this one uses; by default it has its own sweep."""
+    rate_factor: float = 1.0
+    """Its learning rate relative to the chosen one; the small run that it grows from has its own."""
     rates: Sequence[float] = ()
     """The learning rates of its sweep; by default those of its family."""
     baseline: str | None = None

@@ -20,6 +20,7 @@ TOPICS = {
     "width": "width",
     "optimizer": "Adam state",
     "schedule": "learning-rate schedules",
+    "rate": "half the learning rate",
     "control": "the controls: transformers",
 }
 """The values of `topic` of grown arms."""

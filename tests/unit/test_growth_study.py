@@ -109,6 +109,19 @@ def test_an_arm_waits_until_the_rate_of_its_small_run_is_chosen():
     assert {run.arm for run in plan.sweep()} == {"tokenformer_small", "tokenformer_large"}
 
 
+def test_a_rate_factor_changes_the_last_stage_alone():
+    values = yaml.safe_load(MINIATURE)
+    arm = values["arms"][-1]
+    values["arms"].append({**arm, "name": "slower", "rate_of": arm["name"], "rate_factor": 0.5})
+    plan = Plan(Study(values))
+    chosen, slower = ([run for run in plan.final() if run.arm == name] for name in (arm["name"], "slower"))
+    for one, other in zip(chosen, slower, strict=True):
+        assert other.parent.id == one.parent.id
+        rates = [run.config["growth"][0]["optimizer"]["lr"] for run in (one, other)]
+        assert rates[1] == other.rate == 0.5 * rates[0] > 0
+    assert "slower" not in {run.arm for run in plan.sweep()}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
