@@ -52,7 +52,7 @@ def build(precision: str) -> tuple[RunConfig, TrainState]:
 def seconds(state: TrainState, batch: Batch, inspector: RowInspector | None) -> float:
     """Measure one step, including synchronization with the device."""
     start = time.perf_counter()
-    train_step(state, batch, 1e-3, inspector)
+    train_step(state, batch, lr=1e-3, inspector=inspector)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -132,7 +132,9 @@ def megatron_fast(setting: Setting, count: int) -> Run:
 
     Raises ValueError if it does not write our ids, texts aside that ours has another library encode.
     """
-    run = megatron_run(setting, "preprocess_data_fast", lines_of(setting.shards[:count]), ["--use-gigatoken"])
+    run = megatron_run(
+        setting, "preprocess_data_fast", lines=lines_of(setting.shards[:count]), options=["--use-gigatoken"]
+    )
     names = ("ours", "preprocess_data_fast")
     sets = [IndexedDataset(setting.folder / f"{name}_text_document") for name in names]
     for number, line in enumerate(lines_of(setting.shards[:count])):
@@ -145,7 +147,7 @@ def megatron_fast(setting: Setting, count: int) -> Run:
 def megatron_plain(setting: Setting, count: int) -> Run:
     """Run Megatron-LM's preprocess_data.py on a few lines; `count` is their number."""
     lines = itertools.islice(lines_of(setting.shards), count)
-    return megatron_run(setting, "preprocess_data", lines, ["--workers", str(setting.workers)])
+    return megatron_run(setting, "preprocess_data", lines=lines, options=["--workers", str(setting.workers)])
 
 
 def fitted(runs: dict[int, list[Run]], what: str) -> tuple[float, float]:
@@ -182,7 +184,9 @@ def main() -> None:
         return
     sizes = [size for size in args.sizes if size <= len(shards)]
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(tokenizer, shards, args.workers, Path(folder), args.megatron)
+        setting = Setting(
+            tokenizer=tokenizer, shards=shards, workers=args.workers, folder=Path(folder), megatron=args.megatron
+        )
         prepare_tokenizer(setting)
         contestants = {ours: sizes, engine_alone: sizes}
         if args.megatron:

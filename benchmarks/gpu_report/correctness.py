@@ -105,7 +105,7 @@ def _kernel_error(
     grad = torch.randn(rows, length, device=device, generator=generator).to(dtype)
     norm = NORMALIZATIONS[norm_name]
     taus = torch.full((rows,), norm.initial_tau(length), device=device)
-    weights, d_scores, floor = _in_float64(norm_name, scores, taus[0].item(), grad)
+    weights, d_scores, floor = _in_float64(norm_name, scores, tau=taus[0].item(), grad=grad)
     # softmax keeps its factor as a logarithm in fp32, whose spacing grows with the scores
     slack = 1.0 + (size / 10 if norm_name == "softmax" and dtype == torch.float32 else 0.0)
     worst = 0.0

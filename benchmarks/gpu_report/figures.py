@@ -189,11 +189,11 @@ def _training_steps(shape: Shape, scale: Scale, result: Result) -> None:
     with result.guarded(f"{shape.name} training"):
         state = _state(shape, scale)
         _step_row(state, shape, scale, result=result, row=row)
-        _longest_kernels(state, shape, scale, result)
+        _longest_kernels(state, shape, scale=scale, result=result)
         for recompute in ("selective", "full") if not scale.is_quick else ():
             _step_row(state, shape, scale, result=result, row=row, recompute=recompute)
         if not scale.is_quick and scale.device.type == "cuda":
-            _largest_micro_batch(state, shape, scale, result)
+            _largest_micro_batch(state, shape, scale=scale, result=result)
         del state
     for name, layer, precision in (("transformer", "transformer", "bf16"), ("tokenformer fp8", "tokenformer", "fp8")):
         _empty_cache()
@@ -286,14 +286,14 @@ def _largest_micro_batch(state: TrainState, shape: Shape, scale: Scale, result: 
     row = result.table(f"Largest micro-batch of the {shape.name} model", *columns)
     total = torch.cuda.get_device_properties(scale.device).total_memory
     for recompute in ("none", "full"):
-        peaks = [_peak(state, shape, size, recompute) for size in (2, 4)]
+        peaks = [_peak(state, shape, size=size, recompute=recompute) for size in (2, 4)]
         per_sample = (peaks[1] - peaks[0]) / 2
         rest = peaks[0] - 2 * per_sample
         size = int((0.95 * total - rest) / per_sample)
         while size > 0:
             torch.cuda.empty_cache()
             try:
-                peak = _peak(state, shape, size, recompute)
+                peak = _peak(state, shape, size=size, recompute=recompute)
                 break
             except torch.OutOfMemoryError:
                 state.model.zero_grad(set_to_none=True)

@@ -101,11 +101,11 @@ def dropout(scale: Scale, result: Result) -> None:
     seeds = torch.randint(-(2**62), 2**62, (5, 3), generator=generator)
     for with_residual in (False, True):
         residual = torch.randn(x.shape, generator=generator) if with_residual else None
-        expected = _dropped(drop, x, seeds, residual)
+        expected = _dropped(drop, x, seeds=seeds, residual=residual)
         for name, choice in choices.items():
             with result.guarded(f"dropout by {name}"):
                 moved = residual if residual is None else residual.to(scale.device)
-                found = _dropped(choice, x.to(scale.device), seeds.to(scale.device), moved)
+                found = _dropped(choice, x.to(scale.device), seeds=seeds.to(scale.device), residual=moved)
                 worst = max(float((a.cpu() - b).abs().max()) for a, b in zip(found, expected, strict=True))
                 what = "with a residual" if with_residual else "alone"
                 result.at_most(f"dropout by {name}, {what}: largest difference from a CPU", worst, 1e-6)

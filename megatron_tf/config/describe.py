@@ -45,7 +45,9 @@ def _items(kind: Any, prefix: str) -> list[Item]:
     hints = typing.get_type_hints(kind, include_extras=True)
     items = []
     for name, info in kind.__pydantic_fields__.items():
-        items.append(Item(f"{prefix}{name}", type_name(hints[name]), _default(info), _meaning(kind, name)))
+        items.append(
+            Item(f"{prefix}{name}", type_name(hints[name]), default=_default(info), meaning=_meaning(kind, name))
+        )
     return items
 
 

@@ -153,4 +153,4 @@ def _open(path: Path, fields: Fields) -> Iterator[_File]:
         if not is_stream:
             numbers = sorted({reader.schema.get_field_index(found[0]) for found in columns.paths})
             reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=numbers, use_threads=False))
-        yield _File(reader, source, is_stream, columns)
+        yield _File(reader, source=source, is_stream=is_stream, columns=columns)

@@ -208,7 +208,7 @@ def _ordered(
     name, mask = f"{indexed.prefix.name}:{split}", _mask(config, indexed)
     if config.data.packing == "best_fit" and split == "train":
         packed = PackedOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)
-        return PackedDataset(indexed, documents, packed, mask)
+        return PackedDataset(indexed, documents, order=packed, mask=mask)
     order: Order
     if is_megatron:
         order = MegatronOrder(
@@ -216,7 +216,7 @@ def _ordered(
         )
     else:
         order = SampleOrder(lengths, seq_length=training.seq_length, seed=training.seed, name=name, cache=cache)
-    return GPTDataset(indexed, documents, order, mask)
+    return GPTDataset(indexed, documents, order=order, mask=mask)
 
 
 def _mask(config: RunConfig, indexed: IndexedDataset) -> IndexedDataset | None:

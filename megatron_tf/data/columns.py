@@ -82,7 +82,7 @@ def find_columns(schema: pa.Schema, fields: Fields, path: Path) -> Columns:
         texts[key] = found
     set_path = ("meta", fields.set_key)
     known = set_path if _type_at(schema, set_path) is not None else None
-    return Columns(texts, known, fields.set_key, fields.chat)
+    return Columns(texts=texts, set_path=known, set_key=fields.set_key, chat=fields.chat)
 
 
 def _type_at(schema: pa.Schema, path: Sequence[str]) -> pa.DataType | None:

@@ -72,7 +72,7 @@ class MegatronOrder:
         shuffle = np.arange(len(position) - 1, dtype=np.int64)
         for begin, end in itertools.pairwise(borders):
             random.shuffle(shuffle[begin:end])
-        return OrderArrays(sequences, position, offset, shuffle)
+        return OrderArrays(documents=sequences, position=position, offset=offset, shuffle=shuffle)
 
     def _shuffled_sequences(self, epochs: int, ids: np.dtype, random: np.random.RandomState) -> NDArray[np.integer]:
         sequences = np.tile(np.arange(len(self.lengths), dtype=ids), epochs)

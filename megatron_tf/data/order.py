@@ -114,7 +114,7 @@ class SampleOrder(EpochOrder):
         documents = self._permutation(len(self.lengths), epoch, "documents")
         position, offset = sample_index(documents, self.lengths, self.seq_length)
         shuffle = self._permutation(self.samples_per_epoch, epoch, "samples")
-        return OrderArrays(documents, position, offset, shuffle)
+        return OrderArrays(documents=documents, position=position, offset=offset, shuffle=shuffle)
 
 
 def aligned(lengths: NDArray[np.integer]) -> NDArray[np.integer]:

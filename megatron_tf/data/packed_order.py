@@ -87,7 +87,12 @@ class PackedOrder(EpochOrder):
         order = mixed[np.argsort(rows[mixed], kind="stable")]
         position = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=self.samples_per_epoch))))
         shuffle = self._permutation(self.samples_per_epoch, epoch, "samples")
-        return OrderArrays(_narrow(documents[order]), _narrow(position), _narrow(offsets[order]), shuffle)
+        return OrderArrays(
+            documents=_narrow(documents[order]),
+            position=_narrow(position),
+            offset=_narrow(offsets[order]),
+            shuffle=shuffle,
+        )
 
     def _pieces(self, order: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return (document, offset, row) of each piece, for documents in a random order that breaks ties of size."""

@@ -40,10 +40,16 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:
             try:
                 for content, size, is_ended in _split_lines(_blocks(path, raw), max_line_bytes):
                     number += 1
-                    yield Line(number, content, size, is_ended, raw.tell())
+                    yield Line(number, content, size=size, is_ended=is_ended, position=raw.tell())
             except DamageError as error:
                 end = path.stat().st_size
-                yield Line(number + 1, f"damaged or truncated file ({error})", end - raw.tell(), False, end)
+                yield Line(
+                    number + 1,
+                    f"damaged or truncated file ({error})",
+                    size=end - raw.tell(),
+                    is_ended=False,
+                    position=end,
+                )
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
     except OSError as error:
@@ -71,7 +77,7 @@ def read_stream(raw: BinaryIO, name: str, max_line_bytes: int) -> Iterator[Line]
 
     try:
         for number, (content, size, is_ended) in enumerate(_split_lines(blocks(), max_line_bytes), 1):
-            yield Line(number, content, size, is_ended, position)
+            yield Line(number, content, size=size, is_ended=is_ended, position=position)
     except OSError as error:
         raise DataError(f"{name} can't be read ({error.strerror}): run the same command again to resume") from error
 

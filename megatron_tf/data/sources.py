@@ -70,4 +70,4 @@ class LinesInput(FileInput):
 
     def batches(self, fields: Fields, start: Position = BEGINNING) -> Iterator[DocumentBatch]:
         """Yield the documents of the lines after a position, as `read_batches` does."""
-        return read_batches(self.path, fields.keys, start.rows, fields.chat)
+        return read_batches(self.path, fields.keys, first_line=start.rows, chat=fields.chat)

@@ -63,7 +63,7 @@ class HFTokenizer:
 
     @cached_property
     def eod(self) -> int:
-        return end_of_document(self._path, self._special_tokens, self._id_of, self._eod_token)
+        return end_of_document(self._path, self._special_tokens, id_of=self._id_of, eod_token=self._eod_token)
 
     @cached_property
     def _special_tokens(self) -> dict[str, int]:

@@ -157,7 +157,9 @@ class LayersAndTokens:
         old = origin.parameter
         if parameter.writes_output:
             return Zeros(old.shape[0])
-        return Rotated(old.name, old.shape[0], f"{self.stream}.{parameter.name}.rotation{number}", self.seed)
+        return Rotated(
+            old.name, count=old.shape[0], stream=f"{self.stream}.{parameter.name}.rotation{number}", seed=self.seed
+        )
 
     def _copy(self, parameter: Parameter, origin: _Origin, *, number: int, copies: int) -> Part:
         """Return copy `number` of the old rows."""

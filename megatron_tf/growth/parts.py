@@ -105,7 +105,7 @@ class PartMaker:
             torch.tensor([getattr(each, key) for each in scales], dtype=torch.float64) for key in ("value", "gradient")
         )
         segments = {
-            MODEL: SelectedRows(name, rows, value, noise),
+            MODEL: SelectedRows(name, rows=rows, scales=value, noise=noise),
             FIRST: SelectedRows(name, rows, gradient) if keeps_first else zeros,
             SECOND: SelectedRows(name, rows, gradient.square()) if keeps_second else zeros,
         }

@@ -84,7 +84,7 @@ def read_tokenized(
         if mask is not None:
             counts = (mask.document(i)[: len(kept)] != 0).tolist()
             answers = list(itertools.compress(kept, counts))
-            yield Document(name, kept, _text_bytes(tokenizer, answers), counts)
+            yield Document(set_name=name, ids=kept, text_bytes=_text_bytes(tokenizer, answers), counts=counts)
         elif sets is None:
             yield Document(name, kept, _text_bytes(tokenizer, kept))
         else:

@@ -37,7 +37,11 @@ def row_contributions(model: LanguageModel, samples: Sequence[Tensor]) -> list[R
     groups = RowGroups(model_parameters(model.config), model.record.all_generations)
     sums = ContributionSums(groups, squares, torch.device("cpu"))(squares).tolist()
     found = zip(groups.keys, groups.tokens, sums, strict=True)
-    return [RowContribution(group, tokens, square**0.5, int(dead)) for group, tokens, (square, dead) in found if tokens]
+    return [
+        RowContribution(group=group, tokens=tokens, contribution=square**0.5, dead=int(dead))
+        for group, tokens, (square, dead) in found
+        if tokens
+    ]
 
 
 def samples_of_text(ids: Sequence[int], seq_length: int) -> list[Tensor]:

@@ -51,7 +51,7 @@ def build_stages(
         per_rank=parallel.stages_per_rank,
         is_v=SCHEDULES[parallel.pipeline_schedule].is_v,
     )
-    return [_build_stage(config, layers[stage], parallel, mesh, dtype=dtype) for stage in mine]
+    return [_build_stage(config, layers[stage], parallel=parallel, mesh=mesh, dtype=dtype) for stage in mine]
 
 
 def _build_stage(

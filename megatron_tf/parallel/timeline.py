@@ -136,7 +136,7 @@ def timeline(pipeline: Pipeline, costs: ActionCosts, made: Sequence[Sequence[Act
             while (action := following[rank]) is not None and (ready := _ready(action, done, last)) is not None:
                 start = max(free[rank], ready)
                 free[rank] = done[action] = start + costs.of(action)
-                slots.append(Slot(rank, action, start, free[rank]))
+                slots.append(Slot(rank, action, start=start, stop=free[rank]))
                 following[rank] = next(order, None)
         assert len(slots) > before, f"the ranks wait for each other: {following}"
     return slots

@@ -83,14 +83,14 @@ class ModelStages:
         units = [Unit(self._by_layer[layer], True) for layer in layers]
         rest = Unit(others, False) if others else None
         parts = [
-            Parts("layer", alike[0], len(alike), units[alike[0] - layers.start])
+            Parts("layer", alike[0], count=len(alike), unit=units[alike[0] - layers.start])
             for _, group in itertools.groupby(layers, key=self._tokens)
             if (alike := list(group))
         ]
         if is_first:
-            parts.insert(0, Parts("embedding", 0, 1, rest))
+            parts.insert(0, Parts("embedding", 0, count=1, unit=rest))
         if is_last:
-            parts.append(Parts("head", 0, 1, None if is_first else rest))
+            parts.append(Parts("head", 0, count=1, unit=None if is_first else rest))
         return Stage(parts, [*units, *filter(None, [rest])])
 
     def _tokens(self, layer: int) -> tuple[int, ...]:

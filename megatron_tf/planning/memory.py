@@ -86,7 +86,7 @@ def rank_peak(planned: PlannedLayout, rank: int, counter: PartCounter) -> Peak:
     step, runs = _Step(planned, rank), {}
     for number in planned.stages_of(rank):
         stage = planned.stages[number]
-        runs[number] = [_Run(planned, parts, stage, counter) for parts in stage.parts]
+        runs[number] = [_Run(planned, parts, stage=stage, counter=counter) for parts in stage.parts]
     actions = _order(planned, rank)
     last = {(each.kind, each.stage): i for i, each in enumerate(actions)}
     seen: set[tuple[str, int]] = set()

@@ -57,12 +57,12 @@ def unit_messages(planned: PlannedLayout, unit: Unit) -> Iterator[Traffic]:
         within_copies = "dp_shard" if layout.context == 1 else "dp_shard_cp"
         axis = _replicas(planned) if planned.copies == 1 else within_copies
         gathers = 2 * times if planned.reshards(unit) else times
-        yield Traffic("all-gather", axis, gathers, gathers * gathered_bytes(planned, unit))
+        yield Traffic("all-gather", axis, calls=gathers, bytes=gathers * gathered_bytes(planned, unit))
         reduced = planned.gathered(unit) * planned.parameter_bytes
-        yield Traffic("reduce-scatter", axis, times, times * reduced)
+        yield Traffic("reduce-scatter", axis, calls=times, bytes=times * reduced)
     if planned.copies > 1:
         axis = "dp" if spans_world and layout.shard_size == 1 else "dp_replicate"
-        yield Traffic("all-reduce", axis, times, times * planned.held(unit) * planned.parameter_bytes)
+        yield Traffic("all-reduce", axis, calls=times, bytes=times * planned.held(unit) * planned.parameter_bytes)
 
 
 def _replicas(planned: PlannedLayout) -> str:
@@ -98,7 +98,7 @@ def _pipeline(planned: PlannedLayout, rank: int) -> Sequence[Traffic]:
     count = neighbors(planned, rank)
     calls = count * (planned.micro_batches + 1)
     size = count * (planned.micro_batches * hidden_bytes(planned) + _GREETING)
-    return [Traffic(kind, "pp", calls, size) for kind in ("send", "receive")]
+    return [Traffic(kind, "pp", calls=calls, bytes=size) for kind in ("send", "receive")]
 
 
 def _tied(planned: PlannedLayout, rank: int) -> Iterator[Traffic]:
@@ -107,7 +107,9 @@ def _tied(planned: PlannedLayout, rank: int) -> Iterator[Traffic]:
     for unit in planned.units_of(rank):
         parameters = [each for each in unit.parameters if each.module is Module.EMBEDDING]
         if parameters:
-            yield Traffic("all-reduce", "tied", 1, planned.held(Unit(parameters, False)) * planned.parameter_bytes)
+            yield Traffic(
+                "all-reduce", "tied", calls=1, bytes=planned.held(Unit(parameters, False)) * planned.parameter_bytes
+            )
 
 
 def _numbers(planned: PlannedLayout) -> Iterator[Traffic]:
@@ -116,13 +118,13 @@ def _numbers(planned: PlannedLayout) -> Iterator[Traffic]:
     sizes = {"tp": layout.tensor, replicas: layout.data * layout.context, "pp": layout.pipeline}
     for axis, size in sizes.items():
         if size > 1:
-            yield Traffic("all-reduce", axis, 1, _NUMBER * planned.num_parameters)
+            yield Traffic("all-reduce", axis, calls=1, bytes=_NUMBER * planned.num_parameters)
     for axis in (replicas, "pp"):  # the mean of the loss
         if sizes[axis] > 1:
-            yield Traffic("all-reduce", axis, 1, _NUMBER)
+            yield Traffic("all-reduce", axis, calls=1, bytes=_NUMBER)
     has_mask = data.eod_mask_loss or data.loss_mask or data.packing == "best_fit"
     if has_mask and layout.data > 1:  # the number of targets
-        yield Traffic("all-reduce", "dp", 1, _NUMBER)
+        yield Traffic("all-reduce", "dp", calls=1, bytes=_NUMBER)
     used = [axis for axis, size in sizes.items() if size > 1]
     if used:  # an axis that spans the world is its group
-        yield Traffic("all-reduce", used[0] if len(used) == 1 else "world", 1, _STOP)
+        yield Traffic("all-reduce", used[0] if len(used) == 1 else "world", calls=1, bytes=_STOP)

@@ -115,7 +115,7 @@ def rank_layouts(
             fitting.append(with_time(sized, step_time(planned, machine, counter)))
     fitting.sort(key=lambda plan: plan.time.total)
     too_large.sort(key=lambda sized: sized.missing_bytes)
-    return Ranking(cluster, fitting, too_large, dict(found.reasons))
+    return Ranking(cluster=cluster, fitting=fitting, too_large=too_large, impossible=dict(found.reasons))
 
 
 def with_time(sized: SizedLayout, time: StepTime) -> Plan:

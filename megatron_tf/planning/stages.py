@@ -56,7 +56,14 @@ def rank_stages(
             on_stage(number, len(starts))
         stage = config.at_stage(number)
         ranking = rank_layouts(stage, cluster, machine=machine, counter=counter)
-        found.append(StageRanking(number, parameter_count(stage.model), range(start, max(start, end)), ranking))
+        found.append(
+            StageRanking(
+                number=number,
+                parameters=parameter_count(stage.model),
+                steps=range(start, max(start, end)),
+                ranking=ranking,
+            )
+        )
     return found
 
 

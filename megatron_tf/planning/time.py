@@ -128,7 +128,7 @@ def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counte
     tensor |= {"I": unhidden["B"], "W": 0.0}  # nothing is left for the first half to compute meanwhile
     context |= {"I": context["B"], "W": 0.0}
     sends |= {"I": sends["B"], "W": 0.0}
-    return _StageTime(compute, tensor, context, sends)
+    return _StageTime(compute=compute, tensor=tensor, context=context, sends=sends)
 
 
 def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, hidden: float) -> float:
@@ -167,7 +167,7 @@ def _send_time(planned: PlannedLayout, stage: int, *, to: int, machine: Machine)
     pipeline = planned.pipeline
     if not 0 <= to < pipeline.ranks * pipeline.per_rank or planned.rank_of(stage) == planned.rank_of(to):
         return 0.0
-    traffic = Traffic("send", "pp", 1, hidden_bytes(planned))
+    traffic = Traffic("send", "pp", calls=1, bytes=hidden_bytes(planned))
     # a pair of neighbors, as far apart as all ranks of a stage
     return machine.collective(traffic, size=2, stride=planned.world_size // planned.layout.pipeline)
 

@@ -78,7 +78,7 @@ class _Rebuild:
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *others: Any) -> _Strided:
-        return _Strided(storage, offset, tuple(shape), tuple(strides))
+        return _Strided(storage, offset, shape=tuple(shape), strides=tuple(strides))
 
 
 class _Parameter:

@@ -82,7 +82,9 @@ def plan_checkpoint(record: RunRecord, written: Sequence[Written]) -> Checkpoint
     metadata, manifest = metadata_and_manifest(record, written)
     files = {name: entry.bytes for part in written for name, entry in part.files.items()}
     pieces = sum(len(part.pieces) for part in written)
-    return CheckpointPlan(files, len(manifest.encode()), len(metadata.encode()), pieces)
+    return CheckpointPlan(
+        files=files, manifest_bytes=len(manifest.encode()), metadata_bytes=len(metadata.encode()), pieces=pieces
+    )
 
 
 def _rows_at(shard: RowShard, parameter: nn.Parameter, *, is_sharded: bool, place: Place) -> RowShard:

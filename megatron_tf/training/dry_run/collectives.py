@@ -59,7 +59,7 @@ class CollectiveCounter:
     def messages(self) -> list[Traffic]:
         """Return what was counted, each size for itself, ordered by axis, kind and size."""
         return [
-            Traffic(kind, axis, calls, calls * size, is_overlapped)
+            Traffic(kind, axis, calls=calls, bytes=calls * size, is_overlapped=is_overlapped)
             for (axis, kind, size, is_overlapped), calls in sorted(self._seen.items())
         ]
 

@@ -98,7 +98,7 @@ def dry_run(
         kinds += _other_kinds(config, layout, stage=stage, ranks=ranks)
     training = config.training
     micro_batches = training.global_batch_size // (training.micro_batch_size * layout.data)
-    return DryRun(layout, micro_batches, kinds, plan_checkpoint(record, written))
+    return DryRun(layout=layout, micro_batches=micro_batches, kinds=kinds, checkpoint=plan_checkpoint(record, written))
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -141,7 +141,7 @@ def _other_kinds(config: RunConfig, layout: Layout, *, stage: int, ranks: Sequen
     for rows, rank in sorted(first_of_kind.items(), key=lambda item: (item[1].tensor, item[1].data)):
         if rows == ranks[0].rows:
             continue
-        with _rank_at(layout, stage, rank.tensor, rank.data) as mesh:
+        with _rank_at(layout, stage, tensor=rank.tensor, data=rank.data) as mesh:
             yield _run(build_state(config, mesh), config, _alike(ranks, rank))
 
 

@@ -49,7 +49,9 @@ def check_changes(config: RunConfig, *, data: Sequence[Identity], record: RunRec
         for key, value in now.items()
         if key in saved and saved[key] != value and key not in _NOT_COMPARED and not key.startswith("model.")
     }
-    moving = _moving(saved, now, changed, _content_changes(saved, now, read=record.details.data, data=data))
+    moving = _moving(
+        saved, now, changed=changed, content=_content_changes(saved, now, read=record.details.data, data=data)
+    )
     # a converted checkpoint has no position in any data
     moving = moving if record.training.samples > 0 else []
     refused = [key for key in moving if not _is_allowed(key, config.checkpoint.allow_changes)]

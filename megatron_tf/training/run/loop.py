@@ -149,7 +149,9 @@ class Loop:
         is_trace_requested = self._is_trace_requested
         self._is_trace_requested = False
         with observers.during_step(number, is_trace_requested=is_trace_requested):
-            result = train_step(self.state, batch, lr, self.inspector if self.context.is_logged(number) else None)
+            result = train_step(
+                self.state, batch, lr=lr, inspector=self.inspector if self.context.is_logged(number) else None
+            )
         if result.nonfinite:
             # only now: a bad id makes the loss NaN on every rank, and finding it takes a collective
             self._check_ids(self.context.loader.dataset, batch)

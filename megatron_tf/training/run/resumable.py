@@ -54,14 +54,14 @@ def open_resumable(config: RunConfig, source: Path) -> Resumable:
     record = reader.record
     saved = _saved_stage(record, config, source)
     if starts_over(config, source):
-        return Resumable(source, reader, saved, saved, saved_phases=0, phases=0)
+        return Resumable(source=source, reader=reader, saved_stage=saved, stage=saved, saved_phases=0, phases=0)
     step, tokens = record.training.step, record.training.tokens
     phases = count_due(config.data.phases, step=step, tokens=tokens)
     return Resumable(
-        source,
-        reader,
-        saved,
-        count_due(config.growth, step=step, tokens=tokens, done=saved),
+        source=source,
+        reader=reader,
+        saved_stage=saved,
+        stage=count_due(config.growth, step=step, tokens=tokens, done=saved),
         # fewer are due than are done if the configuration was rewritten, or is that of another run
         saved_phases=min(record.details.phases, phases),
         phases=phases,

@@ -97,7 +97,7 @@ class Resume:
             raise CheckpointError(f"no valid checkpoint is left: {'; '.join(damaged)}")
         first = self.config.at_stage(0)
         record = in_phase(new_record(self.config, self.tokenizer, self._identities(first)), first)
-        return RestoredRun(0, state or self.build(first), record, None)
+        return RestoredRun(stage=0, state=state or self.build(first), record=record, origin=None)
 
     def _read(self, resumable: Resumable, state: TrainState | None) -> RestoredRun:
         """Restore the run of a checkpoint and close it. Raises like `restore`, and DamagedCheckpointError."""
@@ -126,10 +126,10 @@ class Resume:
             resumable.reader.close()
         record = in_phase(restored, staged)
         return RestoredRun(
-            resumable.stage,
-            state,
-            record,
-            source,
+            stage=resumable.stage,
+            state=state,
+            record=record,
+            origin=source,
             changes=changes,
             warning="; ".join(filter(None, warnings)),
             advice=tuple(advice),
