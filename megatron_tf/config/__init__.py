@@ -2,8 +2,15 @@
 
 from megatron_tf.config.data_phases import DataPhase
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.grown_model import LayerSource, grown_model, keeps_outputs, layer_sources, widened_model
-from megatron_tf.config.growth import LAYOUT_KEYS, UNEVEN_MULTIPLE, GrowthStage, parse_token_option
+from megatron_tf.config.grown_model import (
+    LayerSource,
+    grown_model,
+    keeps_outputs,
+    layer_sources,
+    token_init,
+    widened_model,
+)
+from megatron_tf.config.growth import LAYOUT_KEYS, UNEVEN_MULTIPLE, GrowthStage, TokenInit, parse_token_option
 from megatron_tf.config.load import load_config, parse_config, to_dict
 from megatron_tf.config.model import TOKEN_KINDS, ModelConfig
 from megatron_tf.config.optimizer import LossScaleConfig, OptimizerConfig, ScheduleConfig
@@ -43,6 +50,7 @@ __all__ = [
     "PipelineSchedule",
     "RunConfig",
     "ScheduleConfig",
+    "TokenInit",
     "TrainingConfig",
     "grown_model",
     "keeps_outputs",
@@ -51,5 +59,6 @@ __all__ = [
     "parse_config",
     "parse_token_option",
     "to_dict",
+    "token_init",
     "widened_model",
 ]

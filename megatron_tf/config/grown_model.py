@@ -1,10 +1,11 @@
 """The model configuration that a growth stage results in, and where its layers come from."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.growth import UNEVEN_MULTIPLE, GrowthStage, LayerTokens
+from megatron_tf.config.growth import UNEVEN_MULTIPLE, GrowthStage, LayerTokens, TokenInit
 from megatron_tf.config.model import ModelConfig
 
 
@@ -49,15 +50,32 @@ def keeps_outputs(model: ModelConfig, stage: GrowthStage) -> bool:
     grown, sources = grown_model(model, stage), layer_sources(model.num_layers, stage)
     if stage.layer_init == "copy" and any(source.is_new for source in sources):
         return False
-    if stage.init in ("zero_key", "rotated_key", "duplicate"):
+    if stage.init in ("auto", "zero_key", "rotated_key", "duplicate"):
         return True
     # the other inits change the outputs of a layer that grows; a new layer adds nothing, whatever its tokens are
+    return all(source.is_new or old == new for source, old, new in _token_counts(model, grown, sources))
+
+
+def token_init(model: ModelConfig, stage: GrowthStage) -> TokenInit:
+    """Return how new tokens are initialized under `stage`: its `init`, or what `auto` stands for.
+
+    Raises ConfigError as `grown_model` does.
+    """
+    if stage.init != "auto":
+        return stage.init
+    grown, sources = grown_model(model, stage), layer_sources(model.num_layers, stage)
+    has_doubled = any(new >= 2 * old for _, old, new in _token_counts(model, grown, sources))
+    return "rotated_key" if has_doubled and model.norm_activation == "l2_norm_gelu" else "zero_key"
+
+
+def _token_counts(
+    model: ModelConfig, grown: ModelConfig, sources: Sequence[LayerSource]
+) -> Iterator[tuple[LayerSource, int, int]]:
+    """Yield where each layer of the grown model comes from, and its old and new number of tokens of each kind."""
     for kind in model.token_kinds:
         old, new = model.token_counts(kind), grown.token_counts(kind)
-        for count, source in zip(new, sources, strict=True):
-            if not source.is_new and count != old[source.layer]:
-                return False
-    return True
+        for source, count in zip(sources, new, strict=True):
+            yield source, old[source.layer], count
 
 
 def widened_model(model: ModelConfig, multiple: float | None) -> ModelConfig:
@@ -162,7 +180,7 @@ def _check_options(model: ModelConfig, stage: GrowthStage) -> None:
         for kind in ("qkv", "proj"):
             if getattr(stage, f"{kind}_tokens") is not None:
                 raise ConfigError(f"{kind}_tokens: a model with layer: transformer has none; its MLP has ffn_tokens")
-        if stage.init != "zero_key":
+        if stage.init not in ("auto", "zero_key"):
             raise ConfigError(f"init={stage.init} is for parameter tokens: with layer: transformer set mlp_init")
         if stage.mlp_init != "zero_key" and stage.ffn_tokens is None:
             raise ConfigError(f"mlp_init={stage.mlp_init}: no hidden unit is new; set ffn_tokens")
@@ -189,7 +207,7 @@ def _check_init(model: ModelConfig, stage: GrowthStage, what: str, *, old: int, 
     """Raise ConfigError if the stage's initialization can't keep the output as it promises."""
     init = stage.init if model.layer == "tokenformer" else stage.mlp_init
     is_softmax = model.layer == "tokenformer" and model.norm_activation == "softmax"
-    if init == "zero_key" and is_softmax:
+    if init in ("auto", "zero_key") and is_softmax:
         raise ConfigError(
             f"{what}: a softmax model cannot be grown exactly with zero keys, because each new token adds exp(0) = 1 "
             f"to the sum of every row; init duplicate to a multiple of the {old} tokens is exact"

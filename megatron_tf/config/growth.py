@@ -13,6 +13,8 @@ from megatron_tf.config.optimizer import ScheduleConfig
 from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Prefix, Size
 
 LayerTokens = Size | dict[str, Size]
+TokenInit = Literal["zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"]
+"""How new parameter tokens are initialized."""
 LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout")
 """Keys of a stage that replace those of `parallel`."""
 UNEVEN_MULTIPLE = 1.5
@@ -53,13 +55,14 @@ class GrowthStage(Moment):
     changes the output."""
     hidden_multiple: HiddenMultiple | None = None
     """Multiply hidden_size and num_attention_heads by an integer or by 1.5, keeping the output."""
-    init: Literal["zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"] = "zero_key"
-    """How new tokens are initialized. zero_key: with zero keys, which keeps the output. rotated_key: with rotations of
-    the old keys and zero values, and zero keys for any remainder, which keeps the output of l2_norm_gelu. duplicate: as
-    equal copies of the old tokens, with zero keys for any remainder, which keeps the output too. zero_value: with keys
-    as in a new model and zero values, which changes the output a little. duplicate_by_utility: as copies of the tokens
-    that contribute most on utility_data, which changes the output. random: as in the official code, which changes the
-    output. docs/growth_study.md compares them."""
+    init: Literal["auto"] | TokenInit = "auto"
+    """How new tokens are initialized. auto: as rotated_key with norm_activation l2_norm_gelu if a module gets at least
+    twice its tokens, otherwise as zero_key; both keep the output. zero_key: with zero keys. rotated_key: with rotations
+    of the old keys and zero values, and zero keys for any remainder. duplicate: as equal copies of the old tokens, with
+    zero keys for any remainder, which keeps the output too. zero_value: with keys as in a new model and zero values,
+    which changes the output a little. duplicate_by_utility: as copies of the tokens that contribute most on
+    utility_data, which changes the output. random: as in the official code, which changes the output.
+    docs/growth_study.md compares them."""
     utility_data: Prefix | None = None
     """Dataset (.bin/.idx) on which duplicate_by_utility measures contributions."""
     noise: Annotated[Number, Field(ge=0)] = 0.1

@@ -12,7 +12,7 @@ from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.transformed import Recipe, TransformedCheckpoint
-from megatron_tf.config import ConfigError, GrowthStage, ModelConfig, grown_model, layer_sources
+from megatron_tf.config import ConfigError, GrowthStage, ModelConfig, grown_model, layer_sources, token_init
 from megatron_tf.growth.layers_and_tokens import LayersAndTokens
 from megatron_tf.growth.parts import Part, PartMaker
 from megatron_tf.growth.perturb import shrink_and_perturb
@@ -35,6 +35,7 @@ def grow(source: Checkpoint, stage: GrowthStage, *, utility: Utility | None = No
         grown = grown_model(before, stage)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
+    stage = replace(stage, init=token_init(before, stage))
     wide = source if stage.hidden_multiple is None else widen(source, stage)
     appended = _append(wide, stage, grown, old_width=before.hidden_size, utility=utility)
     return shrink_and_perturb(appended, stage, stream=_stream(source.record))

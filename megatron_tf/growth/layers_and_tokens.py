@@ -44,19 +44,16 @@ layer with its moments and is not exact.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.generations import Generations, Run
 from megatron_tf.checkpoint.transformed import Constant, Normal, Rotated, Segment, Zeros
-from megatron_tf.config import LayerSource
+from megatron_tf.config import LayerSource, TokenInit
 from megatron_tf.growth.parts import Part, PartMaker, Scales, total_rows
 from megatron_tf.growth.utility import Utility
 from megatron_tf.tokenformer.parameters import Module, Parameter, Role
-
-Init = Literal["zero_key", "zero_value", "rotated_key", "duplicate", "duplicate_by_utility", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +136,11 @@ class LayersAndTokens:
             parts.append(self.maker.drawn(self._new_rows(parameter, new - rest)))
         return parts
 
-    def _init(self, parameter: Parameter) -> Init:
+    def _init(self, parameter: Parameter) -> TokenInit:
         is_token = parameter.role in (Role.KEYS, Role.VALUES)
-        return self.stage.init if is_token else self.stage.mlp_init
+        init = self.stage.init if is_token else self.stage.mlp_init
+        assert init != "auto", "grow replaces it"
+        return init
 
     def _new_rows(self, parameter: Parameter, start: int) -> Segment:
         """Return the rows from `start` on: zeros, or those that a new model of this size would have there."""

@@ -1,11 +1,13 @@
 """From which numbers of tokens growth by zero keys changes no bit on a CPU in fp32, and how little it is otherwise."""
 
+import functools
+
 import pytest
 import torch
 
 from megatron_tf.commands import reshard_checkpoint
 from megatron_tf.inference.model import load_model
-from megatron_tf.kernels.row_product import DecodingKernels
+from megatron_tf.kernels.row_product import MAX_ROWS, DecodingKernels
 from megatron_tf.layers.pattention import Pattention
 from tests.support.conversion import save_small_model
 
@@ -18,12 +20,33 @@ EXACT = [
 OTHERS = [("l2_norm_gelu", 3, 40), ("l2_norm_gelu", 2, 3), ("gelu_l2_norm", 3, 41)]
 
 
+ROUNDING = 5e-6  # of the largest logit
+
+
+@functools.cache
+def blas_keeps_bits():
+    """Whether zero keys change no bit of plain products on this machine: MKL keeps them on Intel's CPUs, not on AMD's."""
+    generator = torch.Generator().manual_seed(0)
+    for old, new, rows in ((250, 634, 9), (168, 212, 70), (11, 130, 66), (255, 300, 2), (129, 515, 66)):
+        x, keys, values, weights = (
+            torch.randn(*shape, generator=generator) for shape in ((rows, 64), (old, 64), (new, 64), (rows, old))
+        )
+        padding = torch.zeros(rows, new - old)
+        after = torch.cat([keys, torch.zeros(new - old, 64)])
+        if not torch.equal(x @ keys.T, (x @ after.T)[:, :old]):
+            return False
+        if not torch.equal(weights @ values[:old], torch.cat([weights, padding], dim=1) @ values):
+            return False
+    return True
+
+
 def grown(folder, norm, old, new):
     """The models before and after growth."""
     tokens = {f"{kind}_tokens": old for kind in ("qkv", "proj", "ffn")}
     before = save_small_model(folder, hidden_size=64, norm_activation=norm, **tokens)
     grow = f"qkv={new},proj={new},ffn={new}"
-    assert reshard_checkpoint.main(["--load", str(before), "--save", str(folder / "grown"), "--grow", grow]) == 0
+    growth = ["--grow", grow, "--growth-init", "zero_key"]
+    assert reshard_checkpoint.main(["--load", str(before), "--save", str(folder / "grown"), *growth]) == 0
     return load_model(before), load_model(folder / "grown")
 
 
@@ -38,16 +61,21 @@ def difference(models, length):
 @pytest.mark.parametrize(("norm", "old", "new"), EXACT)
 def test_growth_from_four_tokens_on_changes_no_bit(tmp_path, norm, old, new):
     models = grown(tmp_path, norm, old, new)
-    assert [difference(models, length)[0] for length in (1, 2, 33)] == [0, 0, 0]
+    allowed = 0 if blas_keeps_bits() else ROUNDING
+    for length in (1, 2, 33):
+        moved, largest = difference(models, length)
+        assert moved <= allowed * largest
     for model in models:
         model.arrange_for_decoding()
-    assert [difference(models, length)[0] for length in (1, 2, 33)] == [0, 0, 0]
+    assert [difference(models, length)[0] for length in (1, 2)] == [0, 0]  # the products of a few rows are ours
+    moved, largest = difference(models, 33)
+    assert moved <= allowed * largest
 
 
 @pytest.mark.parametrize(("norm", "old", "new"), OTHERS)
 def test_growth_from_fewer_tokens_stays_within_rounding(tmp_path, norm, old, new):
     moved, largest = difference(grown(tmp_path, norm, old, new), 33)
-    assert moved <= 5e-6 * largest
+    assert moved <= ROUNDING * largest
 
 
 def pattention_of(keys, values, norm, is_for_decoding):
@@ -74,4 +102,8 @@ def test_a_pattention_of_any_number_of_tokens_keeps_every_bit(norm, is_for_decod
         keys, values, x = (torch.randn(count, width, generator=generator) for count in (old, old + more, rows))
         before = pattention_of(keys, values[:old], norm, is_for_decoding)
         after = pattention_of(torch.cat([keys, torch.zeros(more, width)]), values, norm, is_for_decoding)
-        assert torch.equal(before(x), after(x)), (old, more, width, rows)
+        if blas_keeps_bits() or (is_for_decoding and rows <= MAX_ROWS):
+            assert torch.equal(before(x), after(x)), (old, more, width, rows)
+        else:
+            exact = [layer.double()(x.double()) for layer in (before, after)]  # rows of tiny scores amplify rounding
+            torch.testing.assert_close(*exact, rtol=1e-9, atol=1e-9)

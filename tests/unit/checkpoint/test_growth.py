@@ -34,7 +34,7 @@ from tests.support.toy import (
 )
 
 GROWN = {"qkv": 18, "proj": 24, "ffn": 90}
-STAGE = GrowthStage(qkv_tokens=18, proj_tokens=24, ffn_tokens=90)
+STAGE = GrowthStage(qkv_tokens=18, proj_tokens=24, ffn_tokens=90, init="zero_key")
 STD = 2 / (LAYERS * HIDDEN**0.5)
 
 
@@ -118,7 +118,7 @@ def test_growth_composes(tmp_path):
 
 
 def test_metadata_says_what_happened(tmp_path):
-    stage = GrowthStage(ffn_tokens=90, rewarmup_iters=5, old_tokens_lr_scale=0.25)
+    stage = GrowthStage(ffn_tokens=90, init="zero_key", rewarmup_iters=5, old_tokens_lr_scale=0.25)
     grown = CheckpointReader(grow_to(save(tmp_path / "base", random_tensors()), tmp_path / "grown", stage)).record
     before = record()
     assert grown.tau == TAU  # kept, not the root of the new number of tokens

@@ -25,7 +25,9 @@ def inspect():
 def test_it_says_what_is_there(tmp_path, inspect, capsys):
     tensors = random_tensors()
     base = CheckpointReader(save(tmp_path / "a", tensors, (2, 1, 1)))
-    reshard(grow(base, GrowthStage(ffn_tokens=72)), tmp_path / "b", target(1, 1), check_source=base.verify)
+    reshard(
+        grow(base, GrowthStage(ffn_tokens=72, init="zero_key")), tmp_path / "b", target(1, 1), check_source=base.verify
+    )
     assert inspect(tmp_path / "b", "--verify") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "verified: the checksums of all 4 files match" in lines
@@ -40,6 +42,7 @@ def test_layers_that_differ_are_shown(tmp_path, inspect, capsys):
     base = CheckpointReader(save(tmp_path / "a", random_tensors()))
     stage = GrowthStage(
         ffn_tokens={"1": 72},
+        init="zero_key",
         insert_layers=[3],
         old_tokens_lr_scale=0.5,
         rewarmup_iters=9,

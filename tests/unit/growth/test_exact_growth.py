@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.format import CheckpointError
-from megatron_tf.config import GrowthStage, ModelConfig, keeps_outputs
+from megatron_tf.config import GrowthStage, ModelConfig, keeps_outputs, token_init
 from megatron_tf.growth.grow import grow
 from tests.support.grown_models import TRANSFORMER, logits_of, random_checkpoint, relative_difference, tokenformer
 
@@ -21,8 +21,9 @@ LAYER_INITS = {"identity": {}, "copy_zero": {"layer_init": "copy_zero"}}
 PLACED = [(layers, init) for layers in LAYERS for init in LAYER_INITS if layers != "same layers" or init == "identity"]
 TOKENS = {
     "same tokens": {},
-    "zero_key": {"qkv_tokens": 33, "proj_tokens": 25, "ffn_tokens": 45},
-    "zero_key in some layers": {"qkv_tokens": {"1-2": 27}, "ffn_tokens": {"0": 40}},
+    "auto": {"qkv_tokens": 48, "proj_tokens": 25, "ffn_tokens": {"1": 97}},
+    "zero_key": {"init": "zero_key", "qkv_tokens": 33, "proj_tokens": 25, "ffn_tokens": 45},
+    "zero_key in some layers": {"init": "zero_key", "qkv_tokens": {"1-2": 27}, "ffn_tokens": {"0": 40}},
     "rotated_key": {"init": "rotated_key", "qkv_tokens": 48, "proj_tokens": 60, "ffn_tokens": 64},
     "rotated_key and a remainder": {"init": "rotated_key", "qkv_tokens": {"0": 75}, "ffn_tokens": 97},
     "duplicate": {"init": "duplicate", "qkv_tokens": 48, "proj_tokens": 60, "ffn_tokens": 64, "noise": 0.5},
@@ -58,13 +59,36 @@ def assert_logits_stay(model: ModelConfig, stage: GrowthStage) -> None:
         assert relative_difference(logits_of(source), logits_of(grown)) <= bound
 
 
+@pytest.mark.parametrize(
+    ("norm", "tokens", "expected"),
+    [
+        ("l2_norm_gelu", {"qkv_tokens": 48}, "rotated_key"),
+        ("l2_norm_gelu", {"ffn_tokens": {"2": 64}}, "rotated_key"),
+        ("l2_norm_gelu", {"qkv_tokens": 47, "proj_tokens": 39, "ffn_tokens": 63}, "zero_key"),
+        ("l2_norm_gelu", {"num_layers": 6}, "zero_key"),
+        ("gelu_l2_norm", {"qkv_tokens": 48}, "zero_key"),
+        ("softmax", {"num_layers": 6}, "zero_key"),
+    ],
+)
+def test_auto_rotates_keys_where_that_is_exact(norm, tokens, expected):
+    model = tokenformer(norm_activation=norm)
+    assert token_init(model, GrowthStage(**tokens)) == expected
+    source = random_checkpoint(model)
+    by_default, chosen = (grow(source, GrowthStage(**tokens, **init)) for init in ({}, {"init": expected}))
+    assert by_default.record == chosen.record
+    assert by_default.record.lineage[-1].init == expected
+    for name in chosen.names("model"):
+        rows = chosen.shape("model", name)[0]
+        assert torch.equal(*(one.read_rows("model", name, start=0, stop=rows) for one in (by_default, chosen)))
+
+
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("layers", "layer_init", "tokens"), growths(TOKENS))
 def test_the_logits_of_a_tokenformer_stay(layers, layer_init, tokens, norm, untied):
     model = tokenformer(norm_activation=norm, untie_embeddings_and_output_weights=untied)
     stage = stage_of(layers, layer_init, TOKENS[tokens])
-    if norm == "softmax" and tokens.startswith("zero_key"):
+    if norm == "softmax" and tokens.startswith(("zero_key", "auto")):
         with pytest.raises(CheckpointError, match=r"each new token adds exp\(0\) = 1 to the sum of every row"):
             grow(random_checkpoint(model), stage)
     elif norm != "l2_norm_gelu" and tokens.startswith("rotated_key"):
