@@ -181,7 +181,8 @@ def test_tensors_between_any_two_layouts(trained_on, tmp_path, source, variant):
 def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source, target, variant):
     """The logits and the next step's loss stay; old Adam rows are kept; every new key gets a gradient at that step."""
     (root, next_loss), grown, after = trained_on(source, variant), tmp_path / "grown", tmp_path / "after"
-    assert reshard(root, grown, *target_options(target), "--grow", "qkv=48,proj=40,ffn=128", "--verify") == 0
+    growth = ["--grow", "qkv=48,proj=40,ffn=128", "--growth-init", "zero_key"]
+    assert reshard(root, grown, *target_options(target), *growth, "--verify") == 0
     assert_only_appended(logical_tensors(root), logical_tensors(grown))
     ids = torch.arange(24)[None]
     assert (load_model(root)(ids) - load_model(grown)(ids)).abs().max() < 1e-6
@@ -190,6 +191,30 @@ def test_growth_between_any_two_layouts(rank_pool, trained_on, tmp_path, source,
     losses = rank_pool.run(train_and_save, *target, config, 3, after)[0]
     assert losses == pytest.approx([next_loss], rel=1e-6 if variant.endswith("fp32") else 5e-3)
     assert_new_keys_learn(logical_tensors(root), logical_tensors(after))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "variant"),
+    [((1, 1, 1), (2, 2, 2), "tied-fp32"), ((2, 1, 2), (1, 2, 1), "untied-fp32"), ((2, 2, 1), (2, 1, 1), "tied-bf16")],
+    ids=str,
+)
+def test_rotated_keys_between_layouts(rank_pool, trained_on, tmp_path, source, target, variant):
+    """The default init at twice the tokens: every layout gets the same bits, and the next step has the same loss."""
+    (root, next_loss), grown, alone = trained_on(source, variant), tmp_path / "grown", tmp_path / "alone"
+    model = {"qkv_tokens": 64, "proj_tokens": 48, "ffn_tokens": 192}
+    for folder, layout in ((grown, target), (alone, (1, 1, 1))):
+        assert reshard(root, folder, *target_options(layout), "--grow", "qkv=64,proj=48,ffn=192", "--verify") == 0
+    assert_same_bits(logical_tensors(grown), logical_tensors(alone))
+    record = load_model(grown).record
+    assert record.lineage[0].init == "rotated_key"
+    config = variant_config(target, variant, model=model, checkpoint={"load": grown})
+    losses = rank_pool.run(train_and_save, *target, config, 3, tmp_path / "after")[0]
+    assert losses == pytest.approx([next_loss], rel=2e-6 if variant.endswith("fp32") else 5e-3)
+    old = logical_tensors(root)
+    for (group, name), moment in logical_tensors(tmp_path / "after").items():
+        if group == "exp_avg" and name.endswith("value_tokens"):
+            rows = old[group, name].shape[0]
+            assert (moment[rows:].abs().sum(1) > 0).all(), f"{name}: a new value got no gradient at the first step"
 
 
 def assert_only_appended(old, new):

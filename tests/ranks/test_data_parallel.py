@@ -129,14 +129,14 @@ def with_parallel(config, **keys):
 
 @pytest.mark.parametrize(("layout", "shard_size", "schedule"), RESHARDED_SCHEDULES, ids=str)
 def test_resharding_trains_the_same(rank_pool, layout, shard_size, schedule):
-    four_layers = {"model": {"num_layers": 4}}
-    reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), **four_layers), 6)[0]
-    config = with_parallel(layout_config(layout, layout[0] > 1, schedule=schedule, **four_layers), **RESHARD)
+    sections = {"model": {"num_layers": 4}, "training": {"precision": "fp64"}}
+    reference, expected = rank_pool.run(training_run, 1, 1, 1, layout_config((1, 1, 1), **sections), 6)[0]
+    config = with_parallel(layout_config(layout, layout[0] > 1, schedule=schedule, **sections), **RESHARD)
     answers = rank_pool.run(training_run, *layout, config, 6, shard_size=shard_size)
     assert all(curve == answers[0][0] for curve, _ in answers), "ranks disagree"
-    np.testing.assert_allclose(answers[0][0], reference, rtol=1e-5)
+    np.testing.assert_allclose(answers[0][0], reference, rtol=1e-9)
     for name, gradient in whole_model(layout, False, [gradients for _, gradients in answers]).items():
-        assert np.linalg.norm(gradient - expected[name]) < 1e-5 * np.linalg.norm(expected[name]), name
+        assert np.linalg.norm(gradient - expected[name]) < 1e-12 * np.linalg.norm(expected[name]), name
 
 
 @pytest.mark.parametrize(("layout", "shard_size"), RESHARDED[:3], ids=str)

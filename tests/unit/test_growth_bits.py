@@ -25,7 +25,7 @@ ROUNDING = 5e-6  # of the largest logit
 
 @functools.cache
 def blas_keeps_bits():
-    """Whether zero keys change no bit of plain products on this machine: MKL keeps them on Intel's CPUs, not on AMD's."""
+    """Whether zero keys change no bit of plain products on this machine: MKL keeps them on Intel's CPUs only."""
     generator = torch.Generator().manual_seed(0)
     for old, new, rows in ((250, 634, 9), (168, 212, 70), (11, 130, 66), (255, 300, 2), (129, 515, 66)):
         x, keys, values, weights = (

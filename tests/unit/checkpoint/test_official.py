@@ -83,16 +83,17 @@ def test_rotary_frequencies_of_gpt_neox_are_left_out_if_they_are_the_models(fact
     assert factor == 1.0 or "sequential.2.attention.rotary_emb.inv_freq is not of heads" in capsys.readouterr().err
 
 
-def test_growth_by_zero_keys_is_refused_and_duplication_that_restores_the_root_is_not(tmp_path, capsys):
+def test_growth_by_zero_keys_is_refused_and_that_which_restores_the_root_is_not(tmp_path, capsys):
     _, run = import_tensors(tmp_path, official_tensors(CASES[0]))
     grow = ["--grow", "qkv=128,proj=128,ffn=512", "--verify"]
-    for init in ("zero_key", "duplicate"):
+    for init in ("zero_key", "duplicate", "rotated_key"):
         options = ["--load", str(run), "--save", str(tmp_path / init), "--growth-init", init, *grow]
         assert reshard_checkpoint.main(options) == 0
     assert convert("megatron_tf", "official", tmp_path / "zero_key", tmp_path / "refused") == 1
     assert "has tau 8; the official code takes 11.3137" in capsys.readouterr().err
     assert not list(tmp_path.glob("*refused*"))
-    assert convert("megatron_tf", "official", tmp_path / "duplicate", tmp_path / "kept") == 0
+    for init in ("duplicate", "rotated_key"):
+        assert convert("megatron_tf", "official", tmp_path / init, tmp_path / f"{init}_kept") == 0
 
 
 def test_tokens_that_differ_by_layer_are_refused(tmp_path, capsys):
