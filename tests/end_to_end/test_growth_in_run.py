@@ -49,14 +49,18 @@ def assert_same(one, other):
         assert getattr(left.record, key) == getattr(right.record, key)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("init", ["zero_key", "duplicate"])
+@pytest.mark.parametrize(
+    ("layout", "init"),
+    [*((layout, init) for layout in LAYOUTS for init in ("zero_key", "duplicate")), ("tp", "rotated_key")],
+)
 def test_it_is_the_same_as_stop_grow_and_start_again(folder, layout, init):
     ranks, options = LAYOUTS[layout]
     name = f"{layout}-{init}"
     stage = {**STAGE, "init": init}
     if init == "duplicate":
         stage |= {"qkv_tokens": {"2": 64}, "moments": "reset"}
+    if init == "rotated_key":
+        stage |= {"qkv_tokens": {"2": 72}}
     check_against_offline(folder, name, stage, ranks=ranks, options=options)
 
 

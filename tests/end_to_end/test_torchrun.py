@@ -24,13 +24,13 @@ from megatron_tf.training.run import loop
 
 steps, compute = 0, loop.train_step
 
-def train_step(*arguments):
+def train_step(*arguments, **options):
     global steps
     steps += 1
     if steps == 4:
         Path(sys.argv[1]).with_suffix(".asleep" + os.environ["RANK"]).touch()
         time.sleep(600)
-    return compute(*arguments)
+    return compute(*arguments, **options)
 
 loop.train_step = train_step
 sys.exit(pretrain.main(sys.argv[1:]))

@@ -24,7 +24,7 @@ class Recorder:
         self.skip = int(os.environ.get("SKIP", "-1"))
         self.steps = 0
 
-    def step(self, state, batch, *arguments):
+    def step(self, state, batch, **options):
         numbers = batch.sample_numbers.flatten().tolist()
         targets = batch.ids[..., 1:].flatten(end_dim=-2).tolist()
         with self.path.open("a") as file:
@@ -34,7 +34,7 @@ class Recorder:
         self.steps += 1
         if batch.sample_numbers.min() - state.mesh.rank("dp") * batch.sample_numbers.shape[-1] == self.skip:
             return StepResult(math.nan, math.nan, nonfinite={"loss": 0})
-        return train_step(state, batch, *arguments)
+        return train_step(state, batch, **options)
 
 
 def read_records(folder, name):

@@ -77,8 +77,8 @@ def with_spikes(monkeypatch, spikes):
     """Steps whose loss jumps where the batch, counted from the start, is one of `spikes`."""
     original, seen = loop.train_step, iter(range(10_000))
 
-    def step(*arguments):
-        result = original(*arguments)
+    def step(*arguments, **options):
+        result = original(*arguments, **options)
         return replace(result, loss=50.0 if next(seen) in spikes else 5.0)
 
     monkeypatch.setattr(loop, "train_step", step)
