@@ -1,6 +1,6 @@
 """From which numbers of tokens growth by zero keys changes no bit on a CPU in fp32, and how little it is otherwise."""
 
-import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,21 +23,10 @@ OTHERS = [("l2_norm_gelu", 3, 40), ("l2_norm_gelu", 2, 3), ("gelu_l2_norm", 3, 4
 ROUNDING = 5e-6  # of the largest logit
 
 
-@functools.cache
 def blas_keeps_bits():
-    """Whether zero keys change no bit of plain products on this machine: MKL keeps them on Intel's CPUs only."""
-    generator = torch.Generator().manual_seed(0)
-    for old, new, rows in ((250, 634, 9), (168, 212, 70), (11, 130, 66), (255, 300, 2), (129, 515, 66)):
-        x, keys, values, weights = (
-            torch.randn(*shape, generator=generator) for shape in ((rows, 64), (old, 64), (new, 64), (rows, old))
-        )
-        padding = torch.zeros(rows, new - old)
-        after = torch.cat([keys, torch.zeros(new - old, 64)])
-        if not torch.equal(x @ keys.T, (x @ after.T)[:, :old]):
-            return False
-        if not torch.equal(weights @ values[:old], torch.cat([weights, padding], dim=1) @ values):
-            return False
-    return True
+    """Whether MKL sums a prefix of tokens in the same order whatever follows: on Intel's CPUs, in blocks as ours."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and "GenuineIntel" in cpu.read_text()
 
 
 def grown(folder, norm, old, new):
