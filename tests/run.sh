@@ -51,4 +51,4 @@ OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile tests/ranks
 # much of these waits for starts, clocks and signals; the files that take longest are first
 slow=$(printf '%s\n' tests/end_to_end/test_{slurm_cluster,stopping,growth_in_run,growth_study,setup,plain_install,signals}.py)
 others=$(ls tests/end_to_end/test_*.py | grep -vxF "$slow")
-python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $slow $others
+OMP_NUM_THREADS=1 python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder $slow $others
