@@ -39,6 +39,7 @@ echo "== 2/5 train on two tensor-parallel ranks with sequence parallelism"
 echo "== 3/5 grow every projection to twice its parameter tokens, for two pipeline stages"
 [ -e $run/grown/latest ] ||
     python tools/reshard_checkpoint.py --load $run/base --save $run/grown --grow qkv=256,proj=256,ffn=1024 \
+        --rewarmup-iters 40 --rewarmup new \
         --target-tensor-parallel-size 1 --target-pipeline-parallel-size 2 --verify
 
 echo "== 4/5 continue training the grown model on two pipeline stages"
