@@ -11,8 +11,8 @@ _MIN_TOKENS = 8  # fewer than four are summed in yet another order: a short bloc
 def mix_values(weights: Tensor, values: Tensor, out: Tensor) -> None:
     """Write P @ V into out [R, E], with P [R, n] and V [n, E].
 
-    In fp32 and fp64 on an Intel CPU, appended tokens of weight zero do not change a single bit of the result: fixed blocks of
-    tokens are accumulated one after another, and growth by zero keys only appends to them.
+    In fp32 and fp64 on an Intel CPU, appended tokens of weight zero do not change a single bit of the result: fixed
+    blocks of tokens are accumulated one after another, and growth by zero keys only appends to them.
     """
     if weights.device.type != "cpu" or weights.dtype not in (torch.float32, torch.float64):
         torch.mm(weights, values, out=out)
