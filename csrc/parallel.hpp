@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -30,7 +31,14 @@ void in_parts(std::size_t parts, std::size_t count, std::size_t granule, const A
             errors[part] = std::current_exception();
         }
     };
-    for (std::size_t part = 1; part < parts; ++part) threads.emplace_back(run, part);
+    threads.reserve(parts);
+    for (std::size_t part = 1; part < parts; ++part) {
+        try {
+            threads.emplace_back(run, part);
+        } catch (const std::system_error &) {
+            run(part);  // the system allows no more threads
+        }
+    }
     run(0);
     for (auto &thread : threads) thread.join();
     for (const auto &error : errors)

@@ -4,7 +4,6 @@ torch raises these as long errors from deep inside. None of them is a bug of our
 imported here: if nothing else imported it, none of its errors was raised.
 """
 
-import os
 import re
 import socket
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_tf.errors import UserError
+from megatron_tf.host import available_memory
 
 LESS_MEMORY = "compute less at a time, in a smaller type, or on more ranks"
 """The default remedy for an OutOfMemoryError."""
@@ -85,10 +85,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
     torch's pipeline stages wrap whatever a forward raises.
     """
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, UserError):
-        yield seen
-        seen = seen.__cause__
+    seen: list[BaseException] = []  # an error can be its own cause, in a circle
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen and not isinstance(cause, UserError):
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__
 
 
 def _out_of_memory(error: BaseException, remedy: str) -> OutOfMemoryError | None:
@@ -116,9 +118,8 @@ def _amounts_of_device(text: str) -> list[str]:
 def _amounts_of_host(text: str) -> list[str]:
     """Return the same on a CPU, whose error contains the requested bytes but not the free ones."""
     requested = _first_match(r"tried to allocate (\d+) bytes", text)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     amounts = [f"{int(requested) / 2**30:,.2f} GiB requested"] if requested else []
-    return [*amounts, f"{free / 2**30:,.2f} GiB free"]
+    return [*amounts, f"{available_memory() / 2**30:,.2f} GiB free"]
 
 
 def _communication(error: BaseException) -> CommunicationError | None:

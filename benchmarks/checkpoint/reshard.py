@@ -7,7 +7,6 @@ checkpoint is that of the 1.5B model with Adam moments, 19 GB.
 import argparse
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -108,7 +107,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
     """Write a checkpoint of random bytes as the ranks of a layout would, block by block."""
     import torch
 
-    from megatron_tf.checkpoint.commit import prepare_directory, publish, temporary_directory
+    from megatron_tf.checkpoint.commit import prepare_directory, publish
     from megatron_tf.checkpoint.interface import rows_per_block
     from megatron_tf.checkpoint.reshard import Target
     from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter
@@ -119,7 +118,7 @@ def make_checkpoint(root: Path, config_file: Path, ranks: int, stages: int) -> N
 
     config = load_config(config_file)
     target = Target(ranks, stage_layers(config.model, stages, config.training.seq_length))
-    directory = prepare_directory(root, 1000, 0) and temporary_directory(root, 1000)
+    directory = prepare_directory(root, 1000, 0)
     written = []
     for group in ("model", "exp_avg", "exp_avg_sq"):
         for stage in range(stages):
@@ -160,7 +159,7 @@ def timed(command: list[str]) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{command} failed")
     os.sync()
-    return time.perf_counter() - start, usage.ru_maxrss * resource.getpagesize() / 4096 / 1024
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -88,14 +88,12 @@ class Study:
             self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
             self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
             self.choices: Mapping[str, str] = values.get("choices", {})
-            self.machine = Machine(**values.get("machine", {}))
+            self.machine = _machine(values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
             main = [arm.name for arm in self.arms.values() if arm.main]
             self.at_a_glance: Sequence[str] = values.get("at_a_glance", main)
         except KeyError as error:
             raise UserError(f"study: the key {error} is missing") from None
-        except TypeError as error:
-            raise UserError(f"study: machine: {error}") from None
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
@@ -120,7 +118,10 @@ class Study:
         name = values.get("name") or f"{values['family']}_{values['size']}"
         seeds = self.seeds["main" if values.get("main") else "other"]
         rates = self.rates[values["family"]]
-        arm = Arm(**{"seeds": seeds, "topic": "scratch", "rates": rates, **values, "name": name})
+        try:
+            arm = Arm(**{"seeds": seeds, "topic": "scratch", "rates": rates, **values, "name": name})
+        except TypeError as error:
+            raise UserError(f"study: arm {name}: {error}") from None
         if bool(arm.grow_from) != bool(arm.stages) or arm.schedule not in SCHEDULES:
             raise UserError(
                 f"study: arm {name}: grow_from and stages belong together, and schedule is one of {SCHEDULES}"
@@ -161,3 +162,10 @@ def non_embedding(model: ModelConfig) -> int:
     """Count the parameters without the embedding and an untied output layer."""
     copies = 2 if model.untie_embeddings_and_output_weights else 1
     return parameter_count(model) - copies * model.padded_vocab_size * model.hidden_size
+
+
+def _machine(values: Mapping[str, Any]) -> Machine:
+    try:
+        return Machine(**values)
+    except TypeError as error:
+        raise UserError(f"study: machine: {error}") from None

@@ -64,7 +64,7 @@ class BackgroundSaver:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self.wait()
-        except CheckpointError:
+        except Exception:
             if error is None:
                 raise
         finally:

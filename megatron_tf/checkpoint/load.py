@@ -114,6 +114,7 @@ class CheckpointReader:
         """Free the memory of the manifest and of file headers; nothing can be read afterwards."""
         self.manifest = Manifest({}, {})
         self._open_files.clear()
+        self._hashed_files.clear()
 
     def _entry(self, group: str, name: str) -> TensorEntry:
         try:
@@ -176,10 +177,10 @@ class CheckpointReader:
                 except (CheckpointError, OSError):
                     continue
                 return (
-                    f"; the newest sound checkpoint is {candidate}: to resume from it, write {candidate.name} into "
+                    f"; the newest intact checkpoint is {candidate}: to resume from it, write {candidate.name} into "
                     f"{candidate.parent / LATEST}"
                 )
-        return "; there is no other sound checkpoint next to it"
+        return "; there is no other intact checkpoint next to it"
 
 
 def load_shards(

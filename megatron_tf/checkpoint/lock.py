@@ -67,11 +67,12 @@ class RunLock:
 
     Entering takes over the lock of a dead run, and removes temporary files left by a crash. Raises LockedError if the
     owner is alive; for an owner on another machine, finding out takes up to STALE_SECONDS and is announced in the log.
-    Raises OSError if the directory is not writable.
+    Raises OSError if the directory is not writable. Messages name `key`, by which the user chose the directory.
     """
 
-    def __init__(self, root: Path, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, on_lost: Callable[[str], None], *, key: str = "checkpoint.save") -> None:
         self.root = root
+        self.key = key
         self.path = root / LOCK
         self.on_lost = on_lost
         self.owner = _this_process()
@@ -96,15 +97,14 @@ class RunLock:
         """Try to create the lock atomically, including its contents; return whether it was free."""
         text = json.dumps(asdict(self.owner))
         draft = self.path.with_name(f"{LOCK}.{self.owner.token}")
-        draft.write_text(text)
+        _write_new(draft, text)
         try:
             os.link(draft, self.path)
         except FileExistsError:
             return False
         except OSError:  # a file system without links
             try:
-                with self.path.open("x") as file:
-                    file.write(text)
+                _write_new(self.path, text)
             except FileExistsError:
                 return False
         finally:
@@ -120,7 +120,8 @@ class RunLock:
         is_here = owner is not None and owner.is_here
         if not is_here:
             log.warning(
-                "checkpoint.save: %s is locked by %s: waiting up to %.0f s to see whether that run is alive",
+                "%s: %s is locked by %s: waiting up to %.0f s to see whether that run is alive",
+                self.key,
                 self.root,
                 _name(owner),
                 STALE_SECONDS,
@@ -183,14 +184,15 @@ class RunLock:
 
     def _beats(self, text: bytes) -> bool:
         """Return whether the file's modification time changes; no clock is read, because machines' clocks differ."""
-        first, deadline = self._time(), time.monotonic() + STALE_SECONDS
-        while time.monotonic() < deadline:
-            time.sleep(BEAT_SECONDS / 10)
-            with contextlib.suppress(FileNotFoundError):
+        deadline = time.monotonic() + STALE_SECONDS
+        try:
+            first = self._time()
+            while time.monotonic() < deadline:
+                time.sleep(BEAT_SECONDS / 10)
                 if self._time() != first and self.path.read_bytes() == text:
                     return True
-                continue
-            return False
+        except FileNotFoundError:  # released meanwhile
+            pass
         return False
 
     def _time(self) -> int:
@@ -199,8 +201,8 @@ class RunLock:
 
     def _refusal(self, owner: Owner | None) -> str:
         return (
-            f"checkpoint.save: another run is writing to {self.root} ({_name(owner)}): stop that one first, "
-            f"or choose another checkpoint.save"
+            f"{self.key}: another run is writing to {self.root} ({_name(owner)}): stop that one first, "
+            f"or choose another {self.key}"
         )
 
     def _keep_fresh(self) -> None:
@@ -209,7 +211,7 @@ class RunLock:
             with contextlib.suppress(OSError):  # a server that is away for a while
                 misses = 0 if self._is_ours() else misses + 1
                 if misses > 1:
-                    self.on_lost(f"checkpoint.save: another run took over {self.root}, because this one was stalled")
+                    self.on_lost(f"{self.key}: another run took over {self.root}, because this one was stalled")
                     return
                 if not misses:
                     os.utime(self.path)
@@ -220,6 +222,19 @@ class RunLock:
         except FileNotFoundError:
             return False
         return owner is not None and owner.token == self.owner.token
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a new file, or leave none. Raises FileExistsError if there is one, or another OSError that names it."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise
+    except OSError as error:  # of a write, which does not name the file
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

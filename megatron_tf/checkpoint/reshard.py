@@ -20,6 +20,7 @@ from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
+from megatron_tf.checkpoint.lock import RunLock
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written
 from megatron_tf.parallel.sharding import split_rows
@@ -78,8 +79,10 @@ def reshard(
 
     Parameters, optimizer state, counters, tau and lineage are all included. `progress` is called with the bytes written
     since its last call. `check_source` is called after everything is written and raises if the source is damaged: then,
-    as after any error, nothing appears under `root`. Raises CheckpointError if rows are not divisible, the disk is too
-    small, `root` is inside a checkpoint, or, without `allow_existing`, it contains other checkpoints.
+    as after any error, nothing appears under `root`.
+
+    Raises CheckpointError if rows are not divisible, the disk is too small, `root` is inside a checkpoint, or, without
+    `allow_existing`, it contains other checkpoints; LockedError if a run is writing to `root`.
     """
     RunRecord.from_json(checkpoint.record.to_json(), checkpoint.directory)  # what is written can be read
     step = checkpoint.record.training.step
@@ -89,17 +92,25 @@ def reshard(
     if not allow_existing:
         check_destination(checkpoint, root, step)
     plans = list(plan_files(checkpoint, target))  # all first: indivisible rows are found before a write
-    directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
-    try:
-        written = []
-        for group in checkpoint.groups():
-            plans_of_group = [plan for plan in plans if plan.group == group]
-            written.extend(_write_group(checkpoint, directory, plans_of_group, progress=progress))
-        check_source()
-        return publish(root, step, record=checkpoint.record, written=written, source=checkpoint.directory)
-    except BaseException:
-        abandon(root, step)
-        raise
+    losses: list[str] = []
+    with RunLock(root, losses.append, key="--save"):
+        directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
+        try:
+            written = []
+            for group in checkpoint.groups():
+                of_group = [plan for plan in plans if plan.group == group]
+                written += _write_group(checkpoint, directory, group=group, plans=of_group, progress=progress)
+            check_source()
+            _check_not_lost(losses)
+            return publish(root, step, record=checkpoint.record, written=written, source=checkpoint.directory)
+        except BaseException:
+            abandon(root, step)
+            raise
+
+
+def _check_not_lost(losses: Sequence[str]) -> None:
+    if losses:
+        raise CheckpointError(losses[0])
 
 
 def plan_files(checkpoint: Checkpoint, target: Target) -> Iterator[FilePlan]:
@@ -130,13 +141,13 @@ def _spec(checkpoint: Checkpoint, group: str, name: str, *, rank: int, ranks: in
 
 
 def _write_group(
-    checkpoint: Checkpoint, directory: Path, plans: list[FilePlan], *, progress: Callable[[int], object]
+    checkpoint: Checkpoint, directory: Path, *, group: str, plans: list[FilePlan], progress: Callable[[int], object]
 ) -> list[Written]:
     """Write the files of one group; they become complete one pipeline stage after another."""
     pieces = []
     for plan in plans:
         pieces += [(spec, plan) for spec in plan.specs]
-    order = {name: place for place, name in enumerate(checkpoint.names(plans[0].group))}
+    order = {name: place for place, name in enumerate(checkpoint.names(group))}
     # by tensor, then by row: the order within the source's files and within each target file
     pieces.sort(key=lambda piece: (order[piece[0].name], piece[0].start))
     left = {plan.name: len(plan.specs) for plan in plans}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
@@ -85,7 +85,7 @@ class ShardFileWriter:
     """Writes one safetensors file incrementally, in the order of `specs`, and computes its checksum on the way.
 
     Use it as a context manager, which makes the file durable on exit. `facts` is the metadata of the header, by default
-    the row ranges in the file. Raises OSError on a write error.
+    the row ranges in the file. Raises CheckpointError, naming the file, on a write error.
     """
 
     def __init__(self, path: Path, specs: Sequence[PieceSpec], facts: Mapping[str, str] | None = None) -> None:
@@ -137,34 +137,37 @@ class ShardFileWriter:
 
 
 class HashedFile:
-    """A file that is hashed while it is read. Each byte is hashed once; sequential reads need no second pass."""
+    """A file that is hashed while it is read. Each byte is hashed once; sequential reads need no second pass.
+
+    It is opened for each read: a checkpoint may have more files than a process may hold open.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = path.stat().st_size
-        self.file = path.open("rb", buffering=0)
         self.hash = xxhash.xxh3_128()
         self.hashed = 0
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` with the bytes from `offset`; return how many there were."""
-        self._hash_up_to(offset)  # bytes that the caller skips are hashed too
-        self.file.seek(offset)
-        count = self.file.readinto(buffer)
+        with self.path.open("rb") as file:
+            self._hash_up_to(file, offset)  # bytes that the caller skips are hashed too
+            file.seek(offset)
+            count = file.readinto(buffer)
         # when reads overlap or go back, skip the bytes that are already hashed
         self.hash.update(buffer[max(0, self.hashed - offset) : count])
         self.hashed = max(self.hashed, offset + count)
         return count
 
     def finish(self) -> str:
-        """Hash the rest of the file, close it and return the checksum."""
-        with self.file:
-            self._hash_up_to(self.size)
+        """Hash the rest of the file and return the checksum."""
+        with self.path.open("rb") as file:
+            self._hash_up_to(file, self.size)
         return self.hash.hexdigest()
 
-    def _hash_up_to(self, stop: int) -> None:
-        self.file.seek(self.hashed)
-        while self.hashed < stop and (data := self.file.read(min(_HASH_BYTES, stop - self.hashed))):
+    def _hash_up_to(self, file: BinaryIO, stop: int) -> None:
+        file.seek(self.hashed)
+        while self.hashed < stop and (data := file.read(min(_HASH_BYTES, stop - self.hashed))):
             self.hash.update(data)
             self.hashed += len(data)
 
@@ -214,8 +217,7 @@ class ShardFileReader:
     def _fill(self, offset: int, buffer: memoryview) -> int:
         if self.hashed is not None:
             return self.hashed.read_into(offset, buffer)
-        # opened for each read: a checkpoint may have more files than a process may hold open
-        with self.path.open("rb") as file:
+        with self.path.open("rb") as file:  # for each read, as in HashedFile
             file.seek(offset)
             return file.readinto(buffer)
 

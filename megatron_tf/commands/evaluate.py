@@ -78,6 +78,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     import_late("torch")  # imported here so that --help is fast
     from tqdm import tqdm
 
+    from megatron_tf.config import parse_split
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.data.loss_mask import open_loss_mask
@@ -86,6 +87,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     from megatron_tf.inference.tokenizer import load_tokenizer
     from megatron_tf.model.samples import check_made_with
 
+    shares = None if options.split is None else parse_split(options.split, key="--split")
     datasets = [IndexedDataset(prefix) for prefix in options.data_path]
     model = load_model(options.checkpoint, device=options.device)
     for dataset in datasets:
@@ -96,8 +98,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     predictions: dict[str, Prediction] = {}
     for dataset in datasets:
         documents = range(len(dataset))
-        if options.split is not None:
-            documents = split_documents(len(dataset), options.split)[PARTS.index(options.part)]
+        if shares is not None:
+            documents = split_documents(len(dataset), shares)[PARTS.index(options.part)]
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:

@@ -92,7 +92,9 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
 
         config = load_config(options.config, [])
         return dataset_of_run(config), f"the run of {options.config}"
-    documents = split_documents(len(dataset), options.split)[0]
+    from megatron_tf.config import parse_split
+
+    documents = split_documents(len(dataset), parse_split(options.split, key="--split"))[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
     name = f"{dataset.prefix.name}:train"
     order = SampleOrder(lengths, seq_length=options.seq_length, seed=options.seed, name=name, cache=cache)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_tf.commands.arguments import file_prefix, make_parser, parse
 from megatron_tf.commands.runner import command
-from megatron_tf.data.document_sets import joined_sets, read_document_sets, sets_path
+from megatron_tf.data.document_sets import DocumentSets, joined_sets, read_document_sets, sets_path
 from megatron_tf.data.indexed_dataset import INDEX_BLOCK, DataError, IndexedDataset, write_index
 from megatron_tf.data.loss_mask import has_loss_mask
 from megatron_tf.data.output_names import mask_prefix
@@ -72,32 +72,33 @@ def check_free(output: str) -> None:
 def merge_files(prefixes: list[str], output: str, report: dict[str, Any]) -> None:
     """Write the files of a dataset. After an error, nothing appears under its name."""
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    sets = merged_sets(datasets)
     dtypes = {dataset.dtype for dataset in datasets}
     if len(dtypes) > 1:
         raise DataError(f"the datasets hold ids of different types: {', '.join(sorted(map(str, dtypes)))}")
-    data, index = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp")
+    data, index, report_path = Path(f"{output}.bin.tmp"), Path(f"{output}.idx.tmp"), Path(f"{output}.json")
     data.parent.mkdir(parents=True, exist_ok=True)
     try:
         concatenate([Path(f"{prefix}.bin") for prefix in prefixes], data)
         write_index(index, datasets[0].dtype, lambda: blocks(datasets))
+        if report:
+            write_json(report_path, report)
+        if sets is not None:
+            sets.write(sets_path(output))
     except BaseException:
-        for path in (data, index):
+        for path in (data, index, report_path, sets_path(output)):
             path.unlink(missing_ok=True)
         raise
-    if report:
-        write_json(Path(f"{output}.json"), report)
-    merge_sets(datasets, output)
     data.replace(f"{output}.bin")
     index.replace(f"{output}.idx")
     sync_directory(index.parent)
 
 
-def merge_sets(datasets: list[IndexedDataset], output: str) -> None:
-    """Write the sets of all documents, if they are known for every dataset."""
+def merged_sets(datasets: list[IndexedDataset]) -> DocumentSets | None:
+    """Return the sets of all documents; None unless they are known for every dataset."""
     known = [read_document_sets(dataset.prefix, len(dataset)) for dataset in datasets]
     parts = [part for part in known if part is not None]
-    if len(parts) == len(known):
-        joined_sets(parts).write(sets_path(output))
+    return joined_sets(parts) if len(parts) == len(known) else None
 
 
 def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
@@ -109,7 +110,7 @@ def blocks(datasets: list[IndexedDataset]) -> Iterator[tuple[NDArray[np.int32], 
 
 
 def merged_report(prefixes: list[str]) -> dict[str, Any]:
-    """Add up the reports; None if a dataset has none. Raises DataError if tokenizers differ."""
+    """Return the sum of the reports, empty if a dataset has none. Raises DataError if tokenizers differ."""
     paths = [Path(f"{prefix}.json") for prefix in prefixes]
     if not all(path.exists() for path in paths):
         print("no report is written: " + ", ".join(str(path) for path in paths if not path.exists()) + " missing")

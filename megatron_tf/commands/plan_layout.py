@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_tf.commands.arguments import file_path, make_parser
-from megatron_tf.commands.resharding import available_memory
 from megatron_tf.commands.runner import command, import_late, say
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
+from megatron_tf.host import usable_memory
 
 if TYPE_CHECKING:
     from megatron_tf.planning.cluster import Cluster
@@ -119,7 +119,7 @@ def _this_machine(ranks: int) -> "tuple[Cluster, PartCounter, Machine]":
     from megatron_tf.planning.counts import PartCounter
     from megatron_tf.planning.network import measure_network
 
-    memory = available_memory() / _MALLOC_OVERHEAD / ranks / 2**30
+    memory = usable_memory() / _MALLOC_OVERHEAD / ranks / 2**30
     cluster = dataclasses.replace(PRESETS["laptop"], ranks_per_node=ranks, memory_gib=memory)
     say("measuring this machine")
     network = measure_network() if ranks > 1 else None

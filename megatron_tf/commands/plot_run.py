@@ -17,6 +17,7 @@ from megatron_tf.commands.arguments import file_path, make_parser, parse, read_t
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
+from megatron_tf.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,11 +142,7 @@ def draw(stages: list[Stage], output: Path, *, title: str, x: str = "tokens") ->
         axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(output)
-    except ValueError as error:  # the suffix is not an image format
-        raise UserError(f"--output {output}: {error}") from error
+    save_figure(figure, output, option="--output")
 
 
 def mark_growth(axes: "Axes", *, before: Stage, after: Stage, x: str) -> None:

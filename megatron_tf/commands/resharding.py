@@ -1,8 +1,6 @@
 """Implementation of `reshard-checkpoint`."""
 
 import math
-import os
-import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from megatron_tf.growth.drop_layers import drop_layers
 from megatron_tf.growth.grow import grow
 from megatron_tf.growth.shrink import keep_most_important, shrink
 from megatron_tf.growth.utility import measure_utility, needs_utility
+from megatron_tf.host import allow_more_files, usable_memory
 from megatron_tf.inference.comparison import compare_models
 from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
@@ -72,8 +71,7 @@ def run(options: Options) -> None:
     """Reshard, grow or shrink as `options` select. Raises UserError for what a user can fix."""
     if options.save.resolve() == options.load.resolve():
         raise CheckpointError("--save is the same directory as --load: choose another")
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # one file per rank and group is open
+    allow_more_files()  # one per rank and group is written
     source = CheckpointReader(options.load, check_at_end=True).complete()
     stage = growth_stage(options)
     result, is_exact = transform(source, options, stage)
@@ -269,9 +267,9 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
     readers = [CheckpointReader(path) for path in (before, after)]
     dtype = stored_dtype(readers[0].record)
     needed = max(dtype.itemsize * _parameters(reader) for reader in readers)
-    available = available_memory()
-    if needed > available:
-        print(f"the logits are not compared: a model takes {needed:,} bytes, {available:,} bytes of memory are free")
+    usable = usable_memory()
+    if needed > usable:
+        print(f"the logits are not compared: a model takes {needed:,} bytes, {usable:,} bytes of memory are free")
         return
     samples = None
     if options.data:
@@ -290,12 +288,3 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
         print("this change does not preserve the model's outputs (see --help)")
     elif not found.difference <= limit:  # a NaN is neither
         raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
-
-
-def available_memory() -> int:
-    """Return the bytes that can be allocated without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # macOS shows the total, not what is free: half of it
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(0.8 * 1024 * int(fields["MemAvailable"].split()[0]))

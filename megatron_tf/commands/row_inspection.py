@@ -8,6 +8,7 @@ from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.runner import import_late
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
+from megatron_tf.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,11 +81,7 @@ def draw(rows: Sequence["RowContribution"], output: Path) -> None:
     panels[0][0].set_ylabel("contribution")
     panels[1][0].set_ylabel("dead tokens")
     panels[0][0].legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(output)
-    except ValueError as error:  # the suffix is not an image format
-        raise UserError(f"--plot {output}: {error}") from error
+    save_figure(figure, output, option="--plot")
 
 
 def _draw_growth(above: "Axes", below: "Axes", rows: Sequence["RowContribution"]) -> None:

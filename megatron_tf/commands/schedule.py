@@ -18,6 +18,7 @@ from megatron_tf.commands.arguments import file_path, make_parser
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
+from megatron_tf.figures import save_figure
 
 if TYPE_CHECKING:
     from megatron_tf.config import RunConfig
@@ -140,4 +141,4 @@ def draw(pipeline: "Pipeline", slots: "list[Slot]", output: Path) -> None:
     axes.set(xlabel="time", ylabel="rank", title=pipeline.schedule, yticks=range(pipeline.ranks))
     axes.invert_yaxis()
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(_COLORS))
-    figure.savefig(output)
+    save_figure(figure, output, option="--plot")

@@ -1,6 +1,7 @@
 """Typed configuration of a run, validated before anything starts."""
 
 from megatron_tf.config.data_phases import DataPhase
+from megatron_tf.config.data_values import parse_data_path, parse_split
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import (
     LayerSource,
@@ -57,6 +58,8 @@ __all__ = [
     "layer_sources",
     "load_config",
     "parse_config",
+    "parse_data_path",
+    "parse_split",
     "parse_token_option",
     "to_dict",
     "token_init",

@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
@@ -11,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.context_parallel import check_context_parallel
 from megatron_tf.config.data_phases import DataPhase
+from megatron_tf.config.data_values import parse_data_path, parse_split
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.grown_model import grown_model
 from megatron_tf.config.growth import LAYOUT_KEYS, GrowthStage
@@ -27,19 +26,6 @@ DATA_CONTENT = "data.content"
 """Name in checkpoint.allow_changes for the contents of the files in data.data_path."""
 ANY_DATA = "data"
 """Name in checkpoint.allow_changes for everything that decides which data is read, and in which order."""
-
-
-def check_weights(key: str, entries: Sequence[str]) -> None:
-    """Raise ConfigError, naming `key`, if only some datasets have a weight, or if the weights are invalid."""
-    fields = [entry.split(maxsplit=1) for entry in entries]
-    if all(len(field) == 1 for field in fields):
-        return
-    try:
-        weights = [float(weight) for weight, _ in fields]
-    except ValueError:
-        raise ConfigError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
-    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-        raise ConfigError(f"{key}: weights must be finite and non-negative, and at least one positive, got {weights}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -260,7 +246,9 @@ class RunConfig:
         phases = self.data.phases
         check_moments("data.phases", phases)
         for number, phase in enumerate(phases):
-            check_weights(f"data.phases[{number}].data_path", phase.data_path or [])
+            parse_data_path(phase.data_path or [], key=f"data.phases[{number}].data_path")
+        if phases and self.data.packing == "best_fit":
+            raise ConfigError("data.phases reads documents end to end, in lanes: set data.packing to concatenate")
         if phases and self.data.order_of_new_run != "lanes":
             raise ConfigError(f"data.phases needs data.order lanes, but it is {self.data.order}")
         if phases and self.checkpoint.save is None:
@@ -292,13 +280,8 @@ class RunConfig:
 
     def _check_data(self) -> None:
         for key in ("data_path", "valid_data_path"):
-            check_weights(f"data.{key}", getattr(self.data, key) or [])
-        try:
-            shares = [float(share) for share in self.data.split.split(",")]
-        except ValueError:
-            shares = []
-        if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
-            raise ConfigError(f"data.split is {self.data.split!r}: write three shares, such as 969,30,1")
+            parse_data_path(getattr(self.data, key) or [], key=f"data.{key}")
+        parse_split(self.data.split)
         if self.data.order == "megatron" and self.training.seed >= _NUMPY_SEEDS:
             raise ConfigError(f"training.seed ({self.training.seed}) must be below 2**32 under data.order megatron")
         if self.data.packing == "best_fit" and self.data.order_of_new_run != "counter":

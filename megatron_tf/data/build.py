@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tf.config import ConfigError, DataConfig, RunConfig, TrainingConfig
+from megatron_tf.config import ConfigError, DataConfig, RunConfig, TrainingConfig, parse_data_path, parse_split
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.blend import GREEDY, SPACED, Blend, BlendedDataset, GreedyBlend, Samples, SpacedBlend
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
@@ -93,7 +93,7 @@ def _build_lanes(config: RunConfig, *, sample: int, saved: Mapping[str, Any] | N
     sets = []
     for prefix in prefixes:
         indexed = _indexed(config, prefix, "data_path")
-        documents = split_documents(len(indexed), config.data.split)[0]
+        documents = split_documents(len(indexed), parse_split(config.data.split))[0]
         sets.append(LaneSet(indexed, documents, seed=config.training.seed, mask=_mask(config, indexed)))
     return lane_samples(sets, weights, seq_length=config.training.seq_length, sample=sample, saved=saved)
 
@@ -203,7 +203,7 @@ def _ordered(
     if split == "validation" and config.data.valid_data_path is not None:
         documents = range(len(indexed))
     else:
-        documents = divide(len(indexed), config.data.split)[0 if split == "train" else 1]
+        documents = divide(len(indexed), parse_split(config.data.split))[0 if split == "train" else 1]
     lengths = indexed.document_lengths[documents.start : documents.stop]
     name, mask = f"{indexed.prefix.name}:{split}", _mask(config, indexed)
     if config.data.packing == "best_fit" and split == "train":
@@ -234,19 +234,6 @@ def samples_of_run(training: TrainingConfig, split: Split) -> int:
         return training.samples_of(training.train_iters)
     evaluations = training.train_iters // training.eval_interval + 1 if training.eval_interval else 0
     return evaluations * training.eval_iters * training.global_batch_size
-
-
-def parse_data_path(entries: Sequence[str]) -> tuple[list[float], list[str]]:
-    """Parse entries "PREFIX" or "WEIGHT PREFIX" into (weights, prefixes). Raises ConfigError if forms are mixed."""
-    fields = [entry.split(maxsplit=1) for entry in entries]
-    if all(len(field) == 1 for field in fields):
-        return [1.0] * len(fields), [field[0] for field in fields]
-    try:
-        return [float(weight) for weight, _ in fields], [prefix for _, prefix in fields]
-    except ValueError:
-        raise ConfigError(
-            f"data.data_path: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}"
-        ) from None
 
 
 def training_prefixes(data: DataConfig) -> Iterator[tuple[str, str]]:

@@ -1,13 +1,12 @@
 """Samples for language modeling: runs of seq_length + 1 tokens that may span several documents."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
+from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.loss_mask import counted
 from megatron_tf.data.order_cache import Order
 from megatron_tf.data.sample import Sample, lengths_of_inputs
@@ -66,20 +65,7 @@ class GPTDataset:
             offset = 0
 
 
-def split_documents(num_documents: int, split: str) -> tuple[range, range, range]:
-    """Split documents into training, validation and test by shares such as "969,30,1". Raises DataError for malformed
-    shares."""
-    shares = shares_of(split)
+def split_documents(num_documents: int, shares: Sequence[float]) -> tuple[range, range, range]:
+    """Split documents into training, validation and test by their shares."""
     bounds = [round(sum(shares[:i]) / sum(shares) * num_documents) for i in range(4)]
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
-
-
-def shares_of(split: str) -> list[float]:
-    """Parse a split such as "969,30,1". Raises DataError unless it has three non-negative shares, not all zero."""
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
-        raise DataError(f"data.split is {split!r}: write three shares, such as 969,30,1")
-    return shares

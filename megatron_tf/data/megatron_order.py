@@ -15,7 +15,6 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf.data._index import sample_index
-from megatron_tf.data.gpt_dataset import shares_of
 from megatron_tf.data.indexed_dataset import DataError
 from megatron_tf.data.order import aligned, samples_in
 from megatron_tf.data.order_cache import OrderArrays, open_or_build
@@ -80,13 +79,12 @@ class MegatronOrder:
         return sequences
 
 
-def split_sequences(num_sequences: int, split: str) -> tuple[range, range, range]:
-    """Split sequences into training, validation and test by shares such as "969,30,1". Raises DataError for malformed
-    shares.
+def split_sequences(num_sequences: int, shares: Sequence[float]) -> tuple[range, range, range]:
+    """Split sequences into training, validation and test by their shares.
 
     Megatron-LM rounds sums of rounded shares, so boundaries may differ by one from those of `split_documents`.
     """
-    ends = [0.0, *itertools.accumulate(normalized(shares_of(split)))]
+    ends = [0.0, *itertools.accumulate(normalized(shares))]
     bounds = [round(end * float(num_sequences)) for end in ends]
     return range(bounds[0], bounds[1]), range(bounds[1], bounds[2]), range(bounds[2], bounds[3])
 

@@ -7,10 +7,8 @@ message. So tokens are read by system calls, which report errors, and indices ar
 import errno
 import mmap
 import os
-import resource
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.errors import UserError
+from megatron_tf.host import allow_more_files
 
 T = TypeVar("T")
 
@@ -101,17 +100,10 @@ def _with_more_files(open_one: Callable[[], T]) -> T:
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    _allow_more_files()
+    allow_more_files()  # each dataset holds several, and a blend may have thousands
     return open_one()
 
 
 def _not_opened(path: Path, error: OSError) -> DataError:
     remedy = ": raise the limit of open files (ulimit -n), or merge datasets" if error.errno == errno.EMFILE else ""
     return DataError(f"{path} can't be opened ({error.strerror}){remedy}")
-
-
-def _allow_more_files() -> None:
-    """Raise the limit on open files as far as allowed: each dataset holds several, and a blend may have thousands."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):  # macOS allows less than it reports
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

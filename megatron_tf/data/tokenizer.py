@@ -84,7 +84,8 @@ class HFTokenizer:
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Encode each text into its ids [n] and the (start, stop) characters of each of them [n, 2]."""
-        encoded = self._reference.encode_batch(list(texts), add_special_tokens=False)
+        with self._library:
+            encoded = self._reference.encode_batch(list(texts), add_special_tokens=False)
         return [(np.array(e.ids, np.int64), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encoded]
 
     def _encode_slowly(self, texts: Sequence[str]) -> Encoded:

@@ -51,7 +51,7 @@ class Generation:
         logits = self._model.logits(hidden)[:, 0, : self._model.config.vocab_size]
         tokens = sample_tokens(logits, self._sampling, self._draw(logits.device))
         # read together: each read makes the host wait for the device
-        result = torch.cat([tokens, logits.sum().isfinite()[None]])
+        result = torch.cat([tokens, logits.isfinite().all()[None]])
         if self._model.group is not None:
             dist.broadcast(result, group=self._model.group, group_src=0)
         *ids, is_finite = result.tolist()

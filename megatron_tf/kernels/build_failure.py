@@ -62,8 +62,11 @@ def describe_build_failure(name: str, error: Exception) -> str:
 
 def _first_cause(cause: Exception) -> str:
     """Return the line of a compiler's output that reports the error, or else the first line of the message."""
-    output = getattr(cause, "output", None) or str(cause) or type(cause).__name__
-    lines = [line.strip() for line in str(output).splitlines() if line.strip()]
+    output = getattr(cause, "output", None) or ""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else str(output)
+    lines = [line.strip() for line in (text.strip() or str(cause)).splitlines() if line.strip()]
+    if not lines:
+        return type(cause).__name__
     # collect2 only repeats that the linker failed
     return next((line for line in lines if "error" in line and not line.startswith("collect2")), lines[0])
 

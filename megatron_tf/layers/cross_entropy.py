@@ -126,8 +126,8 @@ def _logit_chunks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tenso
     """Yield rows of `hidden` and their logits [t, V / R], which the next ones overwrite."""
     tokens, columns = len(hidden), len(weight)
     largest = _CPU_LOGITS if hidden.device.type == "cpu" else _GPU_LOGITS
-    num_chunks = -(-tokens * columns // largest)
-    step = -(-tokens // num_chunks)  # chunks of equal size, without a small one at the end
+    num_chunks = max(1, -(-tokens * columns // largest))
+    step = max(1, -(-tokens // num_chunks))  # chunks of equal size, without a small one at the end
     buffer = hidden.new_empty(step, columns)
     for start in range(0, tokens, step):
         rows = slice(start, min(tokens, start + step))

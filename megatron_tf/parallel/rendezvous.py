@@ -50,7 +50,10 @@ def join_ranks(
     # the ranks have met at the store; now they connect to each other
     joining.join(seconds)
     if joining.error is not None:
-        raise _explain(joining.error, address=address, size=size, limit=limit) from joining.error
+        explained = _explain(joining.error, address=address, size=size, limit=limit)
+        if explained is joining.error:
+            raise explained
+        raise explained from joining.error
     if joining.store is None:
         raise LaunchError(f"the ranks met at {address}, but do not connect to each other: {_INTERFACE}")
     return joining.store

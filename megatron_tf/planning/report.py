@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.errors import UserError
+from megatron_tf.figures import save_figure
 from megatron_tf.planning.counts import PartCounter
 from megatron_tf.planning.plan import Plan, Ranking, SizedLayout, busiest_messages
 from megatron_tf.planning.stages import Course, StageRanking, best_course, hours_from_scratch, one_layout
@@ -171,10 +171,7 @@ def draw(stages: Sequence[StageRanking], output: Path, *, top: int) -> None:
         row[1].set_yticklabels([])
         row[0].set(xlabel="seconds of a step", title=f"{stage.parameters:,} parameters")
         row[1].set(xlabel="GiB of the fullest rank")
-    try:
-        figure.savefig(output)
-    except ValueError as error:
-        raise UserError(f"--plot {output}: {error}") from error
+    save_figure(figure, output, option="--plot")
 
 
 def _label(plan: Plan) -> str:

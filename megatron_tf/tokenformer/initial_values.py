@@ -33,12 +33,14 @@ def normal_rows(name: str, *, seed: int, start: int, stop: int, columns: int, st
     Each block of rows has its own generator, so that drawing a range costs only that range, and a tensor that grows
     keeps the values of its old rows.
     """
-    rows = torch.empty(stop - start, columns)
+    # whatever torch's default dtype and device are
+    rows = torch.empty(stop - start, columns, dtype=torch.float32, device="cpu")
 
     def draw(block: int) -> None:
-        generator = torch.Generator().manual_seed(stream_seed(seed, name, block))
+        generator = torch.Generator("cpu").manual_seed(stream_seed(seed, name, block))
         # always a whole block: a row's values depend on the rows drawn before it
-        values = torch.empty(_BLOCK_ROWS, columns).normal_(0.0, std, generator=generator)
+        values = torch.empty(_BLOCK_ROWS, columns, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, std, generator=generator)
         first = block * _BLOCK_ROWS
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         rows[low - start : high - start] = values[low - first : high - first]

@@ -154,3 +154,11 @@ def test_without_locks_two_processes_may_build_the_same_order(tmp_path, monkeypa
     assert np.array_equal(order_of(lengths, tmp_path).locate(0)[0].shuffle, first.shuffle)
     assert json.loads((directory / "checksums.json").read_text())
     assert directory.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o777
+
+
+def test_merging_sets_that_are_damaged_leaves_nothing_behind(tmp_path, capsys):
+    write_data_set(tmp_path / "a", [[1, 2]])
+    (tmp_path / "a.documents.npz").write_bytes(b"no archive")
+    assert merge(tmp_path / "m", tmp_path / "a") == 1
+    assert "a.documents.npz" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("m")] == []

@@ -15,6 +15,7 @@ import pytest
 from backports import zstd
 
 from megatron_tf.commands import preprocess_data
+from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.data import documents, preprocess
 from tests.support.full_disk import FullDisk
 from tests.support.preprocessing import (
@@ -210,6 +211,11 @@ def test_importing_the_trainer_is_no_part_of_tokenizing():
     module = "megatron_tf.commands.preprocess_data"
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert start([sys.executable, "-c", code]).wait(60) == 0
+
+
+def test_no_command_imports_torch_for_its_help():
+    modules = ", ".join(f"megatron_tf.commands.{entry.module}" for entry in COMMANDS.values())
+    assert start([sys.executable, "-c", f"import sys, {modules}; sys.exit('torch' in sys.modules)"]).wait(60) == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -142,7 +142,7 @@ def test_there_and_back_gives_identical_tensors(trained, tmp_path):
 
 
 def test_models_too_large_for_the_memory_are_not_compared(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(resharding, "available_memory", lambda: 1000)
+    monkeypatch.setattr(resharding, "usable_memory", lambda: 1000)
     assert reshard(trained, tmp_path / "grown", "--grow", "ffn=128", "--verify") == 0
     out = capsys.readouterr().out
     assert "the logits are not compared" in out

@@ -8,8 +8,8 @@ from tests.support.imports import imported_names
 from tests.support.paths import ROOT
 
 FLOORS = [
-    {"ahead", "errors", "files", "help_text", "tokenizer_files"},
-    {"failures"},
+    {"ahead", "errors", "files", "help_text", "host", "tokenizer_files"},
+    {"failures", "figures"},
     {"extras"},
     {"config"},
     {"tokenformer"},

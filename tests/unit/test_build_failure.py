@@ -78,3 +78,13 @@ def test_a_cache_directory_that_cannot_be_made_is_named(monkeypatch, tmp_path):
     message = r"TORCHINDUCTOR_CACHE_DIR can't be created: .*file/cache': set it to a writable"
     with pytest.raises(UserError, match=message):
         make_compiler_cache()
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("\n", "returned non-zero exit status 1"), (b"b.cpp:3: fatal error: omp.h\n", ": b.cpp:3: fatal error: omp.h:")],
+    ids=["blank", "bytes"],
+)
+def test_any_output_of_a_compiler_is_explained(output, said):
+    error = subprocess.CalledProcessError(1, ["g++"], output=output)
+    assert said in describe_build_failure("compiled", wrapped(error))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_tf.commands.runner import command
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
-from megatron_tf.failures import explain, one_line_out_of_memory
+from megatron_tf.failures import communication_failure, explain, one_line_out_of_memory
 
 HOST = socket.gethostname()
 CUDA = (
@@ -153,3 +153,12 @@ def test_what_was_explained_is_not_explained_again():
     said = UserError("write it otherwise")
     said.__cause__ = dist.DistBackendError(NCCL)
     assert explain(said) is None
+
+
+def test_an_error_that_is_its_own_cause_is_explained_in_finite_time(capsys):
+    bug = KeyError("a key")
+    with pytest.raises(KeyError):
+        code_of(raising(bug, bug))
+    first, second = RuntimeError("first"), RuntimeError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert communication_failure(first) is None

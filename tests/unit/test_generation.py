@@ -187,3 +187,14 @@ def test_the_mask_of_a_cache_hides_later_tokens_and_is_aligned(lengths):
                 assert row.tolist() == [
                     0 if key <= length + token else -torch.inf for key in range(max(before) + count)
                 ]
+
+
+def test_finite_logits_whose_sum_is_not_are_no_divergence():
+    """fp16 ends at 65,504."""
+    model = random_model()
+    logits = torch.full((1, 1, VOCAB), -60000.0, dtype=torch.float16)
+    model.logits = lambda hidden: logits
+    assert generate(model, [[5]], count=2) == [[0, 0]]
+    logits[0, 0, 3] = float("-inf")
+    with pytest.raises(UserError, match="non-finite"):
+        generate(model, [[5]], count=1)

@@ -114,3 +114,9 @@ def test_the_logits_of_a_micro_batch_are_never_stored_whole_and_take_few_launche
         loss_of(hidden, weight, targets).backward()
     assert watch.largest == max(weight.numel(), 2048 * 50304)
     assert watch.operations < 300
+
+
+def test_no_token_is_a_loss_of_zero():
+    hidden = torch.randn(0, WIDTH, requires_grad=True)
+    loss = loss_of(hidden, torch.randn(VOCABULARY, WIDTH), torch.zeros(0, dtype=torch.int64))
+    assert loss.item() == 0

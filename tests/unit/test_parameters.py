@@ -10,6 +10,7 @@ import torch
 
 from megatron_tf.config import ModelConfig, RunConfig, load_config
 from megatron_tf.model.tokenformer import TokenFormer
+from megatron_tf.tokenformer.initial_values import normal_rows
 from megatron_tf.tokenformer.parameters import Module, Role, initial_taus, model_parameters
 from tests.support.training import PLAIN, STRONG, small_run
 
@@ -191,3 +192,16 @@ def test_the_scan_knows_names_of_ours(text):
 )
 def test_the_scan_leaves_names_of_others_alone(text):
     assert not is_name_of_ours(text)
+
+
+def test_initial_values_are_those_of_the_seed_whatever_torch_takes_by_default():
+    options = {"seed": 3, "start": 60, "stop": 70, "columns": 5, "std": 0.1}
+    expected = normal_rows("w", **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = normal_rows("w", **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

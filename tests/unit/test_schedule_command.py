@@ -73,3 +73,9 @@ def test_malformed_costs_are_named(capsys, costs):
     with pytest.raises(SystemExit):
         schedule.main([CONFIG, *SIZES, f"--costs={costs}"])
     assert "write three whole numbers above 0" in capsys.readouterr().err
+
+
+def test_a_plot_of_an_unknown_format_is_refused_and_a_new_folder_is_made(capsys, tmp_path):
+    assert schedule.main([CONFIG, *SIZES, f"--plot={tmp_path}/new/picture.foo"]) == 1
+    assert f"error: --plot {tmp_path}/new/picture.foo: " in capsys.readouterr().err
+    assert schedule.main([CONFIG, *SIZES, f"--plot={tmp_path}/new/picture.svg"]) == 0

@@ -78,7 +78,7 @@ class MetricsLog:
         self._interval_tokens += step_tokens
         for sink in self.sinks:
             sink.step(values, rows, step)
-        self.bar.update()
+        self.bar.update(step - self.bar.n)  # a step that is repeated after a spike goes back
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
     def interval(self, step: int, values: Mapping[str, float], *, phases: Mapping[str, float], notes: str) -> None:

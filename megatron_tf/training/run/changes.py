@@ -8,8 +8,7 @@ from megatron_tf.checkpoint.contents import stored_dtype
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.run_state import Identity
-from megatron_tf.config import ANY_DATA, DATA_CONTENT, RunConfig, to_dict
-from megatron_tf.data.build import parse_data_path
+from megatron_tf.config import ANY_DATA, DATA_CONTENT, RunConfig, parse_data_path, to_dict
 from megatron_tf.data.content import describe_difference
 from megatron_tf.kernels.dropout import GENERATOR
 from megatron_tf.tokenformer.dtypes import parameter_dtype

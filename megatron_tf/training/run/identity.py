@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 
 import megatron_tf
-from megatron_tf.config import ConfigError, RunConfig, to_dict
-from megatron_tf.data.build import parse_data_path, training_prefixes
+from megatron_tf.config import ConfigError, RunConfig, parse_data_path, to_dict
+from megatron_tf.data.build import training_prefixes
 from megatron_tf.data.content import Content, content_of
 from megatron_tf.parallel.launch import job_name
 

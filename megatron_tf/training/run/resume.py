@@ -8,9 +8,9 @@ from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoin
 from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.run_state import Identity
-from megatron_tf.config import ParallelConfig, RunConfig
+from megatron_tf.config import ParallelConfig, RunConfig, parse_data_path
 from megatron_tf.data.blend import Samples
-from megatron_tf.data.build import build_dataset, open_phase, parse_data_path
+from megatron_tf.data.build import build_dataset, open_phase
 from megatron_tf.growth.advice import advise
 from megatron_tf.parallel.mesh import Mesh
 from megatron_tf.training.run.changes import check_changes, warn_of_dropout, warn_of_rounding

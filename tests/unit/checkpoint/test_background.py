@@ -79,3 +79,16 @@ def test_the_last_failure_is_raised_at_the_end(tmp_path):
         BackgroundSaver(None, pytest.fail, lambda reason: None) as saver,
     ):
         begin(saver, tmp_path / "file", 1, torch.ones(4, 3))
+
+
+def test_an_unexpected_error_of_a_save_does_not_hide_that_of_the_run(tmp_path):
+    def lose_a_rank(*arguments, **options):
+        raise RuntimeError("gloo: connection closed by peer")
+
+    def train():
+        with BackgroundSaver(None, pytest.fail, lambda reason: None) as saver:
+            begin(saver, tmp_path, 1, torch.ones(4, 3), lose_a_rank)
+            raise KeyError("of the run")
+
+    with pytest.raises(KeyError, match="of the run"):
+        train()

@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_named(root, name, offset):
     with pytest.raises(CheckpointError, match=re.escape(str(path))) as caught:
         use(root)
     sound_one = root / "step_00000100"
-    assert f"the newest sound checkpoint is {sound_one}" in str(caught.value)
+    assert f"the newest intact checkpoint is {sound_one}" in str(caught.value)
     assert CheckpointReader(sound_one).step == 100
 
 
@@ -72,7 +72,7 @@ def test_verify_finds_damage_that_nothing_reads(root):
     flip_bit(root / "step_00000200" / SOME_FILE, -1)
     reader = CheckpointReader(root)
     reader.read_rows("model", "embedding.weight", start=0, stop=24)
-    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest sound"):
+    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest intact"):
         reader.verify()
 
 
@@ -86,7 +86,7 @@ def test_a_truncated_file_is_named(root, name):
 
 def test_a_missing_file_is_named(root):
     (root / "step_00000200" / SOME_FILE).unlink()
-    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is missing; the newest sound checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is missing; the newest intact checkpoint"):
         CheckpointReader(root)
 
 
@@ -99,7 +99,7 @@ def test_a_foreign_file_is_named(root):
 def test_no_sound_one_is_said_too(root):
     for step in ("step_00000100", "step_00000200"):
         flip_bit(root / step / SOME_FILE, -1)
-    with pytest.raises(CheckpointError, match="there is no other sound checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no other intact checkpoint"):
         CheckpointReader(root).verify()
 
 

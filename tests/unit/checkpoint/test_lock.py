@@ -206,3 +206,17 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     for thread in threads:
         thread.join(timeout=60)
     assert sorted(outcomes) == ["held", *["refused"] * 7]
+
+
+def test_a_lock_that_is_released_while_it_is_examined_is_taken(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text(json.dumps(dataclasses.asdict(lock._this_process())))
+    elsewhere(tmp_path / LOCK)
+    examine = RunLock._beats
+
+    def released_first(self, text):
+        (tmp_path / LOCK).unlink()
+        return examine(self, text)
+
+    monkeypatch.setattr(RunLock, "_beats", released_first)
+    with RunLock(tmp_path, print):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()

@@ -1,14 +1,19 @@
 """Resharding: the same values in files for other ranks, streamed."""
 
 import itertools
+import resource
+import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_tf.checkpoint import interface
+from megatron_tf.checkpoint import interface, lock
+from megatron_tf.checkpoint.commit import complete_checkpoints
 from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
+from megatron_tf.checkpoint.lock import LOCK, LockedError, RunLock
 from megatron_tf.checkpoint.reshard import plan_files, reshard
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.parallel.sharding import RowShard
@@ -108,3 +113,48 @@ def test_memory_is_a_few_blocks_whatever_the_size(tmp_path, monkeypatch):
     assert peak < 4 << 20  # hashing the source takes blocks of 1 MiB
     monkeypatch.undo()
     assert torch.equal(CheckpointReader(path).read_rows("model", "embedding.weight", start=0, stop=len(whole)), whole)
+
+
+def test_more_files_than_a_process_may_open_are_read_and_hashed(tmp_path):
+    tensors = random_tensors()
+    source = save(tmp_path / "source", tensors, (6, 2, 2))
+    reader = CheckpointReader(source, check_at_end=True)
+    few = len(list(Path("/proc/self/fd").iterdir())) + 8
+    assert len(reader.manifest.files) > 2 * 8
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        path = reshard(reader, tmp_path / "target", target(1, 1), check_source=reader.verify)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert same(read_all(path), tensors)
+
+
+def test_the_directory_of_a_living_run_is_left_alone(tmp_path):
+    source = save(tmp_path / "source", random_tensors())
+    saving = tmp_path / "run" / ".step_00000007.tmp"
+    saving.mkdir(parents=True)
+    reader = CheckpointReader(source)
+    with (
+        RunLock(tmp_path / "run", pytest.fail),
+        pytest.raises(LockedError, match=r"--save: another run is writing to .*/run"),
+    ):
+        reshard(reader, tmp_path / "run", target(1, 1), allow_existing=True)
+    assert saving.exists()
+    reshard(reader, tmp_path / "run", target(1, 1), allow_existing=True)
+    assert not saving.exists()
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_directory_that_another_run_took_over_gets_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    source = save(tmp_path / "source", random_tensors())
+    reader = CheckpointReader(source)
+
+    def stolen():
+        (tmp_path / "run" / LOCK).unlink()
+        time.sleep(0.5)  # the thread of the lock looks every 20 ms, twice
+
+    with pytest.raises(CheckpointError, match="--save: another run took over"):
+        reshard(reader, tmp_path / "run", target(1, 1), check_source=stolen)
+    assert complete_checkpoints(tmp_path / "run") == []

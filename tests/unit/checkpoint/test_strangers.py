@@ -29,7 +29,7 @@ def test_a_fifo_is_refused_without_waiting_for_its_other_end(directory, name):
         change_manifest(directory, lambda body: body["files"][name].update(bytes=0))
     with pytest.raises(DamagedCheckpointError, match=f"{name} must be a regular file: it is a FIFO") as caught:
         CheckpointReader(directory.parent)
-    assert "the newest sound checkpoint is" in str(caught.value)
+    assert "the newest intact checkpoint is" in str(caught.value)
 
 
 def test_latest_that_is_a_fifo_is_refused(directory):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_tf.config import ConfigError, parse_split
 from megatron_tf.data import indexed_dataset, order_cache
 from megatron_tf.data.gpt_dataset import GPTDataset, split_documents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, token_dtype
@@ -187,10 +188,13 @@ def test_too_few_tokens(dataset):
 
 
 def test_splits_are_over_documents():
-    assert split_documents(1000, "969,30,1") == (range(969), range(969, 999), range(999, 1000))
-    for bad in ("1,2", "a,b,c", "0,0,0", "-1,1,1"):
-        with pytest.raises(DataError, match="three shares"):
-            split_documents(10, bad)
+    assert split_documents(1000, parse_split("969,30,1")) == (range(969), range(969, 999), range(999, 1000))
+
+
+@pytest.mark.parametrize("bad", ["1,2", "a,b,c", "0,0,0", "-1,1,1", "nan,1,1", ""])
+def test_a_split_has_three_shares(bad):
+    with pytest.raises(ConfigError, match=r"--split is .*three shares"):
+        parse_split(bad, key="--split")
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])

@@ -214,7 +214,7 @@ def test_a_cache_whose_files_have_another_form_is_rebuilt(tmp_path):
 
 def test_the_limit_of_open_files_is_raised(prefix, monkeypatch):
     raised = []
-    monkeypatch.setattr(open_files, "_allow_more_files", lambda: raised.append(1))
+    monkeypatch.setattr(open_files, "allow_more_files", lambda: raised.append(1))
     opened = os.open
 
     def full(*arguments):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from megatron_tf.config import ConfigError
+from megatron_tf.config import ConfigError, parse_split
 from megatron_tf.data import megatron_order
 from megatron_tf.data.build import build_dataset, build_validation, samples_of_run
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset, write_index
@@ -96,7 +96,7 @@ def random_documents(generator, seq_length):
 def has_tokens(prefix, split):
     """Whether each part of a split has two tokens: of none megatron-core counts epochs without end."""
     lengths = IndexedDataset(prefix).lengths
-    parts = zip(split_sequences(len(lengths), split), split.split(","), strict=True)
+    parts = zip(split_sequences(len(lengths), parse_split(split)), split.split(","), strict=True)
     return all(lengths[part.start : part.stop].sum() > 1 for part, share in parts if float(share))
 
 
@@ -225,7 +225,7 @@ def test_bounds_of_splits_are_those_of_megatron_core():
         matrix = theirs.convert_split_vector_to_split_matrix(theirs.parse_and_normalize_split(split))
         for count in (1, 2, 3, 5, 10, 37, 1000, 12345):
             expected = [range(*(round(end * float(count)) for end in part)) if part else None for part in matrix]
-            ours = split_sequences(count, split)
+            ours = split_sequences(count, parse_split(split))
             assert [part if whole else None for part, whole in zip(ours, expected, strict=True)] == [
                 part or None for part in expected
             ]
