@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def random_150m(dtype: torch.dtype) -> LanguageModel:
-    """Return the configuration of the published model."""
+    """Return a model of the published 150M shape with random weights."""
     tokens = {"qkv_tokens": 768, "proj_tokens": 768, "ffn_tokens": 3072}
     config = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50277, **tokens)
     transformer = TokenFormer(config, dtype=dtype).to(dtype)

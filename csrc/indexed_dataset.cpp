@@ -63,7 +63,7 @@ IndexHeader check_index(const std::uint8_t *data, std::size_t size, const std::u
     for (std::uint64_t i = 0; i < header.bounds; ++i) {
         const auto bound = load<std::int64_t>(bounds, i);
         if (bound < before || (i == 0 && bound != 0))
-            fail("the document index does not climb from 0 at document " + std::to_string(i));
+            fail("the document index does not start at 0 or decreases at document " + std::to_string(i));
         header.one_sequence_each = header.one_sequence_each && bound == static_cast<std::int64_t>(i);
         before = bound;
     }

@@ -22,8 +22,8 @@ def computed_ahead(
     source = iter(items)
 
     def results() -> Iterator[T]:
-        pending = [thread.submit(next, source, None) for _ in range(depth)]
-        while (item := pending.pop(0).result()) is not None:
+        pending = deque(thread.submit(next, source, None) for _ in range(depth))
+        while (item := pending.popleft().result()) is not None:
             pending.append(thread.submit(next, source, None))
             yield item
 

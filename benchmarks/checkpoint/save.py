@@ -90,7 +90,7 @@ def steps(state: TrainState, batch: Batch) -> float:
 
 
 def in_background(
-    state: TrainState, config: RunConfig, batch: torch.Tensor, *, record: RunRecord, root: Path
+    state: TrainState, config: RunConfig, batch: Batch, *, record: RunRecord, root: Path
 ) -> tuple[float, float, float]:
     """Measure, in seconds, the call, the following steps, and the total until the checkpoint is complete."""
     with BackgroundSaver(None, lambda path: None, print) as saver:

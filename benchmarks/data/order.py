@@ -182,7 +182,7 @@ JOBS: list[tuple[str, Callable[..., None], Callable[..., None], int]] = [
 
 
 def timed(job: Callable[[], None]) -> None:
-    """Print time and memory of the context's body as JSON."""
+    """Print time and memory of `job` as JSON."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start = private_mib("VmRSS"), time.perf_counter()
     job()

@@ -57,12 +57,6 @@ def cold_rate(prefix: str, cache: str, prefetch: int) -> float:
     return rate(read, 1)
 
 
-def our_dataset(prefix: str, cache: str) -> GPTDataset:
-    """Read all documents in our order."""
-    data = IndexedDataset(prefix)
-    return GPTDataset(data, range(len(data)), order_of(data, cache))
-
-
 def megatron_dataset(prefix: str, cache: str) -> Any:
     """Build Megatron-LM's dataset over all documents."""
     from megatron.core.datasets import gpt_dataset, indexed_dataset

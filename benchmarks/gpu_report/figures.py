@@ -37,7 +37,6 @@ from megatron_tf.training.observability.throughput import flops_by_name
 from megatron_tf.training.step.state import TrainState, build_state
 from megatron_tf.training.step.step import train_step
 
-PATTENTION_GOAL, MATMUL_GOAL, MFU_GOAL = 1.05, 0.85, 0.45
 MIB, GIB = 1 << 20, 1 << 30
 
 

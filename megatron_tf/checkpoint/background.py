@@ -10,7 +10,7 @@ from typing import Self
 
 from torch.distributed import ProcessGroup
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.save import Tensors
 from megatron_tf.checkpoint.snapshot import HostCopies
 

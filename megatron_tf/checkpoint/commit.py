@@ -8,17 +8,9 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.files import read_bounded
-from megatron_tf.checkpoint.format import (
-    GROWN_FORMAT,
-    LATEST,
-    MANIFEST,
-    METADATA,
-    PLAIN_FORMAT,
-    CheckpointError,
-    FileEntry,
-    Manifest,
-)
+from megatron_tf.checkpoint.format import GROWN_FORMAT, LATEST, MANIFEST, METADATA, PLAIN_FORMAT, FileEntry, Manifest
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.shard_files import Written, collect_groups
 from megatron_tf.checkpoint.tokenizer_file import store_tokenizer

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig

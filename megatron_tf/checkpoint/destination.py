@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_tf.checkpoint.commit import check_room, complete_checkpoints, step_directory
-from megatron_tf.checkpoint.format import LATEST, MANIFEST, CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
+from megatron_tf.checkpoint.format import LATEST, MANIFEST
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
-from megatron_tf.checkpoint.errors import CheckpointError as CheckpointError
-from megatron_tf.checkpoint.errors import DamagedCheckpointError as DamagedCheckpointError
-from megatron_tf.checkpoint.errors import FormatVersionError as FormatVersionError
+from megatron_tf.checkpoint.errors import CheckpointError, FormatVersionError
 from megatron_tf.checkpoint.files import read_bounded
 from megatron_tf.checkpoint.json_object import JsonObject
 

@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
         """Global shape of a tensor."""
 
     def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
+        """Dtype of a tensor."""
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) of a tensor to the CPU, and nothing else. Raises CheckpointError if it has fewer."""

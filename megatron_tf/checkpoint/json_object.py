@@ -75,7 +75,7 @@ class JsonObject:
         return JsonObject(self.source, self._path(key), self._get(key, _REQUIRED, "an object"))
 
     def optional(self, key: str, read: Callable[["JsonObject"], T], default: T) -> T:
-        """Read an object with `read`; None if the key is absent or null."""
+        """Read an object with `read`; return `default` if the key is absent or null."""
         return read(self.section(key)) if self.has(key) else default
 
     def sections(self, key: str) -> list["JsonObject"]:

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
 from megatron_tf.checkpoint.contents import check_complete, names_difference
+from megatron_tf.checkpoint.errors import CheckpointError, DamagedCheckpointError, FormatVersionError
 from megatron_tf.checkpoint.files import file_size, read_bounded
 from megatron_tf.checkpoint.format import (
     LATEST,
     MANIFEST,
     METADATA,
     STORED_DTYPES,
-    CheckpointError,
-    DamagedCheckpointError,
-    FormatVersionError,
     Manifest,
     TensorEntry,
     file_checksum,
@@ -77,7 +75,7 @@ class CheckpointReader:
         return self._entry(group, name).shape
 
     def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
+        """Dtype of a tensor."""
         return STORED_DTYPES[self._entry(group, name).dtype]
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:

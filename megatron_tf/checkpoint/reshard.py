@@ -18,7 +18,7 @@ from megatron_tf.ahead import computed_ahead
 from megatron_tf.checkpoint.commit import abandon, prepare_directory, publish, step_directory
 from megatron_tf.checkpoint.contents import held_parameters
 from megatron_tf.checkpoint.destination import check_destination, check_outside_checkpoints
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.checkpoint.lock import RunLock
 from megatron_tf.checkpoint.record import RunRecord

@@ -16,7 +16,7 @@ from megatron_tf.checkpoint.commit import (
     step_directory,
     temporary_directory,
 )
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileWriter, Written, planned_file
 from megatron_tf.errors import UserError

@@ -16,10 +16,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.format import (
     DTYPE_NAMES,
     STORED_DTYPES,
-    CheckpointError,
     FileEntry,
     Groups,
     Piece,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.columns import ColumnMap, ColumnNoise
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, rows_per_block
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.rotation import blocks, rotated
@@ -265,7 +265,7 @@ class TransformedCheckpoint:
         return self._recipe(group, name).shape
 
     def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
+        """Dtype of a tensor."""
         return self._recipe(group, name).dtype
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:

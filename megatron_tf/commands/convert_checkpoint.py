@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: list[str] | None) -> Options:
-    """The command line."""
+    """Parse the command line."""
     parser = make_parser("convert-checkpoint", __doc__)
     add = parser.add_argument
     add("--from", dest="source", choices=FORMATS, required=True, help="format of --load")

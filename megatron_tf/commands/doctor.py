@@ -118,11 +118,8 @@ def _import_error(module: str) -> str:
     """Return the first line of what importing a module raises, empty if it works."""
     try:
         importlib.import_module(module)
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # RuntimeError: for example operators registered for another PyTorch
+    # RuntimeError: for example operators registered for another PyTorch
+    except (ImportError, OSError, RuntimeError) as error:
         return str(error).strip().partition("\n")[0]
     return ""
 

@@ -178,8 +178,7 @@ def _stream(prompt: str, continue_batch: "ContinueBatch", out: TextIO) -> None:
 
 
 def _requests(records: Sequence[dict[str, Any]], num_samples: int) -> list[tuple[dict[str, Any], int]]:
-    """Yield (record, number of its sample) of each continuation; with several samples the record contains the
-    number."""
+    """Return (record, sample number) for each continuation; with several samples, the record has the number too."""
     if num_samples == 1:
         return [(record, 0) for record in records]
     requests = []

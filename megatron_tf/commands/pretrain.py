@@ -8,6 +8,7 @@ Examples:
     megatron-tf torchrun --nproc-per-node 8 -m megatron_tf.pretrain run.yaml
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,7 +19,7 @@ from megatron_tf.commands.arguments import file_path, make_parser
 from megatron_tf.commands.runner import command, import_late, say_error
 from megatron_tf.config import RunConfig, load_config
 from megatron_tf.config.describe import describe_keys
-from megatron_tf.training.supervision.signals import SignalCatcher, caught_signals, exit_code
+from megatron_tf.training.supervision.signals import SignalCatcher, exit_code
 
 if TYPE_CHECKING:
     from megatron_tf.training.observability.observer import Observer
@@ -27,8 +28,15 @@ _MARGIN = timedelta(seconds=30)  # collectives wait this much longer than the wa
 
 
 @command(interrupted="interrupted: the same command resumes from the newest checkpoint in checkpoint.save")
-def main(arguments: list[str] | None = None, *, observers: "Sequence[Observer]" = ()) -> int:
+def main(
+    arguments: list[str] | None = None,
+    *,
+    signals: SignalCatcher | None = None,
+    observers: "Sequence[Observer]" = (),
+) -> int:
     """Train, and notify `observers` of each step, evaluation, checkpoint and growth.
+
+    `signals` is entered already; by default signals are caught from here on.
 
     Returns 0 if the run is complete or an observer ended it, 75 if it was saved and the same command resumes it, and
     128 + the signal's number if a signal ended it without saving.
@@ -40,8 +48,8 @@ def main(arguments: list[str] | None = None, *, observers: "Sequence[Observer]" 
         help="YAML configuration, such as those in examples/configs, followed by overrides --section.key=value",
     )
     known, overrides = parser.parse_known_args(arguments)
-    with caught_signals() as signals:
-        return run(load_config(known.config, overrides), signals, observers)
+    with SignalCatcher() if signals is None else contextlib.nullcontext(signals) as caught:
+        return run(load_config(known.config, overrides), caught, observers)
 
 
 def _abort(reason: str | None) -> None:
@@ -53,9 +61,8 @@ def _abort(reason: str | None) -> None:
 def run(config: RunConfig, signals: SignalCatcher, observers: "Sequence[Observer]" = ()) -> int:
     """Initialize the process group and train; return the exit code."""
     signals.end_at_once(partial(exit_code, is_saved=config.checkpoint.save is not None))
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # our own error says in one line what these warnings say in forty
+    # our own error says in one line what these warnings say in forty
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # after the configuration has been validated, since this takes seconds
     import_late("megatron_tf.kernels.build_failure")
     from megatron_tf.kernels.build_failure import make_compiler_cache

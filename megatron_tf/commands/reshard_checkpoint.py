@@ -21,7 +21,7 @@ from megatron_tf.commands.runner import command, import_late
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line; names follow Megatron-LM's tool."""
+    """Parse the command line; names follow Megatron-LM's tool."""
 
     load: Path
     save: Path
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: list[str] | None) -> Options:
-    """The command line; names follow Megatron-LM's tool."""
+    """Parse the command line; names follow Megatron-LM's tool."""
     parser = make_parser(
         "reshard-checkpoint",
         __doc__,
@@ -250,6 +250,6 @@ def _add_undo_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--drop-layers",
         metavar="I,J,...",
-        help="remove these layers, numbered from 0 as in --load; new layers that are still the identity leave without "
-        "a change",
+        help="remove these layers, numbered from 0 as in --load; removing new layers that are still the identity does "
+        "not change the output",
     )

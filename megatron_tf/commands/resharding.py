@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from megatron_tf.checkpoint.contents import stored_dtype
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import BLOCK_BYTES, Checkpoint
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, FilePlan, Target, plan_files, reshard

@@ -24,7 +24,7 @@ from megatron_tf.commands.registry import COMMANDS
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
 from megatron_tf.failures import LESS_MEMORY, explain
-from megatron_tf.training.supervision.signals import catch_from_first_line
+from megatron_tf.training.supervision.signals import SignalCatcher
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells count it
 INTERRUPTED = "interrupted: start the same command again"
@@ -100,17 +100,21 @@ def run_script(name: str) -> int:
     Signal handlers are installed before the import, which can take half a minute and turns a KeyboardInterrupt into
     other errors. During the import, Ctrl-C ends the process at once with one line.
     """
-    if name == "pretrain":
-        catch_from_first_line()
-    else:
+    if name != "pretrain":
         _end_at_interrupt()
+        return _import_and_run(name)
+    # never left: a signal must not change the exit code of a run that has ended already
+    return _import_and_run(name, signals=SignalCatcher().__enter__())
+
+
+def _import_and_run(name: str, **options: Any) -> int:
     try:
         with needed_by(f"megatron-tf {name}"), _uncollected():
             module = importlib.import_module(f"megatron_tf.commands.{COMMANDS[name].module}")
     except UserError as error:
         say_error(str(error))
         return error.exit_code
-    code: int = module.main()
+    code: int = module.main(**options)
     gc.freeze()  # or the collection at exit looks at all that is left
     return code
 

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pipeline(config: "RunConfig", world_size: int | None) -> "Pipeline":
     """Return the pipeline of the run's first stage of growth. Raises UserError if it does not fit the ranks."""
-    from megatron_tf.parallel.mesh import data_parallel_size
+    from megatron_tf.parallel.mesh import replicas_of
     from megatron_tf.parallel.timeline import Pipeline
     from megatron_tf.training.step.batch_sizes import check_batch_sizes
 
@@ -72,15 +72,8 @@ def _pipeline(config: "RunConfig", world_size: int | None) -> "Pipeline":
     tensor, ranks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if ranks == 1:
         raise UserError("parallel.pipeline_model_parallel_size is 1, so there is no schedule: set it to 2 or more")
-    requested = parallel.data_parallel_size
-    context = parallel.context_parallel_size
-    data = data_parallel_size(
-        world_size or tensor * ranks * context * (requested or 1),
-        tensor=tensor,
-        pipeline=ranks,
-        context=context,
-        requested=requested,
-    )
+    smallest = tensor * ranks * parallel.context_parallel_size * (parallel.data_parallel_size or 1)
+    data = replicas_of(parallel, world_size or smallest)
     check_batch_sizes(config, ranks, data)
     count = training.global_batch_size // (training.micro_batch_size * data)
     return Pipeline(parallel.pipeline_schedule, ranks, per_rank=parallel.stages_per_rank, micro_batches=count)

@@ -68,9 +68,8 @@ def train(options: Options) -> None:
         temporary.replace(f"{options.output_prefix}.model")
         sync_directory(temporary.parent)
     except RuntimeError as error:
-        text.check(
-            options.max_bad_lines
-        )  # an error in the input is more helpful than SentencePiece's error about the rest
+        # an error in the input is more helpful than SentencePiece's error about the rest
+        text.check(options.max_bad_lines)
         raise DataError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,5 +1,8 @@
 """The exception for invalid configurations."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_tf.errors import UserError
 
 
@@ -8,3 +11,8 @@ class ConfigError(UserError, ValueError):
 
     It is also a ValueError because validators raise it: pydantic only collects those, and adds the key to them.
     """
+
+
+def message_of(fault: Mapping[str, Any]) -> str:
+    """Return the message of a fault that pydantic found, without what it puts before messages of our own checks."""
+    return str(fault["msg"]).removeprefix("Value error, ")

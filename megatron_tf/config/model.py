@@ -116,10 +116,9 @@ class ModelConfig:
             )
 
     def _check_tokenformer(self) -> None:
-        chosen = {"norm": self.norm, "mlp": self.mlp, "qk_norm": self.qk_norm}
         for key, default in {"norm": "layernorm", "mlp": "gelu", "qk_norm": False}.items():
-            if chosen[key] != default:
-                raise ConfigError(f"{key}={chosen[key]} needs layer: transformer; a TokenFormer has no such choice")
+            if (value := getattr(self, key)) != default:
+                raise ConfigError(f"{key}={value} needs layer: transformer; a TokenFormer has no such choice")
 
     @property
     def head_dim(self) -> int:

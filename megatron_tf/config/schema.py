@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from megatron_tf.config.context_parallel import check_context_parallel
 from megatron_tf.config.data_phases import DataPhase
 from megatron_tf.config.data_values import parse_data_path, parse_split
-from megatron_tf.config.errors import ConfigError
+from megatron_tf.config.errors import ConfigError, message_of
 from megatron_tf.config.grown_model import grown_model
 from megatron_tf.config.growth import LAYOUT_KEYS, GrowthStage
 from megatron_tf.config.model import ModelConfig
@@ -177,7 +177,7 @@ class RunConfig:
         try:
             return self._at_stage(number, phase)
         except ValidationError as error:  # what pydantic makes of a ConfigError in the resulting configuration
-            raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            raise ConfigError(message_of(error.errors()[0])) from None
 
     def _at_stage(self, number: int, phase: int) -> "RunConfig":
         model, training, data_path = self.model, self.training, self.data.data_path

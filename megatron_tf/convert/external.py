@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ModelConfig, to_dict
@@ -72,7 +72,7 @@ class ExternalCheckpoint:
         return self._tensor(group, name).shape
 
     def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
+        """Dtype of a tensor."""
         return self._tensor(group, name).dtype
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:

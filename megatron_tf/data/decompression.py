@@ -10,9 +10,8 @@ from backports import zstd
 
 READ_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16  # of a compressed file; a damaged one is decoded again by bytes
-_ZSTD_OPTIONS: dict[int, int] = {
-    zstd.DecompressionParameter.window_log_max: 31
-}  # the Pile's zstd frames have long windows
+# the Pile's zstd frames have long windows
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
 _PADDED = ("gzip", "xz")  # formats whose members may be followed by zeros
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tf.data.extents import place_in, prefetch_extents
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.loss_mask import counted
 from megatron_tf.data.order_cache import Order
@@ -37,16 +38,11 @@ class GPTDataset:
 
     def prefetch(self, sample: int) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""
-        for extent in self._extents(sample):
-            self.dataset.prefetch(*extent)
+        prefetch_extents(self.dataset, self._extents(sample))
 
     def place(self, sample: int, position: int) -> tuple[Path, int, int]:
         """Return the source of the token at `position` of a sample: (dataset, document, offset in the document)."""
-        for document, start, stop in self._extents(sample):
-            if position < stop - start:
-                return self.dataset.prefix, *self.dataset.place(document, start + position)
-            position -= stop - start
-        raise IndexError(f"sample {sample} has {self.order.seq_length + 1} tokens")
+        return place_in(self.dataset, self._extents(sample), position)
 
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """Yield (document, start, stop) of each piece of a sample."""

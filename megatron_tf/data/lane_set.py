@@ -10,6 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from megatron_tf.data._index import permutation
+from megatron_tf.data.extents import place_in, prefetch_extents
 from megatron_tf.data.indexed_dataset import IndexedDataset
 from megatron_tf.data.lanes import Span
 from megatron_tf.data.loss_mask import counted
@@ -60,16 +61,11 @@ class LaneSet:
 
     def prefetch(self, reading: Reading) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""
-        for extent in self.extents(reading):
-            self.dataset.prefetch(*extent)
+        prefetch_extents(self.dataset, self.extents(reading))
 
     def place(self, reading: Reading, position: int) -> tuple[Path, int, int]:
         """Return the source of the token at `position` of a sample: (dataset, document, offset in the document)."""
-        for document, start, stop in self.extents(reading):
-            if position < stop - start:
-                return self.dataset.prefix, *self.dataset.place(document, start + position)
-            position -= stop - start
-        raise IndexError(f"the sample has no token {position} more")
+        return place_in(self.dataset, self.extents(reading), position)
 
     def extents(self, reading: Reading) -> Iterator[tuple[int, int, int]]:
         """Yield (document, start, stop) of each piece of a sample of [seq_length + 1] tokens."""

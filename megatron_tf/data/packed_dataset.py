@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tf.data.blend import BlendedDataset, Samples
+from megatron_tf.data.extents import place_in, prefetch_extents
 from megatron_tf.data.indexed_dataset import DataError, IndexedDataset
 from megatron_tf.data.packed_order import PackedOrder, PackingReport
 from megatron_tf.data.sample import Sample
@@ -74,17 +75,12 @@ class PackedDataset:
 
     def prefetch(self, sample: int) -> None:
         """Ask the operating system to read a sample ahead, without waiting for it."""
-        for extent in self._extents(sample):
-            self.dataset.prefetch(*extent)
+        prefetch_extents(self.dataset, self._extents(sample))
 
     def place(self, sample: int, position: int) -> tuple[Path, int, int]:
         """Return the source of the token at `position` of a sample: (dataset, document, offset in the document)."""
-        position -= 1  # the id before the first document
-        for document, start, stop in self._extents(sample):
-            if 0 <= position < stop - start:
-                return self.dataset.prefix, *self.dataset.place(document, start + position)
-            position -= stop - start
-        raise IndexError(f"sample {sample} has no document's token there")
+        # an id stands before the first document
+        return place_in(self.dataset, self._extents(sample), position - 1)
 
     def _extents(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """Yield (document, start, stop) of each piece of a sample."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord

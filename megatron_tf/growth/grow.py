@@ -7,7 +7,7 @@ command streams the result to files, and a run that grows reads it directly: bot
 from dataclasses import replace
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord

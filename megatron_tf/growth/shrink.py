@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations, Run
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.config import GrowthStage, ModelConfig, grown_model, layer_sources
 from megatron_tf.layers.pattention import Pattention

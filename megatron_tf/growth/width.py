@@ -9,7 +9,7 @@ So does an RMSNorm with weights if C makes copies, with which its weights are co
 from dataclasses import replace
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.record import RunRecord

@@ -19,7 +19,7 @@ class Comparison:
     """The differences between the outputs of two models."""
 
     difference: float
-    """Largest absolute difference between the logits of ids that both models have."""
+    """Largest absolute difference between the logits."""
     largest: float
     """Largest absolute logit of the first model."""
     losses: tuple[float, float] | None

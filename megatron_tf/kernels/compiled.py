@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.tokenformer.normalization import NORMALIZATIONS, Normalization, Reduce, accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
+from megatron_tf.tokenformer.normalization import NORMALIZATIONS, Normalization, Reduce
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ class CompiledKernels(PattentionKernels):
     def forward(
         self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        tau = tau.to(accumulation_type(scores))
+        tau = tau.to(wide_dtype(scores.dtype))
         if reduce is None:
             return _compiled(_forward, norm.name)(scores, tau)
         statistic = reduce(_compiled(_statistic, norm.name)(scores))
@@ -51,7 +52,7 @@ def _compiled(function: Callable[..., T], norm_name: str) -> Callable[..., T]:
 
 
 def _statistic(norm: Normalization, scores: Tensor) -> Tensor:
-    return norm.statistic(scores.to(accumulation_type(scores)))
+    return norm.statistic(scores.to(wide_dtype(scores.dtype)))
 
 
 def _weights(norm: Normalization, scores: Tensor, *, statistic: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

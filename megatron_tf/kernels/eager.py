@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.tokenformer.normalization import Normalization, Reduce, accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
+from megatron_tf.tokenformer.normalization import Normalization, Reduce
 
 # elements of a chunk on a CPU: 2 MB in fp32. Half and twice this size are as fast, an eighth is 1.1 times slower.
 _CACHED_ELEMENTS = 1 << 19
@@ -25,7 +26,7 @@ class EagerKernels(PattentionKernels):
     def forward(
         self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        wide = accumulation_type(scores)
+        wide = wide_dtype(scores.dtype)
         tau = tau.to(wide)
         chunks = list(_row_chunks(scores))
         if reduce is None and len(chunks) == 1:  # as always on a GPU: the buffers below would cost copies

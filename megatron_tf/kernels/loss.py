@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from megatron_tf.tokenformer.normalization import accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 # per chunk on a CPU: 2 MB in fp32, which fits in the cache
 _CACHED_ELEMENTS = 1 << 19
@@ -37,7 +37,7 @@ class EagerLoss(LossKernels):
     name: ClassVar[str] = "eager"
 
     def statistics(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        wide = accumulation_type(logits)
+        wide = wide_dtype(logits.dtype)
         log_total = logits.new_empty(len(logits), dtype=wide)
         for rows in _row_chunks(logits):
             highest = logits[rows].amax(-1).to(wide)

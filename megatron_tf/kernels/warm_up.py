@@ -7,7 +7,8 @@ import torch
 from megatron_tf.kernels.build_failure import describe_build_failure, is_build_failure
 from megatron_tf.kernels.loss import LossKernels
 from megatron_tf.kernels.pattention import PattentionKernels
-from megatron_tf.tokenformer.normalization import Normalization, accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
+from megatron_tf.tokenformer.normalization import Normalization
 
 
 def warm_up(
@@ -29,7 +30,7 @@ def warm_up(
     def run() -> None:
         for rows, tokens in shapes:
             scores = torch.ones(rows, tokens, dtype=dtype, device=device)
-            taus = torch.ones(rows, dtype=accumulation_type(scores), device=device)
+            taus = torch.ones(rows, dtype=wide_dtype(scores.dtype), device=device)
             factor, weights = kernels.forward(norm, scores, tau=taus, reduce=reduce)
             kernels.backward(norm, scores, factor=factor, grad=weights, tau=taus, reduce=reduce)
 

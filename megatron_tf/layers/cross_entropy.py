@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.loss import EagerLoss, LossKernels
 from megatron_tf.parallel.collectives import all_gather_copy, group_rank, group_size
-from megatron_tf.tokenformer.normalization import accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 IGNORE_INDEX = -1
 """Target that is excluded from the loss; it is outside every rank's shard of the vocabulary."""
@@ -54,7 +54,7 @@ def head_loss(
         loss: Tensor = _HeadLoss.apply(hidden, edge, product_weight, targets, divisor, group, kernels, gradient)
         return loss
     local_targets = _local_targets(targets, len(weight), group)
-    statistics = hidden.new_empty(2, len(hidden), dtype=accumulation_type(hidden))
+    statistics = hidden.new_empty(2, len(hidden), dtype=wide_dtype(hidden.dtype))
     for rows, logits in _logit_chunks(hidden, product_weight):
         statistics[0, rows], statistics[1, rows] = kernels.statistics(logits, local_targets[rows])
     log_total, chosen = _over_vocabulary(statistics, group)
@@ -89,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight: "_SumOfProducts",
     ) -> Tensor:
         local_targets = _local_targets(targets, len(product_weight), group)
-        losses = hidden.new_empty(len(hidden), dtype=accumulation_type(hidden))
+        losses = hidden.new_empty(len(hidden), dtype=wide_dtype(hidden.dtype))
         # divided before the products: in fp16 the gradient of a sum over many tokens would overflow
         scale = (targets != IGNORE_INDEX).to(losses.dtype) / divisor
         grad_hidden = torch.empty_like(hidden)
@@ -115,7 +115,7 @@ class _WeightGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gradient: "_SumOfProducts") -> Tensor:
         ctx.gradient, ctx.dtype = gradient, weight.dtype
-        return weight.new_empty((), dtype=accumulation_type(weight))
+        return weight.new_empty((), dtype=wide_dtype(weight.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -170,7 +170,7 @@ class _SumOfProducts:
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add the product of one chunk."""
-        wide = accumulation_type(left)
+        wide = wide_dtype(left.dtype)
         if left.dtype != wide and left.device.type == "cuda":  # cuBLAS can add a 16-bit product to an fp32 sum
             self.total = (
                 torch.mm(left, right, out_dtype=wide)

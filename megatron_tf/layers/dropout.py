@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_tf.kernels.documents import Documents
 from megatron_tf.kernels.dropout import Drop, drop, nth_word
 from megatron_tf.parallel.collectives import group_rank, group_size
+from megatron_tf.tokenformer.dtypes import wide_dtype
 from megatron_tf.tokenformer.initial_values import stream_seed
-from megatron_tf.tokenformer.normalization import accumulation_type
 
 # of attention with dropout: more blocks save little, and smaller ones cost more to launch than to compute
 _QUERY_BLOCKS = 8
@@ -108,7 +108,7 @@ class Dropout:
 
         Computes in the accumulation type, as torch's attention does without a fused kernel.
         """
-        wide = accumulation_type(q)
+        wide = wide_dtype(q.dtype)
         qw, kw, vw = (t.permute(1, 2, 0, 3).to(wide) for t in (q, k, v))
         keys = torch.arange(len(k), device=q.device)
         hidden = keys > keys[-len(q) :, None]

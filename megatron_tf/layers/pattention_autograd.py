@@ -28,7 +28,8 @@ from megatron_tf.parallel.collectives import (
     start_all_reduce,
     start_reduce_scatter,
 )
-from megatron_tf.tokenformer.normalization import Normalization, Reduce, accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
+from megatron_tf.tokenformer.normalization import Normalization, Reduce
 
 if TYPE_CHECKING:
     from megatron_tf.layers.pattention import Pattention
@@ -76,7 +77,7 @@ def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce
 
 def _row_taus(scores: Tensor, projections: Sequence[Pattention]) -> Tensor:
     """Return the temperature of every row [G * T] of scores [G, T, n]."""
-    shape, dtype = scores.shape[:2], accumulation_type(scores)
+    shape, dtype = scores.shape[:2], wide_dtype(scores.dtype)
     if len({projection.tau for projection in projections}) == 1:
         return scores.new_full((shape.numel(),), projections[0].tau, dtype=dtype)
     taus = scores.new_empty(shape, dtype=dtype)

@@ -24,7 +24,7 @@ from megatron_tf.kernels.documents import AttendDocuments, Documents
 from megatron_tf.layers.ring_plan import Block, Plan, plan_documents, plan_sequences
 from megatron_tf.parallel.context import Context
 from megatron_tf.parallel.ring import Passing, pass_on
-from megatron_tf.tokenformer.normalization import accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         q, kv, out, log_sum = ctx.saved_tensors
-        wide = accumulation_type(q)
+        wide = wide_dtype(q.dtype)
         grad_q = torch.zeros_like(q, dtype=wide)
         own_grad: Tensor | None = None
         arriving: Passing | None = None
@@ -100,7 +100,7 @@ class _Merged:
     """The output of attention to the blocks of keys so far, and the log-sum-exp of each query's scores."""
 
     def __init__(self, q: Tensor) -> None:
-        self.out = torch.zeros_like(q, dtype=accumulation_type(q))
+        self.out = torch.zeros_like(q, dtype=wide_dtype(q.dtype))
         self.log_sum = self.out.new_full(q.shape[:-1], -torch.inf)
 
     def add(self, block: Block, out: Tensor, log_sum: Tensor) -> None:

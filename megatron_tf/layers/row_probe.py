@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megatron_tf.tokenformer.normalization import accumulation_type
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 MOST_ROWS = 256
 """A probe reads at most this many rows of the input: enough for norms, and cheap next to the module's products."""
@@ -28,7 +28,7 @@ class RowProbe:
             return
         # rows are positions times samples; an odd stride does not read the same sample each time
         stride = -(-len(weights) // MOST_ROWS) | 1
-        wide = accumulation_type(weights)
+        wide = wide_dtype(weights.dtype)
         read = weights[::stride]
         self.num_rows = len(read)
         # P_j is a column and V_j a row: the norm of their product is that of their norms

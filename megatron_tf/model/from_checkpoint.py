@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.collectives import group_rank, group_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations, Run
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.growth.parts import MODEL
@@ -38,7 +38,7 @@ class InMemoryCheckpoint:
         return tuple(self._tensor(group, name).shape)
 
     def dtype(self, group: str, name: str) -> torch.dtype:
-        """Type."""
+        """Dtype of a tensor."""
         return self._tensor(group, name).dtype
 
     def read_rows(self, group: str, name: str, *, start: int, stop: int) -> Tensor:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron_tf.config import ParallelConfig
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.launch import adopt_launcher, device_index, number_of
@@ -144,6 +145,18 @@ def data_parallel_size(
     if data % (shard_size or 1):
         raise LayoutError(f"{data} replica(s) are not a multiple of parallel.data_parallel_shard_size ({shard_size})")
     return data
+
+
+def replicas_of(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the number of data-parallel replicas of a configured layout. Raises LayoutError as above."""
+    return data_parallel_size(
+        world_size,
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        context=parallel.context_parallel_size,
+        requested=parallel.data_parallel_size,
+        shard_size=parallel.data_parallel_shard_size,
+    )
 
 
 def init_mesh(

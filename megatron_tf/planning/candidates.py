@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from megatron_tf.config import ConfigError, ContextParallelMethod, RunConfig
+from megatron_tf.config.errors import message_of
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.schedules import SCHEDULES
 from megatron_tf.planning.layout import ModelStages, PlannedLayout
@@ -63,7 +64,7 @@ def with_keys(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
         changed = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
         return dataclasses.replace(config, **changed)
     except ValidationError as error:
-        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise ConfigError(message_of(error.errors()[0])) from None
 
 
 def divisors(number: int) -> list[int]:

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf.tokenformer.dtypes import wide_dtype
-
 Reduce = Callable[[Tensor], Tensor]
 """One number per row [R] of this rank -> the same combined over all tensor-parallel ranks."""
 # added to the squared norm of a row: one of zeros gives zeros instead of NaN, and no other row is affected
@@ -124,8 +122,3 @@ NORMALIZATIONS = {
         initial_tau=float,
     ),
 }
-
-
-def accumulation_type(x: Tensor) -> torch.dtype:
-    """Return the dtype of statistics and elementwise arithmetic: fp64 for fp64, otherwise fp32."""
-    return wide_dtype(x.dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import reshard_checkpoint, resharding
 from megatron_tf.inference.model import load_model

@@ -8,7 +8,7 @@ from megatron_tf.parallel import collectives
 from tests.support.layouts import layout_config
 from tests.support.training import training_run
 
-HIDDEN, TOKENS_PER_RANK_CALL = 32, 16
+HIDDEN = 32
 
 
 def stage_of(mesh, config):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generation, Generations, Run
 from megatron_tf.config import OptimizerConfig
 from megatron_tf.parallel.mesh import Mesh

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import megatron_tf
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generation
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import RunRecord

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.run_state import RunDetails
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import to_dict

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_tf import pretrain
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.config import load_config
 from megatron_tf.model.tokenformer import TokenFormer

@@ -27,6 +27,7 @@ def beat(count, operation="forward-backward of step 7", is_waiting=True, place="
         seconds=60.0,
         place=place,
         is_waiting=is_waiting,
+        has_ended=operation.startswith("ended"),
     )
 
 

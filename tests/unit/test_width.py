@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.growth.grow import grow
 from megatron_tf.tokenformer.parameters import model_parameters
 from tests.support.doubles import logits_and_gradients, random_parameters, read_group

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.data.bpe_engine import PROBES
 from megatron_tf.data.tokenizer import Tokenizer
 from megatron_tf.inference.model import load_model

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.contents import check_tau
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.files import read_bounded
-from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.json_object import JsonObject
 from megatron_tf.checkpoint.record import RunRecord, read_model
@@ -195,9 +195,8 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(model: ModelConfig, eod: int) -> dict[str, Any]:
-    padding = list(
-        range(model.vocab_size, model.padded_vocab_size)
-    )  # padding ids occur in no text and must never be generated
+    # these ids occur in no text and must never be generated
+    padding = list(range(model.vocab_size, model.padded_vocab_size))
     config: dict[str, Any] = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
     return config | ({"suppress_tokens": padding} if padding else {})
 

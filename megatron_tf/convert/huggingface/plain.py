@@ -6,7 +6,7 @@ Both rotate dimension i of a head together with i + head_dim / 2, as we do, so t
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.config import ModelConfig
 
 RELATIVE_TOLERANCE = 1e-5

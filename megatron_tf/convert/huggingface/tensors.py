@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.files import file_size, read_bounded
-from megatron_tf.checkpoint.format import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, read_blocks, rows_per_block
 from megatron_tf.checkpoint.shard_files import PieceSpec, ShardFileReader, ShardFileWriter
 from megatron_tf.config import ModelConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.config import ModelConfig, TrainingConfig, parse_config
 from megatron_tf.convert.external import (
     ExternalCheckpoint,
@@ -80,10 +80,10 @@ def _infer_model(path: Path, tensors: Mapping[str, ExternalTensor], vocab_size: 
         missing = OFFICIAL.name(Module.QUERY, Role.KEYS, num_layers=0)
         raise CheckpointError(f"{path} is not an official TokenFormer: it lacks {missing}")
     num_layers = max(layers) - 1
-    if layers != set(
-        range(2, 2 + len(layers))
-    ):  # before creating anything per layer, since a damaged file may declare a billion
-        first = next(number for number in range(2, 2 + len(layers)) if number not in layers)
+    # before creating anything per layer, since a damaged file may declare a billion
+    expected = range(2, 2 + len(layers))
+    if layers != set(expected):
+        first = next(number for number in expected if number not in layers)
         raise CheckpointError(f"{path} is not an official TokenFormer: it lacks sequential.{first}")
     shapes = {
         kind: _matrix_shape(path, tensors, OFFICIAL.name(module, Role.KEYS, num_layers=num_layers))

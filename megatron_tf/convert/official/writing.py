@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tf.checkpoint.contents import held_parameters
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.interface import Checkpoint, read_blocks
 from megatron_tf.config import TOKEN_KINDS
 from megatron_tf.convert.external import GROUP, check_overflow
@@ -85,9 +85,8 @@ def write_official(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> No
             if name.startswith("data/"):
                 last = _fill(whole, checkpoint, parameters[int(name.removeprefix("data/"))].name)
                 writer.write_record(name, whole.untyped_storage(), records.getinfo(record).file_size)
-                del (
-                    last
-                )  # kept until here: if it were freed earlier, the writer's small allocations would fragment memory
+                # kept until here: if it were freed earlier, the writer's small allocations would fragment memory
+                del last
             elif name not in _WRITTEN_AT_THE_END:
                 content = records.read(record)
                 writer.write_record(name, content, len(content))

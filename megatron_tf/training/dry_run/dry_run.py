@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_tf.checkpoint.shard_files import Written
 from megatron_tf.config import KernelsConfig, RunConfig
 from megatron_tf.model.tokenformer import TokenFormer
-from megatron_tf.parallel.mesh import Mesh, data_parallel_size
+from megatron_tf.parallel.mesh import Mesh, replicas_of
 from megatron_tf.training.dry_run.checkpoint_plan import (
     CheckpointPlan,
     Placement,
@@ -105,14 +105,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     """Return the layout that a configuration has on `world_size` ranks. Raises LayoutError if it does not fit them."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = data_parallel_size(
-        world_size,
-        tensor=tensor,
-        pipeline=pipeline,
-        context=parallel.context_parallel_size,
-        requested=parallel.data_parallel_size,
-        shard_size=parallel.data_parallel_shard_size,
-    )
+    data = replicas_of(parallel, world_size)
     shard_size = parallel.data_parallel_shard_size or data
     return Layout(
         tensor=tensor,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tf.checkpoint.contents import stored_dtype
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ANY_DATA, DATA_CONTENT, RunConfig, parse_data_path, to_dict

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_tf.checkpoint.background import BackgroundSaver
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generations
 from megatron_tf.checkpoint.interface import Checkpoint
 from megatron_tf.checkpoint.load import load_shards

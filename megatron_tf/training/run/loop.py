@@ -138,7 +138,7 @@ class Loop:
         timer, observers = self.context.timer, self.context.observers
         start = time.perf_counter()  # a step includes its wait for data
         number, training, first = self.done.step + 1, self.config.training, self.done.samples
-        samples = training.batch_size_at(self.done.samples)
+        samples = training.batch_size_at(first)
         tokens = samples * training.seq_length
         timer.detail = f"of step {number}"
         timer.enter("data")
@@ -157,11 +157,9 @@ class Loop:
             self._check_ids(self.context.loader.dataset, batch)
         timer.enter("report")
         self._account()
-        if result.is_overflow:
-            self.record = count_skipped(self.record.after_overflow(samples), first)
-            return result, None
-        if result.nonfinite:
-            self.record = count_skipped(self.record.after_skip(samples), first)
+        if result.is_overflow or result.nonfinite:
+            after = self.record.after_overflow if result.is_overflow else self.record.after_skip
+            self.record = count_skipped(after(samples), first)
             return result, None
         flops = tokens * self.flops_per_token
         self.record = self.record.after_step(samples, tokens, flops)

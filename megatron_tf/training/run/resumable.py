@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.config import ConfigError, ModelConfig, RunConfig, to_dict

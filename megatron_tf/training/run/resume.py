@@ -5,7 +5,8 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 from megatron_tf.checkpoint.commit import complete_checkpoints, newest_checkpoint
-from megatron_tf.checkpoint.format import LATEST, CheckpointError, DamagedCheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from megatron_tf.checkpoint.format import LATEST
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ParallelConfig, RunConfig, parse_data_path

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.schedule_start import ScheduleStart
 from megatron_tf.config import ConfigError, RunConfig

@@ -8,7 +8,7 @@ from megatron_tf.config.moment import name_of_stage, reachable
 from megatron_tf.data.build import open_phase, training_prefixes
 from megatron_tf.errors import UserError
 from megatron_tf.parallel.collectives import group_size
-from megatron_tf.parallel.mesh import LayoutError, Mesh, data_parallel_size
+from megatron_tf.parallel.mesh import LayoutError, Mesh, replicas_of
 from megatron_tf.training.run.resume import RestoredRun
 from megatron_tf.training.run.utility import check_utility_data
 from megatron_tf.training.step.batch_sizes import check_batch_sizes
@@ -66,12 +66,5 @@ def _check_layout(config: RunConfig, mesh: Mesh) -> None:
     """Raise ConfigError or LayoutError if the layout or the batch size of a stage does not fit these ranks."""
     parallel = config.parallel
     pipeline = parallel.pipeline_model_parallel_size
-    replicas = data_parallel_size(
-        group_size(mesh.world),
-        tensor=parallel.tensor_model_parallel_size,
-        pipeline=pipeline,
-        context=parallel.context_parallel_size,
-        requested=parallel.data_parallel_size,
-        shard_size=parallel.data_parallel_shard_size,
-    )
+    replicas = replicas_of(parallel, group_size(mesh.world))
     check_batch_sizes(config, pipeline, replicas)

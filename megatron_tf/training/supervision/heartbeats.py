@@ -34,11 +34,8 @@ class Heartbeat:
     """Whether that line waits for other ranks."""
     has_left: bool = False
     """Whether this is the last one, of a rank that exits because of a fault that another rank reports."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Return whether this is the last one of a rank whose operation failed."""
-        return self.operation.startswith("ended")
+    has_ended: bool = False
+    """Whether this is the last one, of a rank whose operation failed."""
 
 
 class Board:

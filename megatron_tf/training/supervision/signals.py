@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -105,25 +105,6 @@ class SignalCatcher:
         assert self._code_at_once is not None
         _say_on_first_rank(f"stopped by {name_of(number)} before the first step: start the same command again")
         os._exit(self._code_at_once(number))
-
-
-_active: SignalCatcher | None = None
-
-
-def catch_from_first_line() -> None:
-    """Catch signals until the process ends; scripts call it before their imports."""
-    global _active
-    _active = SignalCatcher().__enter__()
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[SignalCatcher]:
-    """Yield the catcher of `catch_from_first_line`, or else a new one for this context."""
-    if _active is not None:
-        yield _active
-    else:
-        with SignalCatcher() as catcher:
-            yield catcher
 
 
 def exit_code(number: int, *, is_saved: bool) -> int:

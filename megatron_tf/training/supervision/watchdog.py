@@ -104,7 +104,8 @@ class Watchdog:
 
     def _tell_end(self, reason: object) -> None:
         """Send a last heartbeat, so that the others report this reason rather than a silent rank."""
-        self._tell(self._beat(f"ended in {self.now()[0]}: {reason}", 0.0, ("", False)))
+        beat = self._beat(f"ended in {self.now()[0]}: {reason}", 0.0, ("", False))
+        self._tell(replace(beat, has_ended=True))
 
     def _watch(self) -> None:
         while not self.stop.wait(BEAT_SECONDS):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.background import BackgroundSaver
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import Retention, save_checkpoint
 from megatron_tf.parallel.sharding import RowShard

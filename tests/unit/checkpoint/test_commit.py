@@ -18,7 +18,7 @@ import torch
 from megatron_tf import files
 from megatron_tf.checkpoint import commit
 from megatron_tf.checkpoint.commit import complete_checkpoints, prepare_directory, prune, publish, step_of
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.commands import reshard_checkpoint

@@ -14,7 +14,8 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tf.checkpoint.format import MANIFEST, METADATA, CheckpointError, read_manifest
+from megatron_tf.checkpoint.errors import CheckpointError
+from megatron_tf.checkpoint.format import MANIFEST, METADATA, read_manifest
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import inspect_checkpoint, reshard_checkpoint
 from tests.support.damage import change_manifest, embedding, replace_file
@@ -72,7 +73,9 @@ def test_verify_finds_damage_that_nothing_reads(root):
     flip_bit(root / "step_00000200" / SOME_FILE, -1)
     reader = CheckpointReader(root)
     reader.read_rows("model", "embedding.weight", start=0, stop=24)
-    with pytest.raises(CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest intact"):
+    with pytest.raises(
+        CheckpointError, match=f"{SOME_FILE} is damaged: its checksum does not match; the newest intact"
+    ):
         reader.verify()
 
 

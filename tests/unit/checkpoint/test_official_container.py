@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.convert.official.reading import read_official_tensors
 
 WEIGHTS = {

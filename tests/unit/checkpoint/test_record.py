@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.generations import Generation, Run
 from megatron_tf.checkpoint.growth_event import GrowthEvent
 from megatron_tf.checkpoint.load import CheckpointReader

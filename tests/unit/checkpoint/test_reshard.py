@@ -11,7 +11,7 @@ import torch
 
 from megatron_tf.checkpoint import interface, lock
 from megatron_tf.checkpoint.commit import complete_checkpoints
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.lock import LOCK, LockedError, RunLock
 from megatron_tf.checkpoint.reshard import plan_files, reshard

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader, load_shards
 from megatron_tf.checkpoint.save import save_checkpoint
 from megatron_tf.config import ModelConfig

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tf.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from megatron_tf.checkpoint.files import file_size
-from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA, CheckpointError, DamagedCheckpointError
+from megatron_tf.checkpoint.format import LATEST, MANIFEST, METADATA
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.commands import convert_checkpoint, inspect_checkpoint, reshard_checkpoint
 from tests.support.damage import FILE, change_manifest, change_metadata, embedding, make_fifo, replace_file

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.config import GrowthStage, ModelConfig, keeps_outputs, token_init
 from megatron_tf.growth.grow import grow
 from tests.support.grown_models import TRANSFORMER, logits_of, random_checkpoint, relative_difference, tokenformer

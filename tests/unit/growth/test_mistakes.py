@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from megatron_tf.checkpoint.format import CheckpointError
+from megatron_tf.checkpoint.errors import CheckpointError
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.summary import differences
 from megatron_tf.commands import reshard_checkpoint

@@ -165,9 +165,8 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         cache. `cache` and `past_key_values` are two names of the same argument. `output_attentions` needs
         attn_implementation="eager". Unknown arguments raise TypeError unless they are None.
         """
-        positions = kwargs.pop(
-            "cache_position", None
-        )  # not declared: `generate` of 5.24 warns about models that declare it
+        # not declared: `generate` of 5.24 warns about models that declare it
+        positions = kwargs.pop("cache_position", None)
         _check_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
