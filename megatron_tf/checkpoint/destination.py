@@ -53,7 +53,7 @@ def check_destination(checkpoint: Checkpoint, root: Path, step: int) -> None:
     """
     target, found = step_directory(root, step), complete_checkpoints(root)
     others = [path for path in found if path != target]
-    advice = "choose another directory, or allow it with --allow-existing"
+    advice = "choose another --save, or allow it with reshard-checkpoint --allow-existing"
     if others:
         raise CheckpointError(f"{root} already contains checkpoints, such as {others[-1].name}: {advice}")
     if target in found and not _is_same(checkpoint, target):

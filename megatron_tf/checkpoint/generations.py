@@ -71,14 +71,15 @@ class Generation:
     @classmethod
     def from_json(cls, values: JsonObject) -> Self:
         """Read an entry of the key `generations.table`."""
+        rewarmup_iters = values.count("rewarmup_iters")
         return cls(
             growth=values.count("growth"),
             exp_avg_steps=values.count("exp_avg_steps"),
             exp_avg_sq_steps=values.count("exp_avg_sq_steps"),
-            step_scale=values.number("step_scale"),
-            lr_scale=values.number("lr_scale"),
-            rewarmup_iters=values.count("rewarmup_iters"),
-            rewarmup_done=values.count("rewarmup_done"),
+            step_scale=values.positive("step_scale"),
+            lr_scale=values.number("lr_scale", least=0),
+            rewarmup_iters=rewarmup_iters,
+            rewarmup_done=values.count("rewarmup_done", most=rewarmup_iters),
         )
 
 

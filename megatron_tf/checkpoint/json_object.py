@@ -41,9 +41,19 @@ class JsonObject:
             raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a whole number")
         return value
 
-    def number(self, key: str, default: float = _REQUIRED) -> float:
-        """Read a finite number."""
-        return _checked_number(self._place(key), self._get(key, default, "a finite number"))
+    def number(self, key: str, default: float = _REQUIRED, *, least: float = -math.inf) -> float:
+        """Read a finite number that is `least` or more."""
+        value = _checked_number(self._place(key), self._get(key, default, "a finite number"))
+        if value < least:
+            raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected {least} or more")
+        return value
+
+    def positive(self, key: str) -> float:
+        """Read a finite number above 0."""
+        value = self.number(key)
+        if value <= 0:
+            raise CheckpointError(f"{self._place(key)} is {_shown(value)}, expected a number above 0")
+        return value
 
     def boolean(self, key: str, default: bool = _REQUIRED) -> bool:
         """Read a boolean."""

@@ -63,7 +63,7 @@ class RunRecord:
         return cls(
             model=model,
             config=config.values,
-            tau=top.numbers("tau"),
+            tau=_read_taus(top),
             tokenizer=top.section("tokenizer").values,
             lineage=lineage,
             training=training,
@@ -239,12 +239,20 @@ def _check_step(values: Any, source: object) -> None:
         raise CheckpointError(f"{source} does not say training.step: {error!r}") from error
 
 
+def _read_taus(top: JsonObject) -> dict[str, float]:
+    taus = top.numbers("tau")
+    for name, tau in taus.items():
+        if tau <= 0:
+            raise CheckpointError(f"{top.source}: tau of {name} is {tau}, expected a number above 0")
+    return taus
+
+
 def _check_config(config: JsonObject) -> None:
     """Raise CheckpointError if a key that readers take from the configuration is missing or invalid."""
     training = config.section("training")
     training.count("seq_length", least=1)
     training.whole("seed")
-    for name in ("data", "optimizer"):
+    for name in ("model", "data", "optimizer"):
         if config.has(name):
             config.section(name)
 

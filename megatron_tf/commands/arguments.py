@@ -75,7 +75,21 @@ def file_prefix(text: str) -> str:
     return text
 
 
-_TYPES: dict[Any, str] = {None: "text", int: "int", float: "float", file_path: "path", file_prefix: "prefix"}
+def positive_int(text: str) -> int:
+    """Convert an argument to a number of things. Raises ArgumentTypeError unless it is an integer above 0."""
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"is {text}: write an integer above 0")
+    return int(text)
+
+
+_TYPES: dict[Any, str] = {
+    None: "text",
+    int: "int",
+    positive_int: "int",
+    float: "float",
+    file_path: "path",
+    file_prefix: "prefix",
+}
 """Names of argument types in --help."""
 
 

@@ -14,7 +14,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.arguments import file_path, make_parser, parse, positive_int
 from megatron_tf.commands.runner import command, import_late
 
 FORMATS = ("megatron_tf", "official", "hf")
@@ -82,9 +82,6 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     _add_official(parser)
     _add_huggingface(parser)
     options = parse(parser, Options, arguments)
-    for name in ("seq_length", "data_tokens"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: it must be 1 or more")
     if (options.source == "megatron_tf") == (options.target == "megatron_tf"):
         parser.error("exactly one of --from and --to must be megatron_tf: convert in two steps")
     if options.dtype is not None and options.target != "official":
@@ -145,7 +142,13 @@ def _add_official(parser: argparse.ArgumentParser) -> None:
         choices=["fp32", "bf16", "fp16"],
         help="data type of the tensors written by --to official; by default fp32",
     )
-    add("--seq-length", type=int, default=2048, metavar="S", help="sequence length that the model was trained with")
+    add(
+        "--seq-length",
+        type=positive_int,
+        default=2048,
+        metavar="S",
+        help="sequence length that the model was trained with",
+    )
 
 
 def _add_huggingface(parser: argparse.ArgumentParser) -> None:
@@ -156,5 +159,5 @@ def _add_huggingface(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="dataset (.bin/.idx) to measure the loss on, for the model card",
     )
-    add("--data-tokens", type=int, default=16384, metavar="N", help="number of tokens of --data to use")
+    add("--data-tokens", type=positive_int, default=16384, metavar="N", help="number of tokens of --data to use")
     add("--skip-check", action="store_true", help="skip loading the result with transformers and comparing the logits")

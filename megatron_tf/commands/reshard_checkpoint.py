@@ -15,7 +15,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse, positive_int
 from megatron_tf.commands.runner import command, import_late
 
 
@@ -34,7 +34,7 @@ class Options:
     data: Path | None
     data_tokens: int
     stage: Path | None
-    grow: str | None
+    grow: list[str] | None
     growth_init: str | None
     growth_data: str | None
     growth_noise: float | None
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
         metavar="PREFIX",
         help="dataset (.bin/.idx) for --shrink, and for comparing the loss before and after",
     )
-    add("--data-tokens", type=int, default=16384, metavar="N", help="number of tokens of --data to use")
+    add("--data-tokens", type=positive_int, default=16384, metavar="N", help="number of tokens of --data to use")
     _add_layout_options(parser)
     _add_token_options(parser)
     _add_layer_options(parser)
@@ -146,6 +146,7 @@ def _add_token_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--grow",
+        action="append",
         metavar="qkv=N,proj=N,ffn@0-5=N",
         help="new number of parameter tokens by kind, for all layers or those after the @",
     )
@@ -157,6 +158,7 @@ def _add_token_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--growth-data",
+        type=file_prefix,
         metavar="PREFIX",
         help="dataset (.bin/.idx) on which duplicate_by_utility measures the contribution of each token",
     )

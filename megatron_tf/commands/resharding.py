@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from torch import Tensor
 
 from megatron_tf.checkpoint.contents import stored_dtype
 from megatron_tf.checkpoint.errors import CheckpointError
@@ -16,11 +16,10 @@ from megatron_tf.checkpoint.reshard import MEMORY_BLOCKS, FilePlan, Target, plan
 from megatron_tf.checkpoint.summary import common_shape, differences, names_by_pattern
 from megatron_tf.checkpoint.transformed import TransformedCheckpoint
 from megatron_tf.checkpoint.vocabulary import pad_vocabulary
-from megatron_tf.commands.arguments import read_text
 from megatron_tf.commands.progress import byte_bar
 from megatron_tf.commands.reshard_checkpoint import Options
 from megatron_tf.config import GrowthStage, keeps_outputs, parse_config, parse_token_option
-from megatron_tf.config.load import read_yaml
+from megatron_tf.config.load import read_mapping
 from megatron_tf.errors import UserError
 from megatron_tf.growth.advice import advise
 from megatron_tf.growth.divide_width import divide_width
@@ -33,7 +32,7 @@ from megatron_tf.inference.comparison import compare_models
 from megatron_tf.inference.importance import token_importance
 from megatron_tf.inference.model import load_model
 from megatron_tf.model.parallelize import stage_layers
-from megatron_tf.model.samples import check_made_with, samples_for
+from megatron_tf.model.samples import samples_for
 from megatron_tf.tokenformer.sizes import training_flops
 
 # largest differences of logits that rounding explains, relative to the largest logit
@@ -82,8 +81,8 @@ def run(options: Options) -> None:
         print(*advise(source.record, result.record.model), sep="\n", flush=True)
     if options.dry_run:
         return
-    if options.data is not None:
-        check_made_with(options.data, source.record.tokenizer)
+    # before writing: unusable data is an error that leaves nothing behind
+    samples = None if options.data is None else samples_for(source.record, options.data, options.data_tokens)
     total = sum(plan.nbytes for plan in plans)
     with byte_bar("writing", total) as bar:
         path = reshard(
@@ -100,8 +99,8 @@ def run(options: Options) -> None:
             check_tensors(result, path, bar.update)
         source.verify()
         print("verified: all checksums match, and every row is as expected, bit for bit", flush=True)
-    if options.verify or options.data:
-        compare_outputs(source.directory, path, options, is_exact=is_exact)
+    if options.verify or samples is not None:
+        compare_outputs(source.directory, path, samples, data=options.data, is_exact=is_exact)
 
 
 def transform(source: CheckpointReader, options: Options, stage: GrowthStage | None) -> tuple[Checkpoint, bool]:
@@ -152,14 +151,10 @@ def growth_stage(options: Options) -> GrowthStage | None:
     """Build the growth stage from --stage and the options that override its keys; None for no growth."""
     values: dict[str, Any] = {}
     if options.stage:
-        try:
-            values = read_yaml(read_text(options.stage))
-        except yaml.YAMLError as error:
-            raise CheckpointError(f"{options.stage}: not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{options.stage}: expected the keys of a stage, found {type(values).__name__}")
+        values = read_mapping(options.stage, expected="the keys of a growth stage")
     if options.grow is not None:
-        values |= {f"{kind}_tokens": counts for kind, counts in parse_token_option("--grow", options.grow).items()}
+        counts = parse_token_option("--grow", ",".join(options.grow))
+        values |= {f"{kind}_tokens": count for kind, count in counts.items()}
     if options.insert_layers is not None:
         values["insert_layers"] = parse_layers("--insert-layers", options.insert_layers, example="0,6,6")
     if options.adam_state is not None:
@@ -207,12 +202,12 @@ def make_target(checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel:
 def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, plans: Sequence[FilePlan]) -> None:
     """Print the tensors, parameters and FLOPs before and after."""
     print(f"{source.directory}, step {source.step:,}")
-    print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>16}{'after':>16}")
+    print(f"  {'parameters':<36}{'shape before':>20}{'after':>20}{'before':>22}{'after':>22}")
     names_before, names_after = names_by_pattern(source, "model"), names_by_pattern(result, "model")
     for pattern, names in names_before.items():
         old_shape, old = _size_of(source, names)
         new_shape, new = _size_of(result, names_after[pattern])
-        print(f"  {pattern:<36}{old_shape:>20}{new_shape:>20}{old:>16,}{new:>16,}")
+        print(f"  {pattern:<36}{old_shape:>20}{new_shape:>20}{old:>22,}{new:>22,}")
     files = source.manifest.files
     rows = [
         ("all parameters", _parameters(source), _parameters(result)),
@@ -222,7 +217,7 @@ def print_plan(source: CheckpointReader, result: Checkpoint, *, target: Target, 
         ("bytes", sum(file.bytes for file in files.values()), sum(plan.nbytes for plan in plans)),
     ]
     for name, before, after in rows:
-        print(f"  {name:<76}{before:>16,}{after:>16,}")
+        print(f"  {name:<76}{before:>22,}{after:>22,}")
     largest_row = max(max(spec.row_bytes for spec in plan.specs) for plan in plans)
     print(
         f"  to tensor {target.tensor_parallel} x pipeline {len(target.stages)}; memory beyond the interpreter's: "
@@ -259,8 +254,12 @@ def check_tensors(expected: Checkpoint, path: Path, progress: Callable[[int], ob
         raise VerificationError(str(error)) from error
 
 
-def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bool) -> None:
-    """Print how the outputs of both models differ, in fp64 for checkpoints of fp64 runs and otherwise in fp32.
+def compare_outputs(
+    before: Path, after: Path, samples: Sequence[Tensor] | None, *, data: Path | None, is_exact: bool
+) -> None:
+    """Print how the outputs of both models differ on samples of `data`, or else on random ids.
+
+    It computes in fp64 for checkpoints of fp64 runs, and otherwise in fp32.
 
     Raises VerificationError if they should be equal but are not.
     """
@@ -271,14 +270,11 @@ def compare_outputs(before: Path, after: Path, options: Options, *, is_exact: bo
     if needed > usable:
         print(f"the logits are not compared: a model takes {needed:,} bytes, {usable:,} bytes of memory are free")
         return
-    samples = None
-    if options.data:
-        samples = samples_for(readers[0].record, options.data, options.data_tokens)
     found = compare_models(before, after, samples, dtype=dtype)
     print(f"max |delta logit| before and after: {found.difference:.3g} (largest |logit| {found.largest:.3g})")
     if found.losses:
         old, new = found.losses
-        print(f"loss on {options.data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
+        print(f"loss on {data}: {old:.6f} before, {new:.6f} after ({new - old:+.2g})")
     if found.became_non_finite:
         raise VerificationError(
             f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"

@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_tf.config.errors import ConfigError
+from pydantic import ValidationError
+
+from megatron_tf.config.errors import ConfigError, message_of
 from megatron_tf.config.growth import UNEVEN_MULTIPLE, GrowthStage, LayerTokens, TokenInit
 from megatron_tf.config.model import ModelConfig
 
@@ -32,7 +34,7 @@ def grown_model(model: ModelConfig, stage: GrowthStage) -> ModelConfig:
     changes: dict[str, object] = {"num_layers": len(sources)}
     for kind in wide.token_kinds:
         changes[f"{kind}_tokens"] = _grown_counts(wide, stage, kind, sources=sources)
-    grown = dataclasses.replace(wide, **changes)  # type: ignore[arg-type]
+    grown = _changed(wide, **changes)
     if grown == model:
         raise ConfigError("the growth adds nothing: request more width, more tokens of some kind, or new layers")
     if grown == wide:
@@ -95,11 +97,20 @@ def widened_model(model: ModelConfig, multiple: float | None) -> ModelConfig:
             f"hidden_multiple={multiple:g} mixes channels, and the norms inside the blocks of norm: rmsnorm have a "
             f"weight for each channel: use an integer"
         )
-    return dataclasses.replace(
+    return _changed(
         model,
         hidden_size=int(model.hidden_size * multiple),
         num_attention_heads=int(model.num_attention_heads * multiple),
     )
+
+
+def _changed(model: ModelConfig, **changes: object) -> ModelConfig:
+    try:
+        return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = f"{fault['loc'][0]}={fault['input']}: " if fault["loc"] else ""
+        raise ConfigError(f"the grown model is not possible: {key}{message_of(fault)}") from None
 
 
 def layer_sources(num_layers: int, stage: GrowthStage) -> list[LayerSource]:
@@ -234,7 +245,7 @@ def _requested_counts(kind: str, counts: list[int], requested: LayerTokens | Non
         return counts
     if isinstance(requested, int):
         return [requested] * len(counts)
-    new = list(counts)
+    new, named = list(counts), set[int]()
     for layers, count in requested.items():
         first, _, last = layers.partition("-")
         try:
@@ -243,6 +254,9 @@ def _requested_counts(kind: str, counts: list[int], requested: LayerTokens | Non
             raise ConfigError(f"{kind}_tokens: write layers as 3 or 0-5, not {layers!r}") from None
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(new):
             raise ConfigError(f"{kind}_tokens: layers {layers} are out of range for {len(new)} layers")
+        if again := sorted(named & {*chosen}):
+            raise ConfigError(f"{kind}_tokens: layer {again[0]} is named twice, the second time in {layers!r}")
+        named |= {*chosen}
         for layer in chosen:
             new[layer] = count
     return new

@@ -1,18 +1,26 @@
 """Growth stages of a model, as they are configured; `grown_model` is the model that a stage results in."""
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.model import TOKEN_KINDS
 from megatron_tf.config.moment import Moment
 from megatron_tf.config.optimizer import ScheduleConfig
-from megatron_tf.config.types import STRICT, Count, NonNegative, Number, Prefix, Size
+from megatron_tf.config.types import STRICT, Count, NonNegative, Number, NumLayers, Prefix, Size
 
-LayerTokens = Size | dict[str, Size]
+
+def _named_layers(value: Any) -> Any:
+    """Turn the number of a layer, which YAML reads as an integer, into its name."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key) if type(key) is int else key: count for key, count in value.items()}
+
+
+LayerTokens = Size | Annotated[dict[str, Size], BeforeValidator(_named_layers)]
 TokenInit = Literal["zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"]
 """How new parameter tokens are initialized."""
 LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout")
@@ -44,7 +52,7 @@ class GrowthStage(Moment):
     insert_layers: list[NonNegative] = Field(default_factory=list)
     """Insert a new layer before each of these layers, of which it is a copy or neighbor; num_layers appends one at the
     end."""
-    num_layers: Size | None = None
+    num_layers: NumLayers | None = None
     """New number of layers, placed by layer_order; an alternative to insert_layers."""
     layer_order: Literal["interleaved", "stacked", "middle"] = "interleaved"
     """Which of the L old layers is at place i of L'. interleaved: floor(i L / L'), each layer next to its copies.

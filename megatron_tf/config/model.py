@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_tf.config.errors import ConfigError
-from megatron_tf.config.types import STRICT, Number, Size
+from megatron_tf.config.types import STRICT, Number, NumLayers, Size
 
 NormActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 TokenCounts = Size | Annotated[list[Size], Field(min_length=1)]
@@ -17,7 +17,7 @@ TOKEN_KINDS = ("qkv", "proj", "ffn")
 class ModelConfig:
     """Architecture of the TokenFormer (arXiv 2410.23168), or of a plain transformer baseline with the same trunk."""
 
-    num_layers: Annotated[Size, Field(le=10_000_000)]
+    num_layers: NumLayers
     """Number of transformer blocks."""
     hidden_size: Size
     """Width D of the residual stream."""

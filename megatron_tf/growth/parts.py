@@ -148,7 +148,9 @@ class PartMaker:
         scale = 1.0
         if is_in_layer:
             scale = stage.new_tokens_lr_scale if is_new else stage.old_tokens_lr_scale
-        if is_new or stage.rewarmup == "all":
+        # a re-warm-up in progress continues unless the stage has its own
+        is_restarted = stage.rewarmup_iters > 0 or generation.rewarmup == 1
+        if is_restarted and (is_new or stage.rewarmup == "all"):
             generation = replace(generation, rewarmup_iters=stage.rewarmup_iters, rewarmup_done=0)
         return replace(generation, lr_scale=scale)
 

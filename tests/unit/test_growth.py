@@ -264,6 +264,31 @@ def test_a_stage_file_says_the_same_as_options(tmp_path):
     assert tool(tmp_path / "a", tmp_path / "d", "--stage", tmp_path / "stage.yaml") == 1
 
 
+def test_a_stage_file_names_layers_by_number_and_options_add_up(tmp_path):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    (tmp_path / "stage.yaml").write_text("ffn_tokens: {0: 300, 1: 400}\nproj_tokens: 80\n")
+    assert tool(tmp_path / "a", tmp_path / "b", "--stage", tmp_path / "stage.yaml") == 0
+    assert tool(tmp_path / "a", tmp_path / "c", "--grow", "ffn@0=300,ffn@1=400", "--grow", "proj=80") == 0
+    assert list(differences(CheckpointReader(tmp_path / "b"), CheckpointReader(tmp_path / "c"))) == []
+
+
+def test_a_stage_file_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    golden_checkpoint("A_l2_norm_gelu", tmp_path / "a")
+    (tmp_path / "stage.yaml").write_text("a: [1\n b: :\n")
+    assert tool(tmp_path / "a", tmp_path / "b", "--stage", tmp_path / "stage.yaml") == 1
+    error = capsys.readouterr().err
+    assert "stage.yaml: not valid YAML" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", ["0", "-5", "1.5", "many"])
+def test_a_number_of_tokens_is_above_0(tmp_path, capsys, number):
+    with pytest.raises(SystemExit) as left:
+        tool(tmp_path / "a", tmp_path / "b", f"--data-tokens={number}")
+    assert left.value.code == 2
+    assert f"argument --data-tokens: is {number}: write an integer above 0" in capsys.readouterr().err
+
+
 def test_softmax_is_refused_with_the_reason(tmp_path, capsys):
     golden_checkpoint("C_softmax", tmp_path / "a")
     assert grow(tmp_path / "a", tmp_path / "b", "ffn=512") == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_tf.checkpoint.errors import CheckpointError
-from megatron_tf.checkpoint.generations import Generation, Run
+from megatron_tf.checkpoint.generations import Generation, Generations, Run
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.reshard import reshard
 from megatron_tf.checkpoint.schedule_start import ScheduleStart
@@ -326,3 +326,14 @@ def test_a_tensor_that_is_no_parameter_of_the_model_is_named(tmp_path, derive):
     source = CheckpointReader(save(tmp_path, tensors))
     with pytest.raises(CheckpointError, match=r"exp_avg layers\.1\.ffn\.other is not a parameter of its model"):
         derive(source)
+
+
+@pytest.mark.parametrize(("iters", "expected"), [(0, (5, 2)), (4, (4, 0))])
+def test_a_warm_up_in_progress_ends_with_another_one_only(tmp_path, iters, expected):
+    source = CheckpointReader(save(tmp_path / "base", random_tensors()))
+    grown = grow(source, GrowthStage(ffn_tokens=90, init="zero_key", rewarmup_iters=5))
+    table = [replace(generation, rewarmup_done=2) for generation in grown.record.all_generations.table]
+    grown.record = grown.record.with_generations(Generations(tuple(table), grown.record.all_generations.rows))
+    again = grow(grown, GrowthStage(ffn_tokens=96, init="zero_key", rewarmup_iters=iters)).record
+    found = {(each.rewarmup_iters, each.rewarmup_done) for each in again.all_generations.table if each.growth < 2}
+    assert found == {expected}
