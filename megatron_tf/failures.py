@@ -96,7 +96,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _out_of_memory(error: BaseException, remedy: str) -> OutOfMemoryError | None:
     text = str(error)
     is_of_device = _is_torch_error(error, "OutOfMemoryError")
-    is_of_host = isinstance(error, RuntimeError) and _CPU_MEMORY in text
+    is_of_host = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _CPU_MEMORY in text)
     is_of_library = isinstance(error, RuntimeError) and any(sign in text for sign in _OTHER_MEMORY)
     if not (is_of_device or is_of_host or is_of_library):
         return None
@@ -116,9 +116,10 @@ def _amounts_of_device(text: str) -> list[str]:
 
 
 def _amounts_of_host(text: str) -> list[str]:
-    """Return the same on a CPU, whose error contains the requested bytes but not the free ones."""
-    requested = _first_match(r"tried to allocate (\d+) bytes", text)
-    amounts = [f"{int(requested) / 2**30:,.2f} GiB requested"] if requested else []
+    """Return the same on a CPU, where the error of torch or numpy contains the request but not what is free."""
+    num_bytes = _first_match(r"tried to allocate (\d+) bytes", text)
+    amount = f"{int(num_bytes) / 2**30:,.2f} GiB" if num_bytes else _first_match(rf"Unable to allocate {_AMOUNT}", text)
+    amounts = [f"{amount} requested"] if amount else []
     return [*amounts, f"{available_memory() / 2**30:,.2f} GiB free"]
 
 

@@ -7,9 +7,9 @@ the ranks and exits with 1. This command omits the report and exits with the cod
 import logging
 import os
 import sys
-from signal import SIGTERM, Signals
+from signal import SIGTERM, SIGUSR2, Signals, signal
 
-from megatron_tf.commands.runner import command, import_late
+from megatron_tf.commands.runner import command, import_late, say
 
 FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SECONDS_TO_SAVE = 600
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # it would end the launcher, and the ranks would train on without it
+    signal(SIGUSR2, lambda *_: say("SIGUSR2 requests a trace if it is sent to a rank, not to the launcher"))
     options = run.parse_args(arguments)
     _silence_reports(is_started_again=options.max_restarts > 0)
     try:
@@ -39,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
             name = Signals(-failure.exitcode).name
             print(f"error: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
         return shell_code(failure.exitcode)
-    except SignalException as signal:
-        return shell_code(-signal.sigval)
+    except SignalException as received:
+        return shell_code(-received.sigval)
     return 0
 
 

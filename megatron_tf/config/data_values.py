@@ -18,7 +18,7 @@ def parse_data_path(entries: Sequence[str], *, key: str = "data.data_path") -> t
         weights, prefixes = [float(weight) for weight, _ in fields], [prefix for _, prefix in fields]
     except ValueError:
         raise ConfigError(f"{key}: write every entry as PREFIX, or every one as WEIGHT PREFIX: {entries}") from None
-    if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         raise ConfigError(f"{key}: weights must be finite and non-negative, and at least one positive, got {weights}")
     return weights, prefixes
 
@@ -32,6 +32,6 @@ def parse_split(text: str, *, key: str = "data.split") -> list[float]:
         shares = [float(share) for share in text.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+    if len(shares) != 3 or not all(share >= 0 for share in shares) or not 0 < sum(shares) < math.inf:
         raise ConfigError(f"{key} is {text!r}: write three shares, such as 969,30,1")
     return shares

@@ -14,5 +14,8 @@ class ConfigError(UserError, ValueError):
 
 
 def message_of(fault: Mapping[str, Any]) -> str:
-    """Return the message of a fault that pydantic found, without what it puts before messages of our own checks."""
-    return str(fault["msg"]).removeprefix("Value error, ")
+    """Return the message of a fault that pydantic found, with the key and its value unless our own check names them."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "value_error" or not fault["loc"]:
+        return message
+    return f"{'.'.join(map(str, fault['loc']))}={fault['input']}: {message}"

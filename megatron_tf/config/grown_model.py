@@ -108,9 +108,7 @@ def _changed(model: ModelConfig, **changes: object) -> ModelConfig:
     try:
         return dataclasses.replace(model, **changes)  # type: ignore[arg-type]
     except ValidationError as error:
-        fault = error.errors()[0]
-        key = f"{fault['loc'][0]}={fault['input']}: " if fault["loc"] else ""
-        raise ConfigError(f"the grown model is not possible: {key}{message_of(fault)}") from None
+        raise ConfigError(f"the grown model is not possible: {message_of(error.errors()[0])}") from None
 
 
 def layer_sources(num_layers: int, stage: GrowthStage) -> list[LayerSource]:

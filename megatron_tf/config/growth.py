@@ -29,13 +29,16 @@ UNEVEN_MULTIPLE = 1.5
 """The only multiple of the width that is not an integer."""
 
 
+_LARGEST_LR_SCALE = 1_000_000  # the product with a learning rate fits into fp32
+
+
 def _check_multiple(value: float) -> float:
     if value != UNEVEN_MULTIPLE and (value < 2 or value != int(value)):
         raise ConfigError(f"must be an integer above 1, or {UNEVEN_MULTIPLE}: no other factor is exact, got {value:g}")
     return value
 
 
-HiddenMultiple = Annotated[Number, AfterValidator(_check_multiple)]
+HiddenMultiple = Annotated[Number, Field(lt=2**31), AfterValidator(_check_multiple)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -93,9 +96,9 @@ class GrowthStage(Moment):
     restart from zero. reset_new: those of all new rows do. reset_second: all second moments do."""
     step_scale: Literal["preserve", "none"] = "preserve"
     """preserve: scale the Adam updates of copies so that growing commutes with an optimizer step. none: do not."""
-    old_tokens_lr_scale: Annotated[Number, Field(ge=0)] = 1.0
+    old_tokens_lr_scale: Annotated[Number, Field(ge=0, le=_LARGEST_LR_SCALE)] = 1.0
     """Learning rate of the old parameter tokens relative to the schedule; 0 freezes them, weight decay included."""
-    new_tokens_lr_scale: Annotated[Number, Field(gt=0)] = 1.0
+    new_tokens_lr_scale: Annotated[Number, Field(gt=0, le=_LARGEST_LR_SCALE)] = 1.0
     """Learning rate of the new parameter tokens relative to the schedule."""
     rewarmup_iters: NonNegative = 0
     """Steps of linear learning-rate warm-up after the growth."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import AliasChoices, TypeAdapter, ValidationError
 
-from megatron_tf.config.errors import ConfigError, message_of
+from megatron_tf.config.errors import ConfigError
 from megatron_tf.config.schema import RunConfig
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def _explain(kind: Any, fault: Any) -> str:
         return f"unknown key {where!r}; {hint}"
     if fault["type"] in {"missing", "missing_argument"}:
         return f"missing key {where!r}"
-    message = message_of(fault)
+    message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}: {message}, got {fault['input']!r}"

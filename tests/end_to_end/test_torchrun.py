@@ -175,3 +175,15 @@ def test_a_rank_that_is_started_again_is_reported(start, folder):
     assert code == 7
     assert error.count("exitcode: 7") == 2
     assert "Traceback" not in error
+
+
+def test_a_request_for_a_trace_to_the_launcher_does_not_end_it(start, folder):
+    process = start(*on_two_ranks(OURS), "-m", "megatron_tf.pretrain", derive_run(folder, "traced"))
+    wait_for_steps(folder, "traced")
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=WAIT)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert error == "SIGUSR2 requests a trace if it is sent to a rank, not to the launcher\n"

@@ -1,9 +1,11 @@
 """Values that cannot be are refused before anything starts, with the key."""
 
+import re
+
 import pytest
 import yaml
 
-from megatron_tf.config import ConfigError, RunConfig, load_config, parse_config, to_dict
+from megatron_tf.config import ConfigError, GrowthStage, RunConfig, load_config, parse_config, to_dict
 from megatron_tf.training.step.schedule import learning_rate
 from tests.support.training import small_run
 
@@ -83,7 +85,9 @@ def test_counts_are_whole_and_no_booleans(path, key, value):
         ([f"--training.train_iters={2**63}"], "training.train_iters: Input should be less than 9223372036854775808"),
         ([f"--model.hidden_size={2**64}"], "model.hidden_size: Input should be less than 2147483648"),
         ([f"--model.qkv_tokens=[32, {2**31}]"], "model.qkv_tokens"),
-        (["--model.num_layers=20000000"], "model.num_layers: Input should be less than or equal to 10000000"),
+        (["--model.num_layers=20000000"], "model.num_layers: Input should be less than or equal to 100000"),
+        (["--data.split=1e308,1e308,0"], "data.split is '1e308,1e308,0'"),
+        (["--data.data_path=['1e308 a', '1e308 b']"], "data.data_path: weights must be finite"),
         ([f"--parallel.distributed_timeout_seconds={10**12}"], "parallel.distributed_timeout_seconds: Input should be"),
         (['--checkpoint.save="a\\0b"'], "checkpoint.save: contains a NUL character, got 'a\\x00b'"),
         (['--data.data_path=["a\\0b"]'], "data.data_path.0: contains a NUL character"),
@@ -150,3 +154,17 @@ def test_every_decay_is_at_min_lr_where_it_ends(style, end):
     config = small_run(optimizer=schedule).optimizer
     assert [learning_rate(config, step, train_iters=20) for step in range(end, end + 3)] == [0.125] * 3
     assert learning_rate(config, end - 1, train_iters=20) > 0.125
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_multiple", 1e308, "hidden_multiple: Input should be less than 2147483648"),
+        ("num_layers", 2**31 - 1, "num_layers: Input should be less than or equal to 100000"),
+        ("old_tokens_lr_scale", 1e308, "old_tokens_lr_scale: Input should be less than or equal to 1000000"),
+        ("new_tokens_lr_scale", 1e7, "new_tokens_lr_scale: Input should be less than or equal to 1000000"),
+    ],
+)
+def test_a_growth_beyond_all_bounds_is_refused_at_once(key, value, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config(GrowthStage, {"at_step": 1, key: value}, "run.yaml")

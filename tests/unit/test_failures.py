@@ -5,6 +5,7 @@ import importlib
 import importlib.machinery
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ def test_an_allocation_that_the_host_can_not_make_is_one_line(capsys):
     assert error.startswith(f"error: out of memory on host {HOST} (4,194,304.00 GiB requested, ")
     assert error.endswith(" GiB free): buy some\n")
     assert error.count("\n") == 1
+    assert code_of(lambda: np.empty(1 << 53), less_memory="buy some") == 1
+    assert capsys.readouterr().err.startswith(f"error: out of memory on host {HOST} (64.0 PiB requested, ")
 
 
 def test_a_gpu_that_is_full_is_named_with_what_was_requested_and_what_is_free(capsys, monkeypatch):

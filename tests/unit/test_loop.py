@@ -1,6 +1,8 @@
 """What a run reports and counts, and how it goes back after spikes."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -122,3 +124,26 @@ def test_spikes_before_the_first_checkpoint_are_reported_only(folder, monkeypatc
     assert code == 0
     assert "there is no checkpoint to rewind to: training continues" in capsys.readouterr().out
     assert [line["step"] for line in lines if "loss" in line and "event" not in line] == list(range(1, 41))
+
+
+def test_an_evaluation_that_a_stop_left_due_is_dropped_by_a_run_without_any(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluation_loss", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0.0)
+        code, _ = train(folder, "dropped", "--training.eval_interval=2", "--training.eval_iters=9")
+    assert code == 75
+    record = CheckpointReader(folder / "dropped").record
+    assert (record.training.step, record.details.evaluation_due) == (2, True)
+    code, lines = train(folder, "dropped", "--training.eval_interval=0")
+    assert code == 0
+    assert not any("validation_loss" in line for line in lines)
+    assert not CheckpointReader(folder / "dropped").record.details.evaluation_due
+
+
+def test_each_start_makes_progress_however_short_its_time(folder):
+    limits = ["--training.train_iters=3", "--training.eval_interval=1", "--training.exit_duration_in_mins=1e-6"]
+    steps = []
+    for _ in range(4):
+        code, lines = train(folder, "short", *limits)
+        steps.append((code, CheckpointReader(folder / "short").step))
+    assert steps == [(75, 1), (75, 2), (75, 3), (0, 3)]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [1, 2, 3]

@@ -170,7 +170,7 @@ def test_a_wider_model_has_the_same_perplexity(tmp_path, multiple):
         ),
         ({}, ["--hidden-multiple", 2, "--old-tokens-lr-scale", 0.5], "growth in width copies every row"),
         ({}, ["--hidden-multiple", 1e9], "hidden_size=32000000000: Input should be less than 2147483648"),
-        ({}, ["--num-layers", 10_000_001], "num_layers: Input should be less than or equal to 10000000"),
+        ({}, ["--num-layers", 100_001], "num_layers: Input should be less than or equal to 100000"),
         ({}, ["--grow", "ffn=128", "--grow", "ffn=256"], "--grow: ffn is given twice"),
         ({}, ["--grow", "ffn@0-1=128,ffn@1=256"], "ffn_tokens: layer 1 is named twice, the second time in '1'"),
         ({}, ["--grow", "ffn@0=128,ffn@00=256"], "ffn_tokens: layer 0 is named twice, the second time in '00'"),

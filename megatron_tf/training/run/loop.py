@@ -52,6 +52,7 @@ class Loop:
         self.epochs = EpochWatch(run.record)
         self.world_size = group_size(self.state.mesh.world)
         self._is_trace_requested = False  # kept for the next step, as an evaluation can come first
+        self._has_stepped = False
 
     @property
     def done(self) -> TrainingCounters:
@@ -63,13 +64,13 @@ class Loop:
 
         The reason is None if the run is complete, or the next growth stage or phase of the data is due.
         """
-        # the time limit allows one step, or a run could restart forever without progress
         self._note_evaluation_after_growth()
-        stop = self._agree(by_time=False) or self._finish_evaluation()
+        stop = self._agree() or self._finish_evaluation()
         is_last = stop is not None
         while self.done.step < self.config.training.train_iters and not is_last:
             first = self.done.samples
             result, reason = self._step()
+            self._has_stepped = True
             # once per step on every rank, whatever the result: a collective on one rank only would hang
             stop = self._agree(reason)
             self._report_epochs()
@@ -80,10 +81,11 @@ class Loop:
                 is_last = True
         return self.record, stop
 
-    def _agree(self, reason: str | None = None, *, by_time: bool = True) -> Stop | None:
+    def _agree(self, reason: str | None = None) -> Stop | None:
         """Agree with the other ranks whether to stop; `reason` is that of this rank's observers."""
         with self.context.timer.waiting():
-            stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=by_time)
+            # the time limit allows one step, or a run could restart forever without progress
+            stop, is_trace_requested = self.context.stop_signal.agree(reason, by_time=self._has_stepped)
         self._is_trace_requested = self._is_trace_requested or is_trace_requested
         return stop
 
@@ -104,7 +106,9 @@ class Loop:
 
     def _finish_evaluation(self) -> Stop | None:
         """Run an evaluation that the last stop interrupted; return why the run stops in or after it, if it does."""
-        if not (self.record.details.evaluation_due and self.context.validation):
+        if not self.context.validation:
+            self._set_details(evaluation_due=False)  # the run was changed not to evaluate
+        if not self.record.details.evaluation_due:
             return None
         stop = self._evaluate()
         is_last = stop is not None or self.done.step >= self.config.training.train_iters
@@ -210,8 +214,9 @@ class Loop:
         self.record = recovered.record
         if recovered.failure:
             saved = self._save_before_error("the state before them: the same command resumes after them")
+            keys = "optimizer.lr or loss_scale" if self.state.scaler.is_fp16 else "optimizer.lr"
             raise DivergedError(
-                f"{recovered.failure} after step {self.done.step}{saved}: lower optimizer.lr, or look at the data"
+                f"{recovered.failure} after step {self.done.step}{saved}: lower {keys}, or look at the data"
             )
         return True
 
