@@ -24,8 +24,13 @@ EXTRAS = {
 
 def how_to_install(package: str) -> str:
     """Return the pip command that installs a package; a package without an extra is a dependency of megatron_tf."""
-    extra = EXTRAS.get(package)
-    return "pip install megatron_tf" if extra is None else f"pip install 'megatron_tf[{extra}]'"
+    return install_command(EXTRAS.get(package))
+
+
+def install_command(extra: str | None) -> str:
+    """Return the pip command for an extra. It names a clone: megatron_tf is on no package index."""
+    what = "." if extra is None else f"'.[{extra}]'"
+    return f"pip install {what} in a clone of megatron_tf"
 
 
 @contextmanager

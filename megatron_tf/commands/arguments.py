@@ -75,6 +75,12 @@ def file_prefix(text: str) -> str:
     return text
 
 
+def make_folder_of(path: Path | None) -> None:
+    """Create the folder of an output file, if there is one, before the work that fills it. Raises OSError."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def positive_int(text: str) -> int:
     """Convert an argument to a number of things. Raises ArgumentTypeError unless it is an integer above 0."""
     if not text.strip().isdecimal() or int(text) == 0:

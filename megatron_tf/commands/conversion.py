@@ -30,6 +30,7 @@ from megatron_tf.convert.official.writing import check_confirmed, check_represen
 from megatron_tf.data.bpe_engine import PROBES
 from megatron_tf.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_tf.errors import UserError
+from megatron_tf.extras import install_command
 from megatron_tf.inference.comparison import mean_token_loss
 from megatron_tf.inference.model import load_model
 from megatron_tf.inference.tokenizer import tokenizer_of
@@ -140,8 +141,8 @@ def export_huggingface(options: Options) -> None:
     """Export a checkpoint of ours as a directory for transformers, load it there and compare the outputs."""
     if not (options.skip_check or check.has_transformers()):
         raise UserError(
-            "the export is checked with transformers, which is not installed: pip install 'megatron_tf[hf]', or use "
-            "--skip-check"
+            f"the export is checked with transformers, which is not installed: {install_command('hf')}, or use "
+            f"--skip-check"
         )
     source = open_ours(options.load)
     set_end(source, options.eod_token)

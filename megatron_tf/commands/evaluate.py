@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
@@ -28,13 +28,13 @@ class Options:
     checkpoint: Path
     data_path: list[str]
     split: str | None
-    part: str
+    part: str | None
     all_tokens: bool
     seq_length: int | None
     stride: int | None
     batch_size: int | None
     tokenizer_model: Path | None
-    device: str
+    device: str | None
     output: Path | None
 
 
@@ -50,15 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="SHARES",
         help="shares of training, validation and test, such as 969,30,1 (default: all data)",
     )
-    add("--part", choices=PARTS, default="test", help="part of --split to evaluate on")
+    add("--part", choices=PARTS, help="part of --split to evaluate on (default: test)")
     add("--all-tokens", action="store_true", help="count all tokens of chat data, not only its answers")
     add("--seq-length", type=int, help="window length in tokens (default: the run's training.seq_length)")
     add("--stride", type=int, help="new tokens per window; fewer give each more context (default: no overlap)")
     add("--batch-size", type=int, help="number of windows per batch (default: depends on their length)")
     add("--tokenizer-model", type=file_path, help="the tokenizer's file, if it has moved since training")
-    add("--device", default="cpu", help="PyTorch device to run on: cpu or cuda")
+    add("--device", help="PyTorch device to run on, such as cpu or cuda:1 (default: the first GPU, if there is one)")
     add("--output", type=file_path, metavar="FILE", help="also write the results to this file as JSON")
     options = parse(parser, Options, arguments)
+    if options.part is not None and options.split is None:
+        parser.error(f"--part {options.part} is a part of --split, which is not given: for example 969,30,1")
     for name in ("seq_length", "stride", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more")
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         from megatron_tf.checkpoint.destination import check_outside_checkpoints
 
         check_outside_checkpoints(options.output, "--output")
+        make_folder_of(options.output)
     result = evaluate(options)
     print(table(result))
     if options.output:
@@ -82,14 +85,15 @@ def evaluate(options: Options) -> dict[str, Any]:
     from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.data.loss_mask import open_loss_mask
-    from megatron_tf.inference.model import load_model
+    from megatron_tf.inference.model import default_device, load_model
     from megatron_tf.inference.perplexity import Prediction, predict_documents, read_tokenized
     from megatron_tf.inference.tokenizer import load_tokenizer
     from megatron_tf.model.samples import check_made_with
 
     shares = None if options.split is None else parse_split(options.split, key="--split")
+    part = options.part or "test"
     datasets = [IndexedDataset(prefix) for prefix in options.data_path]
-    model = load_model(options.checkpoint, device=options.device)
+    model = load_model(options.checkpoint, device=options.device or default_device())
     for dataset in datasets:
         check_made_with(dataset.prefix, model.record.tokenizer)
     tokenizer = load_tokenizer(model, options.tokenizer_model)
@@ -99,7 +103,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     for dataset in datasets:
         documents = range(len(dataset))
         if shares is not None:
-            documents = split_documents(len(dataset), shares)[PARTS.index(options.part)]
+            documents = split_documents(len(dataset), shares)[PARTS.index(part)]
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
@@ -121,13 +125,14 @@ def evaluate(options: Options) -> dict[str, Any]:
     for prediction in predictions.values():
         whole.add(prediction)
     if not whole.tokens:
-        raise UserError(f"no token to predict in {', '.join(options.data_path)}")
+        where = "" if options.split is None else f"the {part} part of --split {options.split} of "
+        raise UserError(f"{where}{', '.join(options.data_path)} holds no token to predict")
     return {
         "checkpoint": str(options.checkpoint),
         "training": model.record.to_json()["training"],
         "data_path": options.data_path,
         "split": options.split,
-        "part": options.part if options.split is not None else None,
+        "part": part if options.split is not None else None,
         "all_tokens": options.all_tokens,
         "seq_length": window,
         "stride": stride,

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse, read_text
+from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser, parse, read_text
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
 
@@ -90,8 +90,8 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="sampling temperature; 0 always takes the most likely token")
     add("--top-k", type=int, default=0, help="sample from this many most likely tokens; 0 for all")
     add("--top-p", type=float, default=1.0, help="sample from the most likely tokens with this total probability")
-    add("--stop", action="append", default=[], help="stop before this text")
-    add("--seed", type=int, default=0, help="random seed; each prompt's samples are independent of its batch")
+    add("--stop", action="append", default=[], help="end the continuation where this text begins")
+    add("--seed", type=int, default=0, help="random seed; the text of a prompt does not depend on the other prompts")
 
 
 def generate(options: Options) -> None:
@@ -154,6 +154,7 @@ def _check(options: Options) -> None:
         raise UserError("the standard output is closed: give --output FILE")
     if options.output is not None:
         check_outside_checkpoints(options.output, "--output")
+        make_folder_of(options.output)
         if options.prompt_file is not None and options.output.resolve() == options.prompt_file.resolve():
             raise UserError(f"--output {options.output} would replace --prompt-file: choose another file")
 

@@ -152,8 +152,9 @@ def show_lineage(reader: "CheckpointReader") -> None:
         for what, layers in (("new", event.inserted_layers), ("without", event.dropped_layers)):
             if layers:
                 changes.append(f"{what} layers {', '.join(map(str, layers))}")
-        text = ", ".join(changes)
-        print(f"  at step {event.step:,} ({event.tokens:,} tokens): {text} by {event.init}, seed {event.seed}")
+        how = f" by {event.init}" if event.kinds else ""  # layers and width have no such choice
+        changed = ", ".join(changes)
+        print(f"  at step {event.step:,} ({event.tokens:,} tokens): {changed}{how}, seed {event.seed}")
     if not record.lineage:
         print("  never grown")
     if start := record.schedule_start:

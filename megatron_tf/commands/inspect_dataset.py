@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse
+from megatron_tf.commands.arguments import file_path, file_prefix, make_parser, parse, positive_int
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.data.bad_ids import first_bad_id
 from megatron_tf.data.blend import Samples
@@ -36,10 +36,10 @@ class Options:
     prefix: str
     documents: list[int]
     samples: list[int]
-    seq_length: int
-    split: str
     config: Path | None
-    seed: int
+    seq_length: int | None
+    split: str | None
+    seed: int | None
     tokenizer_type: str | None
     tokenizer_model: Path | None
 
@@ -52,13 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     add("prefix", type=file_prefix, help="prefix of the .bin/.idx pair")
     add("--documents", type=int, nargs="*", default=[], metavar="I", help="indices of documents to print")
     add("--samples", type=int, nargs="*", default=[], metavar="I", help="indices of training samples to print")
-    add("--seq-length", type=int, default=2048, help="sequence length of the samples")
-    add("--split", default="969,30,1", help="data.split of the run; 1,0,0 selects all documents")
-    add("--config", type=file_path, help="YAML configuration of a run; print its samples, including blends")
-    add("--seed", type=int, default=1234, help="random seed of the order of samples")
+    add("--config", type=file_path, help="YAML configuration of a run that reads the dataset; print the run's samples")
+    add("--seq-length", type=positive_int, help="sequence length of samples without --config (default: 2048)")
+    add("--split", help="data.split without --config; 1,0,0 selects all documents (default: 969,30,1)")
+    add("--seed", type=int, help="random seed of the order of samples without --config (default: 1234)")
     add("--tokenizer-type", choices=TYPES, help="decode printed ids with a tokenizer of this type")
     add("--tokenizer-model", type=file_path, help="the tokenizer's file, for --tokenizer-type")
-    inspect(parse(parser, Options, arguments))
+    options = parse(parser, Options, arguments)
+    for name in ("seq_length", "split", "seed"):
+        if options.config is not None and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is that of the run with --config: leave it out")
+    inspect(options)
     return 0
 
 
@@ -71,7 +75,7 @@ def inspect(options: Options) -> None:
     mask = open_loss_mask(dataset, by_sequence=False)
     for index in options.documents:
         if not 0 <= index < len(dataset):
-            raise DataError(f"document {index}: there are {len(dataset):,}")
+            raise DataError(f"--documents {index}: the dataset has {len(dataset):,}, counted from 0")
         counts = None if mask is None else mask.document(index) != 0
         show(f"document {index}", Sample(dataset.document(index), counts), tokenizer)
     if options.samples:
@@ -79,7 +83,7 @@ def inspect(options: Options) -> None:
             samples, whole = samples_of(options, dataset, Path(cache))
             for index in options.samples:
                 if index < 0:
-                    raise DataError(f"sample {index}: they are counted from 0")
+                    raise DataError(f"--samples {index}: they are counted from 0")
                 show(f"sample {index} of {whole}", samples.read(index), tokenizer)
 
 
@@ -88,17 +92,23 @@ def samples_of(options: Options, dataset: IndexedDataset, cache: Path) -> tuple[
     if options.config is not None:
         import_late("megatron_tf.training.run.resume")
         from megatron_tf.config import load_config
+        from megatron_tf.data.build import training_prefixes
         from megatron_tf.training.run.resume import dataset_of_run
 
         config = load_config(options.config, [])
+        prefixes = [Path(prefix) for _, prefix in training_prefixes(config.data)]
+        if Path(options.prefix).resolve() not in [prefix.resolve() for prefix in prefixes]:
+            read = ", ".join(map(str, prefixes))
+            raise DataError(f"the run of --config {options.config} does not read {options.prefix}, but {read}")
         return dataset_of_run(config), f"the run of {options.config}"
     from megatron_tf.config import parse_split
 
-    documents = split_documents(len(dataset), parse_split(options.split, key="--split"))[0]
+    documents = split_documents(len(dataset), parse_split(options.split or "969,30,1", key="--split"))[0]
     lengths = dataset.document_lengths[documents.start : documents.stop]
     name = f"{dataset.prefix.name}:train"
-    order = SampleOrder(lengths, seq_length=options.seq_length, seed=options.seed, name=name, cache=cache)
-    return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch"
+    seed = 1234 if options.seed is None else options.seed
+    order = SampleOrder(lengths, seq_length=options.seq_length or 2048, seed=seed, name=name, cache=cache)
+    return GPTDataset(dataset, documents, order), f"{order.samples_per_epoch:,} an epoch, in data.order counter"
 
 
 def show_counts(dataset: IndexedDataset) -> None:

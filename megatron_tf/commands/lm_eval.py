@@ -13,6 +13,7 @@ import traceback
 
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
+from megatron_tf.extras import install_command
 
 
 @command()
@@ -45,7 +46,7 @@ def register() -> None:
         importlib.import_module("lm_eval.models")  # registers lm-eval's own, which it leaves if there is one already
         registry = importlib.import_module("lm_eval.api.registry").model_registry
     except ImportError as error:
-        raise UserError(f"lm-eval is not installed ({error}): pip install 'megatron_tf[eval]'") from None
+        raise UserError(f"lm-eval is not installed ({error}): {install_command('eval')}") from None
     if "megatron_tf" not in registry:
         registry.register("megatron_tf", target="megatron_tf.inference.lm_eval_model:MegatronTF")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_tf.commands.arguments import file_path, make_parser
+from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser
 from megatron_tf.commands.runner import command, import_late, say
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
@@ -74,6 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--restart-minutes is {options.restart_minutes}: it must be 0 or more, and below a million")
     if options.write is not None and options.write.exists():
         raise UserError(f"--write {options.write}: the file exists already; name a new one, or remove it")
+    if options.calibrate is not None and options.cluster != parser.get_default("cluster"):
+        parser.error(f"--calibrate measures this machine: leave out --cluster {options.cluster}")
+    for output in (options.write, options.plot):
+        make_folder_of(output)
     if options.plot is not None:
         with needed_by("megatron-tf plan --plot"):
             import_late("matplotlib.figure")

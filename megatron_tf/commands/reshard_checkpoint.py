@@ -154,7 +154,7 @@ def _add_token_options(parser: argparse.ArgumentParser) -> None:
         "--growth-init",
         choices=["auto", "zero_key", "rotated_key", "zero_value", "duplicate", "duplicate_by_utility", "random"],
         help="how new tokens are initialized; by default auto: rotated_key if they at least double under l2_norm_gelu, "
-        "otherwise zero_key, which both keep the outputs",
+        "otherwise zero_key; both keep the outputs",
     )
     add(
         "--growth-data",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_tf.commands.arguments import file_path, make_parser, parse
+from megatron_tf.commands.arguments import file_path, make_parser, parse, positive_int
 from megatron_tf.commands.runner import command
 from megatron_tf.data.documents import BadLines, Input, documents_of
 from megatron_tf.data.indexed_dataset import DataError
@@ -18,6 +18,7 @@ from megatron_tf.data.sources import inputs_of
 from megatron_tf.files import sync_directory, sync_file
 
 MAX_LINE_BYTES = 4000  # SentencePiece skips longer lines of training text
+MAX_LINE_CHARACTERS = MAX_LINE_BYTES // 4  # a character takes up to four bytes in UTF-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("train-tokenizer", __doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files or patterns, as for preprocess-data")
-    add("--vocab-size", type=int, required=True, help="number of pieces, including bytes and special pieces")
+    add("--vocab-size", type=positive_int, required=True, help="number of pieces, including bytes and special pieces")
     add("--output-prefix", type=file_path, required=True, help="path prefix of the model: PREFIX.model")
     add("--json-key", default="text", help="key of the JSON objects, or column, that holds the text")
-    add("--max-sentences", type=int, default=100_000, help="maximum number of lines of text to train on")
+    add(
+        "--max-sentences",
+        type=positive_int,
+        default=100_000,
+        help=f"train on the first lines of --input, this many, each cut at {MAX_LINE_CHARACTERS:,} characters",
+    )
     add("--max-bad-lines", type=float, default=0.001, help="fail if more than this fraction of the lines is invalid")
     options = parse(parser, Options, arguments)
     if not 0 <= options.max_bad_lines <= 1:  # nan too
@@ -70,10 +76,20 @@ def train(options: Options) -> None:
     except RuntimeError as error:
         # an error in the input is more helpful than SentencePiece's error about the rest
         text.check(options.max_bad_lines)
-        raise DataError(str(error)) from error
+        raise DataError(_explain(error, options.vocab_size)) from error
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{options.output_prefix}.model: {options.vocab_size:,} pieces")
+    at_most = " (--max-sentences)" if text.lines == options.max_sentences else ""
+    print(
+        f"{options.output_prefix}.model: {options.vocab_size:,} pieces, from {text.lines:,} lines{at_most}, of which "
+        f"{text.cut:,} were cut at {MAX_LINE_CHARACTERS:,} characters"
+    )
+
+
+def _explain(error: RuntimeError, vocab_size: int) -> str:
+    """Return SentencePiece's error without places in its code, and without advice to set an option that is not ours."""
+    reason = str(error).rpartition("] ")[2].partition(" or decrease character_coverage")[0].strip()
+    return f"--vocab-size {vocab_size}: {reason}" if "ocabulary size" in reason else str(error)
 
 
 def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:
@@ -93,7 +109,7 @@ def fit(lines: Iterator[str], file: BinaryIO, vocab_size: int) -> None:
         add_dummy_prefix=False,
         max_sentence_length=MAX_LINE_BYTES,
         num_threads=2,
-        minloglevel=1,
+        minloglevel=2,  # its warnings repeat its errors
     )
 
 
@@ -104,6 +120,7 @@ class Text(Iterator[str]):
     def __init__(self, inputs: list[Input], key: str) -> None:
         self.bad = BadLines()
         self.error: Exception | None = None
+        self.lines = self.cut = 0
         self._documents = documents_of(inputs, [key], self.bad)
         self._lines = self._split(key)
 
@@ -126,4 +143,6 @@ class Text(Iterator[str]):
         for document in self._documents:
             for line in document[key].splitlines():
                 if line.strip():
-                    yield line[: MAX_LINE_BYTES // 4]
+                    self.lines += 1
+                    self.cut += len(line) > MAX_LINE_CHARACTERS
+                    yield line[:MAX_LINE_CHARACTERS]

@@ -18,12 +18,12 @@ from megatron_tf.config.schema import RunConfig
 T = TypeVar("T")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the YAML file at `path` and apply `--section.key=value` overrides in order.
 
     Raises ConfigError naming the file and the key for an unreadable file, an unknown key or an invalid value.
     """
-    return parse_config(RunConfig, load_values(path, overrides), source=str(path))
+    return parse_config(RunConfig, load_values(Path(path), overrides), source=str(path))
 
 
 def load_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from megatron_tf.checkpoint.record import RunRecord
+from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import choose_decoding_kernels
 from megatron_tf.layers.cache import KeyValueCache
 from megatron_tf.model.from_checkpoint import read_transformer
@@ -78,6 +79,11 @@ class LanguageModel(nn.Module):
         return all_gather_copy(logits, -1, self.group)
 
 
+def default_device() -> torch.device:
+    """Return the first GPU, if there is one, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(
     path: str | Path,
     *,
@@ -88,10 +94,20 @@ def load_model(
     """Load the model of a checkpoint of any layout, with parameters and activations of `dtype`.
 
     Each rank of `group` reads only its own rows. Raises CheckpointError, which names the problem, if the checkpoint is
-    invalid, and UserError if the model can't be split evenly over the ranks.
+    invalid, and UserError if the model can't be split evenly over the ranks, or there is no such device.
     """
+    _check_device(device)
     reader = CheckpointReader(Path(path)).complete()
     transformer = read_transformer(reader, device=device, dtype=dtype, group=group)
     model = LanguageModel(transformer, reader.record)
     model.directory = reader.directory
     return model.eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        has_values = torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError) as error:  # of torch without CUDA: an AssertionError
+        raise UserError(f"device {device} can't be used here: {str(error).splitlines()[0]}") from error
+    if not has_values:
+        raise UserError(f"device {device} can't be used here: its tensors have no values")

@@ -42,15 +42,15 @@ class Pattention(CastingModule):
         gelu_l2_norm    P = tau gelu(A) / |gelu(A)|
         softmax         P = tau softmax(A)
 
-    tau is state and does not follow from the shape: it is initialized to sqrt(N) (softmax: N), does not change when
-    tokens are appended (which makes growth exact), and is saved in checkpoints and in `state_dict()`. It computes in
+    tau is state and does not follow from the shape: it is initialized to sqrt(N) (softmax: N), stays when tokens with
+    zero keys are appended (which makes growth exact), and is saved in checkpoints and in `state_dict()`. It computes in
     the dtype of x. `products` multiply matrices, `kernels` compute P, and `recompute_scores` makes backward recompute A
     instead of saving it; none of them changes the result beyond rounding. A `probe` reads P and V in forward, except in
     fused inference. With a `backward_split`, the gradient of x may be computed before those of the tokens, in two
     passes of autograd, as zero-bubble schedules do; each pass may run once.
 
     On its own it takes the place of a linear layer, with initial values from `reset_parameters`. Raises UserError if
-    there is no normalization `norm_activation`.
+    there is no normalization `norm_activation`, and if a size is below 1.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class Pattention(CastingModule):
         super().__init__()
         if norm_activation not in NORMALIZATIONS:
             raise UserError(f"norm_activation is {norm_activation!r}: known are {', '.join(NORMALIZATIONS)}")
+        if min(in_features, out_features, num_tokens) < 1:
+            raise UserError(f"a Pattention of {in_features} x {num_tokens} x {out_features}: each must be 1 or more")
         self.key_tokens = nn.Parameter(torch.empty(num_tokens, in_features))
         self.value_tokens = nn.Parameter(torch.empty(num_tokens, out_features))
         self.norm = NORMALIZATIONS[norm_activation]

@@ -99,7 +99,8 @@ def test_a_missing_package_is_named_with_what_installs_it(tmp_path):
     done = run_installed(tmp_path, "plot-run", "a.jsonl", "--output", "a.png", program=without("matplotlib"))
     assert done.returncode == 1
     assert done.stderr == (
-        "error: megatron-tf plot-run needs matplotlib, which is not installed: pip install 'megatron_tf[plot]'\n"
+        "error: megatron-tf plot-run needs matplotlib, which is not installed: pip install '.[plot]' in a clone of "
+        "megatron_tf\n"
     )
 
 
@@ -112,7 +113,7 @@ def test_a_package_that_every_command_needs_is_named(tmp_path):
     done = run_installed(tmp_path, "pretrain", "--help", program=without("pydantic"))
     assert done.returncode == 1
     assert done.stderr == (
-        "error: megatron-tf pretrain needs pydantic, which is not installed: pip install megatron_tf\n"
+        "error: megatron-tf pretrain needs pydantic, which is not installed: pip install . in a clone of megatron_tf\n"
     )
 
 

@@ -108,11 +108,23 @@ def test_inspection_shows_the_samples_of_the_run(tmp_path, capsys):
         dataset = build_dataset(load_config(tmp_path / "run.yaml", []))
         expected = [" ".join(map(str, dataset[i][:5].tolist())) for i in (0, 3)]
         options = ["--seq-length", config.training.seq_length, "--seed", config.training.seed]
-        more = [] if name == "a" else ["--config", tmp_path / "run.yaml"]
-        found = [shown(capsys, tmp_path / "a", *options, *more, "--samples", i) for i in (0, 3)]
+        which = options if name == "a" else ["--config", tmp_path / "run.yaml"]
+        found = [shown(capsys, tmp_path / "a", *which, "--samples", i) for i in (0, 3)]
         assert all(f.startswith(e) for f, e in zip(found, expected, strict=True))
         everything = shown(capsys, tmp_path / "a", *options, "--samples", 0, "--split", "1,0,0")
         assert not everything.startswith(expected[0])
+
+
+def test_inspection_of_what_a_run_does_not_read_is_refused(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_data_set(tmp_path / name, [[1, 2, 3]] * 99)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(small_run(data={"data_path": [str(tmp_path / "a")]}))))
+    command = [str(tmp_path / "b"), "--config", str(tmp_path / "run.yaml"), "--samples", "0"]
+    assert inspect_dataset.main(command) == 1
+    assert f"does not read {tmp_path / 'b'}, but {tmp_path / 'a'}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        inspect_dataset.main([*command, "--seed", "3"])
+    assert "--seed is that of the run with --config" in capsys.readouterr().err
 
 
 def test_inspection_shows_the_samples_of_a_run_that_version_0_1_began(tmp_path, capsys, monkeypatch):

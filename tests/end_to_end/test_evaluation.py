@@ -140,7 +140,10 @@ def test_of_chat_data_only_the_answers_count(checkpoint, model, tmp_path, more):
         (["--stride", "25"], "windows of 16 tokens can't move by 25"),
         (["--batch-size", "0"], "--batch-size is 0: it must be 1 or more"),
         (["--split", "1,1"], "write three shares"),
-        (["--split", "1,0,0"], "no token to predict"),
+        (["--split", "1,0,0"], "the test part of --split 1,0,0 of "),
+        (["--split", "1,0,0"], " holds no token to predict"),
+        (["--device", "there_is_none"], "device there_is_none can't be used here"),
+        (["--device", "meta"], "device meta can't be used here: its tensors have no values"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(checkpoint, tmp_path, capsys, options, message):
@@ -149,6 +152,19 @@ def test_mistakes_end_with_one_clear_line(checkpoint, tmp_path, capsys, options,
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_part_belongs_to_a_split(checkpoint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main([str(checkpoint), "--data-path", str(tmp_path), "--part", "validation"])
+    assert left.value.code == 2
+    assert "--part validation is a part of --split, which is not given" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_results_is_made(checkpoint, tmp_path):
+    output = tmp_path / "new" / "results.json"
+    assert evaluate.main([str(checkpoint), "--data-path", str(write_data(tmp_path)), "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["split"] is None
 
 
 def write_tasks(folder):

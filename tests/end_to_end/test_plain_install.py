@@ -147,5 +147,5 @@ def test_the_other_tokenizers(call):
 
 def test_a_command_without_its_extra_says_so(call):
     error = call("megatron_tf", "plot-run", "x.jsonl", "--output", "x.png", code=1)
-    assert error.endswith("needs matplotlib, which is not installed: pip install 'megatron_tf[plot]'\n")
-    assert "megatron_tf[eval]" in call("megatron_tf", "lm-eval", "run", code=1)
+    assert error.endswith("needs matplotlib, which is not installed: pip install '.[plot]' in a clone of megatron_tf\n")
+    assert "pip install '.[eval]'" in call("megatron_tf", "lm-eval", "run", code=1)

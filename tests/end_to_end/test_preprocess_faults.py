@@ -287,6 +287,26 @@ def test_training_a_tokenizer_takes_patterns_and_tells_of_bad_lines(tmp_path, ca
     assert not list(tmp_path.glob("u.*"))
 
 
+def test_training_a_tokenizer_says_what_it_read_and_why_a_size_does_not_fit(tmp_path, capfd):
+    texts = ["x" * 1500, *[f"the quick brown fox {i} jumps" for i in range(60)]]
+    shard = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    assert train(tmp_path / "t", shard) == 0
+    assert "t.model: 300 pieces, from 61 lines, of which 1 were cut at 1,000 characters" in capfd.readouterr().out
+    assert train(tmp_path / "t", shard, more=["--max-sentences", "50"]) == 0
+    assert "from 50 lines (--max-sentences), of which 1 were cut" in capfd.readouterr().out
+    for size, reason in (
+        ("3000", "Vocabulary size too high"),
+        ("10", "Vocabulary size is smaller than required_chars"),
+    ):
+        assert train(tmp_path / "u", shard, more=["--vocab-size", size]) == 1
+        error = capfd.readouterr().err
+        assert error.startswith(f"error: --vocab-size {size}: {reason}")
+        assert "character_coverage" not in error
+        assert error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        train(tmp_path / "u", shard, more=["--max-sentences", "0"])
+
+
 def as_version_0_1(prefix, **changes):
     """Let a report be as version 0.1 wrote it: another format, no end of documents, no bytes of bad lines."""
     path = Path(f"{prefix}.json")

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from megatron_tf.commands import doctor
-from megatron_tf.extras import EXTRAS
+from megatron_tf.extras import EXTRAS, how_to_install
 
 NO_INTERFACE = "no-such-interface"
 
@@ -66,10 +66,15 @@ def test_a_package_that_is_missing_or_does_not_import_is_told_with_the_remedy(mo
     monkeypatch.setattr(doctor.metadata, "version", version)
     monkeypatch.setattr(doctor, "_import_error", lambda name: "undefined symbol: _ZN3c10" if "flash" in name else "")
     required = {finding.subject: finding for finding in doctor.versions()}
-    assert required["sentencepiece"] == (doctor.PROBLEM, "sentencepiece", "not installed", "pip install megatron_tf")
+    assert required["sentencepiece"] == (
+        doctor.PROBLEM,
+        "sentencepiece",
+        "not installed",
+        how_to_install("sentencepiece"),
+    )
     optional = {finding.subject: finding for finding in doctor.optional_packages()}
     assert optional["wandb"].level == doctor.NOTE
-    assert optional["wandb"].remedy == "pip install 'megatron_tf[wandb]'"
+    assert optional["wandb"].remedy == "pip install '.[wandb]' in a clone of megatron_tf"
     assert optional["apex"].remedy == "build it from its sources"
     assert optional["flash_attn"].level == doctor.PROBLEM
     assert "undefined symbol" in optional["flash_attn"].text

@@ -90,7 +90,7 @@ def test_types_and_defaults_of_keys_are_those_that_a_file_takes():
     model, training, *rest = (entries(text.partition("\n")[2]) for text in describe_keys().strip().split("\n\n"))
     keys = {name: entry for section in (model, training, *rest) for name, entry in section.items()}
     assert keys["--model.norm_activation"][:2] == ("l2_norm_gelu | gelu_l2_norm | softmax", "default l2_norm_gelu")
-    assert keys["--model.num_layers"][:2] == ("int > 0", "required")
+    assert keys["--model.num_layers"][:2] == ("int > 0, <= 100000", "required")
     assert keys["--model.untie_embeddings_and_output_weights"][:2] == ("true | false", "default false")
     assert keys["--training.attention_dropout"][:2] == ("float >= 0, < 1", "default 0.0")
     assert keys["--checkpoint.save"][:2] == ("path | null", "default null")

@@ -188,7 +188,7 @@ def test_without_transformers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "has_transformers", lambda: False)
     checkpoint = save_small_model(tmp_path)
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model") == 1
-    assert "pip install 'megatron_tf[hf]', or use --skip-check" in capsys.readouterr().err
+    assert "pip install '.[hf]' in a clone of megatron_tf, or use --skip-check" in capsys.readouterr().err
     assert convert("megatron_tf", "hf", checkpoint, tmp_path / "model", "--skip-check") == 0
     assert "not compared" in capsys.readouterr().out
     assert load_export(tmp_path / "model").config.hidden_size == 32

@@ -74,7 +74,9 @@ def test_computation_is_the_mean_of_the_profiled_steps_without_communication_and
         detector.on_profile(3.0, 1.0)
         detector.on_profile(5.0, 1.0)
         assert detector.find_slowest({"data": 1.0, "report": 2.0}, 10) == pytest.approx([0.1, 3.0, 0.2])
+        assert detector.has_new_profile
         assert detector.find_slowest({"data": 1.0}, 4) == pytest.approx([0.25, 3.0, 0.0])
+        assert not detector.has_new_profile
         detector.on_profile(2.0, 1.0)
         assert detector.find_slowest({}, 4) == pytest.approx([0.0, 1.0, 0.0])
         detector.reset()

@@ -106,7 +106,7 @@ class Reporter(Observer):
         if communication is not None:
             notes.append(f"communicating {communication / report.seconds:.0%} of the step")
         self.log.interval(report.step, values, phases=phases, notes="  ".join(notes))
-        if slowest is not None and self.straggler_factor is not None and slowest.slowdown > self.straggler_factor:
+        if slowest is not None and self._is_news(slowest):
             self._report_straggler(report.step, slowest)
         if report.rows:
             self._say(report.step, describe(report.rows))
@@ -120,6 +120,11 @@ class Reporter(Observer):
             return None
         with self.timer.waiting():
             return self.stragglers.find_slowest(work, num_steps)
+
+    def _is_news(self, slowest: SlowestRank) -> bool:
+        """Return whether to warn of a rank; of each measurement of its computation, in profiled steps, only once."""
+        is_measured = self.stragglers.has_new_profile or slowest.phase != "computation"
+        return is_measured and self.straggler_factor is not None and slowest.slowdown > self.straggler_factor
 
     def _report_straggler(self, step: int, slowest: SlowestRank) -> None:
         with self.timer.waiting():

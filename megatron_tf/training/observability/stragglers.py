@@ -50,6 +50,8 @@ class StragglerDetector:
         self.is_enabled = mesh.size("tp") * mesh.size("dp_cp") > 1
         self._computations: list[float] = []
         self._computation: float | None = None
+        self.has_new_profile = False
+        """Whether the last result is of steps profiled since the one before."""
         self._hosts: Sequence[str] = ()
 
     def on_profile(self, seconds: float, communication: float) -> None:
@@ -66,6 +68,7 @@ class StragglerDetector:
         `work` has the seconds of data and report over `num_steps` steps, without waiting for other ranks. The
         computation is the mean of the profiled steps since the last call, or that of earlier ones if there are none.
         """
+        self.has_new_profile = bool(self._computations)
         if self._computations:
             self._computation = sum(self._computations) / len(self._computations)
             self._computations = []
