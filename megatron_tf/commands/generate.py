@@ -6,7 +6,8 @@ parallelism).
 
 Examples:
     megatron-tf generate runs/small --prompt "The quick brown" --temperature 0
-    torchrun --nproc-per-node 2 -m megatron_tf.generate runs/small --prompt-file prompts.txt --output texts.jsonl
+    megatron-tf torchrun --nproc-per-node 2 -m megatron_tf.generate runs/small --prompt-file prompts.txt \\
+        --output texts.jsonl
 """
 
 import argparse

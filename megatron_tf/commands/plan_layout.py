@@ -1,11 +1,12 @@
 """Rank all layouts of a configuration on a cluster by the predicted time of a step, and say which ones do not fit.
 
-A layout is a choice of the tensor-, pipeline- and data-parallel size, the pipeline schedule, how many ranks share one
-copy of the parameters, the micro-batch size, and what is recomputed. The memory and the messages of each layout are
-composed of parts of the model that the trainer's code runs on tensors without values; times follow from the rates of
-the cluster. For a run that grows, every stage is planned, and compared with training the final model from scratch.
+A layout is a choice of the tensor-, pipeline-, context- and data-parallel size, the pipeline schedule, how many ranks
+share one copy of the parameters, the micro-batch size, and what is recomputed. The memory and the messages of each
+layout are composed of parts of the model that the trainer's code runs on tensors without values; times follow from the
+rates of the cluster. For a run that grows, every stage is planned, and compared with training the final model from
+scratch.
 
-A cluster is a preset, or a YAML file with these keys (see docs/scaling.md). --write saves the run with the layout that
+A cluster is a preset, or a YAML file (docs/scaling.md describes its keys). --write saves the run with the layout that
 fits all stages in the fewest device hours.
 
 Example:
@@ -158,7 +159,8 @@ def write_run(output: Path, stages: "list[StageRanking]", *, config: Path, overr
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
             stage.pop(key, None)
     ranks = stages[0].ranking.cluster.world_size
-    start = f"torchrun --nproc-per-node {stages[0].ranking.cluster.ranks_per_node} -m megatron_tf.pretrain {output}"
+    per_node = stages[0].ranking.cluster.ranks_per_node
+    start = f"megatron-tf torchrun --nproc-per-node {per_node} -m megatron_tf.pretrain {output}"
     header = f"# {config}, planned for {ranks} rank(s) by megatron-tf plan; start it with\n#   {start}\n"
     output.write_text(header + yaml.safe_dump(values, sort_keys=False))
     say(f"wrote {output}")

@@ -55,12 +55,19 @@ def command(*, interrupted: str = INTERRUPTED, less_memory: str = LESS_MEMORY) -
                 if told is None:
                     _report_to_torchrun(f"{type(error).__name__}: {error}", traceback.format_exc())
                     raise
-                say_error(str(told))
+                say_error(_message_of(told))
                 return getattr(told, "exit_code", 1)
 
         return run
 
     return decorate
+
+
+def _message_of(error: Exception) -> str:
+    """Return an error's message; of an OSError that names a file without the number of the error."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def is_of_user(error: Exception) -> bool:

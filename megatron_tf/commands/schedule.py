@@ -6,7 +6,7 @@ rank. The times are those of --costs, and messages take none. The bubble is the 
 to the formula of the schedule's paper.
 
 Example:
-    megatron-tf schedule examples/configs/tokenformer_1.5b.yaml --parallel.pipeline_model_parallel_size=4 \
+    megatron-tf schedule examples/configs/tokenformer_1.5b.yaml --parallel.pipeline_model_parallel_size=4 \\
         --parallel.pipeline_schedule=zbv
 """
 

@@ -223,8 +223,8 @@ def _check_init(model: ModelConfig, stage: GrowthStage, what: str, *, old: int, 
         )
     if init in ("duplicate", "rotated_key") and new < 2 * old:
         raise ConfigError(
-            f"{what}: {init} copies each of the {old} tokens equally often, so it needs at least {2 * old}; "
-            f"use zero_key for fewer"
+            f"{what}: {init} adds whole sets of copies or rotations of the {old} tokens, so it needs at least "
+            f"{2 * old}; use zero_key for fewer"
         )
     if init == "rotated_key" and model.norm_activation != "l2_norm_gelu":
         raise ConfigError(
@@ -251,7 +251,7 @@ def _requested_counts(kind: str, counts: list[int], requested: LayerTokens | Non
         except ValueError:
             raise ConfigError(f"{kind}_tokens: write layers as 3 or 0-5, not {layers!r}") from None
         if not chosen or not 0 <= chosen[0] <= chosen[-1] < len(new):
-            raise ConfigError(f"{kind}_tokens: layers {layers} are out of range for {len(new)} layers")
+            raise ConfigError(f"{kind}_tokens: layers {layers!r} are out of range: the last one is {len(new) - 1}")
         if again := sorted(named & {*chosen}):
             raise ConfigError(f"{kind}_tokens: layer {again[0]} is named twice, the second time in {layers!r}")
         named |= {*chosen}

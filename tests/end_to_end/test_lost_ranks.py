@@ -81,7 +81,7 @@ def start(folder, deed, victim=1):
         (
             "fail",
             [
-                "[rank 1] error: [Errno 5] Input/output error: 'data.bin'",
+                "[rank 1] error: data.bin: Input/output error",
                 "rank 1",
                 "has ended in data of step 7: [Errno 5]",
             ],

@@ -243,7 +243,7 @@ def assert_new_keys_learn(old, new):
         (["--grow", "ffn=x"], "write KIND=NUMBER"),
         (["--insert-layers", "1,x"], "write layer indices, such as 0,6,6"),
         (["--stage", ".gitignore"], ".gitignore: expected the keys of a stage, found str"),
-        (["--stage", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
+        (["--stage", "nowhere.yaml"], "nowhere.yaml: cannot read the configuration: No such file or directory"),
         (["--target-tensor-parallel-size", "3"], "4 attention heads cannot be shared equally by 3"),
         (["--target-pipeline-parallel-size", "5"], "every stage needs a layer"),
         (["--target-tensor-parallel-size", "4", "--grow", "ffn=66"], "66 rows, which 4 tensor-parallel ranks"),

@@ -278,7 +278,7 @@ def test_requests_that_do():
         ({"ffn_tokens": 35}, r"ffn_tokens=35: layer 0 already has 36, and growth only adds tokens; .* --shrink"),
         ({"ffn_tokens": 36}, "adds nothing"),
         ({}, "adds nothing"),
-        ({"ffn_tokens": {"3": 72}}, "layers 3 are out of range for 3 layers"),
+        ({"ffn_tokens": {"3": 72}}, "layers '3' are out of range: the last one is 2"),
         ({"ffn_tokens": {"2-1": 72}}, "layers 2-1 are out of range"),
         ({"ffn_tokens": {"all": 72}}, "write layers as 3 or 0-5, not 'all'"),
         ({"insert_layers": [4]}, "insert_layers names layer 4, but the model has 3 layers"),
