@@ -9,7 +9,7 @@ Examples:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_tf.commands.arguments import file_path, make_parser, parse
 from megatron_tf.commands.row_inspection import show_rows
@@ -143,6 +143,8 @@ def show_tau(reader: "CheckpointReader") -> None:
 
 def show_lineage(reader: "CheckpointReader") -> None:
     """Print the growth events of the model."""
+    from megatron_tf.config import TokenInit
+
     print("\nlineage")
     record = reader.record
     for event in record.lineage:
@@ -152,7 +154,8 @@ def show_lineage(reader: "CheckpointReader") -> None:
         for what, layers in (("new", event.inserted_layers), ("without", event.dropped_layers)):
             if layers:
                 changes.append(f"{what} layers {', '.join(map(str, layers))}")
-        how = f" by {event.init}" if event.kinds else ""  # layers and width have no such choice
+        # how tokens are initialized says nothing about a growth by layers or width alone
+        how = "" if event.init in get_args(TokenInit) and not event.kinds else f" by {event.init}"
         changed = ", ".join(changes)
         print(f"  at step {event.step:,} ({event.tokens:,} tokens): {changed}{how}, seed {event.seed}")
     if not record.lineage:

@@ -95,8 +95,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class KernelsConfig:
-    """Implementation of each operation; auto chooses by the device and the dtype (docs/performance.md) and logs its
-    choice once."""
+    """Implementation of each operation; auto chooses by device and dtype, and logs its choice once."""
 
     pattention: Literal["auto", "eager", "compiled", "triton"] = "auto"
     """The normalization between the two matrix products of a Pattention."""

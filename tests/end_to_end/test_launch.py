@@ -64,7 +64,7 @@ def test_mpi(folder, expected):
 def test_without_mpi4py_it_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(launch.LaunchError, match=r"pip install 'megatron_tf\[mpi\]', or start with torchrun"):
+    with pytest.raises(launch.LaunchError, match=r"pip install '\.\[mpi\]' in a clone .*, or start with torchrun"):
         launch.adopt_launcher()
 
 

@@ -164,10 +164,10 @@ def test_optimizers_equal_torch_and_resume_from_any_step(monkeypatch, package, v
 @pytest.mark.parametrize(
     ("requested", "message"),
     [
-        ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install 'megatron_tf\[gpu\]'"),
+        ({"attention": "flash_attn"}, r"flash_attn: it is not installed: pip install '.\[gpu\]'"),
         (
             {"attention": "transformer_engine"},
-            r"n=transformer_engine: it is not installed: pip install 'megatron_tf\[gpu\]'",
+            r"n=transformer_engine: it is not installed: pip install '.\[gpu\]'",
         ),
         ({"norm": "apex"}, r"norm=apex: it is not installed: build it from its sources"),
         ({"optimizer": "transformer_engine"}, r"optimizer=transformer_engine: it is not installed"),

@@ -148,7 +148,7 @@ def test_a_restart_without_a_name_says_that_it_is_another_run(monkeypatch, capsy
 
 def test_weights_and_biases_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"pip install 'megatron_tf\[wandb\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[wandb\]'"):
         open_sinks(LoggingConfig(wandb_project="growth"), print)
 
 

@@ -279,7 +279,7 @@ def test_requests_that_do():
         ({"ffn_tokens": 36}, "adds nothing"),
         ({}, "adds nothing"),
         ({"ffn_tokens": {"3": 72}}, "layers '3' are out of range: the last one is 2"),
-        ({"ffn_tokens": {"2-1": 72}}, "layers 2-1 are out of range"),
+        ({"ffn_tokens": {"2-1": 72}}, "layers '2-1' are out of range"),
         ({"ffn_tokens": {"all": 72}}, "write layers as 3 or 0-5, not 'all'"),
         ({"insert_layers": [4]}, "insert_layers names layer 4, but the model has 3 layers"),
         ({"ffn_tokens": 71, "init": "duplicate"}, "needs at least 72; use zero_key"),
