@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     from megatron_tf.data.packed_dataset import packing_reports
 
     config = load_config(known.config, overrides)
+    if config.data.order_of_new_run == "lanes":
+        print("data.order lanes needs no index files: each sample's place is computed when it is read")
     training = config.training
     dataset = build_dataset(config)
     report("train", dataset, samples_of_run(training, "train"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
 from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser, parse, read_text
-from megatron_tf.commands.runner import command, import_late
+from megatron_tf.commands.runner import command, import_late, say
 from megatron_tf.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompt-file",
         type=file_path,
-        help="text file with one prompt per line, or .jsonl file of objects with a key prompt, whose other keys are "
-        "copied to the results (without this and --prompt, prompts are read from standard input, one per line)",
+        help="text file with one prompt per line, of which empty ones are left out, or .jsonl file of objects with a "
+        "key prompt, whose other keys are copied to the results (without this and --prompt, prompts are read from "
+        "standard input, one per line)",
     )
     add("--output", type=file_path, help="write the results to this file as JSON lines")
     add("--batch-size", type=int, default=8, help="number of continuations that are generated together")
@@ -125,6 +126,9 @@ def generate(options: Options) -> None:
     model = load_model(options.checkpoint, device=mesh.device, dtype=DTYPES[options.dtype], group=mesh.group("tp"))
     model.arrange_for_decoding()
     tokenizer = load_tokenizer(model, options.tokenizer_model)
+    if mesh.is_first_rank:
+        lengths = tokenizer.encode_batch([record["prompt"] for record in records]).lengths
+        _warn_of_length(int(lengths.max()) + options.max_new_tokens, model.record.seq_length)
 
     def continue_batch(prompts: Sequence[str], numbers: Sequence[int]) -> Iterator[tuple[int, str, "Continuation"]]:
         # seeded by the sample's number, so that a text does not depend on the rest of its batch
@@ -140,6 +144,14 @@ def generate(options: Options) -> None:
             batches = [requests[i : i + options.batch_size] for i in range(0, len(requests), options.batch_size)]
             progress = tqdm(batches, unit="batch", disable=len(batches) == 1 or not mesh.is_first_rank)
             _write_lines(progress, continue_batch, out)
+
+
+def _warn_of_length(longest: int, seq_length: int) -> None:
+    if longest > seq_length:
+        say(
+            f"warning: a prompt and --max-new-tokens are up to {longest:,} tokens, but the model was trained on "
+            f"sequences of {seq_length:,}: what it writes beyond them may make no sense"
+        )
 
 
 def _check(options: Options) -> None:

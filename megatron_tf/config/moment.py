@@ -43,6 +43,16 @@ def check_moments(key: str, moments: Sequence[Moment]) -> None:
             raise ConfigError(f"{key}: {unit} must increase from stage to stage, got {times}")
 
 
+def never_due(key: str, moments: Sequence[Moment], train_iters: int) -> Iterator[str]:
+    """Yield a warning for each entry of the list `key` that a run of `train_iters` steps does not reach."""
+    for number, moment in enumerate(moments):
+        if moment.at_step is not None and moment.at_step >= train_iters:
+            yield (
+                f"{key}[{number}] never comes due: it is at step {moment.at_step}, and training ends at step "
+                f"{train_iters} (training.train_iters)"
+            )
+
+
 def count_due(moments: Sequence[Moment], *, step: int, tokens: int, done: int = 0) -> int:
     """Return how many moments a run has reached, one after another, of which it has passed `done` before."""
     while done < len(moments) and moments[done].is_due(step, tokens):

@@ -147,3 +147,13 @@ def test_each_start_makes_progress_however_short_its_time(folder):
         steps.append((code, CheckpointReader(folder / "short").step))
     assert steps == [(75, 1), (75, 2), (75, 3), (0, 3)]
     assert [line["step"] for line in lines if "validation_loss" in line] == [1, 2, 3]
+
+
+def test_a_growth_that_never_comes_due_is_warned_of(folder, capsys):
+    code, _ = train(folder, "never", growth=[{"at_step": 4, "ffn_tokens": 128}, {"at_step": 6, "ffn_tokens": 160}])
+    assert code == 0
+    out = capsys.readouterr().out
+    assert (
+        "warning: growth[1] never comes due: it is at step 6, and training ends at step 6 (training.train_iters)" in out
+    )
+    assert "growth[0]" not in out

@@ -60,8 +60,10 @@ def _read_old(path: Path) -> dict[str, ExternalTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # invalid files raise errors of any kind
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{path} can't be read as plain tensors: {reason[0] if reason else error!r}") from error
+        # torch's own message recommends loading without weights_only, which runs what an untrusted file says
+        raise CheckpointError(
+            f"{path} can't be read as plain tensors: torch.save did not write it, or wrote other objects, too"
+        ) from error
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} holds {type(state).__name__}, not tensors by name")
     for name, value in state.items():

@@ -1,6 +1,6 @@
 """A training run from start to end: restore, train one stage after another, stop."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -13,6 +13,7 @@ from megatron_tf.checkpoint.lock import LockedError, RunLock
 from megatron_tf.checkpoint.record import RunRecord
 from megatron_tf.checkpoint.run_state import Identity
 from megatron_tf.config import ConfigError, RunConfig
+from megatron_tf.config.moment import never_due
 from megatron_tf.data.batch import DocumentMasking
 from megatron_tf.data.build import ValidationSet, build_dataset, build_loader, build_validation, check_tokenizer
 from megatron_tf.data.loader import BatchLoader
@@ -77,7 +78,7 @@ def train(
         run = resume.restore(resumable)
         check_stages(config, run)
         staged = run.config_in_force(config)
-        warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(staged, mesh)]
+        warnings = [*run.damaged, *filter(None, [run.warning]), *preflight(staged, mesh), *_never_due(config)]
         log = stack.enter_context(_open_log(config, mesh, run.record.training.step))
         _say_warnings(warnings, run.changes, log)
         reporter = Reporter(log, config=config, mesh=mesh, timer=timer)
@@ -159,6 +160,12 @@ def _open_next_stage(config: RunConfig, mesh: Mesh, log: MetricsLog) -> Resumabl
     step = resumable.record.training.step
     log.say(f"step {step:>6}  the next stage has another layout: start the same command again")
     return None
+
+
+def _never_due(config: RunConfig) -> Iterator[str]:
+    steps = config.training.train_iters
+    yield from never_due("growth", config.growth, steps)
+    yield from never_due("data.phases", config.data.phases, steps)
 
 
 def _say_warnings(warnings: Iterable[str], changes: str, log: MetricsLog) -> None:
