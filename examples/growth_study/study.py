@@ -1,5 +1,6 @@
 """The study as study.yaml states it: models, budgets and arms."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -88,6 +89,7 @@ class Study:
             self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
             self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
             self.choices: Mapping[str, str] = values.get("choices", {})
+            self.answer: Mapping[str, list[str]] = values.get("answer", {})
             self.machine = _machine(values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
             main = [arm.name for arm in self.arms.values() if arm.main]
@@ -97,13 +99,13 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        names |= {*self.chosen_rates, *self.at_a_glance}
+        names |= {*self.chosen_rates, *self.at_a_glance, *itertools.chain(*self.answer.values())}
         for pairs in (self.better_baselines, self.choices):
             names |= {*pairs, *pairs.values()}
         if unknown := sorted(names - {*self.arms}):
             raise UserError(
-                f"study: grow_from, rate_of, baseline, better_baselines, choices, at_a_glance or chosen_rates need "
-                f"arms that do not exist: {unknown}"
+                f"study: grow_from, rate_of, baseline, better_baselines, choices, answer, at_a_glance or chosen_rates "
+                f"need arms that do not exist: {unknown}"
             )
 
     @classmethod

@@ -34,6 +34,7 @@ def all_tables(study: Study, results: Results) -> dict[str, str]:
     families = evidence.comparisons(arm for arm in study.arms.values() if arm.baseline and not arm.grow_from)
     tables = {topic: comparison_table([one for one in found if one.arm.topic == topic]) for topic in TOPICS}
     return {
+        "answer": answer_table(study, found),
         **tables,
         "scratch": scratch_table(study, evidence),
         "better": family_table(better),
@@ -46,6 +47,22 @@ def all_tables(study: Study, results: Results) -> dict[str, str]:
         "seeds": seed_list(found),
         "counts": counts(results),
     }
+
+
+def answer_table(study: Study, found: Sequence[Comparison]) -> str:
+    """List the differences of the arms of `answer`, a column for each way to grow, by model and budget."""
+    column_of = {arm: column for column, arms in study.answer.items() for arm in arms}
+    rows: dict[tuple[str, float], dict[str, str]] = {}
+    for one in found:
+        if one.arm.name in column_of:
+            compute = f", {one.ratio.mean:.2f} times" if one.ratio else ""
+            cell = f"{shown(one.difference, '{:+.3f}')}{compute}"
+            rows.setdefault((one.arm.compared_with, one.budget), {})[column_of[one.arm.name]] = cell
+    body = [
+        [baseline, f"{budget:g}", *(cells.get(column, NONE) for column in study.answer)]
+        for (baseline, budget), cells in rows.items()
+    ]
+    return markdown(["from scratch", "tokens per parameter", *study.answer], body)
 
 
 def comparison_table(found: Sequence[Comparison]) -> str:

@@ -242,7 +242,7 @@ def assert_new_keys_learn(old, new):
         (["--grow", "ffn=63"], "growth only adds"),
         (["--grow", "ffn=x"], "write KIND=NUMBER"),
         (["--insert-layers", "1,x"], "write layer indices, such as 0,6,6"),
-        (["--stage", ".gitignore"], ".gitignore: expected the keys of a stage, found str"),
+        (["--stage", ".gitignore"], ".gitignore: expected the keys of a growth stage, found str"),
         (["--stage", "nowhere.yaml"], "nowhere.yaml: cannot read the configuration: No such file or directory"),
         (["--target-tensor-parallel-size", "3"], "4 attention heads cannot be shared equally by 3"),
         (["--target-pipeline-parallel-size", "5"], "every stage needs a layer"),
