@@ -1,4 +1,4 @@
-"""Saving figures that a user asked for."""
+"""Saving the figures of commands."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

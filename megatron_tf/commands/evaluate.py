@@ -10,13 +10,17 @@ Example:
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser, parse
 from megatron_tf.commands.runner import command, import_late
 from megatron_tf.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_tf.data.indexed_dataset import IndexedDataset
 
 PARTS = ("train", "validation", "test")
 
@@ -82,7 +86,6 @@ def evaluate(options: Options) -> dict[str, Any]:
     from tqdm import tqdm
 
     from megatron_tf.config import parse_split
-    from megatron_tf.data.gpt_dataset import split_documents
     from megatron_tf.data.indexed_dataset import IndexedDataset
     from megatron_tf.data.loss_mask import open_loss_mask
     from megatron_tf.inference.model import default_device, load_model
@@ -101,9 +104,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     stride = options.stride or window
     predictions: dict[str, Prediction] = {}
     for dataset in datasets:
-        documents = range(len(dataset))
-        if shares is not None:
-            documents = split_documents(len(dataset), shares)[PARTS.index(part)]
+        documents = _documents_of(dataset, shares, part)
         tokens = int(dataset.document_lengths[documents.start : documents.stop].sum())
         interval = 0.1 if sys.stderr.isatty() else 30
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc=dataset.prefix.name, mininterval=interval) as bar:
@@ -125,20 +126,28 @@ def evaluate(options: Options) -> dict[str, Any]:
     for prediction in predictions.values():
         whole.add(prediction)
     if not whole.tokens:
-        where = "" if options.split is None else f"the {part} part of --split {options.split} of "
+        where = "" if shares is None else f"the {part} part of --split {options.split} of "
         raise UserError(f"{where}{', '.join(options.data_path)} holds no token to predict")
     return {
         "checkpoint": str(options.checkpoint),
         "training": model.record.to_json()["training"],
         "data_path": options.data_path,
         "split": options.split,
-        "part": part if options.split is not None else None,
+        "part": None if shares is None else part,
         "all_tokens": options.all_tokens,
         "seq_length": window,
         "stride": stride,
         "sets": {name: predictions[name].summary() for name in sorted(predictions)},
         "all": whole.summary(),
     }
+
+
+def _documents_of(dataset: "IndexedDataset", shares: Sequence[float] | None, part: str) -> range:
+    from megatron_tf.data.gpt_dataset import split_documents
+
+    if shares is None:
+        return range(len(dataset))
+    return split_documents(len(dataset), shares)[PARTS.index(part)]
 
 
 def table(result: dict[str, Any]) -> str:
