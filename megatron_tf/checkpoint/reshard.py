@@ -89,11 +89,11 @@ def reshard(
     if step_directory(root, step).resolve() == checkpoint.directory.resolve():
         raise CheckpointError(f"{checkpoint.directory} would replace itself: choose another directory to save to")
     check_outside_checkpoints(root, "--save")
-    if not allow_existing:
-        check_destination(checkpoint, root, step)
     plans = list(plan_files(checkpoint, target))  # all first: indivisible rows are found before a write
     losses: list[str] = []
     with RunLock(root, losses.append, key="--save"):
+        if not allow_existing:
+            check_destination(checkpoint, root, step)
         directory = prepare_directory(root, step, sum(plan.nbytes for plan in plans))
         try:
             written = []

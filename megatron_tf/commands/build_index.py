@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     config = load_config(known.config, overrides)
     if config.data.order_of_new_run == "lanes":
-        print("data.order lanes needs no index files: each sample's place is computed when it is read")
+        print("training data needs no index files under data.order lanes: samples are located as they are read")
     training = config.training
     dataset = build_dataset(config)
     report("train", dataset, samples_of_run(training, "train"))

@@ -21,7 +21,7 @@ from megatron_tf.commands.runner import command, import_late
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Parse the command line; names follow Megatron-LM's tool."""
+    """The command line; names follow Megatron-LM's tool."""
 
     load: Path
     save: Path

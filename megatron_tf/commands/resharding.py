@@ -280,7 +280,8 @@ def compare_outputs(
             f"{after}: {found.became_non_finite:,} logits became infinite or NaN: the new checkpoint cannot be used"
         )
     limit = (EXACT_IN_FP64 if dtype == torch.float64 else EXACT) * found.largest
-    if not is_exact and found.difference > limit:
-        print("this change does not preserve the model's outputs (see --help)")
-    elif is_exact and not found.difference <= limit:  # a NaN is neither
+    if found.difference <= limit:  # a NaN is not
+        return
+    if is_exact:
         raise VerificationError(f"{after}: the logits moved by {found.difference:.3g}, more than rounding explains")
+    print("this change does not preserve the model's outputs (see --help)")
