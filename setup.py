@@ -47,10 +47,10 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"],
         ),
         Pybind11Extension(
-            "megatron_tf.kernels._row_product",
-            ["csrc/row_product_bindings.cpp"],
+            "megatron_tf.kernels._native",
+            ["csrc/kernel_bindings.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/row_pattention.hpp", "csrc/row_product.hpp"],
+            depends=["csrc/lanes.hpp", "csrc/normalization.hpp", "csrc/row_pattention.hpp", "csrc/row_product.hpp"],
             cxx_std=20,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-psabi", *OPENMP],
             extra_link_args=OPENMP,

@@ -1,7 +1,8 @@
 """A Pattention against the MLP of the same shape, forward and backward, with the same backend in the same run.
 
 Eager against eager and compiled against compiled, in fp32 and bf16: ratios of the fastest of several runs. The matrix
-products alone are the lower bound. On a GPU, Triton kernels are measured too: python benchmarks/pattention.py
+products alone are the lower bound. C++ kernels on a CPU are compared with the eager MLP, and Triton's on a GPU with the
+compiled one: python benchmarks/pattention.py
 """
 
 import argparse
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.native import NativeKernels
+from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 
@@ -70,20 +73,25 @@ def products(width: int, tokens: int, x: Tensor) -> Callable[[], None]:
     return work
 
 
-def candidates(width: int, tokens: int, dtype: torch.dtype, backend: str) -> dict[str, nn.Module]:
+def candidates(width: int, tokens: int, dtype: torch.dtype, kernels: PattentionKernels) -> dict[str, nn.Module]:
     """Return the modules by name, the MLP first."""
     modules = {"mlp": mlp(width, tokens)} | {norm: pattention(width, tokens, norm) for norm in NORMALIZATIONS}
-    for name, module in modules.items():
+    for module in modules.values():
         module.to(DEVICE, dtype)
         if isinstance(module, Pattention):
-            module.kernels = EagerKernels() if backend == "eager" else CompiledKernels()
-            if backend == "triton":
-                from megatron_tf.kernels.triton_kernels import TritonKernels
-
-                module.kernels = TritonKernels()
-        elif backend != "eager":
-            modules[name] = torch.compile(module)
+            module.kernels = kernels
+    if kernels.name in ("compiled", "triton"):
+        modules["mlp"] = torch.compile(modules["mlp"])
     return modules
+
+
+def backends() -> list[PattentionKernels]:
+    """Return the kernels that run on this device."""
+    if DEVICE.type == "cpu":
+        return [EagerKernels(), NativeKernels(), CompiledKernels()]
+    from megatron_tf.kernels.triton_kernels import TritonKernels
+
+    return [EagerKernels(), CompiledKernels(), TritonKernels()]
 
 
 def main() -> None:
@@ -95,11 +103,11 @@ def main() -> None:
     for shape in SHAPES[DEVICE.type]:
         rows, width, tokens = shape
         for dtype in (torch.float32, torch.bfloat16):
-            for backend in ["eager", "compiled"] + (["triton"] if DEVICE.type == "cuda" else []):
+            for kernels in backends():
                 torch.compiler.reset()
                 x = torch.randn(rows, width, device=DEVICE, dtype=dtype, requires_grad=True)
                 dy = torch.randn(rows, width, device=DEVICE, dtype=dtype)
-                modules = candidates(width, tokens, dtype, backend)
+                modules = candidates(width, tokens, dtype, kernels)
                 works = {name: training(module, x, dy) for name, module in modules.items()}
                 works["bare products"] = products(width, tokens, x)
                 for work in works.values():
@@ -109,7 +117,7 @@ def main() -> None:
                 ratios = "  ".join(f"{name} {best[name] / best['mlp']:.3f}" for name in best if name != "mlp")
                 kind = str(dtype).removeprefix("torch.")
                 print(
-                    f"{rows} x {width} x {tokens} {kind:<9}{backend:<9}{best['mlp'] * 1e3:8.1f} ms  {ratios}",
+                    f"{rows} x {width} x {tokens} {kind:<9}{kernels.name:<9}{best['mlp'] * 1e3:8.1f} ms  {ratios}",
                     flush=True,
                 )
 

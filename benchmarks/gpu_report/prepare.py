@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXTENSIONS = ("megatron_tf.data._index", "megatron_tf.kernels._row_product")
+EXTENSIONS = ("megatron_tf.data._index", "megatron_tf.kernels._native")
 REQUIRED = ("pydantic", "xxhash", "yaml", "tqdm", "safetensors", "numpy")
 
 

@@ -126,7 +126,7 @@ def _import_error(module: str) -> str:
 
 def compiled_code() -> Iterator[Finding]:
     """Yield whether the C++ extensions load, and whether there is a compiler for compiled kernels."""
-    for name in ("data._index", "kernels._row_product"):
+    for name in ("data._index", "kernels._native"):
         if reason := _import_error(f"megatron_tf.{name}"):
             yield Finding(
                 PROBLEM, name, f"can't be loaded: {reason}", remedy="build it again: pip install . in the checkout"

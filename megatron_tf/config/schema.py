@@ -97,8 +97,8 @@ class CheckpointConfig:
 class KernelsConfig:
     """Implementation of each operation; auto chooses by device and dtype, and logs its choice once."""
 
-    pattention: Literal["auto", "eager", "compiled", "triton"] = "auto"
-    """The normalization between the two matrix products of a Pattention."""
+    pattention: Literal["auto", "eager", "native", "compiled", "triton"] = "auto"
+    """The normalization between the two matrix products of a Pattention; native is C++ for a CPU in fp32 and bf16."""
     attention: Literal["auto", "sdpa", "flash_attn", "transformer_engine"] = "auto"
     """Attention between tokens; flash_attn uses version 4 if it is installed and the GPU supports it, else version
     2."""

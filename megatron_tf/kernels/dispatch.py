@@ -16,6 +16,7 @@ from megatron_tf.kernels.documents import AttendDocuments, AttendEach, AttendTog
 from megatron_tf.kernels.dropout import Drop, drop
 from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.loss import EagerLoss, LossKernels
+from megatron_tf.kernels.native import DTYPES, NativeKernels
 from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.kernels.products import PlainProducts, Products
 from megatron_tf.kernels.rotary import Rotate, rotate
@@ -82,7 +83,7 @@ def choose_kernels(requested: Mapping[str, Any], device: torch.device, dtype: to
     how to install it, if a requested implementation can't be used here.
     """
     wanted = _in_fp64(requested) if dtype == torch.float64 else requested
-    pattention = choose_pattention(wanted["pattention"], device)
+    pattention = choose_pattention(wanted["pattention"], device, dtype)
     names: dict[str, str] = {"pattention": pattention.name}
     for key in ("attention", "norm", "optimizer"):
         adapters.require(key, wanted[key], device)
@@ -123,7 +124,7 @@ def with_fp8_products(
 
     Raises UserError for a GPU that does not multiply in fp8.
     """
-    is_compiled = kernels.pattention.name != EagerKernels.name
+    is_compiled = not isinstance(kernels.pattention, EagerKernels)
     products = fp8.choose_products(scaling, device, is_compiled=is_compiled)
     return replace(kernels, products=products, not_in_fp8=fp8.say_what_does_not_fit(sizes))
 
@@ -145,21 +146,30 @@ def without_pattention_kernels(kernels: Kernels, failure: str) -> Kernels:
     )
 
 
-def choose_pattention(choice: str, device: torch.device) -> PattentionKernels:
-    """Choose the Pattention kernels for a device.
+def choose_pattention(choice: str, device: torch.device, dtype: torch.dtype) -> PattentionKernels:
+    """Choose the Pattention kernels for a device and the dtype of the scores.
 
     eager: PyTorch, in chunks of rows that fit into a CPU's cache.
-    compiled: the same arithmetic through inductor.
+    native: C++ for a CPU, in fp32 and bf16, row by row.
+    compiled: the arithmetic of eager through inductor.
     triton: Triton kernels, which read the scores once if a row fits into registers.
-    auto: triton on a GPU if it is installed, else compiled; eager on a CPU.
+    auto: triton on a GPU if it is installed, else compiled; on a CPU native, or eager in the other dtypes.
 
     Raises UserError if the requested kernels can't be used here.
     """
     has_triton = adapters.is_installed("triton")
-    if choice == "auto" and device.type != "cpu":
-        choice = "triton" if has_triton else "compiled"
+    has_native = device.type == "cpu" and dtype in DTYPES
+    if choice == "auto":
+        on_gpu = "triton" if has_triton else "compiled"
+        choice = on_gpu if device.type != "cpu" else "native" if has_native else "eager"
     if choice == "compiled":
         return CompiledKernels()
+    if choice == "native" and not has_native:
+        raise UserError(
+            "kernels.pattention=native needs a CPU and training.precision fp32 or bf16: choose auto or eager"
+        )
+    if choice == "native":
+        return NativeKernels()
     if choice != "triton":
         return EagerKernels()
     if not has_triton:

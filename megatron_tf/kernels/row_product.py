@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf.kernels import _row_product as native
-from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels import _native as native
+from megatron_tf.kernels.native import NativeKernels
 from megatron_tf.tokenformer.normalization import Normalization
 
 MAX_ROWS = 8  # above this, products are compute-bound rather than memory-bound, and a BLAS is faster
@@ -20,8 +20,8 @@ _MULTIPLY = {torch.float32: native.multiply_rows_fp32, torch.bfloat16: native.mu
 _PATTEND = {torch.float32: native.pattend_rows_fp32, torch.bfloat16: native.pattend_rows_bf16}
 
 
-class DecodingKernels(EagerKernels):
-    """Eager kernels that compute the whole Pattention of a few rows in one call, for inference only."""
+class DecodingKernels(NativeKernels):
+    """Kernels in C++ that compute the whole Pattention of a few rows in one call, for inference only."""
 
     stores_columns = True  # so that each output, like each score, is a product of contiguous rows
 

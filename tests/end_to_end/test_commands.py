@@ -141,7 +141,7 @@ def test_types_and_version_come_with_the_package():
     folder = Path(megatron_tf.__file__).parent
     assert (folder / "py.typed").is_file()
     assert (folder / "data" / "_index.pyi").is_file()
-    assert (folder / "kernels" / "_row_product.pyi").is_file()
+    assert (folder / "kernels" / "_native.pyi").is_file()
     assert importlib.metadata.version("megatron_tf") == megatron_tf.__version__
 
 

@@ -28,7 +28,7 @@ from megatron_tf import pretrain
 from megatron_tf.kernels import dispatch
 from megatron_tf.kernels.compiled import CompiledKernels
 
-dispatch.choose_pattention = lambda choice, device: CompiledKernels()
+dispatch.choose_pattention = lambda choice, device, dtype: CompiledKernels()
 sys.exit(pretrain.main(sys.argv[1:]))
 """
 

@@ -40,7 +40,7 @@ def with_kernels(mesh, errors, function):
     """(what the function returns or a user's error, calls of the kernels): rank r's raise errors[r]."""
     rank, saved = mesh.world.rank(), dispatch.choose_pattention
     kernels = Kernels(errors[rank])
-    dispatch.choose_pattention = lambda choice, device: kernels
+    dispatch.choose_pattention = lambda choice, device, dtype: kernels
     try:
         return function(dataclasses.replace(mesh, local_rank=rank)), kernels.calls
     except UserError as error:

@@ -181,11 +181,11 @@ def test_what_is_not_there_is_an_error_that_says_how_to_get_it(requested, messag
 def test_auto_says_what_it_took():
     assert (
         choose_kernels(AUTO, CPU, torch.float32).taken
-        == "pattention eager, attention sdpa, norm torch, optimizer torch"
+        == "pattention native, attention sdpa, norm torch, optimizer torch"
     )
     assert (
         choose_kernels(AUTO | {"norm": "torch"}, CPU, torch.bfloat16).taken
-        == "pattention eager, attention sdpa, optimizer torch"
+        == "pattention native, attention sdpa, optimizer torch"
     )
 
 

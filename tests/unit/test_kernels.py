@@ -11,6 +11,7 @@ from megatron_tf.kernels import compiled
 from megatron_tf.kernels.compiled import CompiledKernels
 from megatron_tf.kernels.dispatch import Kernels, choose_decoding_kernels, choose_pattention
 from megatron_tf.kernels.eager import EagerKernels
+from megatron_tf.kernels.native import NativeKernels
 from megatron_tf.kernels.row_product import MAX_ROWS, DecodingKernels
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.tokenformer.normalization import NORMALIZATIONS
@@ -96,10 +97,10 @@ def test_compiled_scores_far_from_zero_equal_float64(norm, dtype, n):
 
 def test_what_a_cpu_can_choose():
     cpu = torch.device("cpu")
-    assert choose_pattention("auto", cpu).name == "eager"
-    assert choose_pattention("compiled", cpu).name == "compiled"
+    assert choose_pattention("compiled", cpu, torch.float32).name == "compiled"
+    assert choose_pattention("eager", cpu, torch.float32).name == "eager"
     with pytest.raises(UserError, match=r"kernels\.pattention=triton( needs a GPU|: .*pip install '\.\[gpu\]')"):
-        choose_pattention("triton", cpu)
+        choose_pattention("triton", cpu, torch.float32)
 
 
 def test_a_model_computes_with_the_kernels_that_are_chosen_for_it():
@@ -117,8 +118,9 @@ def test_only_decoding_kernels_compute_a_whole_pattention_and_only_of_a_few_rows
     for parameter in layer.parameters():
         parameter.data = torch.randn(40, 32)
     layer.use(DecodingKernels())
-    monkeypatch.setattr(EagerKernels, "forward", count_calls(EagerKernels.forward, parts))
-    monkeypatch.setattr(CompiledKernels, "forward", EagerKernels.forward)
+    monkeypatch.setattr(NativeKernels, "forward", count_calls(NativeKernels.forward, parts))
+    monkeypatch.setattr(CompiledKernels, "forward", NativeKernels.forward)
+    monkeypatch.setattr(EagerKernels, "forward", NativeKernels.forward)
     with torch.no_grad():
         whole = layer(torch.ones(MAX_ROWS, 32))
         assert not parts
