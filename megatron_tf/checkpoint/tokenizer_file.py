@@ -38,6 +38,8 @@ def store_tokenizer(record: RunRecord, source: Path | None, target: Path) -> Non
 
 
 def _recorded(record: RunRecord) -> Path | None:
+    if record.data.get("tokenizer_type") == "NullTokenizer":  # a run of an earlier version may name a file
+        return None
     name = record.data.get("tokenizer_model")
     return Path(name) if isinstance(name, str) and name else None
 

@@ -218,6 +218,8 @@ def build_tokenizer(
     if tokenizer_type == "NullTokenizer":
         if eod_token is not None:
             raise DataError("NullTokenizer ends documents with id 256: leave the end-of-document token out")
+        if path is not None:
+            raise DataError(f"NullTokenizer reads no file: leave {path} out, or choose another type")
         return NullTokenizer()
     if path is None or not path.is_file():
         found = f"there is no file at {path}" if path else "none is given"

@@ -9,16 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_tf.config import KernelsConfig, RunConfig
+from megatron_tf.config import RunConfig
 from megatron_tf.layers.casting import CastingModule
 from megatron_tf.parallel.mesh import Mesh
-from megatron_tf.training.dry_run.fake_world import DEVICE, fake_rank
+from megatron_tf.training.dry_run.fake_world import DEVICE, META_KERNELS, fake_rank
 from megatron_tf.training.step.state import TrainState, build_state
 
 PartName = Literal["embedding", "layer", "head"]
 PARTS: tuple[PartName, ...] = ("embedding", "layer", "head")
 """In the order of a forward; each has a pipeline rank of its own when it is run alone."""
-_RUNS_ON_META = KernelsConfig(pattention="eager", attention="sdpa", norm="torch", optimizer="torch")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _three_of(config: RunConfig, layer: int, device: torch.device) -> RunConfig:
             data_parallel_size=None,
             data_parallel_shard_size=None,
         ),
-        kernels=_RUNS_ON_META if device == DEVICE else config.kernels,
+        kernels=META_KERNELS if device == DEVICE else config.kernels,
         growth=[],
     )
 

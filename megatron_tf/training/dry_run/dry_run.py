@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_tf.checkpoint.shard_files import Written
-from megatron_tf.config import KernelsConfig, RunConfig
+from megatron_tf.config import RunConfig
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.mesh import Mesh, replicas_of
 from megatron_tf.training.dry_run.checkpoint_plan import (
@@ -17,13 +17,10 @@ from megatron_tf.training.dry_run.checkpoint_plan import (
     plan_stage,
 )
 from megatron_tf.training.dry_run.collectives import Traffic
-from megatron_tf.training.dry_run.fake_world import fake_rank
+from megatron_tf.training.dry_run.fake_world import META_KERNELS, fake_rank
 from megatron_tf.training.dry_run.observed_step import held_tensors, observe_step
 from megatron_tf.training.run.checkpointing import new_record, saved_record
 from megatron_tf.training.step.state import TrainState, build_state
-
-_RUNS_ON_META = KernelsConfig(pattention="eager", attention="sdpa", norm="torch", optimizer="torch")
-"""Kernels of a dry run: others exchange the same messages."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def dry_run(
     before it is run. Raises UserError if the configuration does not fit the ranks.
     """
     run = config.at_stage(0, phase)
-    config = dataclasses.replace(run, kernels=_RUNS_ON_META)
+    config = dataclasses.replace(run, kernels=META_KERNELS)
     layout = layout_of(config, world_size)
     kinds: list[KindOfRank] = []
     written: list[Written] = []

@@ -13,9 +13,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_tf.config import KernelsConfig
 from megatron_tf.parallel.mesh import Mesh, build_mesh
 
 DEVICE = torch.device("meta")
+META_KERNELS = KernelsConfig(pattention="eager", attention="sdpa", norm="torch", optimizer="torch")
+"""Kernels that run on the meta device; others exchange the same messages."""
 
 
 @contextmanager

@@ -231,3 +231,5 @@ def test_tokenizer_mistakes(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match="is not a HFTokenizer file"):
         build_tokenizer("HFTokenizer", tmp_path / "bad.json")
+    with pytest.raises(DataError, match=r"NullTokenizer reads no file: leave .*bad\.json out"):
+        build_tokenizer("NullTokenizer", tmp_path / "bad.json")
