@@ -14,6 +14,7 @@ Example:
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_tf.commands.arguments import file_path, make_folder_of, make_parser
+from megatron_tf.commands.progress import tracked
 from megatron_tf.commands.runner import command, import_late, say
 from megatron_tf.errors import UserError
 from megatron_tf.extras import needed_by
@@ -104,7 +106,8 @@ def _plan(options: Any, overrides: list[str]) -> int:
     def on_stage(number: int, count: int) -> None:
         say(f"stage {number} of {count}: all layouts of {cluster.world_size} ranks")
 
-    stages = rank_stages(config, cluster, machine=machine, counter=counter, on_stage=on_stage)
+    track = functools.partial(tracked, "layouts")
+    stages = rank_stages(config, cluster, machine=machine, counter=counter, on_stage=on_stage, track=track)
     restart_hours = options.restart_minutes / 60
     if options.json:
         print(json.dumps(to_json(stages, counter, top=options.top, restart_hours=restart_hours), indent=1))

@@ -1,6 +1,6 @@
 """Plans of a run: its layouts by predicted time, those that fit the memory first."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,25 @@ class Ranking:
     """Why the configuration forbids layouts -> how many."""
 
 
+Track = Callable[[Sequence[PlannedLayout]], Iterable[PlannedLayout]]
+
+
 def rank_layouts(
     config: RunConfig,
     cluster: Cluster,
     *,
     machine: Machine,
     counter: PartCounter,
-    on_progress: Callable[[int, int], None] | None = None,
+    track: Track = iter,
 ) -> Ranking:
-    """Rank all layouts of a configuration, which has no growth ahead, on all ranks of a cluster."""
+    """Rank all layouts of a configuration, which has no growth ahead, on all ranks of a cluster.
+
+    `track` passes the layouts on, one after another, and may show progress.
+    """
     found = find_candidates(config, world_size=cluster.world_size, ranks_per_node=cluster.ranks_per_node)
     fitting: list[Plan] = []
     too_large: list[SizedLayout] = []
-    for number, planned in enumerate(found.layouts):
-        if on_progress is not None:
-            on_progress(number, len(found.layouts))
+    for planned in track(found.layouts):
         sized = SizedLayout(planned=planned, peak=peak_memory(planned, counter), memory_bytes=cluster.memory_bytes)
         if sized.missing_bytes:
             too_large.append(sized)

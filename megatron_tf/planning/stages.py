@@ -7,7 +7,7 @@ from megatron_tf.config import ConfigError, RunConfig
 from megatron_tf.config.moment import Moment
 from megatron_tf.planning.cluster import Cluster
 from megatron_tf.planning.counts import PartCounter
-from megatron_tf.planning.plan import Plan, Ranking, rank_layouts
+from megatron_tf.planning.plan import Plan, Ranking, Track, rank_layouts
 from megatron_tf.planning.rates import Machine
 from megatron_tf.tokenformer.sizes import parameter_count
 
@@ -46,8 +46,12 @@ def rank_stages(
     machine: Machine,
     counter: PartCounter,
     on_stage: Callable[[int, int], None] | None = None,
+    track: Track = iter,
 ) -> list[StageRanking]:
-    """Rank the layouts of every model of a run. Raises ConfigError if the steps of a stage are unknown."""
+    """Rank the layouts of every model of a run. Raises ConfigError if the steps of a stage are unknown.
+
+    `on_stage` is called with the number of each stage and that of all; `track` is as in `rank_layouts`.
+    """
     starts = [0, *(_first_step(config, stage) for stage in config.growth)]
     ends = [*starts[1:], config.training.train_iters]
     found = []
@@ -55,7 +59,7 @@ def rank_stages(
         if on_stage is not None:
             on_stage(number, len(starts))
         stage = config.at_stage(number)
-        ranking = rank_layouts(stage, cluster, machine=machine, counter=counter)
+        ranking = rank_layouts(stage, cluster, machine=machine, counter=counter, track=track)
         found.append(
             StageRanking(
                 number=number,

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from megatron_tf.commands import plan_layout as command
+from megatron_tf.commands import progress
 from megatron_tf.config import load_config, to_dict
 from megatron_tf.planning.cluster import PRESETS
 from megatron_tf.training.dry_run.dry_run import dry_run
@@ -58,6 +59,21 @@ def test_layouts_are_ranked_by_time_and_what_does_not_fit_is_measured(tmp_path, 
     assert sorted(plan["peak"]["bytes"] for plan in stage["fitting"]) == [p for p in peaks if p <= memory * 2**30]
     for each in stage["too_large"]:
         assert each["missing_bytes"] == each["peak"]["bytes"] - int(memory * 2**30)
+
+
+def test_progress_is_shown_while_layouts_are_planned(tmp_path, capsys, monkeypatch):
+    shown = []
+
+    def tracked(what, layouts):
+        shown.append((what, len(layouts)))
+        return layouts
+
+    monkeypatch.setattr(command, "tracked", tracked)
+    config = write_config(tmp_path, growth=GROWTH, checkpoint={"save": str(tmp_path / "checkpoints")})
+    stages = plan_json(capsys, config, "--cluster", write_cluster(tmp_path), "--top", "1000")["stages"]
+    assert len(shown) == 2
+    assert shown == [("layouts", len(stage["fitting"]) + len(stage["too_large"])) for stage in stages]
+    assert list(progress.tracked("layouts", [3, 1])) == [3, 1]
 
 
 def test_the_written_configuration_is_the_best_layout_and_starts(tmp_path, capsys):
