@@ -40,8 +40,8 @@ struct Gelu {
     Lanes value, slope;
 };
 
-// The distribution function of a normal variable is its density times a function that a polynomial in 1 / (1 + z / c)
-// approximates within 1.2e-7 of its value: so the tails are as accurate as the middle.
+// The lower tail of the normal distribution is its density times a function that a polynomial in 1 / (1 + 0.3 z)
+// approximates within 1.2e-7 of its value (a least-squares fit to erfcx): small values are as accurate as large ones.
 MEGATRON_TF_INLINE Gelu gelu_and_slope(Lanes x) {
     const Lanes z = x < 0.0f ? -x : x;
     const Lanes density = exp(x * x * -0.5f);
