@@ -35,7 +35,8 @@ _COMPUTES_FP64 = {
 class Kernels:
     """The implementations that the layers and the optimizer use."""
 
-    pattention: PattentionKernels = field(default_factory=EagerKernels)
+    pattention: PattentionKernels = field(default_factory=NativeKernels)
+    """By default those of a CPU, which leave every other device and dtype to the eager ones."""
     attend: Attend = adapters.sdpa
     attend_documents: AttendDocuments = field(default_factory=AttendEach)
     normalize: Normalize = adapters.torch_norm

@@ -63,6 +63,7 @@ def _can_compute(scores: Tensor) -> bool:
     return (
         scores.dtype in _ROWS
         and scores.device.type == "cpu"
+        and type(scores) is Tensor  # a subclass may have no memory
         and scores.is_contiguous()
         and not torch.compiler.is_compiling()  # it can't trace raw pointers passed to C++
     )

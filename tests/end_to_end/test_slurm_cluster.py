@@ -119,7 +119,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_resumes(cluster, folder,
     parallel = {"distributed_timeout_seconds": 20}
     config = configure(folder, "lost", training={"train_iters": 200}, parallel=parallel)
     job = submit(cluster, folder, "lost")
-    wait_for_steps(folder, "lost", 21, seconds=WAIT, log=folder / "lost.log")
+    wait_for_steps(folder, "lost", 41, seconds=WAIT, log=folder / "lost.log")  # saves of 20 end before those of 40
     (victim,) = (process for process, rank in ranks_of(config).items() if rank == 1)
     os.kill(victim, signal.SIGKILL)
     ended = cluster.wait(job, "FAILED", "COMPLETED", seconds=90)

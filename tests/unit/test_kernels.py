@@ -109,7 +109,7 @@ def test_a_model_computes_with_the_kernels_that_are_chosen_for_it():
     assert {type(layer.kernels) for layer in model.pattentions().values()} == {DecodingKernels}
     assert torch.equal(model.embedding.logits(torch.zeros(2, 1, model.config.hidden_size)), torch.ones(1))
     model.use(Kernels())
-    assert {type(layer.kernels) for layer in model.pattentions().values()} == {EagerKernels}
+    assert {type(layer.kernels) for layer in model.pattentions().values()} == {NativeKernels}
     assert model.embedding.logits(torch.zeros(2, 1, model.config.hidden_size)).shape[:2] == (2, 1)
 
 
