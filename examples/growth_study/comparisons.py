@@ -84,7 +84,7 @@ class Evidence:
     def choices(self) -> list[Comparison]:
         """Compare the arms of `choices` with each other, at the budgets of both."""
         arms = self.study.arms
-        return self.comparisons(replace(arms[name], baseline=other) for name, other in self.study.choices.items())
+        return self.comparisons(replace(arms[name], baseline=other) for name, other in self.study.choices)
 
     def _compare(self, arm: Arm, budget: float) -> Comparison:
         results = self.at(arm.name, budget)

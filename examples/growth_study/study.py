@@ -1,7 +1,7 @@
 """The study as study.yaml states it: models, budgets and arms."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ class Arm:
         return self.baseline or f"{self.family}_{self.size}"
 
 
+def _pairs(choices: Mapping[str, str | list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield each arm with each of those that it is compared with."""
+    for name, others in choices.items():
+        yield from ((name, other) for other in ([others] if isinstance(others, str) else others))
+
+
 class Study:
     """The contents of study.yaml, whose comments describe its keys. Raises UserError if it is not valid."""
 
@@ -88,7 +94,7 @@ class Study:
             self.seeds: Mapping[str, int] = values["seeds"]
             self.max_seeds: Mapping[float, int] = values.get("max_seeds", {})
             self.better_baselines: Mapping[str, str] = values.get("better_baselines", {})
-            self.choices: Mapping[str, str] = values.get("choices", {})
+            self.choices = list(_pairs(values.get("choices", {})))
             self.answer: Mapping[str, list[str]] = values.get("answer", {})
             self.machine = _machine(values.get("machine", {}))
             self.arms = {arm.name: arm for arm in map(self._arm, values["arms"])}
@@ -99,9 +105,8 @@ class Study:
         names = {
             name for arm in self.arms.values() for name in (arm.tuned_by, arm.compared_with, arm.starts_from) if name
         }
-        names |= {*self.chosen_rates, *self.at_a_glance, *itertools.chain(*self.answer.values())}
-        for pairs in (self.better_baselines, self.choices):
-            names |= {*pairs, *pairs.values()}
+        names |= {*self.chosen_rates, *self.at_a_glance, *itertools.chain(*self.answer.values(), *self.choices)}
+        names |= {*self.better_baselines, *self.better_baselines.values()}
         if unknown := sorted(names - {*self.arms}):
             raise UserError(
                 f"study: grow_from, rate_of, baseline, better_baselines, choices, answer, at_a_glance or chosen_rates "
