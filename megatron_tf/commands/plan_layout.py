@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megatron_tf.planning.stages import StageRanking
 
 
-_MALLOC_OVERHEAD = 1.3
+_MALLOC_OVERHEAD = 1.4
 """A process over its tensors: malloc keeps what it cannot return (docs/scaling.md)."""
 
 
