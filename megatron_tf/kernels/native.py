@@ -28,24 +28,25 @@ class NativeKernels(EagerKernels):
         if not _can_compute(scores):
             return super().forward(norm, scores, tau=tau, reduce=reduce)
         rows = _rows(norm, scores)
-        tau = tau.to(torch.float32).contiguous()
+        tau = _of_rows(tau, scores)
         factor, weights = torch.empty_like(tau), torch.empty_like(scores)
         if reduce is None:
             rows.forward(tau=tau.data_ptr(), factor=factor.data_ptr(), out=weights.data_ptr())
             return factor, weights
         statistic = torch.empty_like(tau)
         rows.statistics(out=statistic.data_ptr())
-        factor = norm.factor(reduce(statistic), tau).contiguous()
+        factor = _of_rows(norm.factor(reduce(statistic), tau), scores)
         rows.weights(factor=factor.data_ptr(), out=weights.data_ptr())
         return factor, weights
 
     def backward(
         self, norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        if not (_can_compute(scores) and grad.is_contiguous()):
+        if not (_can_compute(scores) and _can_compute(grad)):
             return super().backward(norm, scores, factor=factor, grad=grad, tau=tau, reduce=reduce)
+        assert (grad.dtype, grad.shape) == (scores.dtype, scores.shape)
         rows, weights = _rows(norm, scores), torch.empty_like(scores)
-        tau = tau.to(torch.float32).contiguous()
+        tau, factor = _of_rows(tau, scores), _of_rows(factor, scores)
         if reduce is None:
             rows.backward(tau=tau.data_ptr(), factor=factor.data_ptr(), grad=grad.data_ptr(), out=weights.data_ptr())
             return weights, grad
@@ -53,18 +54,18 @@ class NativeKernels(EagerKernels):
         rows.backward_activation(
             factor=factor.data_ptr(), grad=grad.data_ptr(), out=weights.data_ptr(), inner=inner.data_ptr()
         )
-        share = (reduce(inner) * tau**-norm.tau_power).contiguous()
+        share = _of_rows(reduce(inner) * tau**-norm.tau_power, scores)
         rows.backward_norm(factor=factor.data_ptr(), share=share.data_ptr(), grad=grad.data_ptr())
         return weights, grad
 
 
-def _can_compute(scores: Tensor) -> bool:
-    """Return whether the C++ functions support these scores."""
+def _can_compute(rows: Tensor) -> bool:
+    """Return whether the C++ functions support such rows."""
     return (
-        scores.dtype in _ROWS
-        and scores.device.type == "cpu"
-        and type(scores) is Tensor  # a subclass may have no memory
-        and scores.is_contiguous()
+        rows.dtype in _ROWS
+        and rows.device.type == "cpu"
+        and type(rows) is Tensor  # a subclass may have no memory
+        and rows.is_contiguous()
         and not torch.compiler.is_compiling()  # it can't trace raw pointers passed to C++
     )
 
@@ -74,3 +75,9 @@ def _rows(norm: Normalization, scores: Tensor) -> _native.Fp32Rows:
     return _ROWS[scores.dtype](
         scores.data_ptr(), norm=norm.name, rows=rows, tokens=tokens, threads=torch.get_num_threads()
     )
+
+
+def _of_rows(numbers: Tensor, scores: Tensor) -> Tensor:
+    """Return one number for each row, as the C++ functions read them."""
+    assert numbers.shape == scores.shape[:1]
+    return numbers.to(torch.float32).contiguous()
