@@ -177,7 +177,8 @@ def test_a_second_run_into_the_same_directory_is_refused_and_the_first_unharmed(
     assert second.returncode == 1
     assert len(second.stderr.splitlines()) == 1
     assert f"another run is writing to {folder / 'shared'} (process {first.pid} on" in second.stderr
-    first.kill()  # and not waited for: the lock survives as a file, its owner does not
+    first.kill()
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # ended, but left as a zombie: its lock is still a file
     again = run("megatron_tf.pretrain", config, "--training.train_iters=2")
     first.communicate()
     assert again.returncode == 0, again.stderr
