@@ -1,16 +1,18 @@
-"""What a layer waits for on a tensor-parallel rank, with and without messages on their way during backward.
+"""What a layer waits for on a tensor-parallel rank, with its messages on their way during products and without.
 
 One rank of a world that exchanges nothing computes a layer on this machine, and its messages take as long as they would
 on a link of a given rate, one after the other. So it shows what the code overlaps, with no other rank on these cores:
 
-    python benchmarks/overlap.py --gigabytes-per-second 2 1 0.5 0.25
+    python benchmarks/overlap.py --gigabytes-per-second 2 1 0.5 0.25 --chunks 1 2 4
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tf.config import ModelConfig, parse_config
-from megatron_tf.layers import pattention_autograd
+from megatron_tf.layers import token_chunks
+from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.model.tokenformer import Block
 from megatron_tf.parallel import collectives
@@ -87,55 +90,76 @@ def messages_over(link: Link, *, overlap: bool) -> Iterator[None]:
         stack.enter_context(patch.object(collectives, "_reduce_scatter_single", scatter))
         stack.enter_context(patch.object(dist, "all_reduce", timed(dist.all_reduce, lambda x: 2 * share * x.nbytes)))
         for name in ("start_all_gather", "start_all_reduce", "start_reduce_scatter") if not overlap else ():
-            start = getattr(pattention_autograd, name)
-            stack.enter_context(patch.object(pattention_autograd, name, _at_once(start)))
+            stack.enter_context(patch.object(token_chunks, name, _at_once(getattr(token_chunks, name))))
         yield
 
 
 def _at_once(start: Callable[..., Pending]) -> Callable[..., Pending]:
-    def run(*arguments: Any) -> Pending:
-        return Pending(None, start(*arguments).wait())
-
-    return run
+    return lambda *arguments, is_asynchronous, **options: start(*arguments, is_asynchronous=False, **options)
 
 
-def measure(*, sequence_parallel: bool, bytes_per_second: float) -> dict[str, tuple[float, float]]:
-    """Return the median seconds of backward, and those that it waits, without messages and in both ways."""
-    times: dict[str, list[tuple[float, float]]] = {"alone": [], "at once": [], "overlapped": []}
+@dataclass(frozen=True)
+class Way:
+    """A way to send the messages of a layer."""
+
+    name: str
+    chunks: int = 1
+    overlap: bool = True
+    sends: bool = True
+
+
+Times = tuple[float, float]
+"""Seconds of a pass, and how many of them it waits."""
+
+
+def measure(ways: Sequence[Way], *, sequence_parallel: bool, bytes_per_second: float) -> list[tuple[Times, Times]]:
+    """Return the median times of forward and of backward, for each way."""
+    found: list[list[tuple[Times, Times]]] = [[] for _ in ways]
     with fake_rank(0, tensor=RANKS, pipeline=1, data=1, device=torch.device("cpu")) as mesh:
         config = parse_config(ModelConfig, MODEL, "benchmark")
         block = Block(config, 0, group=mesh.group("tp"), sequence_parallel=sequence_parallel)
+        pattentions = [module for module in block.modules() if isinstance(module, Pattention)]
         rows = LENGTH // RANKS if sequence_parallel else LENGTH
         x = torch.randn(rows, SAMPLES, WIDTH, requires_grad=True)
         rotary = rotary_tables(torch.arange(LENGTH)[:, None], 16, 10000.0, dtype=torch.float32)
         for _ in range(ROUNDS + 1):
-            for name, found in times.items():
-                link = Link(float("inf") if name == "alone" else bytes_per_second)
-                with messages_over(link, overlap=name == "overlapped"):
+            for way, times in zip(ways, found, strict=True):
+                for pattention in pattentions:
+                    pattention.message_chunks = way.chunks
+                link = Link(bytes_per_second if way.sends else float("inf"))
+                with messages_over(link, overlap=way.overlap):
+                    start = time.perf_counter()
                     y = block(x, rotary)
+                    forward = time.perf_counter() - start, link.waited
                     link.waited, start = 0.0, time.perf_counter()
                     y.backward(torch.ones_like(y))
-                    found.append((time.perf_counter() - start, link.waited))
+                    times.append((forward, (time.perf_counter() - start, link.waited)))
     # the first round allocates
-    return {name: _medians(found[1:]) for name, found in times.items()}
+    return [(_medians(each[0] for each in times[1:]), _medians(each[1] for each in times[1:])) for times in found]
 
 
-def _medians(found: list[tuple[float, float]]) -> tuple[float, float]:
+def _medians(found: Iterable[Times]) -> Times:
     seconds, waited = zip(*found, strict=True)
     return statistics.median(seconds), statistics.median(waited)
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table for each pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes-per-second", type=float, nargs="+", default=[2.0, 1.0, 0.5, 0.25])
-    rates = parser.parse_args().gigabytes_per_second
-    print("Backward of a layer, milliseconds; in brackets those that it waits for messages\n")
-    print("| messages | GB/s | none | waited for at once | overlapped |\n|---|---|---|---|---|")
-    for sequence_parallel in (False, True):
-        for rate in rates:
-            found = measure(sequence_parallel=sequence_parallel, bytes_per_second=rate * 1e9)
-            cells = [f"{1000 * seconds:.0f} ({1000 * waited:.0f})" for seconds, waited in found.values()]
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4], help="of parallel.tp_comm_overlap_chunks")
+    arguments = parser.parse_args()
+    ways = [Way("none", sends=False), Way("waited for at once", overlap=False)]
+    ways += [Way(f"{chunks} chunk(s)", chunks) for chunks in arguments.chunks]
+    cases = list(itertools.product((False, True), arguments.gigabytes_per_second))
+    found = [measure(ways, sequence_parallel=case[0], bytes_per_second=case[1] * 1e9) for case in cases]
+    for number, name in enumerate(("Forward", "Backward")):
+        print(f"\n{name} of a layer, milliseconds; in brackets those that it waits for messages\n")
+        print(f"| messages | GB/s | {' | '.join(way.name for way in ways)} |\n|{'---|' * (2 + len(ways))}")
+        for (sequence_parallel, rate), passes in zip(cases, found, strict=True):
+            cells = [
+                f"{1000 * seconds:.0f} ({1000 * waited:.0f})" for seconds, waited in (each[number] for each in passes)
+            ]
             print("|", " | ".join(["`sequence_parallel`" if sequence_parallel else "whole", f"{rate:g}", *cells]), "|")
 
 

@@ -33,7 +33,7 @@ MODELS = {
 }
 
 
-def published_pattend(x: Tensor, projections: list, group: None, **_: object) -> Tensor:
+def published_pattend(x: Tensor, projections: list, ranks: object = None) -> Tensor:
     """Replace each Pattention by its plain formula under autograd."""
     outputs = []
     for projection in projections:

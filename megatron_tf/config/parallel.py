@@ -52,6 +52,10 @@ class ParallelConfig:
     tensor-parallel rank must be divisible by context_parallel_size. Megatron-LM calls them p2p and a2a."""
     sequence_parallel: bool = False
     """Shard the activations between layers along the sequence over the tensor-parallel ranks."""
+    tp_comm_overlap_chunks: Count = 1
+    """Number of chunks of the tokens that a Pattention's activations travel in between tensor-parallel ranks, each
+    while the products of others run. For devices that compute while they send; with 1, products wait for them. The
+    result is the same but for rounding."""
     distributed_timeout_seconds: Annotated[Count, Field(le=10**8)] = 600
     """Timeout after which a rank that waits for another one fails with an error."""
 
@@ -76,6 +80,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("sequence_parallel needs tensor_model_parallel_size > 1; set it to false")
+        if self.tp_comm_overlap_chunks > 1 and self.tensor_model_parallel_size == 1:
+            raise ConfigError("tp_comm_overlap_chunks needs tensor_model_parallel_size > 1; set it to 1")
         fixed = _STAGES_PER_RANK.get(self.pipeline_schedule)
         virtual = self.num_virtual_stages_per_pipeline_rank
         if fixed is not None and virtual not in (None, fixed):

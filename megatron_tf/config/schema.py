@@ -227,6 +227,9 @@ class RunConfig:
                 f"parallel.tensor_model_parallel_size ({size}) under sequence_parallel"
             )
 
+        if self.parallel.tp_comm_overlap_chunks > 1 and self.model.layer != "tokenformer":
+            raise ConfigError("parallel.tp_comm_overlap_chunks needs model.layer=tokenformer: set it to 1")
+
     def _check_stages(self) -> None:
         parallel, layers = self.parallel, self.model.num_layers
         if parallel.num_stages > layers:

@@ -32,17 +32,15 @@ from megatron_tf.layers.linear import Weight
 from megatron_tf.layers.norm import RMSNorm
 from megatron_tf.layers.pattention import Pattention, pattend
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
-from megatron_tf.parallel.collectives import reduce_scatter
+from megatron_tf.layers.token_chunks import Dim, TensorRanks
 
 
 class Attention(nn.Module):
     """Causal attention over hidden states of width D, scaled by 1/sqrt(head_dim); subclasses define the projections."""
 
-    def __init__(self, head_dim: int, group: ProcessGroup | None, sequence_parallel: bool) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.group = group
-        self.sequence_parallel = sequence_parallel
         self.attend = Kernels().attend
         self.attend_documents = Kernels().attend_documents
         self.rotate = Kernels().rotate
@@ -52,7 +50,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def project_out(self, x: Tensor) -> Tensor:
-        """Project the output of this rank's heads [S, B, D / R] -> [S, B, D], this rank's partial sum."""
+        """Project the output of all heads, of which this rank has [S, B, D / R] -> [s, B, D]."""
         raise NotImplementedError
 
     def forward(
@@ -76,7 +74,7 @@ class Attention(nn.Module):
             out = self.attend_documents(q, k, v, documents)
         else:
             out = (attend or self.attend)(q, k, v)
-        return leave_tensor_parallel(self.project_out(out.flatten(-2)), self.group, self.sequence_parallel)
+        return self.project_out(out.flatten(-2))
 
 
 class PattentionAttention(Attention):
@@ -93,27 +91,29 @@ class PattentionAttention(Attention):
         group: ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
-        super().__init__(hidden_size // num_heads, group, sequence_parallel)
+        super().__init__(hidden_size // num_heads)
         project = partial(Pattention, hidden_size, hidden_size, norm_activation=norm_activation)
         self.query = project(num_tokens=qkv_tokens)
         self.key = project(num_tokens=qkv_tokens)
         self.value = project(num_tokens=qkv_tokens)
         self.proj = project(num_tokens=proj_tokens)
+        tokens_or_whole: Dim | None = -2 if sequence_parallel else None
+        # attention needs whole heads, but no rank needs all of them
+        self.input_ranks = TensorRanks(group, gather_dim=tokens_or_whole, scatter_dim=-1)
+        # every rank needs all heads of a token, since ranks share the parameter tokens, not the width
+        self.output_ranks = TensorRanks(
+            group, gather_dim=-1, scatter_dim=tokens_or_whole, saves_whole=not sequence_parallel
+        )
 
     def project_in(self, x: Tensor) -> Tensor:
         """Project x as in `Attention`; the parameter tokens of every rank contribute to every head."""
         projections = [self.query, self.key, self.value]
-        gather_dim = 0 if self.sequence_parallel else None
         if any(map(_has_hooks, projections)):  # hooks run only when a module is called, so call each one
-            qkv = torch.stack([projection(x, self.group, gather_dim) for projection in projections])
-        else:
-            qkv = pattend(x, projections, self.group, gather_dim=gather_dim)
-        # the last dimension is heads: attention needs whole heads, but no rank needs all of them
-        return reduce_scatter(qkv, -1, self.group)
+            return torch.stack([projection(x, self.input_ranks) for projection in projections])
+        return pattend(x, projections, self.input_ranks)
 
     def project_out(self, x: Tensor) -> Tensor:
-        # every rank needs all heads of a token, since ranks share the parameter tokens, not the width
-        return self.proj(x, self.group, gather_dim=-1, saves_whole=not self.sequence_parallel)
+        return self.proj(x, self.output_ranks)
 
 
 class LinearAttention(Attention):
@@ -131,7 +131,9 @@ class LinearAttention(Attention):
         group: ProcessGroup | None = None,
         sequence_parallel: bool = False,
     ) -> None:
-        super().__init__(hidden_size // num_heads, group, sequence_parallel)
+        super().__init__(hidden_size // num_heads)
+        self.group = group
+        self.sequence_parallel = sequence_parallel
         self.query = Weight(hidden_size, hidden_size)
         self.key = Weight(hidden_size, hidden_size)
         self.value = Weight(hidden_size, hidden_size)
@@ -148,7 +150,7 @@ class LinearAttention(Attention):
         return torch.stack([self._normalized(q, self.query_norm), self._normalized(k, self.key_norm), v])
 
     def project_out(self, x: Tensor) -> Tensor:
-        return x @ self.proj.of_type(x)
+        return leave_tensor_parallel(x @ self.proj.of_type(x), self.group, self.sequence_parallel)
 
     def _normalized(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """Normalize each head of x [S, B, D / R]."""

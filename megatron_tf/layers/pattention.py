@@ -5,19 +5,18 @@ the same input that run together (3 for query, key and value). TokenFormer (arXi
 
 | tensor     | one rank  | R ranks    |
 |------------|-----------|------------|
-| x          | [T, D]    | [T, D], the same on every rank; or a part, which is gathered |
+| x          | [T, D]    | [T, D], the same on every rank; or a part, [T / R, D] or [T, D / R], which is gathered |
 | key_tokens | [N, D]    | [n, D]     |
 | value_tokens | [N, E]  | [n, E]     |
 | scores     | [G, T, N] | [G, T, n]  |
 | statistic  | [G, T]    | [G, T], summed over ranks |
-| y          | [G, T, E] | [G, T, E], partial, to be summed over ranks |
+| y          | [G, T, E] | [G, T, E], the same on every rank; or a part, [G, T / R, E] or [G, T, E / R] |
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megatron_tf.errors import UserError
 from megatron_tf.kernels.dispatch import Kernels
@@ -25,11 +24,12 @@ from megatron_tf.kernels.pattention import PattentionKernels
 from megatron_tf.layers.casting import CastingModule
 from megatron_tf.layers.pattention_autograd import BackwardSplit, differentiable_pattention
 from megatron_tf.layers.row_probe import RowProbe
-from megatron_tf.parallel.collectives import group_size
+from megatron_tf.layers.token_chunks import TensorRanks
 from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 from megatron_tf.tokenformer.parameters import Role
 
 _KEY_STD = 0.02  # model.init_method_std by default
+_ONE_RANK = TensorRanks()
 
 
 class Pattention(CastingModule):
@@ -47,7 +47,8 @@ class Pattention(CastingModule):
     the dtype of x. `products` multiply matrices, `kernels` compute P, and `recompute_scores` makes backward recompute A
     instead of saving it; none of them changes the result beyond rounding. A `probe` reads P and V in forward, except in
     fused inference. With a `backward_split`, the gradient of x may be computed before those of the tokens, in two
-    passes of autograd, as zero-bubble schedules do; each pass may run once.
+    passes of autograd, as zero-bubble schedules do; each pass may run once. Between ranks, activations travel in
+    `message_chunks`, each while the products of others run.
 
     On its own it takes the place of a linear layer, with initial values from `reset_parameters`. Raises UserError if
     there is no normalization `norm_activation`, and if a size is below 1.
@@ -67,6 +68,7 @@ class Pattention(CastingModule):
         self.kernels = Kernels().pattention
         self.products = Kernels().products
         self.recompute_scores = False
+        self.message_chunks = 1
         self.backward_split: BackwardSplit | None = None
         self.probe: RowProbe | None = None
         # free on the meta device, where runs and `load` build models, whose initial values depend on the whole model
@@ -98,16 +100,9 @@ class Pattention(CastingModule):
         if kernels.stores_columns:
             self.value_tokens.data = self.value_tokens.t().contiguous().t()
 
-    def forward(
-        self,
-        x: Tensor,
-        group: ProcessGroup | None = None,
-        gather_dim: int | None = None,
-        *,
-        saves_whole: bool = False,
-    ) -> Tensor:
-        """Compute y [..., E] of x [..., D]: this rank's partial sum. The other arguments are those of `pattend`."""
-        return pattend(x, [self], group, gather_dim=gather_dim, saves_whole=saves_whole)[0]
+    def forward(self, x: Tensor, ranks: TensorRanks = _ONE_RANK) -> Tensor:
+        """Compute y [..., E] of x [..., D], of which this rank has the part that `ranks` says."""
+        return pattend(x, [self], ranks)[0]
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> Tensor:
@@ -123,39 +118,20 @@ class Pattention(CastingModule):
         return weights.unflatten(0, x.shape[:-1])
 
 
-def pattend(
-    x: Tensor,
-    projections: Sequence[Pattention],
-    group: ProcessGroup | None,
-    *,
-    gather_dim: int | None = None,
-    saves_whole: bool = False,
-) -> Tensor:
-    """Run G projections of the same x [..., D] together -> [G, ..., E], partial sums over the ranks of `group`.
+def pattend(x: Tensor, projections: Sequence[Pattention], ranks: TensorRanks = _ONE_RANK) -> Tensor:
+    """Run G projections of the same x [..., D] together -> [G, ..., E], summed over the tensor-parallel ranks.
 
-    x is the same on every rank. With a `gather_dim`, the first (0) or the last (-1), it is this rank's part along it,
-    and only the part is saved for backward, which gathers x again, unless it `saves_whole`. Backward sums the gradient
-    of x over the ranks.
+    Of x and of the result, this rank has the part that `ranks` says: all, or a part along the first dimension (of the
+    tokens) or the last. Backward takes a gradient of the same shape, and sums that of x over the ranks.
 
     The statistics take one all-reduce of G scalars per token in forward and one in backward, independent of N.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    shape = list(x.shape[:-1])
-    if gather_dim == 0:
-        shape[0] *= group_size(group)
     keys = [p.cast(Role.KEYS, x.dtype) for p in projections]
     values = [p.cast(Role.VALUES, x.dtype) for p in projections]
     first, y = projections[0], None
-    if group is None:  # several ranks have to reduce a row's statistic between the two products
+    if ranks.group is None:  # several ranks have to reduce a row's statistic between the two products
         y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])
     if y is None:
-        y = differentiable_pattention(
-            tokens,
-            projections,
-            keys=keys,
-            values=values,
-            group=group,
-            gather_dim=gather_dim,
-            saves_whole=saves_whole,
-        )
-    return y.unflatten(1, shape)
+        y = differentiable_pattention(tokens, projections, keys=keys, values=values, ranks=ranks)
+    return y.unflatten(1, ranks.output_shape(x.shape[:-1]))

@@ -5,7 +5,7 @@ custom Function which gradients are wanted, but it runs no node whose gradients 
 schedule ask for dx first and for dK and dV later, each computed once.
 
 On several ranks, a third node waits for the sum of dx over the ranks. Autograd runs what was recorded last first, so
-the gradients of the tokens are computed while the sum is on its way.
+the gradients of the tokens are computed while the sum is on its way. Tensors inside are in the order of token_chunks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.products import Products
-from megatron_tf.parallel.collectives import (
-    Pending,
-    all_gather_copy,
-    all_reduce,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-)
+from megatron_tf.layers.token_chunks import Chunked, Port, TensorRanks
+from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.tokenformer.dtypes import wide_dtype
 from megatron_tf.tokenformer.normalization import Normalization, Reduce
 
@@ -44,19 +38,16 @@ def differentiable_pattention(
     *,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    group: ProcessGroup | None,
-    gather_dim: int | None,
-    saves_whole: bool,
+    ranks: TensorRanks,
 ) -> Tensor:
     """Compute y [G, T, E] of x [T, D] with gradients of x, keys and values; `keys` and `values` are in the dtype of x.
 
-    `gather_dim` and `saves_whole` are as in `pattend`.
+    Of x and y, this rank has the part that `ranks` says.
     """
     handover = _Handover()
-    if group is not None:
+    if ranks.group is not None:
         x = _Arrival.apply(x, handover)
     edge = _TokenGradients.apply(handover, *keys, *values)
-    ranks = _Ranks(group, gather_dim, saves_whole)
     return _Pattend.apply(x, edge, projections, ranks, handover, *keys, *values)
 
 
@@ -87,52 +78,34 @@ def _row_taus(scores: Tensor, projections: Sequence[Pattention]) -> Tensor:
     return taus.flatten()
 
 
-def _score(x: Tensor, keys: Sequence[Tensor], products: Products) -> Tensor:
-    """Compute the scores [G, T, n] of x [T, D]."""
+def _score(x: Chunked, keys: Sequence[Tensor], products: Products) -> Tensor:
+    """Compute the scores [G, T, n] of x [1, T, D], of each chunk when it has arrived."""
+    num_tokens, num_keys = x.tensor.shape[1], len(keys[0])
     # one tensor, so that a kernel handles the rows of all projections at once
-    scores = x.new_empty(len(keys), x.shape[0], keys[0].shape[0])
-    for out, key in zip(scores, keys, strict=True):
-        products.mm(x, key.t(), out=out)
+    scores = x.tensor.new_empty(len(keys), num_tokens, num_keys)
+    for rows, chunk in x.chunks():
+        for out, key in zip(scores, keys, strict=True):
+            products.mm(chunk[0], key.t(), out=out[rows])
     return scores
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """The tensor-parallel ranks, and what each of them has of x [T, D]."""
-
-    group: ProcessGroup | None
-    gather_dim: int | None
-    """The dimension along which it has a part; None if it has the whole."""
-    saves_whole: bool
-    """Whether x, once gathered, is saved for backward."""
-
-    def start_gathering(self, part: Tensor) -> Pending:
-        """Start to gather x from the ranks' parts."""
-        return Pending(None, part) if self.gather_dim is None else start_all_gather(part, self.gather_dim, self.group)
-
-    def start_summing(self, dx: Tensor) -> Pending:
-        """Start to sum dx [T, D] over the ranks; if x is sharded, this rank receives its part of the sum."""
-        if self.gather_dim is None:
-            return start_all_reduce(dx, self.group)
-        return start_reduce_scatter(dx, self.gather_dim, self.group)
 
 
 @dataclass
 class _Input:
-    """The input x [T, D] as it is saved for backward."""
+    """The input x as it is saved for backward."""
 
     saved: Tensor
-    """x, or this rank's part of it."""
-    ranks: _Ranks
-    _pending: Pending | None = None
+    """[1, T, D], or this rank's part of it."""
+    port: Port
+    is_whole: bool
+    """Whether the whole is saved."""
+    _gathered: Chunked | None = None
 
-    def gather(self) -> Pending:
-        """Start to gather x, if it has not been started."""
-        if self._pending is None:
-            self._pending = (
-                Pending(None, self.saved) if self.ranks.saves_whole else self.ranks.start_gathering(self.saved)
-            )
-        return self._pending
+    def gather(self) -> Chunked:
+        """Start to gather x [1, T, D], if it has not been started."""
+        if self._gathered is None:
+            port = replace(self.port, dim=None) if self.is_whole else self.port
+            self._gathered = port.gather(self.saved, waits=False)
+        return self._gathered
 
 
 @dataclass
@@ -157,7 +130,7 @@ class _Handover:
 
     operands: _TokenOperands | None = None
     """Set by the first half of backward, taken by the second."""
-    dx: Pending | None = None
+    dx: Chunked | None = None
     """Set by the first half of backward, taken by `_Arrival`."""
 
 
@@ -175,49 +148,57 @@ class _Pattend(torch.autograd.Function):
         part: Tensor,
         edge: Tensor,
         projections: Sequence[Pattention],
-        ranks: _Ranks,
+        ranks: TensorRanks,
         handover: _Handover,
         *tokens: Tensor,
     ) -> Tensor:
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
         first = projections[0]
-        x = part if ranks.gather_dim is None else all_gather_copy(part, ranks.gather_dim, ranks.group)
+        inward, outward = ranks.ports(part, first.message_chunks)
+        x = inward.gather(part[None], waits=True)
         scores = _score(x, keys, first.products)
         reduce, _ = _reductions(first.norm, ranks.group)
         factor, weights = first.kernels.forward(
             first.norm, scores.flatten(0, 1), tau=_row_taus(scores, projections), reduce=reduce
         )
-        y = x.new_empty(len(projections), x.shape[0], values[0].shape[1])
-        for projection, out, weight, value in zip(projections, y, weights.view_as(scores), values, strict=True):
-            first.products.mix(weight, value, out=out)
+        weights = weights.view_as(scores)
+
+        def mix(rows: slice, out: Tensor) -> None:
+            for weight, value, out_g in zip(weights, values, out, strict=True):
+                first.products.mix(weight[rows], value, out=out_g)
+
+        y = outward.reduce(mix, (len(values), values[0].shape[1]), like=part, waits=True)
+        for projection, weight, value in zip(projections, weights, values, strict=True):
             if projection.probe is not None:
                 projection.probe.measure(weight, value)
-        saved = x if ranks.saves_whole else part
+        saved = x.tensor[0] if ranks.saves_whole else part
         ctx.save_for_backward(saved, factor, *([] if first.recompute_scores else [scores]), *tokens)
-        ctx.projections, ctx.ranks, ctx.handover = projections, ranks, handover
-        return y
+        ctx.projections, ctx.ranks, ctx.ports, ctx.handover = projections, ranks, (inward, outward), handover
+        return y.wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        projections, ranks, handover, dy = ctx.projections, ctx.ranks, ctx.handover, grads[0]
-        edge = dy.new_empty(0) if ctx.needs_input_grad[1] else None
+        projections, ranks, handover = ctx.projections, ctx.ranks, ctx.handover
+        edge = grads[0].new_empty(0) if ctx.needs_input_grad[1] else None
         rest = (None,) * (3 + 2 * len(projections))
         if handover.operands is not None:  # the second pass of a split backward: the first one has computed dx
             return None, edge, *rest
-        first = projections[0]
+        first, (inward, outward) = projections[0], ctx.ports
         saved_x, factor, *saved = ctx.saved_tensors
-        x = _Input(saved_x, ranks)
+        x = _Input(saved_x[None], inward, ranks.saves_whole)
+        dy = outward.gather(grads[0], waits=True)
         # private, but what torch's own register_multi_grad_hook asks
         tokens_are_next = edge is not None and torch._C._will_engine_execute_node(ctx.next_functions[1][0])
         if tokens_are_next:
             x.gather()  # it arrives during the products below
         tokens = saved if first.recompute_scores else saved[1:]
         keys, values = tokens[: len(projections)], tokens[len(projections) :]
-        scores = _score(x.gather().wait(), keys, first.products) if first.recompute_scores else saved[0]
+        scores = _score(x.gather(), keys, first.products) if first.recompute_scores else saved[0]
         # one buffer for dP and then dA: the kernels may overwrite it
         grad = torch.empty_like(scores)
-        for out, dy_g, value in zip(grad, dy, values, strict=True):
-            first.products.mm(dy_g, value.t(), out=out, gradient="left")
+        for rows, dy_chunk in dy.chunks():
+            for out, dy_g, value in zip(grad, dy_chunk, values, strict=True):
+                first.products.mm(dy_g, value.t(), out=out[rows], gradient="left")
         _, reduce = _reductions(first.norm, ranks.group)
         weights, d_scores = first.kernels.backward(
             first.norm,
@@ -233,9 +214,13 @@ class _Pattend(torch.autograd.Function):
             d_scores=d_scores.view_as(scores),
             d_values=None,
             weights=weights.view_as(scores),
-            dy=dy,
+            dy=dy.tensor,
         )
-        dx = ranks.start_summing(_input_gradient(operands, keys))
+
+        def add_dx(rows: slice, out: Tensor) -> None:
+            _input_gradient(operands, keys, rows, out[0])
+
+        dx = inward.reduce(add_dx, (1, keys[0].shape[1]), like=grad, waits=False)
         if ranks.group is not None:
             handover.dx = dx
         if tokens_are_next:
@@ -244,7 +229,7 @@ class _Pattend(torch.autograd.Function):
             handover.operands = _kept_for_later(operands, first.backward_split)
             # autograd holds the scores until the second pass, which does not read them: the weights take their place
             scores.untyped_storage().resize_(0)
-        return dx.received, edge, *rest
+        return dx.tensor[0], edge, *rest
 
 
 class _Arrival(torch.autograd.Function):
@@ -259,7 +244,7 @@ class _Arrival(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         pending, ctx.handover.dx = ctx.handover.dx, None
         assert pending is not None, "the gradient of the input has been computed already"
-        return pending.wait(), None
+        return pending.wait()[0], None
 
 
 class _TokenGradients(torch.autograd.Function):
@@ -280,23 +265,22 @@ class _TokenGradients(torch.autograd.Function):
 
 def _kept_for_later(operands: _TokenOperands, split: BackwardSplit) -> _TokenOperands:
     """Return the operands as they are kept between two passes, without an x that was gathered."""
-    kept = replace(operands, x=_Input(operands.x.saved, operands.x.ranks))
+    kept = replace(operands, x=replace(operands.x, _gathered=None))
     return kept if split == "2:2" else replace(kept, d_values=_value_gradients(operands), weights=None, dy=None)
 
 
-def _input_gradient(operands: _TokenOperands, keys: Sequence[Tensor]) -> Tensor:
-    """Compute dx [T, D], this rank's partial sum."""
-    products, d_scores = operands.projections[0].products, operands.d_scores
+def _input_gradient(operands: _TokenOperands, keys: Sequence[Tensor], rows: slice, out: Tensor) -> None:
+    """Write these rows of dx, this rank's partial sum, into out [rows, D]."""
+    products, d_scores = operands.projections[0].products, operands.d_scores[:, rows]
+    products.mm(d_scores[0], keys[0], out=out, gradient="left")
     # accumulated: the projections share x, and one gradient for each would take G times the memory
-    dx = products.mm(d_scores[0], keys[0], gradient="left")
     for d_score, key in zip(d_scores[1:], keys[1:], strict=True):
-        products.add_mm(dx, d_score, key, gradient="left")
-    return dx
+        products.add_mm(out, d_score, key, gradient="left")
 
 
 def _key_gradients(operands: _TokenOperands) -> list[Tensor]:
     """Compute dK [n, D] of each projection."""
-    mm, x = operands.projections[0].products.mm, operands.x.gather().wait()
+    mm, x = operands.projections[0].products.mm, operands.x.gather().wait()[0]
     return [mm(d_score.t(), x, gradient="left") for d_score in operands.d_scores]
 
 

@@ -11,6 +11,7 @@ from megatron_tf.kernels.eager import EagerKernels
 from megatron_tf.kernels.warm_up import warm_up, warm_up_loss
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.pattention_autograd import BackwardSplit
+from megatron_tf.layers.token_chunks import TokenOrder
 from megatron_tf.model.tokenformer import TokenFormer
 from megatron_tf.parallel.context import Context
 from megatron_tf.parallel.data_parallel import shard_over_replicas
@@ -63,6 +64,8 @@ def _build_stage(
         model = TokenFormer(
             config, layers, group=mesh.group("tp"), context=context, sequence_parallel=sequence_parallel, dtype=dtype
         )
+    for pattention in model.pattentions().values():
+        pattention.message_chunks = parallel.tp_comm_overlap_chunks
     _place_parameters(model, mesh)
     shard_over_replicas(model, model.layers.values(), mesh, dtype=dtype, reshard_after_forward=reshard)
     return model
@@ -89,9 +92,13 @@ def pattentions(stages: Iterable[TokenFormer]) -> dict[str, Pattention]:
     return {name: module for stage in stages for name, module in stage.pattentions().items()}
 
 
-def product_sizes(config: ModelConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, int]]:
+def product_sizes(config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, rows: int) -> Iterator[tuple[str, int]]:
     """Yield every size of a Pattention's products for `rows` tokens, as (what it is, how many)."""
     yield "tokens of a micro-batch", rows
+    parts = mesh.size("tp") if parallel.sequence_parallel else 1
+    chunks = TokenOrder(parts, rows // parts, parallel.tp_comm_overlap_chunks).chunks()
+    for chunk in chunks if len(chunks) > 1 else ():
+        yield "tokens of a chunk", chunk.rows.stop - chunk.rows.start
     yield "model.hidden_size", config.hidden_size
     for keys in key_tokens(config).values():
         yield f"{keys.kind} tokens of a rank", keys.shape[0] // mesh.size("tp")

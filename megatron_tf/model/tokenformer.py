@@ -27,6 +27,7 @@ from megatron_tf.layers.norm import BlockNorm, FinalNorm, RMSNorm
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.layers.sequence import enter_tensor_parallel, leave_tensor_parallel
+from megatron_tf.layers.token_chunks import Dim, TensorRanks
 from megatron_tf.parallel.collectives import group_size
 from megatron_tf.parallel.context import Context
 from megatron_tf.tokenformer.dtypes import wide_dtype
@@ -66,6 +67,8 @@ class Block(nn.Module):
         # modules are in the order in which they run, which is that of the declared parameters
         self.ffn_norm = _block_norm(config, sequence_group)
         self.ffn = ffn
+        tokens_or_whole: Dim | None = -2 if sequence_parallel else None
+        self.ffn_ranks = TensorRanks(group, gather_dim=tokens_or_whole, scatter_dim=tokens_or_whole)
         self.group = group
         self.sequence_parallel = sequence_parallel
 
@@ -84,10 +87,10 @@ class Block(nn.Module):
         normalized = self.ffn_norm(x)
         # gathered after the norm, so that each rank normalizes only its own part of the sequence
         if isinstance(self.ffn, Pattention):
-            out = self.ffn(normalized, self.group, gather_dim=0 if self.sequence_parallel else None)
+            out = self.ffn(normalized, self.ffn_ranks)
         else:
             out = self.ffn(enter_tensor_parallel(normalized, self.group, self.sequence_parallel))
-        out = leave_tensor_parallel(out, self.group, self.sequence_parallel)
+            out = leave_tensor_parallel(out, self.group, self.sequence_parallel)
         return x + out if dropout is None else dropout.hidden(out, "ffn", residual=x)
 
 

@@ -7,7 +7,6 @@ ranks in the group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,8 +42,8 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpTyp
 class Pending:
     """The result of an asynchronous collective; on a GPU only the stream waits for it.
 
-    `received` is the tensor that the collective writes to, which must not be read before `wait`. What it sends, `sent`,
-    is kept until then.
+    The collective writes to `received`, which must not be read before `wait`, and what it sends, `sent`, is kept until
+    then. With a `target`, of the same shape, it is copied there. `wait` returns `result`, or by default `received`.
     """
 
     def __init__(
@@ -53,67 +52,81 @@ class Pending:
         received: Tensor,
         *,
         sent: Tensor | None = None,
-        finish: Callable[[Tensor], Tensor] | None = None,
+        target: Tensor | None = None,
+        result: Tensor | None = None,
     ) -> None:
         self.received = received
         self._work = work
         self._sent = sent
-        self._finish = finish
+        self._target = target
+        self._result = received if result is None else result
 
     def wait(self) -> Tensor:
         """Return the result."""
         if self._work is not None:
             self._work.wait()
-        if self._finish is not None:
-            self.received = self._finish(self.received)
-        self._work = self._sent = self._finish = None
-        return self.received
+        if self._target is not None:
+            self._target.copy_(self.received)
+        self._work = self._sent = self._target = None
+        return self._result
 
 
-def start_all_reduce(x: Tensor, group: ProcessGroup | None) -> Pending:
-    """Start to sum x, contiguous, over the ranks, in place."""
-    return Pending(None, x) if group is None else Pending(dist.all_reduce(x, group=group, async_op=True), x)
+def start_all_reduce(
+    x: Tensor, group: ProcessGroup | None, *, out: Tensor | None = None, is_asynchronous: bool = True
+) -> Pending:
+    """Start to sum x, contiguous, over the ranks, in place; if `out` is another tensor, the sum is copied there."""
+    work = None if group is None else dist.all_reduce(x, group=group, async_op=is_asynchronous)
+    return Pending(work, x, target=None if out is x else out, result=out)
 
 
-def start_all_gather(x: Tensor, dim: int, group: ProcessGroup | None) -> Pending:
-    """Start what `all_gather_copy` does."""
-    return Pending(None, x) if group is None else _gather(x, dim, group, async_op=True)
+def start_all_gather(
+    x: Tensor, dim: int, group: ProcessGroup | None, *, out: Tensor | None = None, is_asynchronous: bool = True
+) -> Pending:
+    """Start what `all_gather_copy` does, into `out` if given."""
+    if group is None:
+        return Pending(None, x, target=out, result=out)
+    dim %= x.dim()
+    x = x.detach().contiguous()
+    if out is None:
+        out = x.new_empty([size * group.size() if i == dim else size for i, size in enumerate(x.shape)])
+    # ranks are gathered along a dimension 0, which is that of the ranks' parts in `out`
+    received, target = _receiver(out.unflatten(dim, (group.size(), x.shape[dim])).movedim(dim, 0))
+    work = _all_gather_single(received.flatten(0, 1), x, group=group, async_op=is_asynchronous)
+    return Pending(work, received, sent=x, target=target, result=out)
 
 
 def all_gather_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     """Concatenate the ranks' x along `dim`, outside autograd: size[dim] is multiplied by R."""
-    return x if group is None else _gather(x, dim, group, async_op=False).wait()
+    return start_all_gather(x, dim, group, is_asynchronous=False).wait()
 
 
-def _gather(x: Tensor, dim: int, group: ProcessGroup, *, async_op: bool) -> Pending:
-    dim %= x.dim()
-    x = x.detach().contiguous()
-    # ranks are gathered along a new dimension 0, which is then moved in front of `dim` and merged with it
-    gathered = x.new_empty((group.size(), *x.shape))
-    work = _all_gather_single(gathered.flatten(0, 1), x, group=group, async_op=async_op)
-    return Pending(work, gathered, sent=x, finish=lambda parts: parts.movedim(0, dim).flatten(dim, dim + 1))
-
-
-def start_reduce_scatter(x: Tensor, dim: int, group: ProcessGroup | None) -> Pending:
-    """Start what `reduce_scatter_copy` does."""
-    return Pending(None, x) if group is None else _reduce_scatter(x, dim, group, async_op=True)
-
-
-def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """Sum x over the ranks and return this rank's part along `dim`, outside autograd: size[dim] is divided by R."""
-    return x if group is None else _reduce_scatter(x, dim, group, async_op=False).wait()
-
-
-def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup, *, async_op: bool) -> Pending:
+def start_reduce_scatter(
+    x: Tensor, dim: int, group: ProcessGroup | None, *, out: Tensor | None = None, is_asynchronous: bool = True
+) -> Pending:
+    """Start what `reduce_scatter_copy` does, into `out` if given."""
+    if group is None:
+        return Pending(None, x, target=out, result=out)
     dim %= x.dim()
     ranks = group.size()
     if x.shape[dim] % ranks:
         raise ValueError(f"dimension {dim} of {tuple(x.shape)} cannot be split into {ranks} equal parts")
     # the reverse: `dim` is split into the ranks' parts, which move to dimension 0, where torch scatters them
     parts = x.detach().unflatten(dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
-    mine = torch.empty_like(parts[0])
-    work = _reduce_scatter_single(mine, parts.flatten(0, 1), group=group, async_op=async_op)
-    return Pending(work, mine, sent=parts)
+    received, target = _receiver(torch.empty_like(parts[0]) if out is None else out)
+    work = _reduce_scatter_single(received, parts.flatten(0, 1), group=group, async_op=is_asynchronous)
+    return Pending(work, received, sent=parts, target=target, result=out)
+
+
+def reduce_scatter_copy(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
+    """Sum x over the ranks and return this rank's part along `dim`, outside autograd: size[dim] is divided by R."""
+    return start_reduce_scatter(x, dim, group, is_asynchronous=False).wait()
+
+
+def _receiver(out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a contiguous tensor to receive `out` in, and where to copy it from there, if that is another one."""
+    if out.is_contiguous():
+        return out, None
+    return torch.empty_like(out, memory_format=torch.contiguous_format), out
 
 
 def all_to_all_copy(x: Tensor, group: ProcessGroup | None, *, split_dim: int, concat_dim: int) -> Tensor:

@@ -93,6 +93,7 @@ def _meshes(config: RunConfig, world_size: int, ranks_per_node: int) -> Iterator
                 "data_parallel_size": data,
                 "data_parallel_shard_size": shard_size,
                 "sequence_parallel": tensor > 1,
+                "tp_comm_overlap_chunks": config.parallel.tp_comm_overlap_chunks if tensor > 1 else 1,
             }
 
 

@@ -76,7 +76,7 @@ def part_key(config: RunConfig, name: PartName, layer: int) -> tuple[Any, ...]:
     shape = dataclasses.replace(model, num_layers=1, **ones)
     recompute = training.recompute_granularity if name == "layer" else None
     batch = training.micro_batch_size, training.seq_length, training.precision
-    ranks = parallel.tensor_model_parallel_size, parallel.sequence_parallel
+    ranks = parallel.tensor_model_parallel_size, parallel.sequence_parallel, parallel.tp_comm_overlap_chunks
     context = parallel.context_parallel_size, parallel.context_parallel_method
     return name, repr(shape), counts, recompute, *batch, *ranks, *context
 

@@ -1,9 +1,10 @@
 """The time of a training step: what the busiest rank computes, what it waits for, and the update.
 
 A pipeline runs as `parallel.timeline` says, with the times of each stage. If the cluster overlaps them with
-computation, tensor-parallel ranks gather inputs and sum their gradients during a layer's backward, keys and values go
-around a ring while attention is computed, and data parallelism gathers parameters during a step's first forward and
-reduces gradients during its last backward. All other messages are waited for.
+computation, tensor-parallel ranks gather inputs and sum their gradients during a layer's backward, and with
+`tp_comm_overlap_chunks` activations travel during the products of other chunks; keys and values go around a ring while
+attention is computed, and data parallelism gathers parameters during a step's first forward and reduces gradients
+during its last backward. All other messages are waited for.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class StepTime:
 
     compute: float
     tensor: float
-    """Waiting for tensor-parallel messages, as far as no gradients of tokens are computed meanwhile."""
+    """Waiting for tensor-parallel messages, as far as no products are computed meanwhile."""
     context: float
     """Waiting for context-parallel messages, as far as no attention is computed meanwhile."""
     pipeline: float
@@ -117,8 +118,8 @@ def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counte
         seconds = machine.part(planned, parts.name, parts.layer)
         for kind, each, took in zip(passes, (counts.forward, counts.backward), seconds, strict=True):
             compute[kind] += parts.count * took.total
-            products = seconds.forward.total - seconds.forward.attention
-            tensor[kind] += parts.count * _tensor_time(planned, each, machine, hidden=products)
+            hidden = _products_meanwhile(planned, seconds.forward.total - seconds.forward.attention)[kind]
+            tensor[kind] += parts.count * _tensor_time(planned, each, machine, hidden=hidden)
             unhidden[kind] += parts.count * _tensor_time(planned, each, machine, hidden=0.0)
             context[kind] += parts.count * _context_time(planned, each, machine, attention=took.attention)
     receivers = zip(passes, (number + 1, number - 1), strict=True)
@@ -131,10 +132,22 @@ def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counte
     return _StageTime(compute=compute, tensor=tensor, context=context, sends=sends)
 
 
+def _products_meanwhile(planned: PlannedLayout, forward: float) -> dict[Kind, float]:
+    """Return how long products run in each pass while asynchronous messages between tensor-parallel ranks travel.
+
+    `forward` is the time of forward's two products. The first or the last of c chunks is waited for, so (c - 1) / c of
+    it hide messages. In backward, gradients of outputs arrive during the one product that takes them, and the others
+    travel during the two products of the tokens' gradients.
+    """
+    chunks = planned.config.parallel.tp_comm_overlap_chunks
+    share = (chunks - 1) / chunks
+    return {"F": forward * share, "B": forward * (1 + share / 2)}
+
+
 def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, hidden: float) -> float:
     """Return the time that a pass waits for messages between tensor-parallel ranks.
 
-    Some travel during the two products of the tokens' gradients, which take as long, `hidden`, as the two of forward.
+    Those that are asynchronous travel while products run, for as long as `hidden`.
     """
     messages = [each for each in counts.traffic if each.axis == "tp"]
     waited, overlapped = (

@@ -155,6 +155,14 @@ def test_a_dry_run_exchanges_the_messages_of_real_ranks(rank_pool, layout, shard
     assert dry == real
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+def test_a_dry_run_exchanges_the_messages_of_real_ranks_in_chunks(rank_pool, sequence_parallel):
+    layout = (2, 2, 1)
+    config = config_of(layout, sequence_parallel, parallel={"tp_comm_overlap_chunks": 3})
+    real = rank_pool.run(real_messages, *layout, config)
+    assert [dry_messages(layout, None, rank, config) for rank in range(4)] == real
+
+
 def context_config(method, context, layout, shard_size):
     """Chunks of four tokens."""
     parallel = {"context_parallel_size": context, "context_parallel_method": method}

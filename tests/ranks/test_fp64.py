@@ -36,6 +36,18 @@ CASES = [
 ]
 """(layout, sequence parallel, untied, keys of the model)."""
 
+ZERO_BUBBLE = {"pipeline_schedule": "interleaved_zero_bubble", "num_virtual_stages_per_pipeline_rank": 1}
+CHUNKS = [
+    *(
+        (layout, chunks, recompute, {})
+        for layout, chunks in (((2, 1, 1), 3), ((2, 2, 1), 5), ((4, 1, 2), 1000))
+        for recompute in ("none", "selective", "full")
+    ),
+    ((2, 2, 1), 3, "none", ZERO_BUBBLE),
+    ((2, 2, 1), 3, "full", ZERO_BUBBLE),
+]
+"""(layout, chunks: uneven ones, or as many as there are tokens, what is recomputed, keys of `parallel`)."""
+
 
 def fp64_config(layout, sequence_parallel=False, untied=False, precision="fp64", **sections):
     return layout_config(layout, sequence_parallel, untied, training={"precision": precision}, **sections)
@@ -71,6 +83,21 @@ def test_a_layout_equals_one_process_to_rounding_in_fp64(rank_pool, alone, layou
         assert gradient.dtype == np.float64
         size = max(np.linalg.norm(expected[name]), least)
         assert np.linalg.norm(gradient - expected[name]) < TOLERANCE * size, name
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+@pytest.mark.parametrize(("layout", "chunks", "recompute", "parallel"), CHUNKS, ids=str)
+def test_messages_in_chunks_equal_one_process(rank_pool, alone, layout, chunks, recompute, parallel, sequence_parallel):
+    curve, expected = alone(True, {})
+    training = {"precision": "fp64", "recompute_granularity": recompute}
+    parallel = {"tp_comm_overlap_chunks": chunks} | parallel
+    config = layout_config(layout, sequence_parallel, True, training=training, parallel=parallel)
+    answers = rank_pool.run(training_run, *layout, config, STEPS)
+    for found, _ in answers:
+        np.testing.assert_allclose(found, curve, rtol=TOLERANCE)
+    gradients = whole_model(layout, True, [gradients for _, gradients in answers])
+    for name, gradient in gradients.items():
+        assert np.linalg.norm(gradient - expected[name]) < TOLERANCE * np.linalg.norm(expected[name]), name
 
 
 def train_and_save(mesh, config, steps, root):

@@ -35,9 +35,12 @@ def late_run(mesh, config):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
-@pytest.mark.parametrize("layout", [(2, 1, 1), (2, 2, 2), (4, 1, 2)], ids=str)
-def test_late_messages_change_no_bit(rank_pool, layout, sequence_parallel, recompute):
-    config = layout_config(layout, sequence_parallel, training={"recompute_granularity": recompute})
+@pytest.mark.parametrize(
+    ("layout", "chunks"), [((2, 1, 1), 1), ((2, 1, 1), 3), ((2, 2, 2), 1), ((4, 1, 2), 2)], ids=str
+)
+def test_late_messages_change_no_bit(rank_pool, layout, chunks, sequence_parallel, recompute):
+    training, parallel = {"recompute_granularity": recompute}, {"tp_comm_overlap_chunks": chunks}
+    config = layout_config(layout, sequence_parallel, training=training, parallel=parallel)
     usual, late = (rank_pool.run(run, *layout, config, *extra) for run, extra in ((training_run, (3,)), (late_run, ())))
     for (steps, gradients), (late_steps, late_gradients) in zip(usual, late, strict=True):
         assert late_steps == steps

@@ -17,6 +17,7 @@ CONTEXT_4 = [
     "--parallel.sequence_parallel=true",
 ]
 ALL_TO_ALL = "--parallel.context_parallel_method=all_to_all"
+TRANSFORMER = ["--model.layer=transformer", "--model.qkv_tokens=null", "--model.proj_tokens=null"]
 
 
 @pytest.fixture
@@ -37,6 +38,11 @@ def path(tmp_path):
         (["--model.num_attention_heads=5"], "hidden_size (32) must be divisible by num_attention_heads (5)"),
         (["--training.train_iters=x"], "training.train_iters"),
         (["--parallel.sequence_parallel=true"], "sequence_parallel needs tensor_model_parallel_size > 1"),
+        (["--parallel.tp_comm_overlap_chunks=2"], "tp_comm_overlap_chunks needs tensor_model_parallel_size > 1"),
+        (
+            ["--parallel.tensor_model_parallel_size=2", "--parallel.tp_comm_overlap_chunks=2", *TRANSFORMER],
+            "parallel.tp_comm_overlap_chunks needs model.layer=tokenformer: set it to 1",
+        ),
         (["--parallel.reshard_after_forward=true", "--parallel.pipeline_schedule=zbv"], "choose 1f1b or interleaved"),
         ([CONTEXT_3], "seq_length (16) must be divisible by 6, the number of chunks"),
         ([CONTEXT_3, ALL_TO_ALL, "--training.seq_length=18"], "num_attention_heads (4) must be divisible by"),

@@ -176,7 +176,7 @@ def pattention_and_gradients(norm, sizes, dtype, products=None):
         layer.products = products or layer.products
     x, dy = (torch.randn(*shape).bfloat16().to(dtype) for shape in ((tokens, width), (2, tokens, width_out)))
     x.requires_grad_()
-    y = pattend(x, layers, None)
+    y = pattend(x, layers)
     inputs = [x, *(p for layer in layers for p in layer.parameters())]
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 

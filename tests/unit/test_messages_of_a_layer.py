@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tf.config import ModelConfig, parse_config
+from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
 from megatron_tf.model.tokenformer import Block
 from megatron_tf.training.dry_run.fake_world import DEVICE, fake_rank
@@ -32,13 +33,15 @@ class Messages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def messages_of_a_layer(ranks, dtype, *, sequence_parallel, norm="l2_norm_gelu", multiple=1):
+def messages_of_a_layer(ranks, dtype, *, sequence_parallel, norm="l2_norm_gelu", multiple=1, chunks=1):
     """(forward, backward): the messages of one layer with `multiple` times as many parameter tokens."""
     tokens = {"qkv_tokens": 32 * multiple, "proj_tokens": 16 * multiple, "ffn_tokens": 64 * multiple}
     values = {"num_layers": 1, "hidden_size": WIDTH, "num_attention_heads": 8, "norm_activation": norm} | tokens
     with fake_rank(0, tensor=ranks, pipeline=1, data=1) as mesh, DEVICE:
         config = parse_config(ModelConfig, values | {"vocab_size": 64}, "test")
         block = Block(config, 0, group=mesh.group("tp"), sequence_parallel=sequence_parallel)
+        for pattention in filter(lambda module: isinstance(module, Pattention), block.modules()):
+            pattention.message_chunks = chunks
         rows = LENGTH // ranks if sequence_parallel else LENGTH
         x = torch.empty(rows, SAMPLES, WIDTH, dtype=dtype, requires_grad=True)
         tables = rotary_tables(torch.arange(LENGTH)[:, None], 2, 10000.0, dtype=torch.float32)
@@ -102,3 +105,16 @@ def test_more_parameter_tokens_send_no_more(sequence_parallel):
     )
     for passes in grown:
         assert [(each.calls, each.elements) for each in passes] == [(each.calls, each.elements) for each in one]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
+def test_chunks_send_the_same_bytes_in_more_messages(sequence_parallel):
+    chunks, dtype = 3, torch.bfloat16
+    found = messages_of_a_layer(2, dtype, sequence_parallel=sequence_parallel, chunks=chunks)
+    for messages, activations in zip(found, SEQUENCE if sequence_parallel else WHOLE, strict=True):
+        elements = Counter({(kind, dtype): size * TOKENS * WIDTH for kind, (_, size) in activations.items()})
+        elements["all-reduce", torch.float32] = STATISTICS[1] * TOKENS
+        calls = Counter({kind: chunks * count for kind, (count, _) in activations.items()})
+        calls["all-reduce"] += STATISTICS[0]
+        assert messages.elements == elements
+        assert messages.calls == calls

@@ -38,7 +38,7 @@ def test_forward_and_backward_equal_autograd_of_the_formula(norm, count):
     x = torch.randn(300, 2, 6, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(count, 300, 2, 5, dtype=torch.float64)
     inputs = [x, *(p for layer in layers for p in layer.parameters())]
-    y = pattend(x, layers, None)
+    y = pattend(x, layers)
     expected = torch.stack(
         [plain_pattention(x, layer.key_tokens, layer.value_tokens, norm, layer.tau) for layer in layers]
     )

@@ -122,7 +122,7 @@ def _build_kernels(stages: Sequence[TokenFormer], config: RunConfig, *, mesh: Me
     kernels = choose_kernels(_requested_kernels(config), mesh.device, dtype)
     kernels = share_sequences(kernels, stages[0].context)
     if training.precision == "fp8":
-        sizes = product_sizes(config.model, mesh, _tokens_at_once(config))
+        sizes = product_sizes(config.model, config.parallel, mesh, _tokens_at_once(config))
         kernels = with_fp8_products(kernels, training.fp8_scaling, device=mesh.device, sizes=sizes)
     failure = _install_kernels(stages, kernels, config, mesh=mesh, dtype=dtype)
     if failure is not None:

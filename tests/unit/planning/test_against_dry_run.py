@@ -15,6 +15,8 @@ CASES = {
     "fp32": ((1, 1, 1), {"training": {"precision": "fp32"}}),
     "tensor, data": ((2, 1, 2), {}),
     "sequence, untied": ((2, 2, 1), {"sequence_parallel": True, "untied": True}),
+    "chunks": ((2, 1, 2), {"parallel": {"tp_comm_overlap_chunks": 3}}),
+    "chunks, sequence": ((2, 2, 1), {"sequence_parallel": True, "parallel": {"tp_comm_overlap_chunks": 4}}),
     "uneven rows": ((1, 1, 3), {"training": {"recompute_granularity": "full"}, "model": {"num_layers": 1}}),
     "hybrid": ((2, 1, 4), {"shard_size": 2}),
     "replicated": ((1, 2, 2), {"shard_size": 1}),
