@@ -110,7 +110,7 @@ def _end(planned: PlannedLayout, stages: Mapping[int, _StageTime], busiest: floa
 def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counter: PartCounter) -> _StageTime:
     compute: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     tensor: dict[Kind, float] = {"F": 0.0, "B": 0.0}
-    unhidden: dict[Kind, float] = {"F": 0.0, "B": 0.0}
+    first_half = 0.0
     context: dict[Kind, float] = {"F": 0.0, "B": 0.0}
     passes: tuple[Kind, Kind] = "F", "B"
     for parts in planned.stages[number].parts:
@@ -118,15 +118,16 @@ def _stage_time(planned: PlannedLayout, number: int, *, machine: Machine, counte
         seconds = machine.part(planned, parts.name, parts.layer)
         for kind, each, took in zip(passes, (counts.forward, counts.backward), seconds, strict=True):
             compute[kind] += parts.count * took.total
-            hidden = _products_meanwhile(planned, seconds.forward.total - seconds.forward.attention)[kind]
-            tensor[kind] += parts.count * _tensor_time(planned, each, machine, hidden=hidden)
-            unhidden[kind] += parts.count * _tensor_time(planned, each, machine, hidden=0.0)
+            meanwhile = _products_meanwhile(planned, seconds.forward.total - seconds.forward.attention)
+            tensor[kind] += parts.count * _tensor_time(planned, each, machine, hidden=meanwhile[kind])
+            if kind == "B":
+                first_half += parts.count * _tensor_time(planned, each, machine, hidden=meanwhile["I"])
             context[kind] += parts.count * _context_time(planned, each, machine, attention=took.attention)
     receivers = zip(passes, (number + 1, number - 1), strict=True)
     sends: dict[Kind, float] = {kind: _send_time(planned, number, to=to, machine=machine) for kind, to in receivers}
     # the second half, the gradients of the parameters, are two of the four products of backward
     compute |= {"I": compute["B"] / 2, "W": compute["B"] / 2}
-    tensor |= {"I": unhidden["B"], "W": 0.0}  # nothing is left for the first half to compute meanwhile
+    tensor |= {"I": first_half, "W": 0.0}
     context |= {"I": context["B"], "W": 0.0}
     sends |= {"I": sends["B"], "W": 0.0}
     return _StageTime(compute=compute, tensor=tensor, context=context, sends=sends)
@@ -137,11 +138,11 @@ def _products_meanwhile(planned: PlannedLayout, forward: float) -> dict[Kind, fl
 
     `forward` is the time of forward's two products. The first or the last of c chunks is waited for, so (c - 1) / c of
     it hide messages. In backward, gradients of outputs arrive during the one product that takes them, and the others
-    travel during the two products of the tokens' gradients.
+    travel during the two products of the tokens' gradients; in a first half, which has none of those, during dx's.
     """
     chunks = planned.config.parallel.tp_comm_overlap_chunks
     share = (chunks - 1) / chunks
-    return {"F": forward * share, "B": forward * (1 + share / 2)}
+    return {"F": forward * share, "B": forward * (1 + share / 2), "I": forward * share}
 
 
 def _tensor_time(planned: PlannedLayout, counts: Pass, machine: Machine, *, hidden: float) -> float:
