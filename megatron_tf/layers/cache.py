@@ -1,6 +1,9 @@
 """The key-value cache of a batch whose samples may differ in length.
 
 Shapes: B samples, S new tokens of each, h heads of this rank, d head_dim, C positions allocated.
+
+On a CPU, the keys and values of 16-bit activations are cached in fp32: torch's attention of one query takes six to nine
+times as long in bf16 as in fp32 (docs/performance.md).
 """
 
 import contextlib
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_tf.tokenformer.dtypes import wide_dtype
 
 _FIRST_CAPACITY = 128  # positions; doubled whenever the cache is full
 _MASK_ALIGNMENT = 16  # memory-efficient attention copies a mask whose rows begin elsewhere, in every layer
@@ -26,8 +31,8 @@ class CachePositions:
     end: int
     """Positions in use after the call, in the longest sample."""
     mask: Tensor | None
-    """[B or 1, 1, S, end] of the activations' dtype, 0 where a key is seen and -inf elsewhere; None if every key is
-    seen or the cache was empty."""
+    """[B or 1, 1, S, end] of the cache's dtype, 0 where a key is seen and -inf elsewhere; None if every key is seen or
+    the cache was empty."""
 
 
 class LayerCache:
@@ -42,11 +47,12 @@ class LayerCache:
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         self.key = _with(self.key, k, positions)
         self.value = _with(self.value, v, positions)
-        key = self.key[:, :, : positions.end]
-        value = self.value[:, :, : positions.end]
-        is_causal = positions.start == 0
         with _backends(q.device):
-            out = F.scaled_dot_product_attention(q, key, value, positions.mask, is_causal=is_causal)
+            if positions.start == 0:
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                key, value = (cached[:, :, : positions.end] for cached in (self.key, self.value))
+                out = F.scaled_dot_product_attention(q.to(key.dtype), key, value, positions.mask).to(q.dtype)
         return out.permute(2, 0, 1, 3)
 
 
@@ -75,7 +81,7 @@ class KeyValueCache:
             self._past = past + count
         end = max(self.lengths)
         all_seen = start == 0 or (start is not None and count == 1)
-        mask = None if all_seen else _mask(indices, end, dtype)
+        mask = None if all_seen else _mask(indices, end, _cached_dtype(device, dtype))
         return CachePositions(indices=indices, start=start, end=end, mask=mask)
 
     def keep(self, lengths: Sequence[int]) -> None:
@@ -91,6 +97,10 @@ class KeyValueCache:
             if layer.key is not None and layer.value is not None:
                 index = index.to(layer.key.device)
                 layer.key, layer.value = layer.key[index], layer.value[index]
+
+
+def _cached_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    return wide_dtype(dtype) if device.type == "cpu" else dtype
 
 
 @contextlib.contextmanager
@@ -124,7 +134,8 @@ def _with(buffer: Tensor | None, new: Tensor, positions: CachePositions) -> Tens
     if buffer is None or buffer.shape[2] < positions.end:
         capacity = max(_FIRST_CAPACITY, positions.end, 0 if buffer is None else 2 * buffer.shape[2])
         # zeros, not empty: masked positions are still multiplied by their weight of zero
-        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]))
+        dtype = _cached_dtype(new.device, new.dtype)
+        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]), dtype=dtype)
         if buffer is not None:
             larger[:, :, : buffer.shape[2]] = buffer
         buffer = larger

@@ -180,13 +180,35 @@ def test_the_mask_of_a_cache_hides_later_tokens_and_is_aligned(lengths):
     for count in (4, 2):
         before = list(cache.lengths)
         mask = cache.extend(2, count, device=torch.device("cpu"), dtype=torch.bfloat16).mask
-        assert mask.dtype == torch.bfloat16
+        assert mask.dtype == torch.float32
         assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
         for sample, length in enumerate(before):
             for token, row in enumerate(mask[sample % len(mask), 0]):
                 assert row.tolist() == [
                     0 if key <= length + token else -torch.inf for key in range(max(before) + count)
                 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_cpu_caches_16_bits_in_fp32(dtype):
+    """And rounds once: its attention is that of float64 to the last bit of the activations."""
+    torch.manual_seed(0)
+    cache = KeyValueCache(1)
+    cache.lengths = [0]
+    tokens = [torch.randn(3, length, 1, 2, 16).to(dtype) for length in (5, 1, 2)]
+    for qkv in tokens:
+        positions = cache.extend(1, qkv.shape[1], device=torch.device("cpu"), dtype=dtype)
+        found = cache.layers[0].attend(*qkv, positions=positions)
+    assert found.dtype == dtype
+    assert cache.layers[0].key.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    q, k, v = torch.cat(tokens, 1).double().permute(0, 2, 3, 1, 4)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)[-2:]
+    assert ((found.double() - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+def test_other_devices_cache_what_they_compute(device):
+    assert cache_module._cached_dtype(torch.device(device), torch.bfloat16) == torch.bfloat16
 
 
 def test_finite_logits_whose_sum_is_not_are_no_divergence():
