@@ -42,7 +42,7 @@ def find_candidates(config: RunConfig, *, world_size: int, ranks_per_node: int) 
 
     Tensor parallelism stays within a node, with the activations sharded along the sequence. Context-parallel ranks have
     at least 2,048 tokens of each sequence, or are as many as in `config`. What it requires besides (such as
-    reshard_after_forward) stays.
+    reshard_after_forward, or tp_comm_overlap_chunks with tensor parallelism) stays.
     """
     found, model = Candidates(), ModelStages(config.model, config.training.seq_length)
     for parallel in _meshes(config, world_size, ranks_per_node):

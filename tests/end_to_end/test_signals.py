@@ -12,7 +12,7 @@ import pytest
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import ENVIRONMENT, make_run, run
 from tests.support.processes import PythonProcess, run_python
-from tests.support.runs import WAIT, derive_run, wait_for_steps
+from tests.support.runs import WAIT, derive_run, wait_for_files, wait_for_steps
 
 ENDLESS = 100_000
 # sends this process a signal when a batch of training (0) or evaluation (1) is computed for the given time
@@ -136,10 +136,12 @@ def test_the_first_interrupt_saves_and_says_so_in_one_line(start, folder):
 
 def test_the_second_interrupt_ends_the_run_at_once(folder):
     config = configure(folder, "twice", train_iters=ENDLESS)
-    program = (folder / "sender.py").read_text().replace("os.kill(os.getpid(), number)", "import time; time.sleep(600)")
+    asleep = folder / "asleep"
+    sleep = f"import time; open({str(asleep)!r}, 'w').close(); time.sleep(600)"
+    program = (folder / "sender.py").read_text().replace("os.kill(os.getpid(), number)", sleep)
     (folder / "sleeper.py").write_text(program)
     process = PythonProcess([sys.executable, folder / "sleeper.py", "0", "0", "4", config], environment=ENVIRONMENT)
-    wait_for_steps(folder, "twice")
+    wait_for_files(asleep)  # before that, one signal ends the run
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tf.checkpoint.load import CheckpointReader
 from tests.support.commands import make_run
-from tests.support.runs import WAIT, children_of, derive_run, wait_for_steps
+from tests.support.runs import WAIT, children_of, derive_run, wait_for_files, wait_for_steps
 
 ENDLESS = 100_000
 OURS, TORCHRUN = "megatron_tf.torchrun", "torch.distributed.run"
@@ -59,13 +59,6 @@ def folder(tmp_path_factory):
 
 def on_two_ranks(launcher):
     return [sys.executable, "-m", launcher, "--nproc-per-node", "2"]
-
-
-def wait_for_files(*paths):
-    limit = time.monotonic() + WAIT
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < limit, "it does not start"
-        time.sleep(0.05)
 
 
 def ending(start, folder, *how, options=()):

@@ -43,6 +43,14 @@ def wait_for_steps(folder, name, count=3, *, seconds=WAIT, process=None, log=Non
         time.sleep(0.05)
 
 
+def wait_for_files(*paths):
+    """Wait until all of them exist."""
+    limit = time.monotonic() + WAIT
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < limit, "it does not start"
+        time.sleep(0.05)
+
+
 def children_of(pid):
     """Return the child processes of a process; none if it has ended."""
     try:
