@@ -37,20 +37,36 @@ MEGATRON_TF_INLINE void add_product(Block &sum, Block a, Block b) {
 
 MEGATRON_TF_INLINE float sum_of(Block x) { return sum_of_lanes(x.first + x.second); }
 
-constexpr std::size_t kColumnsAhead = 4096;
+// A matrix is read in several streams, far apart: memory answers more of them at once, and they share x. Within a stream,
+// rows are fetched ahead, because so much work between two of them leaves the processor too few in sight.
+constexpr std::size_t kStreams = 4;
+constexpr std::size_t kBytesAhead = 1024;
+constexpr std::size_t kCacheLine = 64;
 
-// The product of an arranged row and a row of a matrix.
 template <typename T>
-MEGATRON_TF_INLINE float dot(const float *x, const T *weight, std::size_t columns) {
-    Block sum{};
+MEGATRON_TF_INLINE void fetch_ahead(const T *p) {
+    const char *ahead = reinterpret_cast<const char *>(p) + kBytesAhead;
+    for (std::size_t line = 0; line < kBlock * sizeof(T); line += kCacheLine) __builtin_prefetch(ahead + line);
+}
+
+// The products of an arranged row with `count` rows of a matrix, `stride` elements apart.
+template <std::size_t count, typename T>
+MEGATRON_TF_INLINE void dots(const float *x, const T *weight, std::size_t stride, std::size_t columns, float *out) {
+    Block sums[count] = {};
     std::size_t i = 0;
     for (; i + kBlock <= columns; i += kBlock) {
-        // of later rows: left to itself, the processor fetches them early enough for fp32 only
-        if constexpr (std::is_same_v<T, BFloat16>) __builtin_prefetch(weight + i + kColumnsAhead);
-        add_product(sum, load(x + i), load(weight + i));
+        const Block of_x = load(x + i);
+        for (std::size_t stream = 0; stream < count; ++stream) {
+            const T *row = weight + stream * stride + i;
+            fetch_ahead(row);
+            add_product(sums[stream], of_x, load(row));
+        }
     }
-    if (i < columns) add_product(sum, load(x + i), load_rest(weight + i, columns - i));
-    return sum_of(sum);
+    for (std::size_t stream = 0; stream < count; ++stream) {
+        const T *rest = weight + stream * stride + i;
+        if (i < columns) add_product(sums[stream], load(x + i), load_rest(rest, columns - i));
+        out[stream] = sum_of(sums[stream]);
+    }
 }
 
 template <typename T, typename Out>
@@ -62,11 +78,19 @@ struct Product {
 
     // Outputs [begin, end) of every row; each weight is read from memory once.
     MEGATRON_TF_INLINE void run(std::size_t begin, std::size_t end) const {
-        for (std::size_t i = begin; i < end; ++i)
-            for (std::size_t row = 0; row < rows; ++row) {
-                const float sum = dot(x + row * whole_blocks(columns), weight + i * columns, columns);
-                out[row * outputs + i] = round_to<Out>(sum);
-            }
+        const std::size_t stream = (end - begin) / kStreams;
+        for (std::size_t i = begin; i < begin + stream; ++i) run_streams<kStreams>(i, stream);
+        for (std::size_t i = begin + kStreams * stream; i < end; ++i) run_streams<1>(i, 0);
+    }
+
+    // Outputs i, i + stream and so on.
+    template <std::size_t count>
+    MEGATRON_TF_INLINE void run_streams(std::size_t i, std::size_t stream) const {
+        for (std::size_t row = 0; row < rows; ++row) {
+            float sums[count];
+            dots<count>(x + row * whole_blocks(columns), weight + i * columns, stream * columns, columns, sums);
+            for (std::size_t k = 0; k < count; ++k) out[row * outputs + i + k * stream] = round_to<Out>(sums[k]);
+        }
     }
 };
 

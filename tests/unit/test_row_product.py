@@ -10,8 +10,8 @@ from megatron_tf.kernels.row_product import MAX_ROWS, is_for_rows, linear, multi
 from megatron_tf.tokenformer.normalization import NORMALIZATIONS
 
 DTYPES = [torch.float32, torch.bfloat16]
-# columns: whole blocks of 32, part of one, both; outputs for one thread and for several
-SHAPES = [(64, 100), (31, 7), (77, 300), (768, 768)]
+# columns: whole blocks of 32, part of one, both; outputs for one thread and for several, not all divided by streams
+SHAPES = [(64, 100), (31, 7), (33, 2), (77, 300), (768, 768)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
