@@ -24,7 +24,7 @@ from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.layers import token_chunks
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
-from megatron_tf.model.tokenformer import Block
+from megatron_tf.model.block import Block
 from megatron_tf.parallel import collectives
 from megatron_tf.parallel.collectives import Pending
 from megatron_tf.training.dry_run.fake_world import fake_rank

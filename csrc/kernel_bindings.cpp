@@ -2,9 +2,12 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "normalization.hpp"
+#include "row_attention.hpp"
+#include "row_block.hpp"
 #include "row_pattention.hpp"
 #include "row_product.hpp"
 
@@ -15,7 +18,7 @@ using megatron_tf::normalization::with_norm;
 namespace {
 
 // Raw pointers, because numpy has no bfloat16, and a view of every weight for every token would cost more than small
-// products do; megatron_tf.kernels.row_product and native, the only callers, have checked shapes and types.
+// products do; the callers, modules of megatron_tf.kernels, have checked shapes and types.
 using Address = std::uintptr_t;
 
 template <typename T>
@@ -43,6 +46,45 @@ void pattend_rows(Address x, Address out, const std::vector<Address> &keys, cons
                                             tokens, width_in, width_out, threads);
     });
 }
+
+template <typename T>
+void attend_rows(Address q, Address k, Address v, Address out, Address keys, Address values,
+                 const std::vector<std::size_t> &past, std::size_t tokens, std::size_t heads, std::size_t dim,
+                 std::size_t capacity, std::size_t threads) {
+    py::gil_scoped_release release;
+    megatron_tf::attend_rows<T>({at<const T>(q), at<const T>(k), at<const T>(v), at<T>(keys), at<T>(values), at<T>(out),
+                                 past, tokens, heads, dim, capacity},
+                                threads);
+}
+
+// A block of a model for a few tokens: see megatron_tf/kernels/row_block.py.
+template <typename T>
+class RowBlock {
+   public:
+    RowBlock(const std::vector<Address> &keys, const std::vector<Address> &values, const std::vector<double> &taus,
+             const std::vector<std::size_t> &tokens, std::string norm, std::size_t heads, std::size_t dim,
+             float epsilon, std::size_t threads)
+        : norm_(std::move(norm)), block_{{}, heads, dim, epsilon, threads} {
+        for (std::size_t i = 0; i < keys.size(); ++i)
+            block_.projections.push_back(
+                {at<const T>(keys[i]), at<const T>(values[i]), static_cast<float>(taus[i]), tokens[i]});
+    }
+
+    void run(Address x, Address out, std::size_t tokens, Address cos, Address sin, std::size_t rotated,
+             std::size_t tokens_of_position, Address keys, Address values, const std::vector<std::size_t> &past,
+             std::size_t capacity) const {
+        py::gil_scoped_release release;
+        with_norm(norm_, [&]<typename Norm>(Norm) {
+            block_.template run<Norm>(at<const T>(x), at<T>(out), tokens,
+                                      {at<const T>(cos), at<const T>(sin), rotated, tokens_of_position},
+                                      {at<T>(keys), at<T>(values), past, capacity});
+        });
+    }
+
+   private:
+    std::string norm_;
+    megatron_tf::RowBlock<T> block_;
+};
 
 // Scores [rows, tokens], for which the normalizing functions are methods: see megatron_tf/kernels/native.py.
 template <typename T>
@@ -88,11 +130,20 @@ class ScoreRows {
 };
 
 template <typename T>
-void define(py::module_ &module, const std::string &type, const char *rows) {
+void define(py::module_ &module, const std::string &type, const char *rows, const char *block) {
     module.def(("multiply_rows_" + type).c_str(), &multiply_rows<T>, "x"_a, "weight"_a, "out"_a, py::pos_only(),
                "rows"_a, "outputs"_a, "columns"_a, "threads"_a);
     module.def(("pattend_rows_" + type).c_str(), &pattend_rows<T>, "x"_a, "out"_a, py::pos_only(), "keys"_a,
                "values"_a, "taus"_a, "norm"_a, "rows"_a, "tokens"_a, "width_in"_a, "width_out"_a, "threads"_a);
+    module.def(("attend_rows_" + type).c_str(), &attend_rows<T>, "q"_a, "k"_a, "v"_a, "out"_a, py::pos_only(),
+               "keys"_a, "values"_a, "past"_a, "tokens"_a, "heads"_a, "dim"_a, "capacity"_a, "threads"_a);
+    py::class_<RowBlock<T>>(module, block)
+        .def(py::init<std::vector<Address>, std::vector<Address>, std::vector<double>, std::vector<std::size_t>,
+                      std::string, std::size_t, std::size_t, float, std::size_t>(),
+             py::kw_only(), "keys"_a, "values"_a, "taus"_a, "tokens"_a, "norm"_a, "heads"_a, "dim"_a, "epsilon"_a,
+             "threads"_a)
+        .def("run", &RowBlock<T>::run, "x"_a, "out"_a, py::pos_only(), "tokens"_a, "cos"_a, "sin"_a, "rotated"_a,
+             "tokens_of_position"_a, "keys"_a, "values"_a, "past"_a, "capacity"_a);
     py::class_<ScoreRows<T>>(module, rows)
         .def(py::init<Address, std::string, std::size_t, std::size_t, std::size_t>(), "scores"_a, py::pos_only(),
              "norm"_a, "rows"_a, "tokens"_a, "threads"_a)
@@ -107,7 +158,7 @@ void define(py::module_ &module, const std::string &type, const char *rows) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Pattentions on a CPU; megatron_tf.kernels.native and row_product are its users.";
-    define<float>(module, "fp32", "Fp32Rows");
-    define<megatron_tf::BFloat16>(module, "bf16", "Bf16Rows");
+    module.doc() = "Kernels for a CPU; native.py and row_*.py in megatron_tf/kernels are its users.";
+    define<float>(module, "fp32", "Fp32Rows", "Fp32Block");
+    define<megatron_tf::BFloat16>(module, "bf16", "Bf16Rows", "Bf16Block");
 }

@@ -50,8 +50,9 @@ class Generation:
         hidden = self._read_prompts() if self._last is None else self._model.hidden_states(self._last, self._cache)
         logits = self._model.logits(hidden)[:, 0, : self._model.config.vocab_size]
         tokens = sample_tokens(logits, self._sampling, self._draw(logits.device))
+        extremes = torch.stack(logits.aminmax())  # NaN if any logit is
         # read together: each read makes the host wait for the device
-        result = torch.cat([tokens, logits.isfinite().all()[None]])
+        result = torch.cat([tokens, extremes.isfinite().all()[None]])
         if self._model.group is not None:
             dist.broadcast(result, group=self._model.group, group_src=0)
         *ids, is_finite = result.tolist()

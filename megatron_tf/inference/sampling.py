@@ -75,7 +75,7 @@ def sample_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor | None) ->
     Greedy sampling uses none. Non-finite logits give some id.
     """
     if sampling.is_greedy:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax takes five times as long in 16 bits on a CPU
     assert uniform is not None, "only greedy sampling needs no random numbers"
     ids, probabilities = candidates(logits, sampling)
     below = probabilities.double().cumsum(-1)

@@ -23,10 +23,31 @@ class _PattendRows(Protocol):
         threads: int,
     ) -> None: ...
 
+class _AttendRows(Protocol):
+    def __call__(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        /,
+        *,
+        keys: int,
+        values: int,
+        past: list[int],
+        tokens: int,
+        heads: int,
+        dim: int,
+        capacity: int,
+        threads: int,
+    ) -> None: ...
+
 multiply_rows_fp32: _MultiplyRows
 multiply_rows_bf16: _MultiplyRows
 pattend_rows_fp32: _PattendRows
 pattend_rows_bf16: _PattendRows
+attend_rows_fp32: _AttendRows
+attend_rows_bf16: _AttendRows
 
 class Fp32Rows:
     def __init__(self, scores: int, /, *, norm: str, rows: int, tokens: int, threads: int) -> None: ...
@@ -38,3 +59,36 @@ class Fp32Rows:
     def backward(self, *, tau: int, factor: int, grad: int, out: int) -> None: ...
 
 class Bf16Rows(Fp32Rows): ...
+
+class Fp32Block:
+    def __init__(
+        self,
+        *,
+        keys: list[int],
+        values: list[int],
+        taus: list[float],
+        tokens: list[int],
+        norm: str,
+        heads: int,
+        dim: int,
+        epsilon: float,
+        threads: int,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        out: int,
+        /,
+        *,
+        tokens: int,
+        cos: int,
+        sin: int,
+        rotated: int,
+        tokens_of_position: int,
+        keys: int,
+        values: int,
+        past: list[int],
+        capacity: int,
+    ) -> None: ...
+
+class Bf16Block(Fp32Block): ...

@@ -25,7 +25,7 @@ class NativeKernels(EagerKernels):
     def forward(
         self, norm: Normalization, scores: Tensor, *, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        if not _can_compute(scores):
+        if not can_compute(scores):
             return super().forward(norm, scores, tau=tau, reduce=reduce)
         rows = _rows(norm, scores)
         tau = _of_rows(tau, scores)
@@ -42,9 +42,9 @@ class NativeKernels(EagerKernels):
     def backward(
         self, norm: Normalization, scores: Tensor, *, factor: Tensor, grad: Tensor, tau: Tensor, reduce: Reduce | None
     ) -> tuple[Tensor, Tensor]:
-        if not (_can_compute(scores) and _can_compute(grad)):
+        if not can_compute(scores, grad):
             return super().backward(norm, scores, factor=factor, grad=grad, tau=tau, reduce=reduce)
-        assert (grad.dtype, grad.shape) == (scores.dtype, scores.shape)
+        assert grad.shape == scores.shape
         rows, weights = _rows(norm, scores), torch.empty_like(scores)
         tau, factor = _of_rows(tau, scores), _of_rows(factor, scores)
         if reduce is None:
@@ -59,13 +59,18 @@ class NativeKernels(EagerKernels):
         return weights, grad
 
 
-def _can_compute(rows: Tensor) -> bool:
-    """Return whether the C++ functions support such rows."""
+def can_compute(*tensors: Tensor) -> bool:
+    """Return whether the C++ functions support these tensors, all of one dtype."""
+    dtype = tensors[0].dtype
     return (
-        rows.dtype in _ROWS
-        and rows.device.type == "cpu"
-        and type(rows) is Tensor  # a subclass may have no memory
-        and rows.is_contiguous()
+        dtype in DTYPES
+        and all(
+            tensor.dtype == dtype
+            and tensor.device.type == "cpu"
+            and type(tensor) is Tensor  # a subclass may have no memory
+            and tensor.is_contiguous()
+            for tensor in tensors
+        )
         and not torch.compiler.is_compiling()  # it can't trace raw pointers passed to C++
     )
 

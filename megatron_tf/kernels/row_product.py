@@ -78,7 +78,7 @@ def pattend_rows(
 
     Each has keys [N, D], transposed values [E, N] and a temperature tau. `norm` is the name of their normalization.
     """
-    (rows, width), (tokens, width_out) = x.shape, columns[0].t().shape
+    (rows, width), (width_out, tokens) = x.shape, columns[0].shape
     assert all(key.shape == (tokens, width) for key in keys)
     assert all(column.shape == (width_out, tokens) for column in columns)
     out = x.new_empty(len(keys), rows, width_out)

@@ -108,7 +108,7 @@ class PattentionAttention(Attention):
     def project_in(self, x: Tensor) -> Tensor:
         """Project x as in `Attention`; the parameter tokens of every rank contribute to every head."""
         projections = [self.query, self.key, self.value]
-        if any(map(_has_hooks, projections)):  # hooks run only when a module is called, so call each one
+        if any(map(has_hooks, projections)):  # hooks run only when a module is called, so call each one
             return torch.stack([projection(x, self.input_ranks) for projection in projections])
         return pattend(x, projections, self.input_ranks)
 
@@ -157,7 +157,8 @@ class LinearAttention(Attention):
         return x if norm is None else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks, which run only when it is called."""
     # torch has no public API for this
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(map(len, kinds))

@@ -1,12 +1,10 @@
 """The key-value cache of a batch whose samples may differ in length.
 
 Shapes: B samples, S new tokens of each, h heads of this rank, d head_dim, C positions allocated.
-
-On a CPU, the keys and values of 16-bit activations are cached in fp32: torch's attention of one query takes six to nine
-times as long in bf16 as in fp32 (docs/performance.md).
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tf.tokenformer.dtypes import wide_dtype
+from megatron_tf.kernels import row_attention
 
 _FIRST_CAPACITY = 128  # positions; doubled whenever the cache is full
 _MASK_ALIGNMENT = 16  # memory-efficient attention copies a mask whose rows begin elsewhere, in every layer
@@ -24,15 +22,28 @@ _MASK_ALIGNMENT = 16  # memory-efficient attention copies a mask whose rows begi
 class CachePositions:
     """Where the new tokens of one call are stored, and which keys they see: those at or before their own position."""
 
+    past: Sequence[int]
+    """Tokens of each sample before the new ones."""
     indices: Tensor
     """[S, B], or [S, 1] where all samples have the same length."""
     start: int | None
     """The first new position if it is the same in all samples, else None."""
     end: int
     """Positions in use after the call, in the longest sample."""
-    mask: Tensor | None
-    """[B or 1, 1, S, end] of the cache's dtype, 0 where a key is seen and -inf elsewhere; None if every key is seen or
-    the cache was empty."""
+    dtype: torch.dtype
+
+    @functools.cached_property
+    def mask(self) -> Tensor | None:
+        """Mask [B or 1, 1, S, end], 0 where a key is seen and -inf elsewhere; None if every key is seen or the cache
+        was empty. It is what is added to the scores, since torch would convert a boolean mask in every layer.
+        """
+        if self.start == 0 or (self.start is not None and len(self.indices) == 1):
+            return None
+        last = self.indices.t()[:, None, :, None]
+        width = self.end + -self.end % _MASK_ALIGNMENT
+        is_hidden = torch.arange(width, device=last.device) > last
+        mask = torch.zeros(is_hidden.shape, dtype=self.dtype, device=last.device)
+        return mask.masked_fill_(is_hidden, -torch.inf)[..., : self.end]
 
 
 class LayerCache:
@@ -42,17 +53,32 @@ class LayerCache:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
+    def reserve(self, positions: CachePositions, *, heads: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Make space for new tokens, and return keys and values, [B, h, C, d] each, with the dtype of `like`."""
+        if self.key is None or self.value is None or self.key.shape[2] < positions.end:
+            held = 0 if self.key is None else self.key.shape[2]
+            capacity = max(_FIRST_CAPACITY, positions.end, 2 * held)
+            # zeros, not empty: masked positions are still multiplied by their weight of zero
+            key, value = like.new_zeros(2, len(positions.past), heads, capacity, dim)
+            if self.key is not None and self.value is not None:
+                key[:, :, :held], value[:, :, :held] = self.key, self.value
+            self.key, self.value = key, value
+        return self.key, self.value
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, positions: CachePositions) -> Tensor:
         """Store k and v, and apply attention of the new q, k, v [S, B, h, d] over all cached tokens -> [S, B, h, d]."""
+        keys, values = self.reserve(positions, heads=k.shape[2], dim=k.shape[3], like=k)
+        if row_attention.is_for_rows(q, keys):
+            return row_attention.attend(q, k, v, keys=keys, values=values, past=positions.past)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
-        self.key = _with(self.key, k, positions)
-        self.value = _with(self.value, v, positions)
+        _store(keys, k, positions)
+        _store(values, v, positions)
         with _backends(q.device):
             if positions.start == 0:
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             else:
-                key, value = (cached[:, :, : positions.end] for cached in (self.key, self.value))
-                out = F.scaled_dot_product_attention(q.to(key.dtype), key, value, positions.mask).to(q.dtype)
+                keys, values = (cached[:, :, : positions.end] for cached in (keys, values))
+                out = F.scaled_dot_product_attention(q, keys, values, positions.mask)
         return out.permute(2, 0, 1, 3)
 
 
@@ -79,10 +105,7 @@ class KeyValueCache:
             past = torch.tensor(lengths, device=device) if self._past is None else self._past
             indices = past + torch.arange(count, device=device)[:, None]
             self._past = past + count
-        end = max(self.lengths)
-        all_seen = start == 0 or (start is not None and count == 1)
-        mask = None if all_seen else _mask(indices, end, _cached_dtype(device, dtype))
-        return CachePositions(indices=indices, start=start, end=end, mask=mask)
+        return CachePositions(past=lengths, indices=indices, start=start, end=max(self.lengths), dtype=dtype)
 
     def keep(self, lengths: Sequence[int]) -> None:
         """Truncate each sample to its length in `lengths`, to drop padding for example."""
@@ -99,10 +122,6 @@ class KeyValueCache:
                 layer.key, layer.value = layer.key[index], layer.value[index]
 
 
-def _cached_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    return wide_dtype(dtype) if device.type == "cpu" else dtype
-
-
 @contextlib.contextmanager
 def _backends(device: torch.device) -> Iterator[None]:
     """Exclude cuDNN's attention on a GPU: it builds a plan for every new shape, and each token is a new length."""
@@ -117,31 +136,10 @@ def _backends(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
-def _mask(indices: Tensor, end: int, dtype: torch.dtype) -> Tensor:
-    """Build the mask of tokens at indices [S, B or 1] for attention over `end` positions; see CachePositions.
-
-    As what is added to the scores, since torch would convert a boolean mask in every layer.
-    """
-    last = indices.t()[:, None, :, None]
-    width = end + -end % _MASK_ALIGNMENT
-    is_hidden = torch.arange(width, device=indices.device) > last
-    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=indices.device)
-    return mask.masked_fill_(is_hidden, -torch.inf)[..., :end]
-
-
-def _with(buffer: Tensor | None, new: Tensor, positions: CachePositions) -> Tensor:
-    """Write new [B, h, S, d] into the buffer [B, h, C, d], which is reallocated if it is full."""
-    if buffer is None or buffer.shape[2] < positions.end:
-        capacity = max(_FIRST_CAPACITY, positions.end, 0 if buffer is None else 2 * buffer.shape[2])
-        # zeros, not empty: masked positions are still multiplied by their weight of zero
-        dtype = _cached_dtype(new.device, new.dtype)
-        larger = new.new_zeros((*new.shape[:2], capacity, new.shape[3]), dtype=dtype)
-        if buffer is not None:
-            larger[:, :, : buffer.shape[2]] = buffer
-        buffer = larger
+def _store(buffer: Tensor, new: Tensor, positions: CachePositions) -> None:
+    """Write new [B, h, S, d] into the buffer [B, h, C, d]."""
     if positions.start is not None:
         buffer[:, :, positions.start : positions.end] = new
     else:
         samples = torch.arange(len(new), device=new.device)[:, None]
         buffer[samples, :, positions.indices.t()] = new.transpose(1, 2)
-    return buffer

@@ -134,4 +134,4 @@ def pattend(x: Tensor, projections: Sequence[Pattention], ranks: TensorRanks = _
         y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])
     if y is None:
         y = differentiable_pattention(tokens, projections, keys=keys, values=values, ranks=ranks)
-    return y.unflatten(1, ranks.output_shape(x.shape[:-1]))
+    return y.view(len(projections), *ranks.output_shape(x.shape[:-1]), y.shape[-1])

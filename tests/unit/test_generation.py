@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_tf.errors import UserError
 from megatron_tf.inference.generation import Generation
 from megatron_tf.inference.sampling import Sampling, sample_tokens
+from megatron_tf.kernels import row_attention
 from megatron_tf.layers import cache as cache_module
 from megatron_tf.layers.cache import KeyValueCache
 from tests.support.models import VOCAB, random_model
@@ -15,6 +16,13 @@ from tests.support.training import PLAIN, STRONG
 
 PROMPTS = [[5], list(range(40, 57)), [7, 7, 7, 200, 3], list(range(150))]
 GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(params=["cpu", "elsewhere"])
+def attends(request, monkeypatch):
+    """Attention over the cache as on a CPU, in C++, and as on every other device."""
+    if request.param == "elsewhere":
+        monkeypatch.setattr(row_attention, "is_for_rows", lambda q, keys: False)
 
 
 def generate(model, prompts, sampling=GREEDY, seed=0, count=30):
@@ -39,7 +47,7 @@ def uncached(model, prompt, sampling=GREEDY, seed=0, count=30):
 
 @pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize("norm", ["l2_norm_gelu", "gelu_l2_norm", "softmax"])
-def test_greedy_equals_the_model_without_cache(norm, arranged):
+def test_greedy_equals_the_model_without_cache(norm, arranged, attends):
     model = random_model(norm_activation=norm, untie_embeddings_and_output_weights=True)
     if arranged:
         model.arrange_for_decoding()
@@ -55,7 +63,7 @@ def test_plain_transformer_equals_itself_without_cache(keys):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.5), Sampling(0.8, 20, 0.9)])
-def test_prompts_of_a_batch_are_continued_as_each_alone(sampling):
+def test_prompts_of_a_batch_are_continued_as_each_alone(sampling, attends):
     model = random_model()
     together = generate(model, PROMPTS, sampling, seed=3)
     assert together == [generate(model, [prompt], sampling, seed=3)[0] for prompt in PROMPTS]
@@ -164,6 +172,7 @@ def test_attention_over_a_cache_is_never_that_of_cudnn(device, is_allowed, monke
     """Whose plans are made for one length each. The choice for a device is applied to tensors on a CPU."""
     choose, model = cache_module._backends, random_model()
     chosen = []
+    monkeypatch.setattr(row_attention, "is_for_rows", lambda q, keys: False)
     monkeypatch.setattr(cache_module, "_backends", lambda found: chosen.append(found) or choose(torch.device(device)))
     with Backends() as backends:
         assert generate(model, PROMPTS[1:3], count=3) == [uncached(model, prompt, count=3) for prompt in PROMPTS[1:3]]
@@ -180,35 +189,13 @@ def test_the_mask_of_a_cache_hides_later_tokens_and_is_aligned(lengths):
     for count in (4, 2):
         before = list(cache.lengths)
         mask = cache.extend(2, count, device=torch.device("cpu"), dtype=torch.bfloat16).mask
-        assert mask.dtype == torch.float32
+        assert mask.dtype == torch.bfloat16
         assert all(stride % 16 == 0 for stride in mask.stride()[:-1])
         for sample, length in enumerate(before):
             for token, row in enumerate(mask[sample % len(mask), 0]):
                 assert row.tolist() == [
                     0 if key <= length + token else -torch.inf for key in range(max(before) + count)
                 ]
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_cpu_caches_16_bits_in_fp32(dtype):
-    """And rounds once: its attention is that of float64 to the last bit of the activations."""
-    torch.manual_seed(0)
-    cache = KeyValueCache(1)
-    cache.lengths = [0]
-    tokens = [torch.randn(3, length, 1, 2, 16).to(dtype) for length in (5, 1, 2)]
-    for qkv in tokens:
-        positions = cache.extend(1, qkv.shape[1], device=torch.device("cpu"), dtype=dtype)
-        found = cache.layers[0].attend(*qkv, positions=positions)
-    assert found.dtype == dtype
-    assert cache.layers[0].key.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    q, k, v = torch.cat(tokens, 1).double().permute(0, 2, 3, 1, 4)
-    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True).permute(2, 0, 1, 3)[-2:]
-    assert ((found.double() - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-6).all()
-
-
-@pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_other_devices_cache_what_they_compute(device):
-    assert cache_module._cached_dtype(torch.device(device), torch.bfloat16) == torch.bfloat16
 
 
 def test_finite_logits_whose_sum_is_not_are_no_divergence():

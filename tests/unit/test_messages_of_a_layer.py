@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tf.config import ModelConfig, parse_config
 from megatron_tf.layers.pattention import Pattention
 from megatron_tf.layers.rotary import rotary_tables
-from megatron_tf.model.tokenformer import Block
+from megatron_tf.model.block import Block
 from megatron_tf.training.dry_run.fake_world import DEVICE, fake_rank
 
 LENGTH, SAMPLES, WIDTH = 16, 3, 64
