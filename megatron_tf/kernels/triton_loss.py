@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tf.kernels.loss import EagerLoss, LossKernels
+from megatron_tf.kernels.triton_programs import fast_exp
 
 _BLOCK = 4096
 
@@ -53,11 +54,11 @@ def loss_statistics_row(logits, targets, log_total, chosen, n: tl.constexpr, BLO
         # -inf contributes nothing: past the row's end, and in `new` of a lane that has seen nothing else
         a = tl.load(logits + row * n + columns, mask=columns < n, other=-float("inf")).to(tl.float32)
         new = tl.maximum(highest, a)
-        kept = tl.where(highest == new, 1.0, tl.exp(highest - new))
-        total = total * kept + tl.where(a == -float("inf"), 0.0, tl.exp(a - new))
+        kept = tl.where(highest == new, 1.0, fast_exp(highest - new))
+        total = total * kept + tl.where(a == -float("inf"), 0.0, fast_exp(a - new))
         highest = new
     top = tl.max(highest, 0)
-    tl.store(log_total + row, top + tl.log(tl.sum(total * tl.exp(highest - top), 0)))
+    tl.store(log_total + row, top + tl.log(tl.sum(total * fast_exp(highest - top), 0)))
     target = tl.load(targets + row)
     found = tl.load(logits + row * n + target, mask=target >= 0, other=0.0).to(tl.float32)
     tl.store(chosen + row, found)
@@ -71,6 +72,6 @@ def loss_gradient_block(logits, targets, log_total, scale, n: tl.constexpr, BLOC
     inside = columns < n
     place = logits + row * n + columns
     a = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    p = tl.exp(a - tl.load(log_total + row))
+    p = fast_exp(a - tl.load(log_total + row))
     at_target = (columns == tl.load(targets + row)).to(tl.float32)
     tl.store(place, (p - at_target) * tl.load(scale + row), mask=inside)
