@@ -22,9 +22,16 @@ class CastingModule(nn.Module):
             return rows
         if self._kept is None:
             return rows.to(dtype)
+        return _Cast.apply(rows, self.detached(name, dtype))
+
+    def detached(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the same rows without a path for gradients."""
+        rows: Tensor = getattr(self, name).detach()
+        if rows.dtype == dtype or self._kept is None:
+            return rows.to(dtype)
         if (name, dtype) not in self._kept:
-            self._kept[name, dtype] = rows.detach().to(dtype)
-        return _Cast.apply(rows, self._kept[name, dtype])
+            self._kept[name, dtype] = rows.to(dtype)
+        return self._kept[name, dtype]
 
 
 @contextmanager

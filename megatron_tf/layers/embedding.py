@@ -52,5 +52,5 @@ class VocabularyWeight(CastingModule):
             divisor=divisor,
             group=self.group,
             kernels=self.loss_kernels,
-            cast_weight=self.cast("weight", x.dtype).detach(),
+            cast_weight=self.detached("weight", x.dtype),
         )

@@ -127,8 +127,8 @@ def pattend(x: Tensor, projections: Sequence[Pattention], ranks: TensorRanks = _
     The statistics take one all-reduce of G scalars per token in forward and one in backward, independent of N.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    keys = [p.cast(Role.KEYS, x.dtype) for p in projections]
-    values = [p.cast(Role.VALUES, x.dtype) for p in projections]
+    keys = [p.detached(Role.KEYS, x.dtype) for p in projections]
+    values = [p.detached(Role.VALUES, x.dtype) for p in projections]
     first, y = projections[0], None
     if ranks.group is None:  # several ranks have to reduce a row's statistic between the two products
         y = first.kernels.infer(first.norm, tokens, keys=keys, values=values, taus=[p.tau for p in projections])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tf.kernels.products import Products
-from megatron_tf.layers.token_chunks import Chunked, Port, TensorRanks
+from megatron_tf.layers.token_chunks import Chunked, Port, TensorRanks, rows_of
 from megatron_tf.parallel.collectives import all_reduce
 from megatron_tf.tokenformer.dtypes import wide_dtype
 from megatron_tf.tokenformer.normalization import Normalization, Reduce
@@ -40,15 +40,17 @@ def differentiable_pattention(
     values: Sequence[Tensor],
     ranks: TensorRanks,
 ) -> Tensor:
-    """Compute y [G, T, E] of x [T, D] with gradients of x, keys and values; `keys` and `values` are in the dtype of x.
+    """Compute y [G, T, E] of x [T, D] with gradients of x and of the projections' tokens.
 
-    Of x and y, this rank has the part that `ranks` says.
+    `keys` and `values` are these tokens in the dtype of x, detached. Of x and y, this rank has the part that `ranks`
+    says.
     """
     handover = _Handover()
     if ranks.group is not None:
         x = _Arrival.apply(x, handover)
-    edge = _TokenGradients.apply(handover, *keys, *values)
-    return _Pattend.apply(x, edge, projections, ranks, handover, *keys, *values)
+    # the parameters themselves: autograd casts their gradients, without a node of ours for each of them
+    edge = _TokenGradients.apply(handover, *(p.key_tokens for p in projections), *(p.value_tokens for p in projections))
+    return _Pattend.apply(x, edge, projections, ranks, handover, keys, values)
 
 
 def _reductions(norm: Normalization, group: ProcessGroup | None) -> tuple[Reduce | None, Reduce | None]:
@@ -84,8 +86,8 @@ def _score(x: Chunked, keys: Sequence[Tensor], products: Products) -> Tensor:
     # one tensor, so that a kernel handles the rows of all projections at once
     scores = x.tensor.new_empty(len(keys), num_tokens, num_keys)
     for rows, chunk in x.chunks():
-        for out, key in zip(scores, keys, strict=True):
-            products.mm(chunk[0], key.t(), out=out[rows])
+        for out, key in zip(rows_of(scores, rows).unbind(), keys, strict=True):
+            products.mm(chunk[0], key.t(), out=out)
     return scores
 
 
@@ -150,9 +152,9 @@ class _Pattend(torch.autograd.Function):
         projections: Sequence[Pattention],
         ranks: TensorRanks,
         handover: _Handover,
-        *tokens: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> Tensor:
-        keys, values = tokens[: len(projections)], tokens[len(projections) :]
         first = projections[0]
         inward, outward = ranks.ports(part, first.message_chunks)
         x = inward.gather(part[None], waits=True)
@@ -164,15 +166,15 @@ class _Pattend(torch.autograd.Function):
         weights = weights.view_as(scores)
 
         def mix(rows: slice, out: Tensor) -> None:
-            for weight, value, out_g in zip(weights, values, out, strict=True):
-                first.products.mix(weight[rows], value, out=out_g)
+            for weight, value, out_g in zip(rows_of(weights, rows).unbind(), values, out.unbind(), strict=True):
+                first.products.mix(weight, value, out=out_g)
 
         y = outward.reduce(mix, (len(values), values[0].shape[1]), like=part, waits=True)
-        for projection, weight, value in zip(projections, weights, values, strict=True):
+        for i, projection in enumerate(projections):
             if projection.probe is not None:
-                projection.probe.measure(weight, value)
+                projection.probe.measure(weights[i], values[i])
         saved = x.tensor[0] if ranks.saves_whole else part
-        ctx.save_for_backward(saved, factor, *([] if first.recompute_scores else [scores]), *tokens)
+        ctx.save_for_backward(saved, factor, *([] if first.recompute_scores else [scores]), *keys, *values)
         ctx.projections, ctx.ranks, ctx.ports, ctx.handover = projections, ranks, (inward, outward), handover
         return y.wait()
 
@@ -180,7 +182,7 @@ class _Pattend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         projections, ranks, handover = ctx.projections, ctx.ranks, ctx.handover
         edge = grads[0].new_empty(0) if ctx.needs_input_grad[1] else None
-        rest = (None,) * (3 + 2 * len(projections))
+        rest = (None,) * 5
         if handover.operands is not None:  # the second pass of a split backward: the first one has computed dx
             return None, edge, *rest
         first, (inward, outward) = projections[0], ctx.ports
@@ -197,8 +199,8 @@ class _Pattend(torch.autograd.Function):
         # one buffer for dP and then dA: the kernels may overwrite it
         grad = torch.empty_like(scores)
         for rows, dy_chunk in dy.chunks():
-            for out, dy_g, value in zip(grad, dy_chunk, values, strict=True):
-                first.products.mm(dy_g, value.t(), out=out[rows], gradient="left")
+            for out, dy_g, value in zip(rows_of(grad, rows).unbind(), dy_chunk.unbind(), values, strict=True):
+                first.products.mm(dy_g, value.t(), out=out, gradient="left")
         _, reduce = _reductions(first.norm, ranks.group)
         weights, d_scores = first.kernels.backward(
             first.norm,
@@ -271,17 +273,18 @@ def _kept_for_later(operands: _TokenOperands, split: BackwardSplit) -> _TokenOpe
 
 def _input_gradient(operands: _TokenOperands, keys: Sequence[Tensor], rows: slice, out: Tensor) -> None:
     """Write these rows of dx, this rank's partial sum, into out [rows, D]."""
-    products, d_scores = operands.projections[0].products, operands.d_scores[:, rows]
-    products.mm(d_scores[0], keys[0], out=out, gradient="left")
+    products = operands.projections[0].products
+    d_first, *d_others = rows_of(operands.d_scores, rows).unbind()
+    products.mm(d_first, keys[0], out=out, gradient="left")
     # accumulated: the projections share x, and one gradient for each would take G times the memory
-    for d_score, key in zip(d_scores[1:], keys[1:], strict=True):
+    for d_score, key in zip(d_others, keys[1:], strict=True):
         products.add_mm(out, d_score, key, gradient="left")
 
 
 def _key_gradients(operands: _TokenOperands) -> list[Tensor]:
     """Compute dK [n, D] of each projection."""
     mm, x = operands.projections[0].products.mm, operands.x.gather().wait()[0]
-    return [mm(d_score.t(), x, gradient="left") for d_score in operands.d_scores]
+    return [mm(d_score.t(), x, gradient="left") for d_score in operands.d_scores.unbind()]
 
 
 def _value_gradients(operands: _TokenOperands) -> list[Tensor]:
@@ -289,4 +292,4 @@ def _value_gradients(operands: _TokenOperands) -> list[Tensor]:
     mm, weights, dy = operands.projections[0].products.mm, operands.weights, operands.dy
     assert weights is not None
     assert dy is not None
-    return [mm(weight.t(), dy_g, gradient="right") for weight, dy_g in zip(weights, dy, strict=True)]
+    return [mm(weight.t(), dy_g, gradient="right") for weight, dy_g in zip(weights.unbind(), dy.unbind(), strict=True)]

@@ -34,6 +34,11 @@ from megatron_tf.parallel.collectives import (
 Dim = Literal[-2, -1]
 
 
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """Return these rows of x [G, T, W]; x itself for all of them, as a view takes as long as launching a kernel."""
+    return x if rows == slice(0, x.shape[1]) else x[:, rows]
+
+
 @dataclass(frozen=True)
 class TensorRanks:
     """The tensor-parallel ranks of a Pattention, and what each of them has of its input and of its output."""
@@ -116,7 +121,7 @@ class Chunked:
         """Wait for one chunk after the other, and yield its rows inside and the tensor at these rows."""
         for rows, pending in self.arrivals:
             pending.wait()
-            yield rows, self.tensor[:, rows]
+            yield rows, rows_of(self.tensor, rows)
 
     def wait(self) -> Tensor:
         """Wait for all chunks and return the tensor."""
@@ -139,7 +144,7 @@ class Port:
         `waits` is for those who need that chunk at once; all messages but those that are waited for are asynchronous.
         """
         if self.dim is None:
-            return Chunked(part, [(slice(None), Pending(None, part))])
+            return Chunked(part, [(slice(0, part.shape[1]), Pending(None, part))])
         chunks = self.order.chunks()
         shape = list(part.shape)
         shape[self.dim] *= group_size(self.group)
@@ -180,7 +185,7 @@ class Port:
         """Return where the sum of a chunk belongs, as a view of the result."""
         if self.dim == -1:
             return self.order.pick(result, chunk)
-        return result[:, chunk.part if self.dim == -2 else chunk.rows]
+        return rows_of(result, chunk.part if self.dim == -2 else chunk.rows)
 
     def _start(self, addend: Tensor, target: Tensor, *, is_asynchronous: bool) -> Pending:
         if self.dim is None:
