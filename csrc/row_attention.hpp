@@ -40,11 +40,11 @@ struct RowRotation {
     }
 };
 
-// The sum of the rows of a matrix [count, columns], each times its weight.
+// The sum of the rows of a matrix [count, columns], each times its weight, read in streams as in `row_product`.
 template <typename T>
 MEGATRON_TF_INLINE void sum_rows(const float *weights, const T *matrix, std::size_t count, std::size_t columns,
                                  T *out) {
-    constexpr std::size_t kAtOnce = 4;  // sums that do not wait for each other
+    using row_product::kStreams;
     for (std::size_t column = 0; column < columns; column += kBlock) {
         const std::size_t width = std::min(kBlock, columns - column);
         const auto add = [&](Block &sum, std::size_t row) MEGATRON_TF_INLINED {
@@ -54,15 +54,17 @@ MEGATRON_TF_INLINE void sum_rows(const float *weights, const T *matrix, std::siz
             sum.first += x.first * weights[row];
             sum.second += x.second * weights[row];
         };
-        Block sums[kAtOnce] = {};
-        const std::size_t stream = count / kAtOnce;
+        Block sums[kStreams] = {};
+        const std::size_t stream = count / kStreams;
         for (std::size_t row = 0; row < stream; ++row)
-            for (std::size_t k = 0; k < kAtOnce; ++k) add(sums[k], row + k * stream);
-        for (std::size_t row = kAtOnce * stream; row < count; ++row) add(sums[0], row);
+            for (std::size_t k = 0; k < kStreams; ++k) add(sums[k], row + k * stream);
+        for (std::size_t row = kStreams * stream; row < count; ++row) add(sums[0], row);
+        for (std::size_t k = 1; k < kStreams; ++k) {
+            sums[0].first += sums[k].first;
+            sums[0].second += sums[k].second;
+        }
         T whole[kBlock];
-        store({(sums[0].first + sums[1].first) + (sums[2].first + sums[3].first),
-               (sums[0].second + sums[1].second) + (sums[2].second + sums[3].second)},
-              whole);
+        store(sums[0], whole);
         std::copy_n(whole, width, out + column);
     }
 }

@@ -23,9 +23,9 @@ struct RowNorm {
         std::vector<float> row(whole_blocks(width));  // the rest stays zero
         for (std::size_t i = begin; i < end; ++i) {
             for (std::size_t j = 0; j < width; ++j) row[j] = to_float(in[i * width + j]);
-            const float mean = sum([](Lanes x) MEGATRON_TF_INLINED { return x; }, row);
+            const float mean = mean_of(row, [](Lanes x) MEGATRON_TF_INLINED { return x; });
             for (std::size_t j = 0; j < width; ++j) row[j] -= mean;
-            const float variance = sum([](Lanes x) MEGATRON_TF_INLINED { return x * x; }, row);
+            const float variance = mean_of(row, [](Lanes x) MEGATRON_TF_INLINED { return x * x; });
             const float scale = 1.0f / std::sqrt(variance + epsilon);
             for (std::size_t j = 0; j < width; ++j) out[i * width + j] = round_to<T>(row[j] * scale);
         }
@@ -33,7 +33,7 @@ struct RowNorm {
 
    private:
     template <typename Term>
-    MEGATRON_TF_INLINE float sum(const Term &term, const std::vector<float> &row) const {
+    MEGATRON_TF_INLINE float mean_of(const std::vector<float> &row, const Term &term) const {
         return normalization::sum_over(row.data(), row.size(), term) / static_cast<float>(width);
     }
 };
@@ -98,10 +98,9 @@ struct RowBlock {
     }
 
     void rotate(const T *query_and_key, T *out, std::size_t rows, const Tables<T> &tables) const {
-        const RowRotation<T> rotation{query_and_key, tables.cos, tables.sin,     out,
-                                      rows,          heads,      dim,            tables.rotated,
-                                      tables.tokens_of_position};
-        run_best(rotation, 0, 2 * rows * heads);
+        const auto [cos, sin, rotated, tokens_of_position] = tables;
+        run_best(RowRotation<T>{query_and_key, cos, sin, out, rows, heads, dim, rotated, tokens_of_position}, 0,
+                 2 * rows * heads);
     }
 
     void attend(const T *query_and_key, const T *value, T *out, std::size_t tokens, const Cache<T> &cache) const {
