@@ -54,8 +54,9 @@ def run_block(
     (tokens, samples, width), (cos, sin), (keys, values) = x.shape, rotary, cached
     dim, capacity = width // weights.heads, keys.shape[2]
     assert can_compute(x, cos, sin, keys, values)
-    assert all(key.shape == column.t().shape for key, column in zip(weights.keys, weights.columns, strict=True))
-    assert all(key.shape[1] == width for key in weights.keys)
+    counts = [key.shape[0] for key in weights.keys]
+    assert [key.shape for key in weights.keys] == [(count, width) for count in counts]
+    assert [column.shape for column in weights.columns] == [(width, count) for count in counts]
     assert cos.shape == sin.shape
     assert keys.shape == values.shape == (samples, weights.heads, capacity, dim)
     assert len(past) == samples
@@ -64,7 +65,7 @@ def run_block(
         keys=[key.data_ptr() for key in weights.keys],
         values=[column.data_ptr() for column in weights.columns],
         taus=list(weights.taus),
-        tokens=[len(key) for key in weights.keys],
+        tokens=counts,
         norm=weights.norm,
         heads=weights.heads,
         dim=dim,

@@ -160,5 +160,6 @@ class LinearAttention(Attention):
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a module has hooks, which run only when it is called."""
     # torch has no public API for this
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(map(len, kinds))
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
