@@ -1,4 +1,4 @@
-// A block of a TokenFormer for a few new tokens, for decoding: what megatron_tf/model/tokenformer.py does, in one call.
+// A block of a TokenFormer for a few new tokens, for decoding: what megatron_tf/model/block.py does, in one call.
 // Between two steps, values are rounded to T, as they are there.
 #pragma once
 

@@ -122,16 +122,16 @@ def test_only_decoding_kernels_compute_a_whole_pattention_and_only_of_a_few_rows
     monkeypatch.setattr(CompiledKernels, "forward", NativeKernels.forward)
     monkeypatch.setattr(EagerKernels, "forward", NativeKernels.forward)
     with torch.no_grad():
-        whole = layer(torch.ones(MAX_ROWS, 32))
+        whole = layer(torch.ones(MAX_ROWS[torch.float32], 32))
         assert not parts
-        layer(torch.ones(MAX_ROWS + 1, 32))
+        layer(torch.ones(MAX_ROWS[torch.float32] + 1, 32))
         assert len(parts) == 1
         for kernels in (CompiledKernels(), EagerKernels()):
             layer.use(kernels)
-            torch.testing.assert_close(layer(torch.ones(MAX_ROWS, 32)), whole)
+            torch.testing.assert_close(layer(torch.ones(MAX_ROWS[torch.float32], 32)), whole)
         assert len(parts) == 3
     layer.use(DecodingKernels())
-    assert layer(torch.ones(MAX_ROWS, 32)).requires_grad
+    assert layer(torch.ones(MAX_ROWS[torch.float32], 32)).requires_grad
     assert len(parts) == 4
 
 

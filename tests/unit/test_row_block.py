@@ -44,13 +44,16 @@ def arranged(dtype, **keys):
     return model
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 5e-6), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"])
+# times the error of the modules: in fp32 the exponential of the C++ code counts, which is within 2e-7
+@pytest.mark.parametrize(
+    ("dtype", "times", "error"), [(torch.float32, 3.0, 5e-6), (torch.bfloat16, 1.5, 0.05)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("rotary_percent", [0.25, 1.0])
 @pytest.mark.parametrize(("lengths", "counts"), CALLS)
 @torch.no_grad()
 def test_a_block_in_one_call_is_as_near_to_float64_as_its_modules(
-    dtype, error, norm, rotary_percent, lengths, counts, monkeypatch
+    dtype, times, error, norm, rotary_percent, lengths, counts, monkeypatch
 ):
     model, decoded = arranged(dtype, norm_activation=norm, rotary_percent=rotary_percent), []
 
@@ -65,7 +68,7 @@ def test_a_block_in_one_call_is_as_near_to_float64_as_its_modules(
     of_modules = hidden_states(model, lengths, counts)
     exact = hidden_states(copy.deepcopy(model).double(), lengths, counts)
     errors = [float((states.double() - exact).norm() / exact.norm()) for states in (found, of_modules)]
-    assert errors[0] <= 1.5 * errors[1]
+    assert errors[0] <= times * errors[1]
     assert errors[0] <= error
 
 
@@ -94,7 +97,7 @@ def test_what_it_can_not_compute_is_left_to_the_modules():
     assert call(model, x) is None  # a gradient is needed
     with torch.no_grad():
         assert call(model, x) is not None
-        assert call(model, x.repeat(2, 1, 1)) is None
+        assert call(model, x.repeat(6, 1, 1)) is None
         assert call(model, x.bfloat16()) is None
         assert call(model, x.repeat(1, 1, 2)[..., ::2]) is None
         assert call(random_model(), x) is None  # values are not arranged

@@ -16,7 +16,7 @@ SHAPES = [(64, 100), (31, 7), (33, 2), (77, 300), (768, 768)]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns, outputs", SHAPES)
-@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, 12])
 @torch.no_grad()
 def test_products_equal_float64(dtype, columns, outputs, rows):
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def test_products_equal_float64(dtype, columns, outputs, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMALIZATIONS)
-@pytest.mark.parametrize("rows, width, tokens, out", [(1, 64, 96, 64), (3, 77, 31, 50), (MAX_ROWS, 768, 768, 768)])
+@pytest.mark.parametrize("rows, width, tokens, out", [(1, 64, 96, 64), (3, 77, 31, 50), (12, 768, 768, 768)])
 @torch.no_grad()
 def test_pattentions_equal_float64(dtype, norm, rows, width, tokens, out):
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_scores_of_zero_and_large_ones_are_no_trouble():
 
 @torch.no_grad()
 def test_a_row_depends_on_no_other_and_not_on_threads():
-    x, weight = torch.randn(MAX_ROWS, 768), torch.randn(2048, 768)
+    x, weight = torch.randn(MAX_ROWS[torch.float32], 768), torch.randn(2048, 768)
     attend = partial(pattend_rows, "l2_norm_gelu", keys=[weight], columns=[weight.t().contiguous()], taus=[9.0])
     together, attended = multiply_rows(x, weight), attend(x)[0]
     assert torch.equal(together, torch.cat([multiply_rows(row[None], weight) for row in x]))
@@ -89,11 +89,13 @@ def test_what_needs_gradients_or_is_not_contiguous_is_left_to_others():
         assert is_for_rows(x, [weight])
         assert not is_for_rows(x, [weight, weight.t()])
         assert not is_for_rows(x, [weight.double()])
-        assert not is_for_rows(torch.randn(MAX_ROWS + 1, 64), [weight])
+        for dtype, rows in MAX_ROWS.items():
+            assert is_for_rows(torch.randn(rows, 64).to(dtype), [weight.to(dtype)])
+            assert not is_for_rows(torch.randn(rows + 1, 64).to(dtype), [weight.to(dtype)])
 
 
 def test_a_linear_map_takes_the_product_of_few_rows_only_where_it_may():
-    x, weight = torch.randn(2, MAX_ROWS, 768), torch.randn(300, 768)
+    x, weight = torch.randn(2, MAX_ROWS[torch.float32], 768), torch.randn(300, 768)
     few = x[:1]
     with torch.no_grad():
         assert torch.equal(linear(few, weight)[0], multiply_rows(few[0], weight))
