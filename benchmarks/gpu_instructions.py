@@ -18,11 +18,12 @@ from triton.compiler import ASTSource
 
 from megatron_tf.kernels import triton_programs
 from megatron_tf.kernels.triton_kernels import BACKWARD_PARTS, FORWARD_PARTS, choose_tile
+from megatron_tf.kernels.triton_programs import GELU_L2_NORM, L2_NORM_GELU, SOFTMAX
 
 ROWS, TOKENS = 16384, 6144
 ISSUED = 132 * 128 * 1.755e9  # elements of instructions per second: multiprocessors, lanes, clock
 MOVED = 4.2e12  # bytes per second that a copy on an H200 reads and writes
-NORMS = {"l2_norm_gelu": 0, "gelu_l2_norm": 1, "softmax": 2}
+NORMS = {"l2_norm_gelu": L2_NORM_GELU, "gelu_l2_norm": GELU_L2_NORM, "softmax": SOFTMAX}
 PASSES = {"forward_held": (FORWARD_PARTS, 2), "backward_held": (BACKWARD_PARTS, 4)}
 """Name of a kernel -> most blocks per row, and elements that it reads and writes for each score."""
 FP32 = ("tau", "factor")
@@ -62,7 +63,7 @@ def main() -> None:
     print("| kernel | normalization | instructions per element | issued in | moved in |\n|---|---|---|---|---|")
     for name, (_, elements) in PASSES.items():
         for norm, number in NORMS.items():
-            instructions = per_element(name, number, TOKENS)
+            instructions = per_element(name, number.value, TOKENS)
             issued = 1000 * ROWS * TOKENS * instructions / ISSUED
             moved = 1000 * ROWS * TOKENS * elements * 2 / MOVED
             print(f"| {name} | {norm} | {instructions:.1f} | {issued:.3f} ms | {moved:.3f} ms |")

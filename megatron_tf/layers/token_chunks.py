@@ -51,10 +51,8 @@ class TensorRanks:
     saves_whole: bool = False
     """Whether the input, once gathered, is saved for backward, which otherwise gathers it again."""
 
-    def output_shape(self, shape: Sequence[int]) -> Sequence[int]:
+    def output_shape(self, shape: Sequence[int]) -> list[int]:
         """Return the shape [..., T] of the output's tokens on this rank, given that of the input's."""
-        if self.group is None:
-            return shape
         first, *rest = shape
         ranks = group_size(self.group)
         first *= ranks if self.gather_dim == -2 else 1

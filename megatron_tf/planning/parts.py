@@ -56,7 +56,7 @@ def keep_casts(state: TrainState) -> None:
     for module in state.model.modules():
         if isinstance(module, CastingModule):
             for role, _ in module.named_parameters(recurse=False):
-                module.cast(role, state.model.dtype)
+                module.detached(role, state.model.dtype)
 
 
 def _three_of(config: RunConfig, layer: int, device: torch.device) -> RunConfig:
